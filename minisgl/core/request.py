@@ -1,0 +1,147 @@
+"""What a user asks (`Request`, `SamplingParams`) and what comes back for it (`Delta`)."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+MAX_TOP_LOGPROBS = 20
+MAX_SEED = 2**64 - 1
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, gc=False, array_like=True):
+    """How the tokens of one request are drawn. Validated on construction, immutable afterwards.
+
+    `max_tokens=None` means up to the end of the context (or of the KV pool). `top_k=0` and
+    `top_p=1.0` switch those filters off; `temperature=0` is greedy. `logprobs=k` asks for the
+    chosen token's log-probability and the k most likely ones; `prompt_logprobs` likewise for the
+    prompt. `stop` strings end the text where they begin and are not part of it. `seed=None` is
+    replaced by a random 64-bit seed where the request enters the engine.
+
+    Raises ValueError naming the field, its limit and the value given.
+    """
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    n: int = 1
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (
+            ("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)),
+            ("stop_token_ids", tuple(self.stop_token_ids)),
+            ("logit_bias", _as_pairs(self.logit_bias)),
+        ):
+            msgspec.structs.force_setattr(self, name, value)
+        _require("max_tokens", self.max_tokens, low=1)
+        _require("min_tokens", self.min_tokens, low=0)
+        _require("temperature", self.temperature, low=0.0, high=100.0)
+        _require("top_k", self.top_k, low=0)
+        _require("top_p", self.top_p, low=0.0, high=1.0, open_low=True)
+        _require("min_p", self.min_p, low=0.0, high=1.0)
+        _require("repetition_penalty", self.repetition_penalty, low=0.0, high=100.0, open_low=True)
+        _require("presence_penalty", self.presence_penalty, low=-2.0, high=2.0)
+        _require("frequency_penalty", self.frequency_penalty, low=-2.0, high=2.0)
+        _require("logprobs", self.logprobs, low=0, high=MAX_TOP_LOGPROBS)
+        _require("prompt_logprobs", self.prompt_logprobs, low=0, high=MAX_TOP_LOGPROBS)
+        _require("n", self.n, low=1, high=128)
+        _require("seed", self.seed, low=0, high=MAX_SEED)
+        for token_id, bias in self.logit_bias:
+            _require("logit_bias token id", token_id, low=0)
+            _require("logit_bias", bias, low=-100.0, high=100.0)
+        for token_id in self.stop_token_ids:
+            _require("stop_token_ids", token_id, low=0)
+        if any(not text for text in self.stop):
+            raise ValueError("stop must not contain an empty string")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}"
+            )
+
+    @property
+    def needs_counts(self) -> bool:
+        """Whether sampling reads how often each token has occurred."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+
+class Request(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """One user request in tokens. With `params.n > 1` it yields that many sequences."""
+
+    id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    priority: int = 0  # higher runs earlier under the `priority` policy
+    cache_salt: str = ""  # prefixes are shared only between equal salts
+    grammar: str | None = None  # specification of a grammar, read by the grammar backend
+    arrival: float = 0.0  # seconds on the monotonic clock of the engine's machine
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """Log-probabilities (natural log) at one position: the token's own, and the top ones."""
+
+    token_id: int
+    logprob: float
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class Delta(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """News of one choice of one request: new tokens, and possibly its end.
+
+    `finish_reason` is None while the choice runs. `stop_token_id` names the token that ended it;
+    that token is the last of `token_ids`. `prompt_logprobs` come once, with the first tokens, and
+    hold one entry per prompt token but the first. `error` says why when the reason is "error".
+    """
+
+    request_id: str
+    choice: int
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    num_cached_tokens: int = 0
+    error: str | None = None
+
+
+def _as_pairs(bias: object) -> tuple[tuple[int, float], ...]:
+    items = bias.items() if isinstance(bias, Mapping) else bias
+    return tuple((int(token_id), float(value)) for token_id, value in items)  # type: ignore[attr-defined]
+
+
+def _require(
+    field: str,
+    value: float | None,
+    *,
+    low: float,
+    high: float | None = None,
+    open_low: bool = False,
+) -> None:
+    if value is None:
+        return
+    above = value > low if open_low else value >= low
+    if above and (high is None or value <= high):
+        return
+    bound = f"{'greater than' if open_low else 'at least'} {low}"
+    if high is not None:
+        bound += f" and at most {high}"
+    raise ValueError(f"{field} must be {bound}, got {value}")

@@ -1,0 +1,1 @@
+"""The loop that plans, dispatches, collects and emits, and the process it runs in."""

@@ -1,0 +1,1 @@
+"""The engine's ops, one room each. Knows torch and Triton, nothing of requests or schedulers."""

@@ -1,0 +1,1 @@
+"""Model families described as configuration facts, one decoder, and the weight loader."""

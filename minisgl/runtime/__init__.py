@@ -1,0 +1,1 @@
+"""From a `Batch` to tensors to logits to tokens. Decides nothing about scheduling."""

@@ -1,0 +1,1 @@
+"""HTTP and text: everything between a client's bytes and token ids."""
