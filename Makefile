@@ -1,0 +1,93 @@
+# make serve   set up .venv, build the native parts, serve (SERVE_ARGS="--port 31000 ...")
+# make test    set up .venv, then every check: lint, types, floors, tests (make -k: past a failure)
+# make lint | bench | venv | clean
+
+PYTHON ?= python3
+SERVE_ARGS ?=
+JOBS ?= 2
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not gpu" --durations=5
+# mypy --strict: the pure core, the engine, the native loader and every protocol.
+TYPED := $(wildcard minisgl/__init__.py minisgl/core minisgl/engine minisgl/csrc minisgl/log.py \
+	minisgl/config.py minisgl/device.py minisgl/parallel.py minisgl/kernels/op.py)
+
+# $(call stage,name,command): says what runs, and how long it took.
+define stage
+@echo "==> $(1)"; start=$$(date +%s); $(2) \
+	&& echo "==> $(1): ok, $$(($$(date +%s) - start)) s" \
+	|| { echo "==> $(1): FAILED, $$(($$(date +%s) - start)) s"; exit 1; }
+endef
+
+.PHONY: serve test lint types floors test-main test-interp test-compile bench venv native clean
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:
+	@sed -n '1,3s/^# //p' Makefile
+
+# ---- environment ----------------------------------------------------------------------------
+
+# torch first and without our Triton: its CUDA builds pin the Triton they need. Its CPU builds
+# bring none; then constraints.txt says which.
+$(VENV)/installed: setup.py constraints.txt
+	@echo "==> setting up $(VENV) (the first time takes minutes: torch is large)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "minisgl needs Python >= 3.11; try make PYTHON=python3.11")'
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@grep -v '^triton==' constraints.txt > $(VENV)/constraints.txt
+	@$(PIP) install -c $(VENV)/constraints.txt torch setuptools
+	@$(PY) -c 'import triton' 2>/dev/null || $(PIP) install -c constraints.txt "triton; platform_system == 'Linux'"
+	@$(PIP) install -c $(VENV)/constraints.txt -e .
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	@echo "==> adding what the tests need to $(VENV)"
+	@$(PIP) install -c $(VENV)/constraints.txt -e '.[test]'
+	@touch $@
+
+venv: $(VENV)/installed-test
+
+native: $(VENV)/installed
+	@$(PY) -m minisgl.csrc build
+
+# ---- what people run ------------------------------------------------------------------------
+
+serve: native
+	@$(PY) -m minisgl.serve $(SERVE_ARGS)
+
+bench: venv native
+	@$(PY) -m benchmarks.headlines
+
+# ---- checks ---------------------------------------------------------------------------------
+
+test: lint types floors test-main test-interp test-compile
+	@echo "==> all checks passed"
+
+lint: venv
+	$(call stage,lint,$(PY) -m ruff check . && $(PY) -m ruff format --check .)
+
+types: venv
+	$(call stage,types,$(PY) -m mypy $(TYPED))
+
+floors: venv
+	$(call stage,floors,$(PYTEST) tests/test_floors.py)
+
+test-main: venv native
+	$(call stage,tests,$(PYTEST) -n $(JOBS) tests --ignore tests/test_floors.py \
+		--ignore tests/kernels --ignore tests/compile)
+
+# Triton decides at import whether it interprets or compiles: one process each.
+test-interp: venv native
+ifneq ($(wildcard tests/kernels),)
+	$(call stage,kernels (interpreted),TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) tests/kernels)
+endif
+
+test-compile: venv
+ifneq ($(wildcard tests/compile),)
+	$(call stage,kernels (compiled for sm_80/90/100),$(PYTEST) -n $(JOBS) tests/compile)
+endif
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

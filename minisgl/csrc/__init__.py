@@ -1,0 +1,98 @@
+"""Native parts of minisgl: compiled at first use, in the background, while a Python twin serves.
+
+`load("core_ops")` returns the module, or None while it is not there; the caller then runs its
+twin. Installing compiles nothing, and `python -m minisgl.csrc build` does it ahead of time. This
+package imports the standard library only, so every floor may use it.
+"""
+
+import functools
+import importlib.util
+import threading
+import time
+from types import ModuleType
+
+from minisgl.csrc.build import MODULES, BuildError, Module, Target, find_module
+from minisgl.log import get_logger
+
+__all__ = ["MODULES", "BuildError", "Module", "Target", "load"]
+
+log = get_logger(__name__)
+
+
+def load(name: str, arch: str | None = None, wait: bool = False) -> ModuleType | None:
+    """The native module `name`, or None: not built yet, or it cannot be (logged once).
+
+    arch: for CUDA modules, as nvcc spells it ("80", "90a", "100"). The first call imports a
+    finished build at once, else starts one in a thread; later calls cost a dictionary look-up.
+    wait=True blocks until the build has ended. KeyError: no such module.
+    """
+    unit = _unit(name, arch)
+    if unit.module is None and (wait or not unit.started):
+        unit.start(wait)
+    return unit.module
+
+
+@functools.cache
+def _unit(name: str, arch: str | None) -> "Unit":
+    return Unit(Target(find_module(name), arch))
+
+
+class Unit:
+    """One target as this process sees it: not asked for, building, loaded, or given up on."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.module: ModuleType | None = None
+        self.started = False
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def start(self, wait: bool) -> None:
+        """Load a finished build, else build in a thread; with `wait`, return when that is done."""
+        with self._lock:
+            if not self.started:
+                self.started = True
+                self._begin()
+        if wait and self._thread is not None:
+            self._thread.join()
+
+    def _begin(self) -> None:
+        try:
+            library = self.target.library
+            if library.exists():
+                self.module = import_extension(self.target.module.name, str(library))
+                return
+        except (BuildError, ImportError) as error:
+            self._give_up(error)
+            return
+        log.info("building %s in the background; until then %s", self.target, self._twin)
+        name = f"csrc-{self.target.module.name}"
+        self._thread = threading.Thread(target=self._build, name=name, daemon=True)
+        self._thread.start()
+
+    def _build(self) -> None:
+        begin = time.perf_counter()
+        try:
+            library = self.target.build()
+            self.module = import_extension(self.target.module.name, str(library))
+        except (BuildError, ImportError) as error:
+            self._give_up(error)
+        else:
+            log.info("built %s in %.1f s", self.target, time.perf_counter() - begin)
+
+    def _give_up(self, error: Exception) -> None:
+        log.warning("%s; %s", error, self._twin)
+
+    @property
+    def _twin(self) -> str:
+        return self.target.module.twin
+
+
+def import_extension(name: str, path: str) -> ModuleType:
+    """Import the extension at `path`, whose init function is named for `name`."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not an extension module of this Python")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

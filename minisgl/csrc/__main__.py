@@ -1,0 +1,50 @@
+"""`python -m minisgl.csrc build [--arch 80,90a,100]`: build the native parts ahead of time."""
+
+import argparse
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from minisgl.csrc.build import MODULES, BuildError, Target, find_compiler, present_archs
+
+
+def report(target: Target) -> bool:
+    """Build one target and print one line about it; False if it was tried and failed."""
+    try:
+        find_compiler(target.module.kind)
+    except BuildError as error:
+        print(f"csrc: {target}: not built: {error}; {target.module.twin}")
+        return True  # a machine without a compiler is served by the twin: not a failure
+    try:
+        begin, found = time.perf_counter(), target.library.exists()
+        target.build()
+    except BuildError as error:
+        print(f"csrc: {target}: {error}; {target.module.twin}", file=sys.stderr)
+        return False
+    took = "up to date" if found else f"built in {time.perf_counter() - begin:.1f} s"
+    print(f"csrc: {target}: {took}")
+    return True
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m minisgl.csrc", description=__doc__)
+    build = parser.add_subparsers(dest="command", required=True).add_parser("build")
+    build.add_argument(
+        "--arch",
+        help="GPU architectures for the CUDA modules, as nvcc spells them, joined by commas; "
+        "default: those of the GPUs present",
+    )
+    arguments = parser.parse_args()
+    archs = arguments.arch.split(",") if arguments.arch else present_archs()
+    targets = [
+        Target(module, arch)
+        for module in MODULES
+        for arch in (archs if module.kind == "cuda" else [None])
+    ]
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(report, targets))
+    return 0 if all(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""Building csrc/: what is built, from what, with which flags, and where it is kept.
+
+A *module* is one importable extension; a *target* is a module for one GPU architecture (none for
+CPU modules). Each target has a directory in the cache, named by a hash of everything that decides
+its machine code, so a finished library is never stale and never overwritten.
+"""
+
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+PACKAGE = Path(__file__).parent
+EXTENSION: str = sysconfig.get_config_var("EXT_SUFFIX")  # names Python's version and platform
+# A wheel carries the sources as minisgl/csrc/src; a checkout has them in its top-level csrc/.
+SOURCES = PACKAGE / "src" if (PACKAGE / "src").is_dir() else PACKAGE.parents[1] / "csrc"
+
+
+class BuildError(RuntimeError):
+    """A target cannot be built here; the message says why, and is fit for one log line."""
+
+
+@dataclass(frozen=True)
+class Module:
+    """One native module. `twin` says what serves in its absence, and what that costs."""
+
+    name: str
+    kind: Literal["cpu", "cuda"]
+    sources: tuple[str, ...]  # relative to csrc/
+    twin: str
+
+
+MODULES = (
+    Module(
+        name="core_ops",
+        kind="cpu",
+        sources=("cpu/core_ops.cpp",),
+        twin="token runs are compared in numpy, which makes matching a cached prefix slower",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module, and for CUDA modules the architecture it is compiled for ("80", "90a", "100")."""
+
+    module: Module
+    arch: str | None = None
+    sources: Path = SOURCES
+
+    def __post_init__(self) -> None:
+        if (self.arch is not None) != (self.module.kind == "cuda"):
+            needs = "needs an arch" if self.module.kind == "cuda" else "takes no arch"
+            raise ValueError(f"{self.module.name} is a {self.module.kind} module: it {needs}")
+
+    def __str__(self) -> str:
+        return self.module.name + (f" (sm_{self.arch})" if self.arch else "")
+
+    @property
+    def flags(self) -> list[str]:
+        if self.module.kind == "cpu":
+            hidden = ["-fPIC", "-fvisibility=hidden"]
+            return ["-std=c++20", "-O3", "-march=native", "-Wall", "-Wextra", *hidden]
+        gencode = f"-gencode=arch=compute_{self.arch},code=sm_{self.arch}"
+        return ["-std=c++20", "-O3", gencode, "-Xcompiler=-fPIC,-fvisibility=hidden"]
+
+    @property
+    def library(self) -> Path:
+        """Where the finished extension is, or will be. BuildError where no compiler is found."""
+        compiler = find_compiler(self.module.kind)
+        status = compiler.stat()  # stands for the version: asking costs a process at every start
+        facts = [
+            *self.flags,
+            f"{compiler.resolve()} {status.st_size} {status.st_mtime_ns}",
+            EXTENSION,
+            _cpu_identity(),
+        ]
+        digest = hashlib.sha256("\n".join(facts).encode())
+        headers = [p for p in self.sources.rglob("*") if p.suffix in (".h", ".cuh")]
+        for path in [*sorted(headers), *(self.sources / s for s in self.module.sources)]:
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        name = f"{self.module.name}-{self.arch or 'cpu'}-{digest.hexdigest()[:16]}"
+        return cache_dir() / name / (self.module.name + EXTENSION)
+
+    def build(self) -> Path:
+        """Compile unless that has been done, by this or any other process; the library's path.
+
+        The directory is locked meanwhile. The lock is the kernel's, so it cannot outlive its
+        holders, and the compiler inherits it: a build outlives a short process that started it,
+        and nobody starts it twice. BuildError carries the compiler's last lines.
+        """
+        library = self.library
+        try:
+            library.parent.mkdir(parents=True, exist_ok=True)
+            with open(library.parent / "lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not library.exists():
+                    self._compile(library, lock.fileno())
+        except OSError as error:
+            raise BuildError(f"cannot write {library.parent}: {error}") from error
+        return library
+
+    def _compile(self, library: Path, lock: int) -> None:
+        folder = library.parent
+        (folder / "build.ninja").write_text(self._ninja_file(library))
+        with open(folder / "build.log", "w+") as log:
+            command = [find_ninja(), "-C", str(folder)]
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock])
+            if done.returncode == 0:
+                return
+            log.seek(0)
+            lines = [line.rstrip() for line in log if line.strip()]
+            raise BuildError("\n  ".join([f"building {self} failed:", *lines[-8:]]))
+
+    def _ninja_file(self, library: Path) -> str:
+        compiler = str(find_compiler(self.module.kind))
+        includes = [f"-I{self.sources}", *(f"-isystem{path}" for path in _include_dirs())]
+        objects = [f"{index}.o" for index in range(len(self.module.sources))]
+        # The library appears under its name in one step, whatever interrupts the link.
+        lines = [
+            f"compile = {_ninja_words([compiler, *self.flags, *includes])}",
+            f"link = {_ninja_words([compiler, '-shared'])}",
+            "rule compile",
+            "  command = $compile -c $in -o $out",
+            "rule link",
+            "  command = $link $in -o $out.partial && mv $out.partial $out",
+            *(
+                f"build {out}: compile {_ninja_path(self.sources / source)}"
+                for out, source in zip(objects, self.module.sources, strict=True)
+            ),
+            f"build {_ninja_path(Path(library.name))}: link {' '.join(objects)}",
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def find_module(name: str) -> Module:
+    """The module of this name. KeyError names those there are."""
+    for module in MODULES:
+        if module.name == name:
+            return module
+    raise KeyError(f"no native module {name!r}; there are {[m.name for m in MODULES]}")
+
+
+def cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/minisgl/csrc`, which may be deleted at any time."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "minisgl" / "csrc"
+
+
+def find_compiler(kind: str) -> Path:
+    """The C++ or CUDA compiler. BuildError says where was looked."""
+    host = [os.environ.get("CXX"), "c++", "g++", "clang++"]
+    cuda_home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    cuda = ["nvcc", f"{cuda_home}/bin/nvcc"]
+    for name in cuda if kind == "cuda" else host:
+        if name and (path := shutil.which(name)):
+            return Path(path)
+    if kind == "cuda":
+        raise BuildError("no CUDA compiler (nvcc on PATH or in $CUDA_HOME/bin)")
+    raise BuildError("no C++ compiler ($CXX, c++, g++ or clang++)")
+
+
+def find_ninja() -> str:
+    """The ninja program: of the Python package, else from PATH."""
+    if spec := importlib.util.find_spec("ninja"):
+        for folder in spec.submodule_search_locations or []:
+            if found := shutil.which("ninja", path=f"{folder}/data/bin"):
+                return found
+    if found := shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts")):
+        return found
+    raise BuildError("no ninja (pip install ninja)")
+
+
+def present_archs() -> list[str]:
+    """Architectures of this machine's GPUs ("90a"); empty without a driver."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True)
+    caps = {line.strip().replace(".", "") for line in answer.stdout.splitlines() if "." in line}
+    return sorted(cap + "a" if int(cap) >= 90 else cap for cap in caps)
+
+
+def _include_dirs() -> list[str]:
+    python = sysconfig.get_path("include")
+    if not Path(python, "Python.h").exists():
+        raise BuildError(f"no Python headers ({python}/Python.h: install python3-dev)")
+    for package in ("pybind11", "torch"):  # torch ships pybind11's headers too
+        if spec := importlib.util.find_spec(package):
+            for folder in spec.submodule_search_locations or []:
+                if Path(folder, "include/pybind11/pybind11.h").exists():
+                    return [python, f"{folder}/include"]
+    raise BuildError("no pybind11 headers (pip install pybind11)")
+
+
+@functools.cache
+def _cpu_identity() -> str:
+    """What -march=native looks at: a cache on a shared home must not cross processor types."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                if line.startswith(("flags", "Features")):
+                    return f"{platform.machine()} {line}"
+    except OSError:
+        pass  # not Linux: the machine's name has to do
+    return f"{platform.machine()} {platform.processor()}"
+
+
+def _ninja_path(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _ninja_words(words: list[str]) -> str:
+    return shlex.join(words).replace("$", "$$")
