@@ -1,0 +1,316 @@
+"""The shape of the house: who may import whom, what may not be imported at all, and sizes.
+
+The source is read as syntax trees, so late and type-only imports count. Each rule is also shown
+to catch a violation planted in a copy.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAX_FILE_LINES = 500
+MAX_TOTAL_LINES = 10_000
+
+# Room (a folder or file of minisgl/) -> what it may import from the package besides itself:
+# rooms, or single modules of a room.
+BASE = {"log", "config", "csrc"}
+DEVICE = BASE | {"device", "kernels"}
+PLANS = {"core.batch", "core.request", "core.executor", "core.grammar"}  # data and protocols
+FLOORS: dict[str, set[str]] = {
+    "__init__": {"llm", "core.request"},  # by name, at first use
+    "log": set(),
+    "csrc": {"log"},
+    "config": {"log"},
+    "core": BASE,
+    "device": BASE,
+    "kernels": BASE | {"device"},
+    "parallel": DEVICE,
+    "layers": DEVICE | {"parallel"},
+    "models": DEVICE | {"parallel", "layers"},
+    "runtime": DEVICE | {"parallel", "layers", "models"} | PLANS,
+    "engine": BASE | {"core"},
+    "server": BASE | {"engine.client", "core.request"},
+    "build": DEVICE | {"parallel", "layers", "models", "runtime", "engine", "core"},
+}
+TOP = {"serve", "chat", "llm", "analyze"}  # what people run: may import everything
+
+HTTP = {"fastapi", "starlette", "uvicorn", "uvloop", "httptools", "prometheus_client"}
+PURE = {"numpy", "msgspec"}
+# Packages only some rooms may import; a room not listed may not, late or not.
+PACKAGES: dict[str, set[str]] = {
+    **{package: {"server", "serve"} for package in HTTP},
+    "triton": {"kernels", "device"},
+}
+STDLIB_ONLY = {"log", "csrc", "config", "__init__"}
+LATE_ONLY = {"transformers", "nvtx", "cuda"}  # optional at run time: inside functions only
+NEVER = {"pickle", "cloudpickle", "dill", "shelve", "marshal"}  # these run what they read
+NEVER_CALLED = {"load": "torch", "send_pyobj": None, "recv_pyobj": None}  # pickle inside
+# Variables that say where things are. There are no feature flags in the environment.
+ENVIRONMENT = {"csrc/build.py": {"CXX", "CUDA_HOME", "XDG_CACHE_HOME"}}
+
+MODULE_NAME = re.compile(r"minisgl(\.\w+)+(:\w+)?")  # "minisgl.kernels.x:f", loaded by name
+
+
+def imports(tree: ast.Module, module: list[str], is_package: bool) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of everything imported anywhere in a file, by statement or by name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parent = module[: len(module) - node.level + is_package]
+                base = ".".join([*parent, base]).rstrip(".")
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+        elif (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and MODULE_NAME.fullmatch(node.value)
+        ):
+            yield node.lineno, node.value.replace(":", ".")
+
+
+def late_lines(tree: ast.Module) -> set[int]:
+    """Lines of imports that run only when a function does, or never (TYPE_CHECKING)."""
+    scopes = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+    ]
+    return {
+        inner.lineno
+        for scope in scopes
+        for inner in ast.walk(scope)
+        if isinstance(inner, ast.Import | ast.ImportFrom)
+    }
+
+
+def import_faults(room: str, name: str, late: bool) -> Iterator[str]:
+    """What is wrong with importing `name` in `room`."""
+    top, *rest = name.split(".")
+    if top == "minisgl":
+        target, inside = (rest[0] if rest else "__init__"), ".".join(rest[:2])
+        allowed = FLOORS.get(room)
+        if target in ("__version__", "py") or target == room or room in TOP:
+            return
+        if allowed is None:
+            yield f"room {room!r} is not in the floor table"
+        elif target not in allowed and inside not in allowed:
+            yield f"{room} may not import {name}"
+        return
+    if name in ("os.environ", "os.getenv"):
+        yield f"write {name} in full, so that its reads can be found"
+    if top in NEVER:
+        yield f"{name} runs what it reads; use msgspec or safetensors"
+    if top in LATE_ONLY and not late:
+        yield f"{top} is optional: import it inside the function that needs it"
+    if top in PACKAGES and room not in PACKAGES[top]:
+        yield f"{room} may not import {top}; only {sorted(PACKAGES[top])} may"
+    standard = top in sys.stdlib_module_names
+    if room in STDLIB_ONLY and not standard:
+        yield f"{room} may import the standard library only, not {top}"
+    if room == "core" and not standard and top not in PURE:
+        yield f"core may import the standard library, numpy and msgspec, not {top}"
+
+
+def environment_faults(node: ast.AST, path: str) -> Iterator[str]:
+    """Reads of environment variables that the table does not name."""
+    text = ast.unparse(node) if isinstance(node, ast.Call | ast.Subscript | ast.Compare) else ""
+    read = re.match(r"os\.(?:getenv\(|environ(?:\[|\.\w+\())(.*)", text)
+    within = re.search(r"(.*) (?:not )?in os\.environ$", text)
+    if read or within:
+        name = re.match(r"'(\w+)'", (read or within)[1])
+        if name is None or name[1] not in ENVIRONMENT.get(path, ()):
+            yield f"{text}: the environment holds no feature flags; use the config"
+
+
+def call_faults(node: ast.AST) -> Iterator[str]:
+    """Calls and names that are refused wherever they stand."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        owner = NEVER_CALLED.get(node.func.attr, "-")
+        if owner is None or ast.unparse(node.func.value) == owner:
+            yield f"{ast.unparse(node.func)} unpickles"
+    named = [
+        getattr(node, "arg", None),
+        getattr(node, "id", None),
+        getattr(node, "value", None) if isinstance(node, ast.Constant) else None,
+    ]
+    if "trust_remote_code" in named:
+        yield "trust_remote_code: a checkpoint's own code is never run"
+
+
+def violations(root: Path) -> list[str]:
+    """Everything that breaks a rule in the package below `root`, as "path:line: what"."""
+    package, found, total = root / "minisgl", [], 0
+    for path in sorted(package.rglob("*.py")):
+        relative = path.relative_to(package)
+        where, source = relative.as_posix(), path.read_text()
+        tree = ast.parse(source)
+        module = ["minisgl", *relative.with_suffix("").parts]
+        is_package = module[-1] == "__init__"
+        if is_package:
+            module.pop()
+        room = relative.parts[0].removesuffix(".py")
+        late = late_lines(tree)
+        for line, name in imports(tree, module, is_package):
+            found += [f"{where}:{line}: {w}" for w in import_faults(room, name, line in late)]
+        for node in ast.walk(tree):
+            line = getattr(node, "lineno", 0)
+            wrong = [*environment_faults(node, where), *call_faults(node)]
+            found += [f"{where}:{line}: {w}" for w in wrong]
+        lines = len(source.splitlines())
+        total += lines
+        if lines > MAX_FILE_LINES:
+            found.append(f"{where}: {lines} lines; a file has at most {MAX_FILE_LINES}")
+    if total > MAX_TOTAL_LINES:
+        found.append(f"minisgl/ has {total} lines of Python; the budget is {MAX_TOTAL_LINES}")
+    return found
+
+
+def test_the_house_stands():
+    found = violations(ROOT)
+    assert not found, "\n" + "\n".join(found)
+
+
+PLANTED = [
+    ("core/x.py", "import torch", "core may import"),
+    ("core/x.py", "def f():\n    import torch.nn", "core may import"),
+    ("core/x.py", "from minisgl.engine import engine", "core may not import minisgl.engine"),
+    ("core/x.py", "from ..runtime.runner import Runner", "core may not import minisgl.runtime"),
+    ("core/x.py", "from .. import server", "core may not import minisgl.server"),
+    (
+        "core/x.py",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from minisgl.layers import norm",
+        "core may not import minisgl.layers",
+    ),
+    ("runtime/x.py", "from minisgl.core.scheduler import S", "runtime may not import"),
+    ("runtime/x.py", "from minisgl.core import radix", "runtime may not import"),
+    ("runtime/x.py", "import minisgl.core.kvcache as k", "runtime may not import"),
+    ("kernels/x.py", "from minisgl.core.batch import Batch", "kernels may not import"),
+    ("kernels/x.py", "P = 'minisgl.layers.norm:rms'", "kernels may not import"),
+    ("models/x.py", "from minisgl.runtime import kv_pool", "models may not import"),
+    ("engine/x.py", "from minisgl.runtime.worker import W", "engine may not import"),
+    ("server/x.py", "from minisgl.core.scheduler import S", "server may not import"),
+    ("server/x.py", "from minisgl.engine.engine import Engine", "server may not import"),
+    ("build.py", "def f():\n    from minisgl.server.app import app", "build may not import"),
+    ("newroom/x.py", "from minisgl.core import batch", "not in the floor table"),
+    ("engine/x.py", "import uvicorn", "may not import uvicorn"),
+    ("llm.py", "def f():\n    import fastapi", "may not import fastapi"),
+    ("layers/x.py", "import triton.language as tl", "may not import triton"),
+    ("server/x.py", "import transformers", "transformers is optional"),
+    ("kernels/x.py", "from cuda.bindings import driver", "cuda is optional"),
+    ("csrc/x.py", "import numpy", "standard library only"),
+    ("engine/x.py", "import pickle", "runs what it reads"),
+    ("models/x.py", "import torch\nw = torch.load('x')", "unpickles"),
+    ("engine/x.py", "def f(s):\n    s.send_pyobj(1)", "unpickles"),
+    ("server/x.py", "def f(A):\n    A(trust_remote_code=True)", "never run"),
+    ("models/x.py", "K = {'trust_remote_code': True}", "never run"),
+    ("runtime/x.py", "import os\nF = os.environ.get('FAST')", "no feature flags"),
+    ("runtime/x.py", "import os\nF = os.getenv('FAST')", "no feature flags"),
+    ("runtime/x.py", "import os\nif 'FAST' in os.environ:\n    x = 1", "no feature flags"),
+    ("runtime/x.py", "import os\nos.environ['FAST'] = '1'", "no feature flags"),
+    ("runtime/x.py", "from os import environ", "write os.environ"),
+    ("csrc/build.py", "import os\nF = os.environ.get('FAST')", "no feature flags"),
+    ("core/x.py", "x = 1\n" * (MAX_FILE_LINES + 1), "a file has at most"),
+]
+
+
+@pytest.mark.parametrize(("path", "source", "expected"), PLANTED)
+def test_a_planted_violation_is_caught(tmp_path, path, source, expected):
+    file = tmp_path / "minisgl" / path
+    file.parent.mkdir(parents=True)
+    file.write_text(source)
+    found = violations(tmp_path)
+    assert len(found) >= 1
+    assert all(expected in line for line in found), found
+
+
+def test_the_line_budget_is_counted(tmp_path):
+    (tmp_path / "minisgl/core").mkdir(parents=True)
+    for index in range(MAX_TOTAL_LINES // MAX_FILE_LINES + 1):
+        (tmp_path / f"minisgl/core/x{index}.py").write_text("x = 1\n" * MAX_FILE_LINES)
+    assert ["the budget is" in line for line in violations(tmp_path)] == [True]
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        (
+            "core/x.py",
+            "import numpy\nimport msgspec\nfrom minisgl import csrc\nfrom . import pages",
+        ),
+        ("runtime/x.py", "import torch\nfrom minisgl.core.batch import Batch"),
+        ("server/x.py", "def f():\n    import transformers"),
+        ("device.py", "def f():\n    import nvtx"),
+        ("engine/x.py", "import os\nenv = {**os.environ, 'A': '1'}"),
+        ("csrc/build.py", "import os\nx = os.environ.get('CXX')"),
+        ("llm.py", "from minisgl.server.text import T\nfrom minisgl.runtime import worker"),
+    ],
+)
+def test_what_is_allowed_passes(tmp_path, path, source):
+    file = tmp_path / "minisgl" / path
+    file.parent.mkdir(parents=True)
+    file.write_text(source)
+    assert violations(tmp_path) == []
+
+
+# ---- the same, shown by running --------------------------------------------------------------
+
+IMPORT_ROOMS = """
+import importlib, pkgutil, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {absent!r}:
+            raise ModuleNotFoundError(f"{{name}} is absent in this test", name=name)
+
+sys.meta_path.insert(0, Absent())
+for room in {rooms!r}:
+    module = importlib.import_module(room)
+    for found in pkgutil.walk_packages(getattr(module, "__path__", []), room + "."):
+        if not found.name.endswith("__main__"):
+            importlib.import_module(found.name)
+print(*sorted(sys.modules))
+"""
+
+
+def import_in_new_process(rooms: list[str], absent: set[str] | None = None) -> set[str]:
+    """Import rooms with everything below them; the names of all modules then loaded."""
+    there = [r for r in rooms if (ROOT / r.replace(".", "/")).with_suffix(".py").exists()]
+    there += [r for r in rooms if (ROOT / r.replace(".", "/")).is_dir()]
+    code = textwrap.dedent(IMPORT_ROOMS).format(rooms=there, absent=absent or set())
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_importing_minisgl_imports_nothing_heavy():
+    code = "import sys, minisgl; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert not {"torch", "numpy", "msgspec", "asyncio", "logging"} & set(done.stdout.split())
+
+
+def test_core_and_csrc_run_without_torch():
+    loaded = import_in_new_process(["minisgl.core", "minisgl.csrc"], absent={"torch", "triton"})
+    assert "minisgl.core.request" in loaded
+
+
+def test_kernels_and_the_offline_engine_need_no_server_packages():
+    rooms = "kernels device parallel layers models runtime engine build llm"
+    loaded = import_in_new_process(
+        [f"minisgl.{room}" for room in rooms.split()], absent=HTTP | LATE_ONLY
+    )
+    assert "minisgl.kernels.op" in loaded
+
+
+def test_the_server_starts_without_transformers():
+    loaded = import_in_new_process(["minisgl.server", "minisgl.serve"])
+    assert "transformers" not in loaded
