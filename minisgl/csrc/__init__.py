@@ -65,7 +65,7 @@ class Unit:
         except (BuildError, ImportError) as error:
             self._give_up(error)
             return
-        log.info("building %s in the background; until then %s", self.target, self._twin)
+        log.info("building %s in the background; until then: %s", self.target, self._twin)
         name = f"csrc-{self.target.module.name}"
         self._thread = threading.Thread(target=self._build, name=name, daemon=True)
         self._thread.start()
@@ -81,7 +81,8 @@ class Unit:
             log.info("built %s in %.1f s", self.target, time.perf_counter() - begin)
 
     def _give_up(self, error: Exception) -> None:
-        log.warning("%s; %s", error, self._twin)
+        what, *compiler_lines = str(error).split("\n")
+        log.warning("%s", "\n".join([f"{what}; {self._twin}", *compiler_lines]))
 
     @property
     def _twin(self) -> str:

@@ -113,17 +113,20 @@ class Target:
         folder = library.parent
         (folder / "build.ninja").write_text(self._ninja_file(library))
         with open(folder / "build.log", "w+") as log:
-            command = [find_ninja(), "-C", str(folder)]
+            command = [find_ninja(), "--quiet", "-C", str(folder)]
             done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock])
             if done.returncode == 0:
                 return
             log.seek(0)
-            lines = [line.rstrip() for line in log if line.strip()]
-            raise BuildError("\n  ".join([f"building {self} failed:", *lines[-8:]]))
+            ninja_says = ("ninja:", "FAILED:", str(find_compiler(self.module.kind)))
+            lines = [line.rstrip() for line in log if not line.startswith(ninja_says)]
+            raise BuildError("\n  ".join([f"building {self} failed", *lines[-8:]]))
 
     def _ninja_file(self, library: Path) -> str:
         compiler = str(find_compiler(self.module.kind))
-        includes = [f"-I{self.sources}", *(f"-isystem{path}" for path in _include_dirs())]
+        includes = ["-I", str(self.sources)]
+        for path in _include_dirs():
+            includes += ["-isystem", path]
         objects = [f"{index}.o" for index in range(len(self.module.sources))]
         # The library appears under its name in one step, whatever interrupts the link.
         lines = [
@@ -170,12 +173,9 @@ def find_compiler(kind: str) -> Path:
 
 
 def find_ninja() -> str:
-    """The ninja program: of the Python package, else from PATH."""
-    if spec := importlib.util.find_spec("ninja"):
-        for folder in spec.submodule_search_locations or []:
-            if found := shutil.which("ninja", path=f"{folder}/data/bin"):
-                return found
-    if found := shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts")):
+    """The ninja program: of this Python environment, else from PATH."""
+    scripts = sysconfig.get_path("scripts")
+    if found := shutil.which("ninja", path=scripts) or shutil.which("ninja"):
         return found
     raise BuildError("no ninja (pip install ninja)")
 
