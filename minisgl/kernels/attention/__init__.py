@@ -1,0 +1,133 @@
+"""Causal attention of chunks of queries over paged keys and values.
+
+Sequence s has n queries, tokens cu_seqlens_q[s] to cu_seqlens_q[s + 1] of q, and L = seq_lens[s]
+keys, its own n last among them. Query t stands at position i = L - n + t and sees key j when
+
+    j <= i,  and i - j < window where there is one.
+
+    x_ij = scale * q_i . k_j,   softcap * tanh(x_ij / softcap) where there is one
+    o_i  = sum_j softmax_j(x_ij) v_j,   lse_i = log sum_j exp(x_ij)
+
+Key j lies in slot page_table[rows[s], j // page_size] * page_size + j % page_size. Query head h
+reads key head h // (Hq / Hkv). Sources: Kwon et al., "Efficient Memory Management for Large
+Language Model Serving with PagedAttention", 2023; Dao, "FlashAttention-2", 2023; the soft cap from
+"Gemma 2: Improving Open Language Models at a Practical Size", 2024.
+"""
+
+import math
+from typing import Any
+
+import torch
+
+from minisgl.kernels.attention.paged import paged_case, visible_pairs
+from minisgl.kernels.op import Case, Cost, Implementation, Op
+
+
+def attention_reference(
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    page_table: torch.Tensor,
+    rows: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    page_size: int,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    max_seqlen_q: int | None = None,
+    return_lse: bool = False,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Returns out [T, Hq, D] in q's dtype, and lse [T, Hq] fp32 (natural log) if asked for.
+
+    q: [T, Hq, D], dense in its last two dimensions; T may exceed cu_seqlens_q[S], the rest of the
+    output is then left as it is. k_pool, v_pool: [slots, Hkv, D]; slots past a sequence's length
+    hold any finite value. page_table: [max_rows, max_pages] int32, rows [S], cu_seqlens_q [S + 1]
+    and seq_lens [S] int32. max_seqlen_q: an upper bound on n, which sizes a launch; it changes no
+    result. A query that sees no key (seq_lens = 0, or more queries than keys) gives 0 and lse
+    -inf. `out` receives the result when given.
+    """
+    num_heads = q.shape[1]
+    groups = num_heads // k_pool.shape[1]
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    offsets = cu_seqlens_q.tolist()
+    for s, (row, length) in enumerate(zip(rows.tolist(), seq_lens.tolist(), strict=True)):
+        start, end = offsets[s], offsets[s + 1]
+        j = torch.arange(length, device=q.device)
+        i = length - (end - start) + torch.arange(end - start, device=q.device)[:, None]
+        slots = page_table[row, j // page_size].long() * page_size + j % page_size
+        keys = k_pool[slots].float().repeat_interleave(groups, dim=1)  # [L, Hq, D]
+        values = v_pool[slots].float().repeat_interleave(groups, dim=1)
+        x = torch.einsum("qhd,khd->qhk", q[start:end].float(), keys) * scale
+        if softcap is not None:
+            x = softcap * torch.tanh(x / softcap)
+        visible = j <= i
+        if window is not None:
+            visible &= i - j < window
+        x = x.masked_fill(~visible[:, None], -math.inf)
+        lse[start:end] = torch.logsumexp(x, dim=-1)
+        weights = torch.softmax(x, dim=-1).nan_to_num(0.0)  # no visible key: 0, not 0 / 0
+        out[start:end] = torch.einsum("qhk,khd->qhd", weights, values).to(out.dtype)
+    return (out, lse) if return_lse else out
+
+
+def attention_cost(
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    window: int | None = None,
+    **_: Any,
+) -> Cost:
+    widths = cu_seqlens_q.diff().tolist()
+    pairs = keys = 0
+    for n, length in zip(widths, seq_lens.tolist(), strict=True):
+        pairs += visible_pairs(n, length, window)
+        keys += length if window is None else min(length, window + n - 1)
+    kv = 2 * keys * k_pool[0].numel() * k_pool.element_size()
+    head_dim = q.shape[-1]
+    return Cost(
+        bytes=2 * q.numel() * q.element_size() + kv, flops=4 * pairs * q.shape[1] * head_dim
+    )
+
+
+def _case(label: str, queries: list[int], lengths: list[int], **facts: Any) -> Case:
+    def make(
+        device: torch.device, dtype: torch.dtype, generator: torch.Generator
+    ) -> dict[str, Any]:
+        arguments = paged_case(sum(queries), lengths, device, dtype, generator, **facts)
+        offsets = torch.tensor([0, *queries]).cumsum(0).int().to(device)
+        return arguments | {"cu_seqlens_q": offsets, "max_seqlen_q": max(queries)}
+
+    return Case(label, make)
+
+
+CASES = (
+    _case("prefill-D64", [1, 63, 65], [1, 63, 65], head_dim=64, q_heads=4, kv_heads=2),
+    _case("chunks-D128", [33, 7, 64], [130, 300, 64], head_dim=128, q_heads=6, kv_heads=2),
+    _case("chunks-D80-page1", [17, 5], [70, 65], head_dim=80, page_size=1),
+    _case("chunks-D96-page64", [17, 40], [129, 40], head_dim=96, page_size=64),
+    _case("chunks-D256-gqa8", [9, 31], [64, 95], head_dim=256, q_heads=8, kv_heads=1),
+    _case("window-D128", [30, 20], [130, 20], head_dim=128, window=24, page_size=32),
+    _case("window1-D64", [5, 3], [70, 3], head_dim=64, window=1),
+    _case("softcap-D128", [21, 64], [80, 64], head_dim=128, softcap=5.0, q_heads=4, kv_heads=4),
+    _case("window-softcap-D256", [33], [100], head_dim=256, window=64, softcap=20.0),
+    _case("no-keys", [3, 2, 1], [0, 1, 5], head_dim=64),
+    _case("empty-sequence", [0, 4], [12, 4], head_dim=128),
+    _case("lse-D128", [10, 66], [75, 66], head_dim=128, return_lse=True),
+)
+
+attention = Op(
+    "attention",
+    attention_reference,
+    implementations=[
+        Implementation("cpu", "cpu", "minisgl.kernels.attention.cpu:attention_cpu"),
+    ],
+    cases=CASES,
+    cost=attention_cost,
+)
