@@ -1,7 +1,8 @@
 """The one configuration of the engine and its server; command-line flags are generated from it."""
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 
 def _option(default: Any, help: str, *, aliases: tuple[str, ...] = ()) -> Any:
@@ -11,7 +12,9 @@ def _option(default: Any, help: str, *, aliases: tuple[str, ...] = ()) -> Any:
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "dummy"]
 SchedulePolicy = Literal["fcfs", "lpm", "priority"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 BatchPolicy = Literal["balanced", "prefill-first", "decode-first"]
+PAGE_SIZES = (1, 16, 32, 64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,30 +41,22 @@ class EngineConfig:
     disable_cuda_graph: bool = _option(False, "run every step eagerly")
     context_length: int | None = _option(None, "longest sequence; the model's own when absent")
     random_seed: int = _option(0, "seed of dummy weights")
-    log_level: str = _option("info", "debug, info, warning or error")
+    log_level: LogLevel = _option("info", "what is logged to stderr")
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            choices = get_args(item.type) if "Literal" in str(item.type) else ()
-            value = getattr(self, item.name)
-            if choices and value not in choices:
-                raise ValueError(f"{item.name} must be one of {list(choices)}, got {value!r}")
-        if self.page_size not in (1, 16, 32, 64):
-            raise ValueError(f"page_size must be one of [1, 16, 32, 64], got {self.page_size}")
-        for name in ("tp_size", "max_running_requests", "chunked_prefill_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_total_tokens", "context_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not 0.0 < self.mem_fraction_static <= 1.0:
-            raise ValueError(
-                "mem_fraction_static must be greater than 0 and at most 1, "
-                f"got {self.mem_fraction_static}"
-            )
-        if self.itl_target_ms is not None and self.itl_target_ms <= 0:
-            raise ValueError(f"itl_target_ms must be greater than 0, got {self.itl_target_ms}")
+            _check_type(item.name, item.type, getattr(self, item.name))
+        if self.page_size not in PAGE_SIZES:
+            raise ValueError(f"page_size must be one of {list(PAGE_SIZES)}, got {self.page_size}")
+        if self.device not in ("auto", "cpu", "cuda") and not self.device.startswith("cuda:"):
+            raise ValueError(f"device must be auto, cpu, cuda or cuda:<index>, got {self.device!r}")
+        _require_at_least(self, 1, "tp_size", "max_running_requests", "chunked_prefill_size")
+        _require_at_least(self, 1, "max_total_tokens", "context_length")
+        _require_at_least(self, 0, "random_seed")
+        _require_above_zero(self, "mem_fraction_static", "itl_target_ms")
+        share = self.mem_fraction_static
+        if share > 1:
+            raise ValueError(f"mem_fraction_static must be at most 1, got {share}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +67,40 @@ class ServerConfig(EngineConfig):
     port: int = _option(30000, "TCP port to listen on")
     served_model_name: str | None = _option(None, "name in /v1/models; the model's when absent")
 
+    watchdog_timeout: float = _option(60.0, "seconds a step may take before /health says 503")
+    drain_timeout: float = _option(30.0, "seconds a shutdown waits for running requests")
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.port <= 65535:
-            raise ValueError(f"port must be between 0 and 65535, got {self.port}")
+        _require_at_least(self, 0, "port", "drain_timeout")
+        _require_above_zero(self, "watchdog_timeout")
+        if self.port > 65535:
+            raise ValueError(f"port must be at most 65535, got {self.port}")
+
+
+def _check_type(name: str, annotation: Any, value: object) -> None:
+    """Raises TypeError or ValueError when `value` is not of the annotated kind."""
+    if get_origin(annotation) is Literal:
+        choices = get_args(annotation)
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
+        return
+    allowed = get_args(annotation) or (annotation,)
+    if type(value) in allowed or (float in allowed and type(value) is int):
+        return
+    kinds = " or ".join("None" if kind is NoneType else kind.__name__ for kind in allowed)
+    raise TypeError(f"{name} must be {kinds}, got {value!r} ({type(value).__name__})")
+
+
+def _require_at_least(config: EngineConfig, limit: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= limit:
+            raise ValueError(f"{name} must be at least {limit}, got {value}")
+
+
+def _require_above_zero(config: EngineConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be greater than 0, got {value}")

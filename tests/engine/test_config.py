@@ -1,0 +1,48 @@
+import pytest
+
+from minisgl.config import EngineConfig, ServerConfig
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"page_size": 8}, ValueError, "page_size must be one of [1, 16, 32, 64], got 8"),
+        ({"page_size": "16"}, TypeError, "page_size must be int, got '16' (str)"),
+        ({"page_size": True}, TypeError, "page_size must be int, got True (bool)"),
+        ({"dtype": "fp8"}, ValueError, "got 'fp8'"),
+        ({"dtype": ["auto"]}, ValueError, "got ['auto']"),
+        ({"device": "tpu"}, ValueError, "cuda:<index>, got 'tpu'"),
+        ({"tp_size": 0}, ValueError, "tp_size must be at least 1, got 0"),
+        ({"max_running_requests": -1}, ValueError, "max_running_requests must be at least 1"),
+        ({"max_total_tokens": 0}, ValueError, "max_total_tokens must be at least 1, got 0"),
+        ({"max_total_tokens": 1.5}, TypeError, "max_total_tokens must be int or None, got 1.5"),
+        ({"mem_fraction_static": 1.5}, ValueError, "mem_fraction_static must be at most 1"),
+        ({"mem_fraction_static": float("nan")}, ValueError, "must be greater than 0, got nan"),
+        ({"itl_target_ms": 0}, ValueError, "itl_target_ms must be greater than 0, got 0"),
+        ({"disable_radix_cache": "no"}, TypeError, "disable_radix_cache must be bool"),
+        ({"log_level": "loud"}, ValueError, "log_level must be one of"),
+        ({"model": 3}, TypeError, "model must be str or None, got 3 (int)"),
+    ],
+)
+def test_wrong_values_are_refused_with_field_limit_and_value(values, error, message):
+    with pytest.raises(error) as caught:
+        EngineConfig(**values)
+    assert message in str(caught.value)
+
+
+def test_values_at_the_limits_are_taken():
+    EngineConfig(mem_fraction_static=1, itl_target_ms=5, device="cuda:1", page_size=64, tp_size=1)
+    ServerConfig(port=0, drain_timeout=0)
+    ServerConfig(port=65535)
+
+
+@pytest.mark.parametrize("values", [{"port": 65536}, {"port": -1}, {"watchdog_timeout": 0}])
+def test_server_values_are_checked_too(values):
+    (name,) = values
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        ServerConfig(**values)
+
+
+def test_unhashable_and_unknown_values_do_not_crash_the_check():
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        EngineConfig(page_sise=16)
