@@ -7,7 +7,7 @@ SERVE_ARGS ?=
 JOBS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check --quiet
+PIP := $(PY) -m pip --disable-pip-version-check -qq
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not gpu" --durations=5
 # mypy --strict: the pure core, the engine, the native loader and every protocol.
 TYPED := $(wildcard minisgl/__init__.py minisgl/core minisgl/engine minisgl/csrc minisgl/log.py \
