@@ -16,11 +16,12 @@ import shutil
 import subprocess
 import sysconfig
 from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Literal
 
 PACKAGE = Path(__file__).parent
-EXTENSION: str = sysconfig.get_config_var("EXT_SUFFIX")  # names Python's version and platform
+EXTENSION = EXTENSION_SUFFIXES[0]  # names Python's version and platform
 # A wheel carries the sources as minisgl/csrc/src; a checkout has them in its top-level csrc/.
 SOURCES = PACKAGE / "src" if (PACKAGE / "src").is_dir() else PACKAGE.parents[1] / "csrc"
 
