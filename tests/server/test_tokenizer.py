@@ -1,0 +1,152 @@
+"""Reading tokenizers and chat templates from HF directories, against transformers' reading."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from minisgl.server.tokenizer import Tokenizer
+from tests.server import small_tokenizers
+from tests.server.small_tokenizers import CHAT_TEMPLATE, save
+
+MESSAGES = [{"role": "user", "content": "größer?"}]
+
+
+@pytest.fixture(scope="module")
+def hf():
+    from transformers import PreTrainedTokenizerFast  # seconds to import: only where needed
+
+    return PreTrainedTokenizerFast
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentence_piece"])
+def test_ids_equal_transformers(tmp_path, hf, kind):
+    save(tmp_path, getattr(small_tokenizers, kind)(), bos_token="<s>")
+    ours, theirs = Tokenizer.from_directory(tmp_path), hf.from_pretrained(tmp_path)
+    for text in [*small_tokenizers.CORPUS[:4], "", " two words <think><|im_end|>x"]:
+        assert ours.encode(text) == theirs.encode(text)
+        assert ours.encode(text, add_special_tokens=False) == theirs.encode(
+            text, add_special_tokens=False
+        )
+    chat = theirs.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
+    assert ours.encode_chat(MESSAGES) == chat
+    assert ours.eos_token_id == theirs.eos_token_id
+    assert ours.bos_token_id == theirs.bos_token_id
+
+
+@pytest.mark.parametrize(("flag", "expected"), [(True, 1), (False, 0), (None, 0)])
+def test_add_bos_token_in_the_config_decides(tmp_path, flag, expected):
+    config = {} if flag is None else {"add_bos_token": flag}
+    save(tmp_path, small_tokenizers.byte_level(), bos_token={"content": "<s>"}, **config)
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    assert tokenizer.encode("hi").count(tokenizer.bos_token_id) == expected
+
+
+def test_add_bos_token_false_beats_the_post_processor(tmp_path):
+    save(tmp_path, small_tokenizers.sentence_piece(), bos_token="<s>", add_bos_token=False)
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    assert tokenizer.bos_token_id not in tokenizer.encode("hi")
+
+
+def test_truncation_and_padding_of_the_file_are_not_applied(tmp_path):
+    save(tmp_path, small_tokenizers.byte_level())
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["truncation"] = {
+        "direction": "Right",
+        "max_length": 4,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    content["padding"] = {
+        "strategy": {"Fixed": 64},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<s>",
+    }
+    path.write_text(json.dumps(content))
+    text = small_tokenizers.CORPUS[0]
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_tokens_that_only_the_config_declares_are_added(tmp_path):
+    backend = small_tokenizers.byte_level()
+    size = backend.get_vocab_size()
+    save(
+        tmp_path,
+        backend,
+        added_tokens_decoder={
+            str(size): {"content": "<|tool|>", "special": True},
+            str(size + 1): {"content": "<|shown|>", "special": False},
+        },
+    )
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    ids = tokenizer.encode("a<|tool|><|shown|>")
+    assert ids[-2:] == [size, size + 1]
+    assert tokenizer.decode(ids) == "a<|shown|>"
+    assert backend.token_to_id("<|tool|>") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("chat_template.jinja", "own {{ messages[0].content }}"),
+        ("chat_template.json", json.dumps({"chat_template": "own {{ messages[0].content }}"})),
+    ],
+)
+def test_a_template_file_beats_the_config(tmp_path, name, content):
+    save(tmp_path, small_tokenizers.byte_level())
+    (tmp_path / name).write_text(content)
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    assert tokenizer.decode(tokenizer.encode_chat(MESSAGES)) == "own größer?"
+
+
+def test_of_several_named_templates_the_default_is_taken(tmp_path):
+    templates = [
+        {"name": "tool_use", "template": "tools"},
+        {"name": "default", "template": CHAT_TEMPLATE},
+    ]
+    save(tmp_path, small_tokenizers.byte_level(), chat_template=templates)
+    assert Tokenizer.from_directory(tmp_path).chat_template.source == CHAT_TEMPLATE
+
+
+def test_a_base_model_has_no_chat(tmp_path):
+    save(tmp_path, small_tokenizers.byte_level(), chat_template=None)
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    assert tokenizer.chat_template is None
+    with pytest.raises(ValueError, match="no chat template"):
+        tokenizer.encode_chat(MESSAGES)
+
+
+def test_a_wrong_template_is_named_with_its_line(tmp_path):
+    save(tmp_path, small_tokenizers.byte_level(), chat_template="a\n{% if %}")
+    with pytest.raises(ValueError, match="line 2"):
+        Tokenizer.from_directory(tmp_path)
+
+
+def test_an_unknown_decoder_is_named(tmp_path):
+    save(tmp_path, small_tokenizers.byte_level())
+    path = tmp_path / "tokenizer.json"
+    wordpiece = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"decoder": wordpiece}))
+    with pytest.raises(ValueError, match="WordPiece"):
+        Tokenizer.from_directory(tmp_path)
+
+
+def test_a_directory_without_any_tokenizer_names_what_is_missing(tmp_path):
+    code = f"""
+import sys
+sys.modules["transformers"] = None  # as where it is not installed
+from minisgl.server.tokenizer import Tokenizer
+try:
+    Tokenizer.from_directory({str(tmp_path)!r})
+except FileNotFoundError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "no tokenizer.json" in done.stdout, done.stderr
+    assert "minisgl[hf]" in done.stdout
