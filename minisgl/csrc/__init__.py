@@ -11,10 +11,10 @@ import threading
 import time
 from types import ModuleType
 
-from minisgl.csrc.build import MODULES, BuildError, Module, Target, find_module
+from minisgl.csrc.build import MODULES, BuildError, Module, Target, Unavailable, find_module
 from minisgl.log import get_logger
 
-__all__ = ["MODULES", "BuildError", "Module", "Target", "load"]
+__all__ = ["MODULES", "BuildError", "Module", "Target", "Unavailable", "load"]
 
 log = get_logger(__name__)
 

@@ -5,21 +5,20 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from minisgl.csrc.build import MODULES, BuildError, Target, find_compiler, present_archs
+from minisgl.csrc.build import MODULES, BuildError, Target, Unavailable, present_archs
 
 
 def report(target: Target) -> bool:
     """Build one target and print one line about it; False if it was tried and failed."""
     try:
-        find_compiler(target.module.kind)
-    except BuildError as error:
-        print(f"csrc: {target}: not built: {error}; {target.module.twin}")
-        return True  # a machine without a compiler is served by the twin: not a failure
-    try:
         begin, found = time.perf_counter(), target.library.exists()
         target.build()
+    except Unavailable as error:
+        print(f"csrc: {target}: not built: {error}; {target.module.twin}")
+        return True  # this machine is served by the twin: nothing has failed
     except BuildError as error:
-        print(f"csrc: {target}: {error}; {target.module.twin}", file=sys.stderr)
+        what, *compiler_lines = str(error).split("\n")
+        print("\n".join([f"csrc: {what}; {target.module.twin}", *compiler_lines]), file=sys.stderr)
         return False
     took = "up to date" if found else f"built in {time.perf_counter() - begin:.1f} s"
     print(f"csrc: {target}: {took}")

@@ -27,7 +27,11 @@ SOURCES = PACKAGE / "src" if (PACKAGE / "src").is_dir() else PACKAGE.parents[1] 
 
 
 class BuildError(RuntimeError):
-    """A target cannot be built here; the message says why, and is fit for one log line."""
+    """A target was not built; the message says why, in its first line."""
+
+
+class Unavailable(BuildError):
+    """Something that building needs is not on this machine."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Target:
 
     @property
     def library(self) -> Path:
-        """Where the finished extension is, or will be. BuildError where no compiler is found."""
+        """Where the finished extension is, or will be. Unavailable: no compiler."""
         compiler = find_compiler(self.module.kind)
         status = compiler.stat()  # stands for the version: asking costs a process at every start
         facts = [
@@ -126,7 +130,7 @@ class Target:
     def _ninja_file(self, library: Path) -> str:
         compiler = str(find_compiler(self.module.kind))
         includes = ["-I", str(self.sources)]
-        for path in _include_dirs():
+        for path in find_headers():
             includes += ["-isystem", path]
         objects = [f"{index}.o" for index in range(len(self.module.sources))]
         # The library appears under its name in one step, whatever interrupts the link.
@@ -161,7 +165,7 @@ def cache_dir() -> Path:
 
 
 def find_compiler(kind: str) -> Path:
-    """The C++ or CUDA compiler. BuildError says where was looked."""
+    """The C++ or CUDA compiler. Unavailable says where was looked."""
     host = [os.environ.get("CXX"), "c++", "g++", "clang++"]
     cuda_home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
     cuda = ["nvcc", f"{cuda_home}/bin/nvcc"]
@@ -169,8 +173,8 @@ def find_compiler(kind: str) -> Path:
         if name and (path := shutil.which(name)):
             return Path(path)
     if kind == "cuda":
-        raise BuildError("no CUDA compiler (nvcc on PATH or in $CUDA_HOME/bin)")
-    raise BuildError("no C++ compiler ($CXX, c++, g++ or clang++)")
+        raise Unavailable("no CUDA compiler (nvcc on PATH or in $CUDA_HOME/bin)")
+    raise Unavailable("no C++ compiler ($CXX, c++, g++ or clang++)")
 
 
 def find_ninja() -> str:
@@ -178,7 +182,7 @@ def find_ninja() -> str:
     scripts = sysconfig.get_path("scripts")
     if found := shutil.which("ninja", path=scripts) or shutil.which("ninja"):
         return found
-    raise BuildError("no ninja (pip install ninja)")
+    raise Unavailable("no ninja (pip install ninja)")
 
 
 def present_archs() -> list[str]:
@@ -191,16 +195,17 @@ def present_archs() -> list[str]:
     return sorted(cap + "a" if int(cap) >= 90 else cap for cap in caps)
 
 
-def _include_dirs() -> list[str]:
+def find_headers() -> list[str]:
+    """Where Python.h and pybind11 are. Unavailable names what is missing."""
     python = sysconfig.get_path("include")
     if not Path(python, "Python.h").exists():
-        raise BuildError(f"no Python headers ({python}/Python.h: install python3-dev)")
+        raise Unavailable(f"no Python headers ({python}/Python.h: install python3-dev)")
     for package in ("pybind11", "torch"):  # torch ships pybind11's headers too
         if spec := importlib.util.find_spec(package):
             for folder in spec.submodule_search_locations or []:
                 if Path(folder, "include/pybind11/pybind11.h").exists():
                     return [python, f"{folder}/include"]
-    raise BuildError("no pybind11 headers (pip install pybind11)")
+    raise Unavailable("no pybind11 headers (pip install pybind11)")
 
 
 @functools.cache

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from minisgl.csrc import BuildError, Module, Target, Unit, load
-from minisgl.csrc.build import find_compiler, find_module
+from minisgl.csrc import Module, Target, Unavailable, Unit, load
+from minisgl.csrc.build import find_compiler, find_headers, find_module, find_ninja
 
 ROOT = Path(__file__).parents[2]
 # Plain C API, because it compiles in a tenth of the time that pybind11 needs.
@@ -28,14 +28,14 @@ PyMODINIT_FUNC PyInit_probe() { return PyModule_Create(&module); }
 PROBE = Module("probe", "cpu", ("probe.cpp",), twin="the twin serves")
 
 
-def has_compiler() -> bool:
+def can_build() -> bool:
     try:
-        return bool(find_compiler("cpu"))
-    except BuildError:
+        return bool(find_compiler("cpu") and find_ninja() and find_headers())
+    except Unavailable:
         return False
 
 
-needs_compiler = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler on this machine")
+needs_compiler = pytest.mark.skipif(not can_build(), reason="no C++ compiler or Python headers")
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def target(tmp_path, monkeypatch) -> Target:
     sources.mkdir()
     (sources / "probe.cpp").write_text(SOURCE)
     (sources / "answer.h").write_text("#define ANSWER 42\n")
-    if has_compiler():
+    if can_build():
         compiler = tmp_path / "cxx"
         compiler.write_text(
             f'#!/bin/sh\necho run >> {tmp_path}/calls\nexec {find_compiler("cpu")} "$@"\n'
