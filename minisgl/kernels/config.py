@@ -1,0 +1,124 @@
+"""The launch-configuration table: one per architecture, fixed, never tuned while serving.
+
+Launchers read their tiles, warps and stages here and nowhere else, and the compile gate walks the
+same table, so what is checked offline is what is launched. Figures follow from what compiles
+without spilling registers and within shared memory (`python -m minisgl.kernels.lint`).
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One program's tile and how it is launched."""
+
+    rows: int
+    cols: int
+    warps: int
+    stages: int
+    depth: int = 0  # of a matrix product's reduction
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the launchers need to know of a GPU generation; attention tiles go by head size."""
+
+    processors: int  # streaming multiprocessors assumed when work is split
+    shared_bytes: int  # shared memory one block may use
+    decode: Mapping[int, Tile]
+    chunk: Mapping[int, Tile]
+    matmul: Tile
+    experts: Tile
+    experts_few: Tile  # few tokens per expert
+
+
+def _by_head(small: Tile, medium: Tile, large: Tile) -> dict[int, Tile]:
+    return {64: small, 128: medium, 256: large}
+
+
+ARCHITECTURES: Mapping[int, Architecture] = {
+    80: Architecture(
+        processors=108,
+        shared_bytes=163 * 1024,
+        decode=_by_head(Tile(16, 64, 4, 4), Tile(16, 64, 4, 3), Tile(16, 32, 4, 3)),
+        chunk=_by_head(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 32, 8, 3)),
+        matmul=Tile(128, 128, 8, 3, depth=64),
+        experts=Tile(64, 128, 4, 3, depth=64),
+        experts_few=Tile(16, 128, 4, 4, depth=64),
+    ),
+    89: Architecture(
+        processors=128,
+        shared_bytes=99 * 1024,
+        decode=_by_head(Tile(16, 64, 4, 4), Tile(16, 64, 4, 3), Tile(16, 32, 4, 3)),
+        chunk=_by_head(Tile(64, 64, 4, 3), Tile(64, 32, 4, 3), Tile(64, 16, 8, 3)),
+        matmul=Tile(128, 128, 8, 3, depth=32),
+        experts=Tile(64, 128, 4, 3, depth=32),
+        experts_few=Tile(16, 128, 4, 4, depth=64),
+    ),
+    90: Architecture(
+        processors=132,
+        shared_bytes=227 * 1024,
+        decode=_by_head(Tile(16, 64, 4, 4), Tile(16, 64, 4, 4), Tile(16, 64, 4, 3)),
+        chunk=_by_head(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 64, 8, 3)),
+        matmul=Tile(128, 128, 8, 4, depth=64),
+        experts=Tile(64, 128, 4, 4, depth=64),
+        experts_few=Tile(16, 128, 4, 4, depth=64),
+    ),
+    100: Architecture(
+        processors=148,
+        shared_bytes=227 * 1024,
+        decode=_by_head(Tile(16, 64, 4, 4), Tile(16, 64, 4, 4), Tile(16, 64, 4, 3)),
+        chunk=_by_head(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 64, 8, 3)),
+        matmul=Tile(128, 128, 8, 4, depth=64),
+        experts=Tile(64, 128, 4, 4, depth=64),
+        experts_few=Tile(16, 128, 4, 4, depth=64),
+    ),
+}
+
+# Compute capabilities that use a listed generation's table.
+_FAMILY = {80: 80, 86: 89, 87: 89, 89: 89, 90: 90, 100: 100, 103: 100, 120: 89, 121: 89}
+
+_target: ContextVar[int | None] = ContextVar("target_architecture", default=None)
+
+
+@contextmanager
+def target(arch: int) -> Iterator[None]:
+    """Within the context, launchers configure for sm_`arch` whatever device the tensors are on."""
+    token = _target.set(arch)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+@lru_cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def architecture(device: torch.device) -> Architecture:
+    """The table for `device`. Raises RuntimeError for a GPU that no table covers."""
+    capability = _target.get() or _capability(device)
+    if capability not in _FAMILY:
+        raise RuntimeError(f"no launch configuration for sm_{capability}; known: {list(_FAMILY)}")
+    return ARCHITECTURES[_FAMILY[capability]]
+
+
+def by_head(tiles: Mapping[int, Tile], head_dim: int) -> Tile:
+    """The tile for the smallest listed head size that holds `head_dim`."""
+    for size, tile in tiles.items():
+        if head_dim <= size:
+            return tile
+    raise ValueError(f"head_dim must be at most {max(tiles)}, got {head_dim}")
+
+
+def row_warps(elements: int) -> int:
+    """Warps of a program that holds `elements` of whole rows in registers: 16 to a thread."""
+    return min(16, max(1, elements // 512))

@@ -1,0 +1,100 @@
+"""Merge of attention states: one program per token and tile of heads, states added in order."""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def merge_kernel(
+    parts_ptr,  # [S, T, H, D]
+    lse_ptr,  # [S, T, H]
+    out_ptr,  # [T, H, D]
+    out_lse_ptr,  # [T, H]
+    state_stride,  # of parts, in elements
+    lse_stride,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    S: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WRITE_LSE: tl.constexpr,
+):
+    LOG2E: tl.constexpr = 1.4426950408889634
+    LN2: tl.constexpr = 0.6931471805599453
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    d = tl.arange(0, BLOCK_D)
+    head_ok = head < H
+    at = token * H + head
+    top = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    for s in range(S):
+        top = tl.maximum(
+            top, tl.load(lse_ptr + s * lse_stride + at, mask=head_ok, other=float("-inf"))
+        )
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.zeros([BLOCK_H], tl.float32)
+    merged = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    for s in range(S):
+        lse = tl.load(lse_ptr + s * lse_stride + at, mask=head_ok, other=float("-inf"))
+        weight = tl.exp2((lse - shift) * LOG2E)
+        # An empty state's output is never read: it may hold anything.
+        live = (weight > 0.0)[:, None] & (d < D)[None, :]
+        part = tl.load(
+            parts_ptr + s * state_stride + at[:, None] * D + d[None, :], mask=live, other=0.0
+        ).to(tl.float32)
+        merged += part * weight[:, None]
+        total += weight
+    divisor = tl.where(total > 0.0, total, 1.0)
+    ok = head_ok[:, None] & (d < D)[None, :]
+    out = merged / divisor[:, None]
+    tl.store(out_ptr + at[:, None] * D + d[None, :], out.to(out_ptr.dtype.element_ty), mask=ok)
+    if WRITE_LSE:
+        out_lse = tl.where(total > 0.0, shift + tl.log2(divisor) * LN2, float("-inf"))
+        tl.store(out_lse_ptr + at, out_lse, mask=head_ok)
+
+
+def merge_portable(
+    parts: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    out: torch.Tensor | None = None,
+    out_lse: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`merge_reference` on a GPU. Raises ValueError for shapes or layouts that do not fit."""
+    states, tokens, heads, _ = parts.shape
+    if lse.shape != (states, tokens, heads):
+        raise ValueError(f"lse must be {(states, tokens, heads)}, got {tuple(lse.shape)}")
+    if not (parts[0].is_contiguous() and lse[0].is_contiguous()):
+        raise ValueError("the states of parts and lse must each be contiguous")
+    if out is None:
+        out = torch.empty(parts.shape[1:], dtype=parts.dtype, device=parts.device)
+    if out_lse is None:
+        out_lse = torch.empty(lse.shape[1:], dtype=torch.float32, device=lse.device)
+    launch_merge(parts, lse, out, out_lse)
+    return out, out_lse
+
+
+def launch_merge(
+    parts: torch.Tensor, lse: torch.Tensor, out: torch.Tensor, out_lse: torch.Tensor | None
+) -> None:
+    """Launches the merge; with no `out_lse`, only the outputs are written."""
+    states, tokens, heads, head_dim = parts.shape
+    if tokens == 0:
+        return
+    block_h = min(8, triton.next_power_of_2(heads))
+    merge_kernel[(tokens, triton.cdiv(heads, block_h))](
+        parts,
+        lse,
+        out,
+        lse if out_lse is None else out_lse,
+        parts.stride(0),
+        lse.stride(0),
+        H=heads,
+        D=head_dim,
+        S=states,
+        BLOCK_H=block_h,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        WRITE_LSE=out_lse is not None,
+        num_warps=4,
+    )
