@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from minisgl.kernels.op import Case, Cost, Op
+from minisgl.kernels.op import Case, Cost, Implementation, Op
 
 
 def silu_and_mul_reference(x: torch.Tensor) -> torch.Tensor:
@@ -42,7 +42,25 @@ def _case(*shape: int) -> Case:
 
 CASES = (_case(1, 6144), _case(33, 2 * 1000), _case(5, 3, 2 * 129), _case(0, 64))
 
-silu_and_mul = Op("silu_and_mul", silu_and_mul_reference, cases=CASES, cost=activation_cost)
+silu_and_mul = Op(
+    "silu_and_mul",
+    silu_and_mul_reference,
+    implementations=[
+        Implementation(
+            "portable", "cuda", "minisgl.kernels.activation.portable:silu_and_mul_portable"
+        )
+    ],
+    cases=CASES,
+    cost=activation_cost,
+)
 gelu_tanh_and_mul = Op(
-    "gelu_tanh_and_mul", gelu_tanh_and_mul_reference, cases=CASES, cost=activation_cost
+    "gelu_tanh_and_mul",
+    gelu_tanh_and_mul_reference,
+    implementations=[
+        Implementation(
+            "portable", "cuda", "minisgl.kernels.activation.portable:gelu_tanh_and_mul_portable"
+        )
+    ],
+    cases=CASES,
+    cost=activation_cost,
 )

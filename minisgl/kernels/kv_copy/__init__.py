@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from minisgl.kernels.op import Case, Cost, Op
+from minisgl.kernels.op import Case, Cost, Implementation, Op
 
 
 def write_kv_reference(
@@ -109,5 +109,21 @@ COPY_CASES = (
     _copy_case(1, 2, 64, 32, 0),
 )
 
-write_kv = Op("write_kv", write_kv_reference, cases=WRITE_CASES, cost=write_kv_cost)
-copy_pages = Op("copy_pages", copy_pages_reference, cases=COPY_CASES, cost=copy_pages_cost)
+write_kv = Op(
+    "write_kv",
+    write_kv_reference,
+    implementations=[
+        Implementation("portable", "cuda", "minisgl.kernels.kv_copy.portable:write_kv_portable")
+    ],
+    cases=WRITE_CASES,
+    cost=write_kv_cost,
+)
+copy_pages = Op(
+    "copy_pages",
+    copy_pages_reference,
+    implementations=[
+        Implementation("portable", "cuda", "minisgl.kernels.kv_copy.portable:copy_pages_portable")
+    ],
+    cases=COPY_CASES,
+    cost=copy_pages_cost,
+)

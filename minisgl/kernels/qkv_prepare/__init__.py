@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from minisgl.kernels.kv_copy import write_kv_reference
-from minisgl.kernels.op import Case, Cost, Op
+from minisgl.kernels.op import Case, Cost, Implementation, Op
 from minisgl.kernels.rmsnorm import rmsnorm_reference
 from minisgl.kernels.rotary import plain_table, rotate
 
@@ -114,4 +114,14 @@ CASES = (
     _case(9, 4, 4, 96, norm=False, interleaved=True),
 )
 
-qkv_prepare = Op("qkv_prepare", qkv_prepare_reference, cases=CASES, cost=qkv_prepare_cost)
+qkv_prepare = Op(
+    "qkv_prepare",
+    qkv_prepare_reference,
+    implementations=[
+        Implementation(
+            "portable", "cuda", "minisgl.kernels.qkv_prepare.portable:qkv_prepare_portable"
+        )
+    ],
+    cases=CASES,
+    cost=qkv_prepare_cost,
+)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from minisgl.kernels.op import Case, Cost, Op
+from minisgl.kernels.op import Case, Cost, Implementation, Op
 
 
 def rmsnorm_reference(
@@ -84,4 +84,12 @@ CASES = (
     _strided_heads(),
 )
 
-rmsnorm = Op("rmsnorm", rmsnorm_reference, cases=CASES, cost=rmsnorm_cost)
+rmsnorm = Op(
+    "rmsnorm",
+    rmsnorm_reference,
+    implementations=[
+        Implementation("portable", "cuda", "minisgl.kernels.rmsnorm.portable:rmsnorm_portable")
+    ],
+    cases=CASES,
+    cost=rmsnorm_cost,
+)

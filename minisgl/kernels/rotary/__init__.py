@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from minisgl.kernels.op import Case, Cost, Op
+from minisgl.kernels.op import Case, Cost, Implementation, Op
 
 
 def rotate(
@@ -97,4 +97,12 @@ CASES = (
     _case(3, 2, 2, 128, 32, True),
 )
 
-rotary = Op("rotary", rotary_reference, cases=CASES, cost=rotary_cost)
+rotary = Op(
+    "rotary",
+    rotary_reference,
+    implementations=[
+        Implementation("portable", "cuda", "minisgl.kernels.rotary.portable:rotary_portable")
+    ],
+    cases=CASES,
+    cost=rotary_cost,
+)
