@@ -1,0 +1,145 @@
+"""What the engine launches, at the head counts and widths of the models it is for.
+
+Each launch calls a launcher with empty tensors; under `lint.offline` that compiles its kernels
+and stops. The list is what the compile gate covers; tiles come from `config`, as when serving.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from minisgl.kernels.activation.portable import silu_and_mul_portable
+from minisgl.kernels.kv_copy.portable import copy_pages_portable, write_kv_portable
+from minisgl.kernels.merge.portable import merge_portable
+from minisgl.kernels.qkv_prepare.portable import qkv_prepare_portable
+from minisgl.kernels.rmsnorm.portable import rmsnorm_portable
+from minisgl.kernels.rotary.portable import rotary_portable
+
+BF16 = torch.bfloat16
+TOKENS = 48  # any size; no kernel depends on it
+
+
+@dataclass(frozen=True)
+class Model:
+    """The shapes of a model's layers that kernels are compiled for."""
+
+    name: str
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    inner: int
+    experts: int = 0
+    top_k: int = 0
+
+
+MODELS = (
+    Model("llama-8b", 32, 8, 128, 4096, 14336),
+    Model("qwen3-0.6b", 16, 8, 128, 1024, 3072),
+    Model("qwen3-14b", 40, 8, 128, 5120, 17408),
+    Model("qwen3-32b", 64, 8, 128, 5120, 25600),
+    Model("qwen3-30b-a3b", 32, 4, 128, 2048, 768, experts=128, top_k=8),
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call of a launcher, and what its machine code must show.
+
+    `expected` are names of `lint.INSTRUCTIONS`, for every kernel of the launch; those of
+    `on_hopper` only on sm_90, by kernel name.
+    """
+
+    label: str
+    call: Callable[..., Any]
+    arguments: dict[str, Any]
+    expected: tuple[str, ...] = ()
+    on_hopper: dict[str, tuple[str, ...]] | None = None
+    only: tuple[int, ...] = ()  # architectures it is for; all when empty
+
+    def archs(self, known: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(arch for arch in known if not self.only or arch in self.only)
+
+    def run(self) -> None:
+        self.call(**self.arguments)
+
+    def expects(self, kernel: str, arch: int) -> tuple[str, ...]:
+        hopper = (self.on_hopper or {}).get(kernel, ()) if arch == 90 else ()
+        return self.expected + hopper
+
+
+def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def ints(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.int32)
+
+
+def _rowwise(model: Model) -> Iterator[Launch]:
+    x = empty(TOKENS, model.hidden)
+    norm = {"x": x, "weight": empty(model.hidden), "eps": 1e-6}
+    wide = ("load128", "store128")
+    yield Launch(f"rmsnorm {model.name}", rmsnorm_portable, norm, wide)
+    residual = norm | {"residual": empty(TOKENS, model.hidden)}
+    yield Launch(f"rmsnorm-residual {model.name}", rmsnorm_portable, residual, wide)
+    inner = {"x": empty(TOKENS, 2 * model.inner)}
+    yield Launch(f"silu_and_mul {model.name}", silu_and_mul_portable, inner, wide)
+
+
+def _heads(model: Model) -> Iterator[Launch]:
+    tokens, q_heads, kv_heads, head_dim = TOKENS, model.q_heads, model.kv_heads, model.head_dim
+    slots = 4096
+    pool = empty(slots, kv_heads, head_dim)
+    table = empty(4096, head_dim, dtype=torch.float32)
+    prepare = {
+        "qkv": empty(tokens, (q_heads + 2 * kv_heads) * head_dim),
+        "positions": empty(tokens, dtype=torch.int64),
+        "cos_sin": table,
+        "k_pool": pool,
+        "v_pool": pool,
+        "slot_mapping": empty(tokens, dtype=torch.int64),
+        "num_q_heads": q_heads,
+    }
+    weights = {"q_weight": empty(head_dim), "k_weight": empty(head_dim)}
+    wide = ("load128", "store128")
+    yield Launch(f"qkv_prepare {model.name}", qkv_prepare_portable, prepare, wide)
+    yield Launch(f"qkv_prepare-norm {model.name}", qkv_prepare_portable, prepare | weights, wide)
+    turned = {
+        "q": empty(tokens, q_heads, head_dim),
+        "k": empty(tokens, kv_heads, head_dim),
+        "cos_sin": table,
+        "positions": empty(tokens, dtype=torch.int64),
+    }
+    yield Launch(f"rotary {model.name}", rotary_portable, turned, wide)
+    written = {
+        "k": empty(tokens, kv_heads, head_dim),
+        "v": empty(tokens, kv_heads, head_dim),
+        "k_pool": pool,
+        "v_pool": pool,
+        "slot_mapping": empty(tokens, dtype=torch.int64),
+    }
+    yield Launch(f"write_kv {model.name}", write_kv_portable, written, wide)
+    copied = {
+        "storage": empty(2, 2, slots, kv_heads, head_dim),
+        "jobs": ints(8, 3),
+        "page_size": 16,
+    }
+    yield Launch(f"copy_pages {model.name}", copy_pages_portable, copied, wide)
+    for states in (2, 8):
+        merged = {
+            "parts": empty(states, tokens, q_heads, head_dim, dtype=torch.float32),
+            "lse": empty(states, tokens, q_heads, dtype=torch.float32),
+            "out": empty(tokens, q_heads, head_dim),
+        }
+        yield Launch(f"merge-{states} {model.name}", merge_portable, merged, wide)
+
+
+def launches() -> Iterator[Launch]:
+    """Everything the compile gate covers."""
+    for model in (MODELS[0], MODELS[2], MODELS[4]):
+        yield from _rowwise(model)
+    for model in (MODELS[0], MODELS[1]):
+        yield from _heads(model)

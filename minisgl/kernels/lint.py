@@ -1,0 +1,232 @@
+"""The compile gate: every kernel the engine launches, compiled for each GPU with no GPU at hand.
+
+    python -m minisgl.kernels.lint [--arch 90] [--op decode] [--baseline FILE] [--write FILE]
+
+The launchers themselves are called, on empty CPU tensors of realistic shapes, while a stand-in
+driver answers that the GPU is an sm_N and a launch stops once its kernel is compiled. Arguments
+are therefore bound, specialised and configured exactly as when serving. The cubins are then read:
+registers, local memory, shared memory, and the instructions that matter for speed.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.jit import JITFunction
+
+from minisgl.kernels.config import ARCHITECTURES, target
+from minisgl.kernels.launches import Launch, launches
+
+ARCHES = (80, 90, 100)
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+# Instructions counted in the machine code, by the name they are reported under.
+INSTRUCTIONS = {
+    "wgmma": r"\bHGMMA",  # warpgroup matrix product (sm_90)
+    "mma": r"\bHMMA",  # warp matrix product
+    "tcgen05": r"\bUTC\w*MMA",  # tensor-memory matrix product (sm_100)
+    "tma": r"\bUTMALDG",  # bulk tensor copy into shared memory
+    "cp_async": r"\bLDGSTS",  # asynchronous copy into shared memory
+    "load128": r"\bLDG\.[\w.]*128|\bLDGSTS\.[\w.]*128",
+    "load": r"\bLDG\.|\bLDGSTS\.",
+    "store128": r"\bSTG\.[\w.]*128",
+    "store": r"\bSTG\.",
+    "wgmma_wait": r"WARPGROUP\.DEPBAR",
+    "set_registers": r"USETMAXREG",
+}
+
+
+class OfflineDriver(DriverBase):  # type: ignore[misc]
+    """Stands in for a GPU driver: names a target, launches nothing."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # Triton's cache of compiled kernels goes by device: one per target
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Any:
+        raise RuntimeError("kernels are not tuned while they are compiled offline")
+
+
+@contextmanager
+def offline(arch: int) -> Iterator[list[Any]]:
+    """Within the context a launch compiles for sm_`arch` and stops; yields what was compiled."""
+    compiled: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(kernel: JITFunction, *args: Any, **kwargs: Any) -> Any:
+        result = run(kernel, *args, **{**kwargs, "warmup": True})
+        result = result.result() if hasattr(result, "result") else result
+        if all(result is not known for known in compiled):
+            compiled.append(result)
+        return result
+
+    driver = triton.runtime.driver
+    active = driver._active
+    driver.set_active(OfflineDriver(arch))
+    try:
+        with patch.object(JITFunction, "run", compile_only), target(arch):
+            yield compiled
+    finally:
+        driver._active = active
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one compiled kernel uses. `local` is bytes of stack and spills per thread."""
+
+    label: str
+    kernel: str
+    arch: int
+    registers: int
+    local: int
+    shared: int
+    warps: int
+    counts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return f"{self.label} {self.kernel} sm_{self.arch}"
+
+    def row(self) -> str:
+        counts = " ".join(f"{name}={n}" for name, n in self.counts.items() if n)
+        return (
+            f"{self.label:44s} {self.kernel:22s} sm_{self.arch:<4d}"
+            f"{self.registers:4d} regs {self.local:4d} local {self.shared:7d} shared  {counts}"
+        )
+
+
+def read(label: str, arch: int, compiled: Any) -> Report:
+    """Reads a compiled kernel's cubin with the tools that come with Triton."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        code = subprocess.run(
+            [str(_TOOLS / "cuobjdump"), "-res-usage", "-sass", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", code)
+    if found is None:
+        raise RuntimeError(f"{label}: cuobjdump gave no resource usage")
+    registers, stack, local = (int(number) for number in found.groups())
+    return Report(
+        label,
+        compiled.metadata.name,
+        arch,
+        registers,
+        stack + local,
+        compiled.metadata.shared,
+        compiled.metadata.num_warps,
+        {name: len(re.findall(pattern, code)) for name, pattern in INSTRUCTIONS.items()},
+    )
+
+
+def reports(launch: Launch, arch: int) -> list[Report]:
+    """Compiles every kernel of one launch for sm_`arch`."""
+    with offline(arch) as compiled:
+        launch.run()
+    if not compiled:
+        raise RuntimeError(f"{launch.label}: the launcher launched nothing")
+    return [read(launch.label, arch, kernel) for kernel in compiled]
+
+
+def problems(report: Report, launch: Launch) -> list[str]:
+    """What the gate objects to in one kernel; empty when it passes."""
+    found = []
+    limit = ARCHITECTURES[report.arch].shared_bytes
+    if report.local:
+        found.append(f"{report.local} bytes of local memory")
+    if report.shared > limit:
+        found.append(f"{report.shared} bytes of shared memory, limit {limit}")
+    if report.registers * report.warps * 32 > 65536:
+        found.append(f"{report.registers} registers in {report.warps} warps exceed the file")
+    for name in launch.expects(report.kernel, report.arch):
+        if not report.counts[name]:
+            found.append(f"no {name} in the machine code")
+    if report.counts["wgmma"] >= 8 and 2 * report.counts["wgmma_wait"] > report.counts["wgmma"]:
+        found.append("wgmma is serialised: more than one wait for two products")
+    return found
+
+
+def regressions(report: Report, baseline: dict[str, Any]) -> list[str]:
+    """Where a kernel is worse than the committed figures for this version of Triton."""
+    known = baseline.get(report.key)
+    if known is None:
+        return ["not in the baseline; write it with --write"]
+    found = [
+        f"{name} {getattr(report, name)}, baseline {known[name]}"
+        for name in ("registers", "local", "shared")
+        if getattr(report, name) > known[name]
+    ]
+    for name in ("load128", "store128", "tma"):
+        if report.counts[name] < known["counts"].get(name, 0):
+            found.append(f"{name} {report.counts[name]}, baseline {known['counts'][name]}")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="minisgl.kernels.lint", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--arch", type=int, action="append", choices=list(ARCHITECTURES))
+    parser.add_argument("--op", action="append", help="only launches whose label begins so")
+    parser.add_argument("--baseline", type=Path, help="fail on figures worse than this file's")
+    parser.add_argument("--write", type=Path, help="write the figures to this file")
+    options = parser.parse_args(arguments)
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET=1 is set: kernels are interpreted, nothing is compiled")
+    baseline = json.loads(options.baseline.read_text()) if options.baseline else None
+    chosen = [x for x in launches() if not options.op or x.label.startswith(tuple(options.op))]
+    table, failures = {}, 0
+    for launch in chosen:
+        for arch in launch.archs(tuple(options.arch or ARCHES)):
+            for report in reports(launch, arch):
+                found = problems(report, launch)
+                found += regressions(report, baseline) if baseline is not None else []
+                failures += bool(found)
+                table[report.key] = {
+                    name: value
+                    for name, value in asdict(report).items()
+                    if name in ("registers", "local", "shared", "counts")
+                }
+                table[report.key]["counts"] = {n: c for n, c in report.counts.items() if c}
+                print(report.row(), *(f"\n    ! {text}" for text in found), flush=True)
+    print(f"{len(table)} kernels compiled by triton {triton.__version__}, {failures} with problems")
+    if options.write:
+        options.write.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
