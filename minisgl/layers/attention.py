@@ -1,9 +1,16 @@
-"""`ForwardInputs`: a `Batch` as tensors, the one argument of every forward pass."""
+"""`ForwardInputs`, a `Batch` as tensors and the one argument of every forward pass; attention."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from minisgl.kernels.attention import attention
+from minisgl.kernels.decode import decode
+from minisgl.kernels.qkv_prepare import qkv_prepare
+from minisgl.layers.linear import ColumnLinear, Part, RowLinear
+from minisgl.layers.norm import RMSNorm
+from minisgl.layers.weights import Placement, Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,3 +33,136 @@ class ForwardInputs:
     num_decode: int  # the first num_decode sequences have decode_width tokens each
     decode_width: int = 1
     max_seqlen_q: int = 1  # over the sequences that are not decode
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSlices:
+    """A step's decode part and its chunk part, the same for every layer."""
+
+    decode_tokens: int
+    decode_rows: torch.Tensor
+    decode_lens: torch.Tensor
+    chunk_rows: torch.Tensor
+    chunk_lens: torch.Tensor
+    chunk_offsets: torch.Tensor  # cu_seqlens_q of the chunk part alone
+
+    @classmethod
+    def of(cls, inputs: ForwardInputs) -> "AttentionSlices":
+        n = inputs.num_decode
+        tokens = n * inputs.decode_width
+        return cls(
+            decode_tokens=tokens,
+            decode_rows=inputs.rows[:n],
+            decode_lens=inputs.seq_lens[:n],
+            chunk_rows=inputs.rows[n:],
+            chunk_lens=inputs.seq_lens[n:],
+            chunk_offsets=inputs.cu_seqlens_q[n:] - tokens if n else inputs.cu_seqlens_q,
+        )
+
+
+class Attention:
+    """Self-attention over the paged KV of one layer: project, prepare, attend, project."""
+
+    def __init__(
+        self,
+        prefix: str,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        qkv_bias: bool,
+        out_bias: bool,
+        qk_norm: tuple[RMSNorm, RMSNorm] | None,
+        cos_sin: torch.Tensor,
+        at: Placement,
+    ) -> None:
+        """cos_sin: the rotary table, shared by layers with the same `Rope`."""
+        heads = [
+            Part("q_proj", num_heads, head_dim),
+            Part("k_proj", num_kv_heads, head_dim),
+            Part("v_proj", num_kv_heads, head_dim),
+        ]
+        self.qkv = ColumnLinear(prefix, hidden_size, heads, bias=qkv_bias, at=at)
+        self.out = RowLinear(
+            f"{prefix}.o_proj", num_heads, head_dim, hidden_size, bias=out_bias, at=at
+        )
+        self.num_heads = self.qkv.shares[0][1]
+        self.scale = scale
+        self.window = window
+        self.softcap = softcap
+        self.qk_norm = qk_norm
+        self.cos_sin = cos_sin
+
+    def weights(self) -> Iterator[Weight]:
+        yield from self.qkv.weights()
+        yield from self.out.weights()
+        for norm in self.qk_norm or ():
+            yield from norm.weights()
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        inputs: ForwardInputs,
+        slices: AttentionSlices,
+        kv: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """x: [T, hidden]; kv: this layer's pools. Returns [T, hidden]."""
+        q = self._prepare(self.qkv(x), inputs, kv)
+        attended = torch.empty_like(q)
+        facts = {
+            "page_size": inputs.page_size,
+            "scale": self.scale,
+            "window": self.window,
+            "softcap": self.softcap,
+        }
+        n = slices.decode_tokens
+        if slices.decode_rows.shape[0]:
+            decode(
+                q[:n],
+                *kv,
+                inputs.page_table,
+                slices.decode_rows,
+                slices.decode_lens,
+                width=inputs.decode_width,
+                out=attended[:n],
+                **facts,
+            )
+        if slices.chunk_rows.shape[0]:
+            attention(
+                q[n:],
+                *kv,
+                inputs.page_table,
+                slices.chunk_rows,
+                slices.chunk_offsets,
+                slices.chunk_lens,
+                max_seqlen_q=inputs.max_seqlen_q,
+                out=attended[n:],
+                **facts,
+            )
+        return self.out(attended.flatten(1))
+
+    def _prepare(
+        self, qkv: torch.Tensor, inputs: ForwardInputs, kv: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        q_weight, k_weight, eps, unit_offset = None, None, 0.0, False
+        if self.qk_norm is not None:
+            q_norm, k_norm = self.qk_norm
+            q_weight, k_weight = q_norm.weight, k_norm.weight
+            eps, unit_offset = q_norm.eps, q_norm.unit_offset
+        q: torch.Tensor = qkv_prepare(
+            qkv,
+            inputs.positions,
+            self.cos_sin,
+            *kv,
+            inputs.slot_mapping,
+            self.num_heads,
+            q_weight,
+            k_weight,
+            eps,
+            unit_offset,
+        )
+        return q

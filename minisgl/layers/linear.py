@@ -1,0 +1,94 @@
+"""Linear layers: checkpoint matrices fused by rows, split over ranks by rows or by columns."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from minisgl.layers.weights import Placement, Weight
+from minisgl.parallel import share
+
+
+@dataclass(frozen=True)
+class Part:
+    """One checkpoint matrix inside a fused one: `units` groups of `width` output rows.
+
+    Units are what ranks share out: heads in a projection of heads, single rows elsewhere.
+    """
+
+    name: str
+    units: int
+    width: int = 1
+
+
+class ColumnLinear:
+    """y = x W^T + b. The outputs are shared over ranks, so no communication is needed.
+
+    W [out, in] stacks the parts: queries, keys and values in one product, gate and up in one.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        in_features: int,
+        parts: Sequence[Part],
+        *,
+        bias: bool,
+        at: Placement,
+    ) -> None:
+        self.prefix = prefix
+        self.in_features = in_features
+        self.parts = parts
+        self.shares = [share(f"{prefix}.{part.name}", part.units, at.comm) for part in parts]
+        rows = sum(count * part.width for part, (_, count) in zip(parts, self.shares, strict=True))
+        self.weight = at.empty(rows, in_features)
+        self.bias = at.empty(rows) if bias else None
+
+    def weights(self) -> Iterator[Weight]:
+        row = 0
+        for part, (first, count) in zip(self.parts, self.shares, strict=True):
+            name, out = f"{self.prefix}.{part.name}", part.units * part.width
+            rows, start = slice(row, row + count * part.width), first * part.width
+            row = rows.stop
+            yield Weight(f"{name}.weight", self.weight[rows], (out, self.in_features), 0, start)
+            if self.bias is not None:
+                yield Weight(f"{name}.bias", self.bias[rows], (out,), 0, start)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class RowLinear:
+    """y = x W^T + b. The inputs are shared over ranks and the outputs summed."""
+
+    def __init__(
+        self,
+        name: str,
+        units: int,
+        width: int,
+        out_features: int,
+        *,
+        bias: bool,
+        at: Placement,
+    ) -> None:
+        """Inputs are `units` groups of `width`, as in the `Part`s that made them."""
+        self.name = name
+        self.comm = at.comm
+        self.in_features = units * width
+        first, count = share(name, units, at.comm)
+        self.start = first * width
+        self.weight = at.empty(out_features, count * width)
+        self.bias = at.empty(out_features) if bias else None
+
+    def weights(self) -> Iterator[Weight]:
+        out = self.weight.shape[0]
+        yield Weight(f"{self.name}.weight", self.weight, (out, self.in_features), 1, self.start)
+        if self.bias is not None:
+            yield Weight(f"{self.name}.bias", self.bias, (out,))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.comm.size == 1:
+            return F.linear(x, self.weight, self.bias)
+        y = self.comm.all_reduce(F.linear(x, self.weight))
+        return y if self.bias is None else y + self.bias

@@ -1,0 +1,45 @@
+"""What layers are built with, and where a checkpoint's tensors go in them.
+
+Every layer lists its own `Weight`s; the loader fills them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from minisgl.parallel import Communicator
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The same for all layers of a model: where they live, in what type, among which ranks."""
+
+    dtype: torch.dtype
+    device: torch.device
+    comm: Communicator
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of a checkpoint and the place its part for this rank is copied to.
+
+    `target` is a view of a parameter, so that fused and sharded parameters fill piece by piece and
+    nothing is allocated twice. `dim` is the dimension that is split over ranks, `start` where this
+    rank's part begins in it; the length is the target's.
+    """
+
+    name: str
+    target: torch.Tensor
+    shape: tuple[int, ...]  # in the checkpoint
+    dim: int = 0
+    start: int = 0
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """What of the checkpoint's tensor belongs here."""
+        slices = [slice(None)] * len(self.shape)
+        slices[self.dim] = slice(self.start, self.start + self.target.shape[self.dim])
+        return tuple(slices)

@@ -1,0 +1,333 @@
+"""`ModelConfig`: what a decoder is, as facts. The one reader of Hugging Face's field names.
+
+Both spellings of transformers are read: v4 (`rope_theta`, `rope_scaling`, `torch_dtype`,
+`sliding_window_pattern`) and v5 (`rope_parameters`, by layer type where they differ; `dtype`,
+`layer_types`).
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minisgl.layers.rotary import LinearScaling, Llama3Scaling, Rope, YarnScaling
+from minisgl.models.families import Family, find_family
+from minisgl.models.fields import Fields
+
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+FULL, SLIDING = "full_attention", "sliding_attention"
+# Other spellings of the fields read here.
+RESPELLED = {
+    "torch_dtype": "dtype",
+    "num_local_experts": "num_experts",
+    "_sliding_window_pattern": "sliding_window_pattern",
+}
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """A mixture-of-experts feed-forward block."""
+
+    num_experts: int
+    top_k: int
+    inner_size: int
+    renormalize: bool  # the weights of the chosen experts sum to 1
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """What may differ from layer to layer."""
+
+    rope: Rope
+    window: int | None  # a key is visible from this many positions on, its own included
+    moe: MoeConfig | None  # a dense block otherwise
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Facts of one decoder; sizes are those of the whole model, before any sharding."""
+
+    architecture: str
+    family: Family
+    vocab_size: int
+    hidden_size: int
+    inner_size: int  # of dense feed-forward blocks
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    layers: tuple[LayerConfig, ...]
+    activation: str  # "silu" or "gelu_tanh"
+    norm_eps: float
+    attention_scale: float
+    attention_softcap: float | None
+    logit_softcap: float | None
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    tied_embeddings: bool
+    max_context: int  # tokens of prompt and output together
+    eos_token_ids: tuple[int, ...]
+    dtype: torch.dtype  # of the checkpoint
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def embedding_scale(self) -> float | None:
+        return math.sqrt(self.hidden_size) if self.family.scaled_embedding else None
+
+    @classmethod
+    def from_hf(cls, path: str | Path) -> "ModelConfig":
+        """Read config.json, and generation_config.json where there is one, of a directory.
+
+        Raises FileNotFoundError without a config.json, and ValueError naming the field for
+        anything that is missing, wrong, or asks for what is not supported.
+        """
+        path = Path(path)
+        config = _read_json(path / "config.json")
+        generation_file = path / "generation_config.json"
+        generation = _read_json(generation_file) if generation_file.exists() else {}
+        return cls.from_dict(config, generation, where=str(path / "config.json"))
+
+    @classmethod
+    def from_dict(
+        cls,
+        config: Mapping[str, Any],
+        generation: Mapping[str, Any] | None = None,
+        *,
+        where: str = "config.json",
+    ) -> "ModelConfig":
+        """As `from_hf`, of the parsed files."""
+        architectures = config.get("architectures") or []
+        if len(architectures) != 1:
+            raise ValueError(f"{where}: architectures must name one, got {architectures!r}")
+        family = find_family(architectures[0])
+        if config.get("quantization_config") is not None:
+            raise ValueError(f"{where}: quantization_config is not supported")
+        # A model of several modalities nests its decoder's fields.
+        values = {**config, **config.get("text_config", {})}
+        for spelling, name in RESPELLED.items():
+            if spelling in values:
+                values.setdefault(name, values[spelling])
+        defaults = {**family.defaults, "eos_token_id": None, "dtype": None}
+        fields = Fields(values, where, defaults)
+        if values.get("use_bidirectional_attention"):
+            raise fields.bad("use_bidirectional_attention", "false")
+        return _read(architectures[0], family, fields, generation or {})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _read(
+    architecture: str, family: Family, fields: Fields, generation: Mapping[str, Any]
+) -> ModelConfig:
+    num_heads = fields.integer("num_attention_heads")
+    num_kv_heads = fields.optional_integer("num_key_value_heads") or num_heads
+    if num_heads % num_kv_heads:
+        raise fields.bad("num_key_value_heads", f"a divisor of num_attention_heads ({num_heads})")
+    hidden_size = fields.integer("hidden_size")
+    head_dim = fields.optional_integer("head_dim") or hidden_size // num_heads
+    biased = fields.boolean("attention_bias")
+    eos = Fields(generation, "generation_config.json", {"eos_token_id": None})
+    vocab_size = fields.integer("vocab_size")
+    return ModelConfig(
+        architecture=architecture,
+        family=family,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        inner_size=fields.integer("intermediate_size"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        layers=_read_layers(family, fields, head_dim),
+        activation=ACTIVATIONS[fields.text(family.activation_field, ACTIVATIONS)],
+        norm_eps=fields.number("rms_norm_eps"),
+        attention_scale=(fields.optional_number("query_pre_attn_scalar") or head_dim) ** -0.5,
+        attention_softcap=fields.optional_number("attn_logit_softcapping"),
+        logit_softcap=fields.optional_number("final_logit_softcapping"),
+        qkv_bias=biased if family.qkv_bias is None else family.qkv_bias,
+        out_bias=biased if family.out_bias is None else family.out_bias,
+        mlp_bias=fields.boolean("mlp_bias"),
+        tied_embeddings=fields.boolean("tie_word_embeddings"),
+        max_context=_max_context(fields),
+        eos_token_ids=eos.integers("eos_token_id") or fields.integers("eos_token_id"),
+        dtype=_read_dtype(fields),
+    )
+
+
+def _read_dtype(fields: Fields) -> torch.dtype:
+    if not fields.given("dtype"):
+        return torch.float32
+    return DTYPES[fields.text("dtype", DTYPES)]
+
+
+def _read_layers(family: Family, fields: Fields, head_dim: int) -> tuple[LayerConfig, ...]:
+    count = fields.integer("num_hidden_layers")
+    types = _layer_types(family, fields, count)
+    window = fields.optional_integer("sliding_window")
+    if SLIDING in types and window is None:
+        raise fields.bad("sliding_window", "an integer of at least 1, as some layers slide")
+    ropes = {kind: _read_rope(fields, kind, head_dim) for kind in sorted(set(types))}
+    return tuple(
+        LayerConfig(
+            rope=ropes[kind],
+            window=window if kind == SLIDING else None,
+            moe=_read_moe(fields, index),
+        )
+        for index, kind in enumerate(types)
+    )
+
+
+def _layer_types(family: Family, fields: Fields, count: int) -> list[str]:
+    types = fields.raw("layer_types")
+    if types is not None:
+        if not isinstance(types, list) or len(types) != count:
+            raise fields.bad("layer_types", f"a list of num_hidden_layers ({count}) names")
+        if not set(types) <= {FULL, SLIDING}:
+            raise fields.bad("layer_types", f"made of {FULL!r} and {SLIDING!r}")
+        return types
+    may_slide = fields.raw("sliding_window") is not None
+    if "use_sliding_window" in family.defaults:
+        may_slide = may_slide and fields.boolean("use_sliding_window")
+    if not may_slide:
+        return [FULL] * count
+    if family.windows == "all":
+        return [SLIDING] * count
+    if family.windows == "above max_window_layers":
+        full = min(fields.integer("max_window_layers", minimum=0), count)
+        return [FULL] * full + [SLIDING] * (count - full)
+    period = fields.integer("sliding_window_pattern")
+    return [SLIDING if (index + 1) % period else FULL for index in range(count)]
+
+
+def _read_moe(fields: Fields, index: int) -> MoeConfig | None:
+    if fields.raw("num_experts") is None:
+        return None
+    dense = index in fields.integers("mlp_only_layers")
+    if dense or (index + 1) % fields.integer("decoder_sparse_step"):
+        return None
+    num_experts = fields.integer("num_experts")
+    top_k = fields.integer("num_experts_per_tok")
+    if top_k > num_experts:
+        raise fields.bad("num_experts_per_tok", f"at most num_experts ({num_experts})")
+    return MoeConfig(
+        num_experts=num_experts,
+        top_k=top_k,
+        inner_size=fields.integer("moe_intermediate_size"),
+        renormalize=fields.boolean("norm_topk_prob"),
+    )
+
+
+def _rope_section(fields: Fields, kind: str) -> Mapping[str, Any]:
+    """The rope fields of layers of one kind in v5's spelling, whichever the file has."""
+    if fields.given("rope_parameters"):
+        section = fields.raw("rope_parameters")
+        return section.get(kind, section)  # type: ignore[no-any-return]
+    if kind == SLIDING and "rope_local_base_freq" in fields.defaults:
+        return {"rope_theta": fields.number("rope_local_base_freq")}
+    return {"rope_theta": fields.number("rope_theta")} | (fields.raw("rope_scaling") or {})
+
+
+def _read_rope(fields: Fields, kind: str, head_dim: int) -> Rope:
+    section = {k: v for k, v in _rope_section(fields, kind).items() if v is not None}
+    rope_type = section.pop("rope_type", None) or section.get("type", "default")
+    section.pop("type", None)
+    rope = Fields(
+        section,
+        f"{fields.where}: rope parameters",
+        {
+            "rope_theta": fields.raw("rope_theta"),
+            "partial_rotary_factor": fields.raw("partial_rotary_factor"),
+            "original_max_position_embeddings": fields.raw("max_position_embeddings"),
+            "attention_factor": None,
+            "mscale": None,
+            "mscale_all_dim": None,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": True,
+        },
+    )
+    readers = {"default": (), "linear": _LINEAR, "llama3": _LLAMA3, "yarn": _YARN}
+    if rope_type not in readers:
+        raise ValueError(f"{rope.where}: rope_type {rope_type!r} is not one of {list(readers)}")
+    known = {"rope_theta", "partial_rotary_factor", *readers[rope_type]}
+    # v5 writes the original context beside every scaling, whether or not it reads it.
+    unknown = set(section) - known - {"original_max_position_embeddings"}
+    if unknown:
+        raise ValueError(f"{rope.where} of type {rope_type!r} have unknown {sorted(unknown)}")
+    rotary_dim = int(head_dim * rope.number("partial_rotary_factor"))
+    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+        raise rope.bad("partial_rotary_factor", f"such that an even part of {head_dim} turns")
+    return Rope(rope.number("rope_theta"), rotary_dim, _read_scaling(rope_type, rope))
+
+
+_LINEAR = ("factor",)
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
+_YARN = (
+    "factor",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+    "beta_fast",
+    "beta_slow",
+    "truncate",
+)
+
+
+def _read_scaling(
+    rope_type: str, rope: Fields
+) -> LinearScaling | Llama3Scaling | YarnScaling | None:
+    if rope_type == "linear":
+        return LinearScaling(rope.number("factor"))
+    if rope_type == "llama3":
+        return Llama3Scaling(
+            factor=rope.number("factor"),
+            low_freq_factor=rope.number("low_freq_factor"),
+            high_freq_factor=rope.number("high_freq_factor"),
+            original_context=rope.integer("original_max_position_embeddings"),
+        )
+    if rope_type == "yarn":
+        return YarnScaling(
+            factor=rope.number("factor"),
+            original_context=rope.integer("original_max_position_embeddings"),
+            attention_factor=_yarn_attention_factor(rope),
+            beta_fast=rope.number("beta_fast"),
+            beta_slow=rope.number("beta_slow"),
+            truncate=rope.boolean("truncate"),
+        )
+    return None
+
+
+def _yarn_attention_factor(rope: Fields) -> float:
+    def mscale(weight: float) -> float:
+        return max(0.1 * weight * math.log(rope.number("factor")), 0.0) + 1.0
+
+    stated = rope.optional_number("attention_factor")
+    if stated is not None:
+        return stated
+    above, below = rope.optional_number("mscale"), rope.optional_number("mscale_all_dim")
+    return mscale(above) / mscale(below) if above and below else mscale(1.0)
+
+
+def _max_context(fields: Fields) -> int:
+    """Positions the model is made for; YaRN checkpoints may state only the original's."""
+    stated = fields.integer("max_position_embeddings")
+    section = _rope_section(fields, FULL)
+    if "yarn" in (section.get("rope_type"), section.get("type")):
+        original = section.get("original_max_position_embeddings") or stated
+        return max(stated, int(original * section["factor"]))
+    return stated

@@ -1,0 +1,156 @@
+"""The families of decoders, one row each: what tells them apart, and what their weights are called.
+
+A row says what the architecture's code fixes. What a checkpoint chooses is read from its
+config.json by `minisgl.models.config`; `defaults` are the fields a checkpoint may leave out.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+# Which layers slide, where the checkpoint has a window but no `layer_types`.
+Windows = Literal["all", "above max_window_layers", "all but every nth"]
+
+
+@dataclass(frozen=True)
+class NormNames:
+    """The norms around attention and feed-forward: before each, and after each where there are."""
+
+    attention: str = "input_layernorm"
+    mlp: str = "post_attention_layernorm"
+    attention_out: str | None = None
+    mlp_out: str | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """What all models of one architecture share."""
+
+    defaults: Mapping[str, Any]
+    qk_norm: bool = False  # queries and keys are normalised per head
+    qkv_bias: bool | None = False  # None: as the checkpoint's attention_bias says
+    out_bias: bool | None = False  # None: as the checkpoint's attention_bias says
+    norms: NormNames = NormNames()
+    norm_unit_offset: bool = False  # norms scale by 1 + weight
+    scaled_embedding: bool = False  # embeddings times sqrt(hidden_size)
+    activation_field: str = "hidden_act"
+    windows: Windows = "all"
+    # Name prefixes in the checkpoint -> the ones of layers and loader; the first that fits is used.
+    renames: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()  # prefixes of what the text decoder does not need
+
+
+_COMMON = {
+    "tie_word_embeddings": False,
+    "rope_theta": 10_000.0,
+    "rope_scaling": None,
+    "num_key_value_heads": None,  # as many as there are heads
+    "head_dim": None,  # hidden_size / num_attention_heads
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "sliding_window": None,
+    "layer_types": None,
+    "partial_rotary_factor": 1.0,
+    "query_pre_attn_scalar": None,  # the head size
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "num_experts": None,
+}
+_QWEN = _COMMON | {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+_GEMMA = _COMMON | {
+    "tie_word_embeddings": True,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+_GEMMA2 = _GEMMA | {
+    "vocab_size": 256_000,
+    "max_position_embeddings": 8192,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "sliding_window_pattern": 2,
+}
+_GEMMA3 = _GEMMA | {
+    "vocab_size": 262_208,
+    "max_position_embeddings": 131_072,
+    "rope_theta": 1_000_000.0,
+    "rope_local_base_freq": 10_000.0,
+    "sliding_window_pattern": 6,
+}
+_SANDWICH = NormNames(
+    attention="input_layernorm",
+    attention_out="post_attention_layernorm",
+    mlp="pre_feedforward_layernorm",
+    mlp_out="post_feedforward_layernorm",
+)
+
+
+def _gemma(defaults: Mapping[str, Any], **facts: Any) -> Family:
+    return Family(
+        defaults=defaults,
+        norms=_SANDWICH,
+        norm_unit_offset=True,
+        scaled_embedding=True,
+        qkv_bias=None,
+        out_bias=None,
+        activation_field="hidden_activation",
+        windows="all but every nth",
+        **facts,
+    )
+
+
+FAMILIES: Mapping[str, Family] = {
+    "LlamaForCausalLM": Family(defaults=_COMMON, qkv_bias=None, out_bias=None),
+    "MistralForCausalLM": Family(defaults=_COMMON | {"sliding_window": 4096}),
+    "Qwen2ForCausalLM": Family(defaults=_QWEN, qkv_bias=True, windows="above max_window_layers"),
+    "Qwen3ForCausalLM": Family(
+        defaults=_QWEN | {"head_dim": 128},
+        qk_norm=True,
+        qkv_bias=None,
+        out_bias=None,
+        windows="above max_window_layers",
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        defaults=_QWEN
+        | {
+            "num_experts": 128,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": (),
+            "norm_topk_prob": False,
+        },
+        qk_norm=True,
+        qkv_bias=None,
+        out_bias=None,
+    ),
+    "Gemma2ForCausalLM": _gemma(_GEMMA2),
+    "Gemma3ForCausalLM": _gemma(_GEMMA3, qk_norm=True),
+    "Gemma3ForConditionalGeneration": _gemma(
+        _GEMMA3,
+        qk_norm=True,
+        renames=(
+            ("language_model.model.", "model."),
+            ("model.language_model.", "model."),
+            ("language_model.lm_head.", "lm_head."),
+        ),
+        ignored=(
+            "vision_tower.",
+            "multi_modal_projector.",
+            "model.vision_tower.",
+            "model.multi_modal_projector.",
+        ),
+    ),
+}
+
+
+def find_family(architecture: str) -> Family:
+    """Raises ValueError naming the architectures there are."""
+    if architecture not in FAMILIES:
+        raise ValueError(
+            f"architecture {architecture!r} is not supported; there are {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[architecture]

@@ -1,0 +1,138 @@
+"""Loading a decoder: safetensors files streamed tensor by tensor straight to their place."""
+
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+
+from minisgl.layers.weights import Placement, Weight
+from minisgl.log import get_logger
+from minisgl.models.config import ModelConfig
+from minisgl.models.decoder import Decoder
+from minisgl.models.families import Family
+from minisgl.parallel import Communicator, Solo
+
+log = get_logger(__name__)
+
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_SHOWN = 5  # names in an error message
+
+
+def load_model(
+    config: ModelConfig,
+    path: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    load_format: Literal["auto", "dummy"] = "auto",
+    comm: Communicator | None = None,
+    seed: int = 0,
+) -> Decoder:
+    """Build this rank's part of the model and fill its weights, cast to `dtype`.
+
+    path: a directory of safetensors files; not read when `load_format` is "dummy", which fills
+    random weights that depend on `seed` and their names only. Raises ValueError naming the tensors
+    for weights that are unknown, missing or misshapen, and for pickle checkpoints.
+    """
+    decoder = Decoder(config, Placement(dtype, device, comm or Solo()))
+    if load_format == "dummy":
+        for weight in decoder.weights():
+            _fill_random(weight, seed)
+    else:
+        _fill_from_files(decoder, find_files(Path(path)))
+    return decoder
+
+
+def find_files(path: Path) -> list[Path]:
+    """The safetensors files of a model directory, those its index names if it has one."""
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [path / name for name in names]
+        missing = [file.name for file in files if not file.exists()]
+        if missing:
+            raise ValueError(f"{path} lacks {_some(missing)}, named in {index.name}")
+        return files
+    files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("*.safetensors"))
+    if files:
+        return files
+    pickles = sorted(file.name for file in path.glob("*") if file.suffix in PICKLES)
+    if pickles:
+        raise ValueError(
+            f"{path} holds pickle checkpoints ({_some(pickles)}), which can run code and are not "
+            "read; convert them to safetensors"
+        )
+    raise ValueError(f"{path} holds no .safetensors file")
+
+
+def checkpoint_name(family: Family, name: str, tied: bool) -> str | None:
+    """The weight a checkpoint's tensor is, in the Llama convention; None for what is not needed."""
+    if name.startswith(family.ignored) or name.endswith(".rotary_emb.inv_freq"):
+        return None
+    for old, new in family.renames:
+        if name.startswith(old):
+            name = new + name.removeprefix(old)
+            break
+    return None if tied and name == "lm_head.weight" else name
+
+
+def _fill_from_files(decoder: Decoder, files: list[Path]) -> None:
+    config = decoder.config
+    wanted = {weight.name: weight for weight in decoder.weights()}
+    total = len(wanted)
+    unknown: list[str] = []
+    with tqdm(total=total, desc="loading weights", unit="tensor", leave=False) as progress:
+        for file in files:
+            with safe_open(file, framework="pt") as tensors:
+                for stored in tensors.keys():  # noqa: SIM118 (the file is not a mapping)
+                    name = checkpoint_name(config.family, stored, config.tied_embeddings)
+                    if name is None:
+                        continue
+                    weight = wanted.pop(name, None)
+                    if weight is None:
+                        unknown.append(stored)
+                        continue
+                    tensor = tensors.get_slice(stored)
+                    shape = tuple(tensor.get_shape())
+                    if shape != weight.shape:
+                        raise ValueError(
+                            f"{file.name}: {stored} has shape {shape}, the config asks for "
+                            f"{weight.shape}"
+                        )
+                    weight.target.copy_(tensor[weight.slices])
+                    progress.update()
+    if unknown:
+        raise ValueError(f"unknown weights for {config.architecture}: {_some(unknown)}")
+    if wanted:
+        raise ValueError(f"weights missing from the checkpoint: {_some(sorted(wanted))}")
+
+
+def _fill_random(weight: Weight, seed: int) -> None:
+    """Matrices keep the scale of their input, norms are near one and biases small."""
+    generator = torch.Generator().manual_seed(zlib.crc32(weight.name.encode()) + seed)
+    full = torch.empty(weight.shape, dtype=torch.float32)
+    if weight.name.endswith(".bias"):
+        full.uniform_(-0.1, 0.1, generator=generator)
+    elif len(weight.shape) == 1:
+        full.uniform_(0.5, 1.5, generator=generator)
+    else:
+        bound = (3.0 / weight.shape[1]) ** 0.5
+        full.uniform_(-bound, bound, generator=generator)
+    weight.target.copy_(full[weight.slices])
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
+
+
+def shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of every weight in a whole checkpoint, without allocating any."""
+    at = Placement(torch.float32, torch.device("meta"), Solo())
+    for weight in Decoder(config, at).weights():
+        yield weight.name, weight.shape
