@@ -1,0 +1,229 @@
+"""What a step costs: a roofline over plain numbers, corrected by measured step times.
+
+A step takes a fixed time plus the longer of its arithmetic and its memory traffic (Williams et
+al., Roofline, 2009). Counted are the matrix products, attention, and the reading of weights and
+KV; activations, small beside them, are not.
+"""
+
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+UNIT = 1e-3  # seconds, of the fixed time among the factors
+SMALLEST = np.array([0.0, 0.02, 0.02])
+FORGETTING = 0.98  # weight of what was known, per step
+MAX_UNCERTAINTY = 100.0
+DEVIATION_RATE = 0.05
+
+
+class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """The sizes of a decoder. `intermediate` is that of one expert where there are experts."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    experts: int = 0
+    experts_per_token: int = 0
+    window: int | None = None  # sliding-window attention, in tokens
+    windowed_layers: int = 0
+    bytes_per_weight: float = 2.0
+    bytes_per_kv: float = 2.0
+
+    @property
+    def attention_weights(self) -> int:
+        """Weights of all attention projections."""
+        projections = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return self.layers * projections
+
+    @property
+    def mlp_weights(self) -> int:
+        """Weights of one MLP (one expert) in all layers."""
+        return self.layers * 3 * self.hidden * self.intermediate
+
+    @property
+    def head_weights(self) -> int:
+        return self.hidden * self.vocab
+
+    @property
+    def weights(self) -> int:
+        """All weights of the matrix products."""
+        router = self.layers * self.hidden * self.experts
+        mlp = self.mlp_weights * max(self.experts, 1)
+        return self.attention_weights + mlp + router + self.head_weights
+
+    @property
+    def kv_bytes_per_token(self) -> float:
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.bytes_per_kv
+
+
+class DeviceFacts(msgspec.Struct, frozen=True):
+    """A device's peaks at the precision served, and the fixed time of a step."""
+
+    flops: float  # per second
+    bandwidth: float  # bytes per second
+    overhead: float = 0.0  # seconds
+
+
+DEVICES = {
+    "a100": DeviceFacts(312e12, 2.04e12, 3e-4),
+    "h100": DeviceFacts(989e12, 3.35e12, 3e-4),
+    "h200": DeviceFacts(989e12, 4.8e12, 3e-4),
+    "b200": DeviceFacts(2250e12, 8.0e12, 3e-4),
+    "l4": DeviceFacts(121e12, 0.3e12, 3e-4),
+    "l40s": DeviceFacts(362e12, 0.864e12, 3e-4),
+    "rtx4090": DeviceFacts(165e12, 1.01e12, 3e-4),
+    "cpu": DeviceFacts(0.2e12, 20e9, 1e-3),  # about two server cores
+}
+
+
+class StepWork(msgspec.Struct, frozen=True, gc=False):
+    """What a step computes, in tokens."""
+
+    num_tokens: int  # through the layers
+    num_pairs: int  # (query, key) pairs of attention, per head and layer
+    num_context: int  # KV positions read, each once per chunk
+    num_sampled: int  # positions whose logits are computed
+
+
+def decode_work(num_tokens: int, num_context: int) -> StepWork:
+    """One token for each of `num_tokens` sequences that hold `num_context` together."""
+    return StepWork(num_tokens, num_context, num_context, num_tokens)
+
+
+def prefill_work(num_tokens: int, start: int = 0, *, num_sampled: int = 1) -> StepWork:
+    """A chunk of one prompt, after `start` tokens of it."""
+    pairs = num_tokens * start + num_tokens * (num_tokens + 1) // 2
+    return StepWork(num_tokens, pairs, start + num_tokens, num_sampled if num_tokens else 0)
+
+
+def add_work(a: StepWork, b: StepWork) -> StepWork:
+    return StepWork(
+        a.num_tokens + b.num_tokens,
+        a.num_pairs + b.num_pairs,
+        a.num_context + b.num_context,
+        a.num_sampled + b.num_sampled,
+    )
+
+
+class Cost(msgspec.Struct, frozen=True):
+    """The cost of a step and what bounds it."""
+
+    flops: float
+    bytes: float
+    compute_seconds: float
+    memory_seconds: float
+    overhead: float
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs per byte."""
+        return self.flops / self.bytes if self.bytes else 0.0
+
+    @property
+    def bound(self) -> Literal["compute", "memory"]:
+        return "compute" if self.compute_seconds > self.memory_seconds else "memory"
+
+    @property
+    def seconds(self) -> float:
+        return self.overhead + max(self.compute_seconds, self.memory_seconds)
+
+
+class CostModel:
+    """Predicts step times, and learns from measured ones.
+
+    The fixed time and one factor each for compute and memory start at the data sheet's values and
+    follow measurements by recursive least squares with forgetting (Ljung, System Identification,
+    1999), on relative errors, so that short steps count as much as long ones.
+    """
+
+    def __init__(self, model: ModelFacts, device: DeviceFacts) -> None:
+        self.model = model
+        self.device = device
+        self.num_observed = 0
+        self.deviation = 0.0  # mean |measured / predicted - 1| of late
+        self._factors = np.array([device.overhead / UNIT, 1.0, 1.0])  # fixed, compute, memory
+        self._covariance = 10.0 * np.eye(3)
+        self._fixed, self._compute, self._memory = device.overhead, 1.0, 1.0
+
+    def cost(self, work: StepWork) -> Cost:
+        flops, traffic = self._flops(work), self._bytes(work)
+        return Cost(
+            flops,
+            traffic,
+            self._compute * flops / self.device.flops,
+            self._memory * traffic / self.device.bandwidth,
+            self._fixed,
+        )
+
+    def predict(self, work: StepWork) -> float:
+        """Seconds."""
+        compute = self._compute * self._flops(work) / self.device.flops
+        memory = self._memory * self._bytes(work) / self.device.bandwidth
+        return self._fixed + max(compute, memory)
+
+    def observe(self, work: StepWork, seconds: float) -> None:
+        """Learn from one measured step; times that are not positive say nothing."""
+        if seconds <= 0.0 or not work.num_tokens:
+            return
+        cost = self.cost(work)
+        self.num_observed += 1
+        rate = max(DEVIATION_RATE, 1.0 / self.num_observed)
+        error = min(abs(seconds / cost.seconds - 1.0), 1.0)
+        self.deviation += rate * (error - self.deviation)
+        # The terms of this step, as shares of its time: fixed, and whichever bounds it.
+        terms = np.array([UNIT, 0.0, 0.0])
+        if cost.bound == "compute":
+            terms[1] = cost.compute_seconds / self._compute
+        else:
+            terms[2] = cost.memory_seconds / self._memory
+        terms /= seconds
+        direction = self._covariance @ terms
+        gain = direction / (FORGETTING + terms @ direction)
+        self._factors += gain * (1.0 - terms @ self._factors)
+        np.maximum(self._factors, SMALLEST, out=self._factors)
+        self._covariance -= np.outer(gain, direction)
+        if np.trace(self._covariance) < MAX_UNCERTAINTY:  # else one regime alone would inflate it
+            self._covariance /= FORGETTING
+        fixed, self._compute, self._memory = self._factors.tolist()
+        self._fixed = fixed * UNIT
+
+    def _flops(self, work: StepWork) -> float:
+        model = self.model
+        experts = model.experts_per_token if model.experts else 1
+        per_token = model.attention_weights + experts * model.mlp_weights
+        per_token += model.layers * model.hidden * model.experts
+        linear = per_token * work.num_tokens + model.head_weights * work.num_sampled
+        full = model.layers - model.windowed_layers
+        pairs = full * work.num_pairs + model.windowed_layers * self._windowed(work)
+        return 2.0 * linear + 4.0 * model.heads * model.head_dim * pairs
+
+    def _bytes(self, work: StepWork) -> float:
+        model = self.model
+        touched = 1.0
+        weights = model.attention_weights + model.layers * model.hidden * model.experts
+        if model.experts:
+            missed = (1.0 - model.experts_per_token / model.experts) ** work.num_tokens
+            touched = model.experts * (1.0 - missed)
+        weights += int(touched * model.mlp_weights)
+        if work.num_sampled:
+            weights += model.head_weights
+        per_layer = model.kv_bytes_per_token / model.layers
+        full = model.layers - model.windowed_layers
+        context = full * work.num_context
+        if model.windowed_layers and model.window is not None and work.num_pairs:
+            context += int(
+                model.windowed_layers * work.num_context * self._windowed(work) / work.num_pairs
+            )
+        written = model.layers * work.num_tokens
+        return model.bytes_per_weight * weights + per_layer * (context + written)
+
+    def _windowed(self, work: StepWork) -> int:
+        """Pairs of a windowed layer, at most `window` for each query."""
+        if self.model.window is None:
+            return work.num_pairs
+        return min(work.num_pairs, work.num_tokens * self.model.window)

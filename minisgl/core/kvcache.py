@@ -1,0 +1,192 @@
+"""The page pool and the radix tree together: how sequences get pages, share and return them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from minisgl.core.batch import CopyJob
+from minisgl.core.pages import PagePool
+from minisgl.core.radix import RadixTree
+from minisgl.core.sequence import Sequence
+from minisgl.core.tokens import Tokens
+
+
+@dataclass(slots=True)
+class Match:
+    """A cached prefix: whole pages, and the first `num_copied` tokens of page `source`."""
+
+    pages: list[int]
+    source: int | None
+    num_copied: int
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class Commit:
+    """Tokens [start, len(tokens)) that entered the tree before their step has run."""
+
+    namespace: str
+    tokens: Tokens
+    start: int
+
+
+NO_MATCH = Match([], None, 0, 0)
+
+
+class KVCache:
+    """Pages of sequences. Between `begin` and `finish` lies one plan.
+
+    Prompt pages enter the tree when the step that writes them is planned: stream order makes them
+    readable by the next step. In their own plan they are *fresh*, and not yet to be matched.
+    """
+
+    def __init__(self, num_pages: int, page_size: int, *, radix: bool = True) -> None:
+        self.pool = PagePool(num_pages, page_size)
+        self.tree = RadixTree(self.pool)
+        self.page_size = page_size
+        self.version = 0  # of the tree; matches of an older one may be stale
+        self._radix = radix
+        self._fresh: set[int] = set()
+        self._commits: list[Commit] = []
+        self._copies: list[CopyJob] = []
+
+    def begin(self) -> None:
+        """A plan begins."""
+        self._fresh.clear()
+        self._commits, self._copies = [], []
+
+    def finish(self) -> tuple[list[CopyJob], list[Commit]]:
+        """A plan is complete: its copy jobs, whose sources are let go, and its commits."""
+        if self._copies:
+            self._drop([job.source for job in self._copies])
+        return self._copies, self._commits
+
+    def match(self, sequence: Sequence) -> Match:
+        """The longest cached prefix that leaves at least the last token to compute.
+
+        Requests for prompt log-probabilities get none, as every position's logits are needed.
+        """
+        wants_all = sequence.request.params.prompt_logprobs is not None
+        if not self._radix or (wants_all and not sequence.prompt_logprobs_sent):
+            return NO_MATCH
+        pages, source, num_copied = self.tree.match(
+            sequence.request.cache_salt, sequence.tokens(sequence.num_tokens - 1)
+        )
+        return Match(pages, source, num_copied, len(pages) * self.page_size + num_copied)
+
+    def is_fresh(self, match: Match) -> bool:
+        """Whether part of `match` is being computed by the plan under way."""
+        if match.source is not None and match.source in self._fresh:
+            return True
+        return bool(match.pages) and match.pages[-1] in self._fresh
+
+    def attach(self, sequence: Sequence, match: Match, headroom: int) -> bool:
+        """Give a sequence its match and pages for all tokens it holds; False if they do not fit.
+
+        `headroom` pages must stay available beside them. A partly matched page is copied into
+        the first new page, unless keeping its source would leave too few pages.
+        """
+        pool = self.pool
+        need = pool.pages_for(sequence.num_tokens) - len(match.pages)
+        pool.hold(match.pages)
+        if match.source is not None:
+            pool.hold([match.source])
+        if match.source is not None and need + headroom > pool.num_available:
+            self._drop([match.source])
+            match = Match(match.pages, None, 0, len(match.pages) * self.page_size)
+        if need + headroom > pool.num_available or not self._make_room(need):
+            held = match.pages if match.source is None else [*match.pages, match.source]
+            self._drop(held)
+            return False
+        sequence.pages = match.pages + pool.take(need)
+        sequence.capacity = len(sequence.pages) * self.page_size
+        sequence.num_patched = 0
+        sequence.num_computed = match.num_tokens
+        if match.source is not None:
+            target = sequence.pages[len(match.pages)]
+            self._copies.append(CopyJob(match.source, target, match.num_copied))
+        return True
+
+    def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Give a running sequence pages for `num_tokens` tokens; False if there are too few."""
+        need = self.pool.pages_for(num_tokens) - len(sequence.pages)
+        if need > 0:
+            if not self._make_room(need):
+                return False
+            sequence.pages += self.pool.take(need)
+            sequence.capacity = len(sequence.pages) * self.page_size
+        return True
+
+    def commit(self, sequence: Sequence, start: int, stop: int) -> None:
+        """Cache the whole pages that a chunk [start, stop) of known tokens completes.
+
+        Where the tree holds other pages for what the sequence computed before, the sequence
+        adopts those. What the chunk itself writes is never swapped: it would be written twice.
+        """
+        own, whole = start // self.page_size, stop // self.page_size
+        if not self._radix or own == whole:
+            return
+        namespace = sequence.request.cache_salt
+        tokens = sequence.tokens(whole * self.page_size)
+        canonical, _, _ = self.tree.match(namespace, tokens)
+        self._adopt(sequence, canonical[:own])
+        if canonical[own:] != sequence.pages[own : len(canonical)]:
+            return
+        self.tree.insert(namespace, tokens, sequence.pages[:whole])
+        self.version += 1
+        self._fresh.update(sequence.pages[len(canonical) : whole])
+        self._commits.append(Commit(namespace, tokens, len(canonical) * self.page_size))
+
+    def revoke(self, commit: Commit) -> None:
+        """Take out of the tree what a failed step should have written, and all that follows it."""
+        self.tree.remove(commit.namespace, commit.tokens, commit.start)
+        self.version += 1
+
+    def release(self, sequence: Sequence) -> None:
+        """Take back a sequence's pages, once: they move out of it. Nothing may be in flight.
+
+        Everything it computed is cached first, to the token, unless it failed.
+        """
+        computed = min(sequence.num_computed, sequence.num_tokens)
+        pages, sequence.pages = sequence.pages, []
+        sequence.capacity = 0
+        if self._radix and sequence.keeps_pages and computed:
+            filled = pages[: self.pool.pages_for(computed)]
+            self.tree.insert(sequence.request.cache_salt, sequence.tokens(computed), filled)
+            self.version += 1
+        self._drop(pages)
+
+    def check(self, sequences: list[Sequence]) -> None:
+        """Compare the page ledger with its holders, exactly. For tests, between plans."""
+        expected = np.zeros(self.pool.num_pages, np.int32)
+        cached: set[int] = set()
+        for _, _, node in self.tree.nodes():
+            cached.update(node.pages)
+            for page in node.pages:
+                expected[page] += 1
+        for sequence in sequences:
+            for page in sequence.pages:
+                expected[page] += 1
+        self.pool.check(expected, cached)
+
+    def _adopt(self, sequence: Sequence, canonical: list[int]) -> None:
+        old = sequence.pages[: len(canonical)]
+        changed = [i for i, page in enumerate(canonical) if page != old[i]]
+        if changed:
+            self.pool.hold([canonical[i] for i in changed])
+            sequence.pages[: len(canonical)] = canonical
+            sequence.num_patched = min(sequence.num_patched, changed[0])
+            self._drop([old[i] for i in changed])
+
+    def _make_room(self, count: int) -> bool:
+        missing = count - self.pool.num_free
+        if missing > 0:
+            if self.pool.num_idle:
+                self.version += 1
+                self.tree.evict(missing)
+            return self.pool.num_free >= count
+        return True
+
+    def _drop(self, pages: list[int]) -> None:
+        self.pool.drop(pages)
+        self.tree.unpark(pages)

@@ -1,0 +1,183 @@
+"""What a scheduler may choose: who waits how long, and how a step's tokens are divided."""
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Literal
+
+import msgspec
+
+from minisgl.core.costmodel import CostModel, add_work, decode_work, prefill_work
+from minisgl.core.sequence import Sequence
+
+SchedulePolicy = Literal["fcfs", "lpm", "priority"]
+BatchPolicy = Literal["balanced", "prefill-first", "decode-first"]
+
+MATCH_WINDOW = 64  # oldest waiting sequences that `lpm` compares
+OUTPUT_GUESS = 128.0  # tokens, before anything has finished
+OUTPUT_RATE = 0.05
+
+
+class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How to schedule. Raises ValueError naming the field, its limit and the value given."""
+
+    chunked_prefill_size: int = 2048  # tokens per step; prefill's share of it is the policy's
+    schedule_policy: SchedulePolicy = "fcfs"
+    batch_policy: BatchPolicy = "balanced"
+    itl_target_ms: float | None = None  # held by the balanced policy
+    disable_radix_cache: bool = False
+    lpm_ageing: float = 256.0  # cached tokens that one second of waiting is worth under `lpm`
+    max_passed: int = 64  # admissions that may pass a waiting sequence that does not fit
+    scan_limit: int = 32  # waiting sequences tried in a plan that do not fit
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("schedule_policy", ("fcfs", "lpm", "priority")),
+            ("batch_policy", ("balanced", "prefill-first", "decode-first")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}"
+                )
+        for name in ("chunked_prefill_size", "max_passed", "scan_limit"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.itl_target_ms is not None and self.itl_target_ms <= 0:
+            raise ValueError(f"itl_target_ms must be greater than 0, got {self.itl_target_ms}")
+        if self.lpm_ageing <= 0:
+            raise ValueError(f"lpm_ageing must be greater than 0, got {self.lpm_ageing}")
+
+
+class WaitingQueue:
+    """The waiting sequences, in order of arrival or of priority and arrival.
+
+    A preempted sequence returns to its place. Under `lpm` those of the oldest MATCH_WINDOW with
+    the longest cached prefix come first, where each second of waiting counts as `lpm_ageing`
+    cached tokens: nobody can be passed for longer than the longest prefix is worth.
+    """
+
+    def __init__(self, policy: SchedulePolicy, ageing: float) -> None:
+        self._policy = policy
+        self._ageing = ageing
+        self._sequences: list[Sequence] = []
+        self.num_tokens = 0  # that they hold together
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._sequences)
+
+    def key(self, sequence: Sequence) -> tuple[int, int]:
+        """Sorts by service order: lower is served earlier, and preempted later."""
+        priority = sequence.request.priority if self._policy == "priority" else 0
+        return -priority, sequence.uid
+
+    def add(self, sequence: Sequence) -> None:
+        insort(self._sequences, sequence, key=self.key)
+        self.num_tokens += sequence.num_tokens
+
+    def remove(self, sequence: Sequence) -> None:
+        del self._sequences[bisect_left(self._sequences, self.key(sequence), key=self.key)]
+        self.num_tokens -= sequence.num_tokens
+
+    def candidates(
+        self, count: int, now: float, matched: Callable[[Sequence], int]
+    ) -> list[Sequence]:
+        """The first `count` sequences to try to admit; `matched` tells cached prefix lengths."""
+        if self._policy != "lpm":
+            return list(islice(self._sequences, count))
+        window = list(islice(self._sequences, MATCH_WINDOW))
+        score = {s.uid: matched(s) + self._ageing * (now - s.queued_at) for s in window}
+        window.sort(key=lambda s: (-score[s.uid], s.uid))
+        return (window + list(islice(self._sequences, MATCH_WINDOW, count)))[:count]
+
+
+class StepLoad(msgspec.Struct, gc=False):
+    """What a step could do, in tokens."""
+
+    num_decode: int  # decode tokens of the step, drafts included
+    decode_context: int  # KV positions that they read
+    backlog: int  # prompt tokens that could be computed now
+    prefill_start: int  # computed tokens of the first prompt in line
+
+
+class TokenBudget:
+    """How many prompt tokens a step computes beside its decode tokens, which always run.
+
+    `prefill-first` gives prompts the whole budget, `decode-first` what decode leaves of it.
+    `balanced` keeps arithmetic and memory traffic equally busy. Decode alone is bound by memory,
+    so prompt tokens up to the roofline's ridge cost a step next to nothing; beyond it every token
+    delays all streams. It therefore fills the step to the ridge, and goes beyond only as far as
+    the backlog, spread over the steps that the streams have left, asks for. An inter-token
+    latency target bounds the step's predicted time, with a margin for how far predictions have
+    been off.
+    """
+
+    def __init__(self, config: SchedulerConfig, cost_model: CostModel | None) -> None:
+        if config.itl_target_ms is not None and cost_model is None:
+            raise ValueError("itl_target_ms needs a cost model")
+        self._policy = config.batch_policy
+        self._size = config.chunked_prefill_size
+        self._target = None if config.itl_target_ms is None else config.itl_target_ms / 1e3
+        self._model = cost_model
+        self._mean_output = OUTPUT_GUESS
+
+    def observe_output(self, num_tokens: int) -> None:
+        """A sequence has finished with so many output tokens."""
+        self._mean_output += OUTPUT_RATE * (num_tokens - self._mean_output)
+
+    def prefill_tokens(self, load: StepLoad) -> int:
+        """The step's share of prompt tokens, at most the budget."""
+        if not load.num_decode or self._policy == "prefill-first":
+            return self._size
+        model = self._model
+        if self._policy == "decode-first" or model is None:
+            return max(self._size - load.num_decode, 0)
+        decode = decode_work(load.num_decode, load.decode_context)
+
+        def memory_bound(count: int) -> bool:
+            work = add_work(decode, prefill_work(count, load.prefill_start))
+            return model.cost(work).bound == "memory"
+
+        most = min(self._size, max(load.backlog, 1))
+        share = max(
+            _largest(most, memory_bound), min(most, round(load.backlog / self._mean_output))
+        )
+        if self._target is not None:
+            limit = self._target / self._margin
+
+            def in_time(count: int) -> bool:
+                work = add_work(decode, prefill_work(count, load.prefill_start))
+                return model.predict(work) <= limit
+
+            share = _largest(share, in_time)
+        return share
+
+    def admits(self, num_running: int, context: int) -> bool:
+        """Whether decode for one more stream would still hold the target.
+
+        `context` is what all of them would hold together. A single stream is always admitted.
+        """
+        if self._target is None or self._model is None or not num_running:
+            return True
+        if self._policy != "balanced":
+            return True
+        predicted = self._model.predict(decode_work(num_running + 1, context))
+        return predicted * self._margin <= self._target
+
+    @property
+    def _margin(self) -> float:
+        assert self._model is not None
+        return 1.0 + 3.0 * self._model.deviation
+
+
+def _largest(most: int, holds: Callable[[int], bool]) -> int:
+    """The largest n in [0, most] for which `holds`, which is true up to some n; 0 if none."""
+    if holds(most):
+        return most
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low

@@ -1,0 +1,273 @@
+"""The radix tree: which pages hold the KV of which token prefixes, exact to the token.
+
+After RadixAttention (Zheng et al., SGLang, 2024), with reference counts in place of locks. An
+edge is a run of tokens with their pages. Edges start and branch at page borders; only the last
+page of a leaf may be partly filled, and siblings may share tokens inside their first page, so
+that any cached prefix is found to the token: whole pages are shared by reference, and of the
+page where a prompt diverges the first tokens can be copied.
+"""
+
+import heapq
+from bisect import bisect_left
+from collections.abc import Iterator
+from operator import attrgetter
+
+import numpy as np
+
+from minisgl.core.pages import PagePool
+from minisgl.core.tokens import Tokens, common_prefix
+
+_label = attrgetter("label")
+
+
+class Node:
+    """One edge and what hangs below it."""
+
+    __slots__ = ("children", "key", "label", "namespace", "pages", "parent", "queued", "used")
+
+    def __init__(self, key: Tokens, pages: list[int], parent: "Node | None", used: int) -> None:
+        self.key = key  # int32 [n]
+        self.pages = pages  # ceil(n / page_size)
+        self.parent = parent  # None: a root, or no longer in the tree
+        self.children: list[Node] = []  # sorted by label
+        self.label = b""  # the first page's tokens, big-endian: sorts as the tokens do
+        self.used = used  # when last matched or extended, in ticks of the tree
+        self.queued = False  # has an entry in the heap of leaves
+        self.namespace: str | None = None  # of a root
+
+
+class RadixTree:
+    """Prefixes of token runs, one root per namespace; holds one reference to each of its pages.
+
+    Leaves wait for eviction in a heap ordered by last use. Its entries go stale when a leaf is
+    used, extended or removed, and are looked at again only when they reach the top. A leaf found
+    there with its last page in use is *parked* under that page until `unpark` brings it back.
+    """
+
+    def __init__(self, pool: PagePool) -> None:
+        self._pool = pool
+        self._page_size = pool.page_size
+        self._roots: dict[str, Node] = {}
+        self._clock = 0
+        self._leaves: list[tuple[int, int, Node]] = []
+        self._entries = 0
+        self._parked: dict[int, Node] = {}
+
+    def match(self, namespace: str, tokens: Tokens) -> tuple[list[int], int | None, int]:
+        """The longest cached prefix of `tokens`, marked as used now.
+
+        Returns its whole pages, the page of which only the first tokens match (None when the
+        match ends at a page border), and the number of those tokens.
+        """
+        self._clock += 1
+        root = self._roots.get(namespace)
+        if root is None:
+            return [], None, 0
+        _, _, pages, child, inside = self._walk(root, tokens)
+        if child is None:
+            return pages, None, 0
+        whole, rest = divmod(inside, self._page_size)
+        pages += child.pages[:whole]
+        return pages, (child.pages[whole] if rest else None), rest
+
+    def insert(self, namespace: str, tokens: Tokens, pages: list[int]) -> None:
+        """Store `tokens` with their `pages`; what is there already stays as it is.
+
+        The last page may be partly filled. A shorter run that ended inside it is replaced.
+        """
+        if not len(tokens):
+            return
+        self._clock += 1
+        root = self._roots.get(namespace)
+        if root is None:
+            root = self._roots[namespace] = Node(np.empty(0, np.int32), [], None, 0)
+            root.namespace = namespace
+        node, done, _, child, inside = self._walk(root, tokens)
+        if child is not None:
+            if done + inside == len(tokens):
+                return
+            if inside == len(child.key):  # a partly filled end, hence a leaf
+                self._extend(child, tokens[done:], pages[done // self._page_size :])
+                return
+            whole = inside // self._page_size
+            if whole:
+                node = self._split(child, whole)
+                done += whole * self._page_size
+        elif done == len(tokens):
+            return
+        rest, new = tokens[done:], pages[done // self._page_size :]
+        if node.children or node.parent is None:
+            self._pool.cache(new)
+            self._attach(Node(rest.copy(), new, node, self._clock))
+        else:
+            self._extend(node, np.concatenate((node.key, rest)), node.pages + new)
+
+    def remove(self, namespace: str, tokens: Tokens, start: int) -> None:
+        """Forget every run that continues `tokens[:start]` (whole pages) as `tokens` does."""
+        root = self._roots.get(namespace)
+        if root is None:
+            return
+        node, done = root, 0
+        while True:
+            child, shared = self._best_child(node, tokens, done)
+            if child is None:
+                return
+            end = done + len(child.key)
+            if end > start:
+                break
+            if shared < len(child.key):
+                return
+            node, done = child, end
+        if done + shared < start + self._page_size:
+            return
+        if done < start:
+            self._split(child, (start - done) // self._page_size)
+        self._detach(child)
+
+    def evict(self, count: int) -> int:
+        """Free at least `count` pages, least recently used leaf first, a leaf's end first.
+
+        Returns how many were freed: fewer when all others are in use.
+        """
+        freed = 0
+        while freed < count and self._leaves:
+            used, _, leaf = heapq.heappop(self._leaves)
+            leaf.queued = False
+            if leaf.children or leaf.parent is None:
+                continue
+            if leaf.used != used:
+                self._queue(leaf)
+                continue
+            keep = len(leaf.pages)
+            while keep and freed < count and self._pool.is_idle(leaf.pages[keep - 1]):
+                keep -= 1
+                freed += 1
+            if not keep:
+                self._detach(leaf)
+                continue
+            if keep < len(leaf.pages):
+                self._pool.uncache(leaf.pages[keep:])
+                del leaf.pages[keep:]
+                leaf.key = leaf.key[: keep * self._page_size]
+            if self._pool.is_idle(leaf.pages[-1]):
+                self._queue(leaf)
+            else:
+                self._parked[leaf.pages[-1]] = leaf
+        return freed
+
+    def unpark(self, pages: list[int]) -> None:
+        """`pages` have lost a holder: leaves that were parked under one may be evictable."""
+        for page in self._parked.keys() & pages if self._parked else ():
+            self._queue(self._parked.pop(page))
+
+    def nodes(self) -> Iterator[tuple[str, tuple[int, ...], Node]]:
+        """Every node with its namespace and its whole prefix, for tests and inspection."""
+        for namespace, root in self._roots.items():
+            stack = [((), root)]
+            while stack:
+                prefix, node = stack.pop()
+                prefix += tuple(node.key.tolist())
+                if node is not root:
+                    yield namespace, prefix, node
+                stack += [(prefix, child) for child in node.children]
+
+    def evictable(self, node: Node) -> bool:
+        """Whether `node` is a leaf that the heap knows or will be told of."""
+        parked = self._parked.get(node.pages[-1]) is node
+        return node.queued or (parked and not self._pool.is_idle(node.pages[-1]))
+
+    def _walk(self, root: Node, tokens: Tokens) -> tuple[Node, int, list[int], "Node | None", int]:
+        """Follow `tokens` down from `root`.
+
+        Returns the last node passed to its end, the number of tokens and the pages up to there,
+        and the child inside whose edge (or at whose partly filled end) the run ends, if any, with
+        the number of its tokens that match.
+        """
+        node, done, pages = root, 0, list[int]()
+        while done < len(tokens):
+            child, inside = self._best_child(node, tokens, done)
+            if child is None:
+                break
+            child.used = self._clock
+            if inside < len(child.key) or inside % self._page_size:
+                return node, done, pages, child, inside
+            pages += child.pages
+            done += inside
+            node = child
+        return node, done, pages, None, 0
+
+    def _best_child(self, node: Node, tokens: Tokens, start: int) -> tuple["Node | None", int]:
+        """The child that shares most with `tokens[start:]`, and how many tokens it shares.
+
+        In sorted order the longest common prefix is next to the place of the label looked for.
+        """
+        label = self._make_label(tokens[start : start + self._page_size])
+        index = bisect_left(node.children, label, key=_label)
+        best, most = None, 0
+        for child in node.children[max(index - 1, 0) : index + 1]:
+            shared = common_prefix(child.key, 0, tokens, start, len(child.key))
+            if shared > most:
+                best, most = child, shared
+        return best, most
+
+    def _make_label(self, first_page: Tokens) -> bytes:
+        return first_page.astype(">i4").tobytes()
+
+    def _attach(self, node: Node) -> None:
+        assert node.parent is not None
+        node.label = self._make_label(node.key[: self._page_size])
+        siblings = node.parent.children
+        siblings.insert(bisect_left(siblings, node.label, key=_label), node)
+        self._queue(node)
+
+    def _extend(self, leaf: Node, key: Tokens, pages: list[int]) -> None:
+        """Lengthen a leaf to `key` and `pages`, which may replace its partly filled last page.
+
+        Its label may grow, but stays in order: no sibling's first page begins with another's.
+        """
+        whole = len(leaf.key) // self._page_size
+        old, new = leaf.pages[whole:], pages[whole:]
+        self._pool.cache(new)
+        if old:
+            self._pool.uncache(old)
+        leaf.key = key.copy()
+        leaf.pages[whole:] = new
+        leaf.used = self._clock
+        leaf.label = self._make_label(leaf.key[: self._page_size])
+        self._queue(leaf)
+
+    def _split(self, node: Node, num_pages: int) -> Node:
+        """Cut an edge after `num_pages` pages; returns the new upper part."""
+        assert node.parent is not None
+        size = num_pages * self._page_size
+        upper = Node(node.key[:size], node.pages[:num_pages], node.parent, node.used)
+        upper.label = node.label
+        siblings = node.parent.children
+        siblings[bisect_left(siblings, node.label, key=_label)] = upper
+        upper.children = [node]
+        node.parent, node.key, node.pages = upper, node.key[size:], node.pages[num_pages:]
+        node.label = self._make_label(node.key[: self._page_size])
+        return upper
+
+    def _detach(self, node: Node) -> None:
+        """Take `node` and everything below it out of the tree."""
+        parent = node.parent
+        assert parent is not None
+        del parent.children[bisect_left(parent.children, node.label, key=_label)]
+        stack = [node]
+        while stack:
+            gone = stack.pop()
+            stack += gone.children
+            gone.parent = None
+            self._pool.uncache(gone.pages)
+        if not parent.children:
+            if parent.namespace is None:
+                self._queue(parent)
+            else:
+                del self._roots[parent.namespace]
+
+    def _queue(self, leaf: Node) -> None:
+        if not leaf.queued:
+            leaf.queued = True
+            self._entries += 1
+            heapq.heappush(self._leaves, (leaf.used, self._entries, leaf))

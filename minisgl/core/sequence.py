@@ -1,0 +1,147 @@
+"""`Sequence`: one choice of one request and how far it has come."""
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+import numpy as np
+
+from minisgl.core.executor import Limits
+from minisgl.core.request import FinishReason, Request, TokenLogprobs
+from minisgl.core.tokens import Tokens
+
+
+class Status(Enum):
+    """A sequence moves WAITING -> RUNNING -> ENDED; a preempted one goes back to WAITING."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    PREEMPTED = auto()  # holds its row and pages until its steps in flight are back
+    ENDED = auto()  # finished, aborted or failed; the same holds
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """Counts, not phases: tokens held, tokens computed, and the gap that steps close.
+
+    Under overlap some results are unread. Counts are then the host's lower bounds: every sampling
+    step in flight brings at least one token (`num_pending`), and up to `num_slack` more where its
+    drafts are accepted. KV positions before `num_computed` are written once the steps in flight
+    have run.
+    """
+
+    uid: int  # order of arrival
+    request: Request
+    choice: int
+    prompt: Tokens
+    limit: int  # tokens it may hold in all
+    stop_ids: frozenset[int]
+    queued_at: float  # seconds, the scheduler's clock
+
+    status: Status = Status.WAITING
+    finish_reason: FinishReason | None = None
+    epoch: int = 0  # how many times it has lost its row
+    row: int = -1
+    pages: list[int] = field(default_factory=list)
+    capacity: int = 0  # tokens its pages can hold
+    num_patched: int = 0  # leading entries of `pages` that the device's page table has
+    in_flight: int = 0  # steps planned and not updated
+    num_returning: int = 0  # pages announced as on their way back
+
+    output: list[int] = field(default_factory=list)
+    num_tokens: int = 0  # held: prompt and output
+    num_computed: int = 0
+    num_pending: int = 0
+    num_slack: int = 0
+    num_fed: int = 0  # held when it took its row; later inputs are the device's own samples
+
+    num_cached: int = 0  # prompt tokens found in the cache when it first ran
+    preemptions: int = 0
+    times_passed: int = 0  # admissions of others while it did not fit
+    keeps_pages: bool = True  # whether its pages are cached when it ends
+    matched: tuple[int, int] = (-1, 0)  # tree version, tokens its prefix matched in it
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs_sent: bool = False
+
+    def accept(self, new: list[int]) -> tuple[list[int], FinishReason | None, int | None]:
+        """Append sampled tokens up to the sequence's end.
+
+        Returns those appended, why it ends with them (None: it goes on), and the token it
+        stopped at.
+        """
+        for count, token in enumerate(new, 1):
+            self.output.append(token)
+            self.num_tokens += 1
+            if token in self.stop_ids and len(self.output) >= self.request.params.min_tokens:
+                return new[:count], "stop", token
+            if self.num_tokens >= self.limit:
+                return new[:count], "length", None
+        return new, None, None
+
+    def token_ids(self, start: int, stop: int) -> list[int]:
+        """Held tokens [start, stop)."""
+        prompt = self.request.prompt_token_ids
+        if stop <= len(prompt):
+            return prompt[start:stop]
+        offset = len(prompt)
+        return prompt[start:] + self.output[max(start - offset, 0) : stop - offset]
+
+    def tokens(self, stop: int) -> Tokens:
+        """Held tokens [0, stop) as int32 [stop]."""
+        if stop <= len(self.prompt):
+            return self.prompt[:stop]
+        output = np.array(self.output[: stop - len(self.prompt)], np.int32)
+        return np.concatenate((self.prompt, output))
+
+
+def make_sequences(
+    request: Request, limits: Limits, eos: frozenset[int], first_uid: int, now: float
+) -> list[Sequence]:
+    """The `params.n` sequences of a request.
+
+    Raises ValueError when they could never run: an empty prompt, one with ids outside the
+    vocabulary, or more tokens than the context or the KV pool hold.
+    """
+    limit = _token_limit(request, limits)
+    low, high = min(request.prompt_token_ids), max(request.prompt_token_ids)
+    if low < 0 or high >= limits.vocab_size:
+        raise ValueError(
+            "prompt token ids must be at least 0 and below the vocabulary size "
+            f"{limits.vocab_size}, got {low if low < 0 else high}"
+        )
+    prompt = np.array(request.prompt_token_ids, np.int32)
+    params = request.params
+    stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos)
+    return [
+        Sequence(
+            first_uid + choice,
+            request,
+            choice,
+            prompt,
+            limit,
+            stop_ids,
+            now,
+            num_tokens=len(prompt),
+        )
+        for choice in range(params.n)
+    ]
+
+
+def _token_limit(request: Request, limits: Limits) -> int:
+    """How many tokens a sequence may hold in all; the KV of the last is never needed."""
+    length, wanted = len(request.prompt_token_ids), request.params.max_tokens
+    pool = limits.num_pages * limits.page_size
+    what, capacity = "context", limits.max_context
+    if pool < capacity:
+        what, capacity = "KV pool", pool
+    if not length:
+        raise ValueError("the prompt must have at least 1 token, got 0")
+    if length > capacity:
+        raise ValueError(f"the prompt has {length} tokens, more than the {what} of {capacity}")
+    if wanted is None:
+        return max(capacity, length + 1)
+    if length + wanted - 1 > capacity:
+        raise ValueError(
+            f"prompt ({length} tokens) + max_tokens ({wanted}) - 1 is {length + wanted - 1} "
+            f"tokens, more than the {what} of {capacity}"
+        )
+    return length + wanted
