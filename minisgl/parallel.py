@@ -47,15 +47,15 @@ class Solo:
         return x
 
 
-def share(what: str, units: int, comm: Communicator) -> tuple[int, int]:
+def share(what: str, units: int, comm: Communicator, *, repeated: bool = False) -> tuple[int, int]:
     """(first, count) of the `units` that this rank holds.
 
-    Fewer units than ranks are repeated (key heads under many ranks). ValueError where neither
-    divides the other.
+    With `repeated`, fewer units than ranks are held by several (key heads under many ranks).
+    ValueError where the ranks cannot have equal parts.
     """
     if units % comm.size == 0:
         count = units // comm.size
         return comm.rank * count, count
-    if comm.size % units == 0:
+    if repeated and comm.size % units == 0:
         return comm.rank * units // comm.size, 1
-    raise ValueError(f"{what} ({units}) cannot be shared by {comm.size} ranks: neither divides")
+    raise ValueError(f"{what} ({units}) cannot be shared equally by {comm.size} ranks")

@@ -83,14 +83,14 @@ class Attention:
         """cos_sin: the rotary table, shared by layers with the same `Rope`."""
         heads = [
             Part("q_proj", num_heads, head_dim),
-            Part("k_proj", num_kv_heads, head_dim),
-            Part("v_proj", num_kv_heads, head_dim),
+            Part("k_proj", num_kv_heads, head_dim, repeated=True),
+            Part("v_proj", num_kv_heads, head_dim, repeated=True),
         ]
         self.qkv = ColumnLinear(prefix, hidden_size, heads, bias=qkv_bias, at=at)
         self.out = RowLinear(
             f"{prefix}.o_proj", num_heads, head_dim, hidden_size, bias=out_bias, at=at
         )
-        self.num_heads = self.qkv.shares[0][1]
+        self.num_heads, self.num_kv_heads, _ = (count for _, count in self.qkv.shares)
         self.scale = scale
         self.window = window
         self.softcap = softcap

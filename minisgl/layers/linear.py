@@ -20,6 +20,7 @@ class Part:
     name: str
     units: int
     width: int = 1
+    repeated: bool = False  # ranks beyond the units hold copies
 
 
 class ColumnLinear:
@@ -40,7 +41,10 @@ class ColumnLinear:
         self.prefix = prefix
         self.in_features = in_features
         self.parts = parts
-        self.shares = [share(f"{prefix}.{part.name}", part.units, at.comm) for part in parts]
+        self.shares = [
+            share(f"{prefix}.{part.name}", part.units, at.comm, repeated=part.repeated)
+            for part in parts
+        ]
         rows = sum(count * part.width for part, (_, count) in zip(parts, self.shares, strict=True))
         self.weight = at.empty(rows, in_features)
         self.bias = at.empty(rows) if bias else None

@@ -82,6 +82,27 @@ class ModelConfig:
     def embedding_scale(self) -> float | None:
         return math.sqrt(self.hidden_size) if self.family.scaled_embedding else None
 
+    def cost_facts(self, dtype: torch.dtype) -> dict[str, int | float | None]:
+        """The sizes that decide what a step costs, in plain numbers, for weights in `dtype`."""
+        moes = [layer.moe for layer in self.layers if layer.moe is not None]
+        moe = moes[0] if moes else None
+        windows = [layer.window for layer in self.layers if layer.window is not None]
+        return {
+            "layers": self.num_layers,
+            "hidden": self.hidden_size,
+            "heads": self.num_heads,
+            "kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate": moe.inner_size if moe else self.inner_size,
+            "vocab": self.vocab_size,
+            "experts": moe.num_experts if moe else 0,
+            "experts_per_token": moe.top_k if moe else 0,
+            "window": windows[0] if windows else None,
+            "windowed_layers": len(windows),
+            "bytes_per_weight": float(dtype.itemsize),
+            "bytes_per_kv": float(dtype.itemsize),
+        }
+
     @classmethod
     def from_hf(cls, path: str | Path) -> "ModelConfig":
         """Read config.json, and generation_config.json where there is one, of a directory.

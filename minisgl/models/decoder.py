@@ -151,6 +151,11 @@ class Decoder:
         if config.embedding_scale is not None:
             self.embedding_scale = torch.tensor(config.embedding_scale, dtype=at.dtype).item()
 
+    @property
+    def num_kv_heads(self) -> int:
+        """Key heads of this rank: what its KV pool holds."""
+        return self.layers[0].attention.num_kv_heads
+
     def weights(self) -> Iterator[Weight]:
         """Every weight of this rank, by its name in a checkpoint of the Llama convention."""
         yield from self.embedding.weights()

@@ -9,7 +9,7 @@ import transformers
 TINY = {
     "vocab_size": 211,
     "hidden_size": 48,
-    "intermediate_size": 88,
+    "intermediate_size": 90,
     "num_hidden_layers": 3,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,

@@ -1,6 +1,7 @@
 """A small runtime for tests: pages and rows shuffled, any mix of chunks and decodes in a step."""
 
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 
@@ -25,7 +26,7 @@ class Paged:
         generator = torch.Generator().manual_seed(self.seed)
         per_sequence = -(-self.capacity // self.page_size)
         num_pages = per_sequence * self.num_sequences + 3
-        shape = (num_pages * self.page_size, config.num_kv_heads, config.head_dim)
+        shape = (num_pages * self.page_size, self.decoder.num_kv_heads, config.head_dim)
         self.kv = [
             (torch.full(shape, 1e4, dtype=self.dtype), torch.full(shape, 1e4, dtype=self.dtype))
             for _ in range(config.num_layers)
@@ -55,7 +56,7 @@ class Paged:
                 slots.append(page * self.page_size + position % self.page_size)
             self.lengths[s] += len(tokens)
         inputs = ForwardInputs(
-            input_ids=torch.tensor(sum(work.values(), []), dtype=torch.int32),
+            input_ids=torch.tensor(list(chain(*work.values())), dtype=torch.int32),
             positions=torch.tensor(positions),
             cu_seqlens_q=torch.tensor([0, *counts]).cumsum(0).int(),
             seq_lens=torch.tensor([self.lengths[s] for s in sequences], dtype=torch.int32),

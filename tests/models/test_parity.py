@@ -51,3 +51,47 @@ def test_fp32_logits_and_greedy_tokens(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(ours[s], theirs, atol=1e-4, rtol=0)
         start = len(given[s])
         assert theirs[start - 1 : -1].argmax(-1).tolist() == text[start:]
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_bf16_error_is_that_of_transformers(name: str, tmp_path: Path) -> None:
+    """Against fp32 with the same (bf16) weights, ours is at most twice theirs."""
+    theirs = make(name, tmp_path).bfloat16()
+    decoder = load(tmp_path, torch.bfloat16)
+    given = prompts(decoder.config.vocab_size)
+    paged = Paged(decoder, len(given), max(LENGTHS), dtype=torch.bfloat16)
+    ours = torch.cat(paged.prefill(given, chunk=16))
+    with torch.no_grad():
+        rough = torch.cat([theirs(torch.tensor([p])).logits[0].float() for p in given.values()])
+        exact_model = theirs.float()
+        exact = torch.cat([exact_model(torch.tensor([p])).logits[0] for p in given.values()])
+    # Root mean square, so that an expert chosen differently on a near tie weighs little.
+    ours_error = (ours - exact).square().mean().sqrt()
+    assert ours_error <= 2 * (rough - exact).square().mean().sqrt()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2"])
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_a_step_mixes_decodes_drafts_and_chunks(name: str, page_size: int, tmp_path: Path) -> None:
+    """The same tokens computed in other company and other pieces give the same logits."""
+    make(name, tmp_path)
+    decoder = load(tmp_path)
+    texts = prompts(decoder.config.vocab_size)
+    whole = Paged(decoder, 3, 64, page_size=page_size).prefill(texts, chunk=64)
+    paged = Paged(decoder, 3, 64, page_size=page_size, seed=1)
+    pieces: dict[int, list[torch.Tensor]] = {s: [] for s in texts}
+
+    def step(counts: dict[int, int], num_decode: int) -> None:
+        work = {s: texts[s][paged.lengths[s] :][:n] for s, n in counts.items()}
+        for s, logits in zip(work, paged.step(work, num_decode), strict=True):
+            pieces[s].append(logits)
+
+    step({0: 3, 1: 3}, 0)
+    step({1: 1, 0: 1, 2: 10}, 2)
+    step({0: 17}, 0)
+    step({0: 4, 2: 4}, 2)  # drafts
+    step({2: 1, 0: 12}, 1)
+    step({1: 1}, 1)
+    step({2: 6}, 0)
+    for s, expected in enumerate(whole):
+        torch.testing.assert_close(torch.cat(pieces[s]), expected, atol=1e-4, rtol=0)

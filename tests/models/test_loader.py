@@ -1,0 +1,184 @@
+"""Checkpoints: sharded, misshapen, incomplete, pickled, random; and shared over ranks."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minisgl.layers.weights import Placement
+from minisgl.models.config import ModelConfig
+from minisgl.models.decoder import Decoder
+from minisgl.models.families import find_family
+from minisgl.models.hub import model_directory
+from minisgl.models.loader import checkpoint_name, load_model
+from tests.models.checkpoints import make
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    make("qwen2", tmp_path)
+    return tmp_path
+
+
+def load(folder: Path, **options: object) -> Decoder:
+    config = ModelConfig.from_hf(folder)
+    return load_model(config, folder, dtype=torch.float32, device=CPU, **options)  # type: ignore[arg-type]
+
+
+def values(decoder: Decoder) -> dict[str, torch.Tensor]:
+    return {weight.name: weight.target for weight in decoder.weights()}
+
+
+def edit(folder: Path, **changes: torch.Tensor | None) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in changes.items():
+        if tensor is None:
+            del tensors[name]
+        else:
+            tensors[name] = tensor
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_every_tensor_of_the_file_is_at_its_place(checkpoint: Path) -> None:
+    stored = load_file(checkpoint / "model.safetensors")
+    loaded = values(load(checkpoint))
+    assert loaded.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert torch.equal(loaded[name], tensor), name
+
+
+def test_shards_named_by_the_index(checkpoint: Path) -> None:
+    whole = values(load(checkpoint))
+    tensors = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, own in shards.items():
+        save_file({name: tensors[name] for name in own}, checkpoint / file)
+    save_file({"stray": torch.zeros(1)}, checkpoint / "c.safetensors")
+    weight_map = {name: file for file, own in shards.items() for name in own}
+    index = checkpoint / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    for name, tensor in values(load(checkpoint)).items():
+        assert torch.equal(tensor, whole[name])
+    (checkpoint / "b.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"lacks b\.safetensors"):
+        load(checkpoint)
+
+
+def test_faults_are_named(checkpoint: Path) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    good = load_file(checkpoint / "model.safetensors")[name]
+    edit(checkpoint, **{name: good[:-1].clone()})
+    with pytest.raises(ValueError, match=rf"{name} has shape \(15, 48\).*\(16, 48\)"):
+        load(checkpoint)
+    edit(checkpoint, **{name: None})
+    with pytest.raises(ValueError, match=f"missing from the checkpoint: {name}$"):
+        load(checkpoint)
+    edit(checkpoint, **{name: good, "model.layers.3.mlp.up_proj.weight": good.clone()})
+    with pytest.raises(ValueError, match=r"unknown weights .*: model\.layers\.3\.mlp\.up_proj"):
+        load(checkpoint)
+
+
+def test_pickles_are_refused(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no \.safetensors"):
+        load(checkpoint)
+    (checkpoint / "pytorch_model.bin").write_bytes(b"\x80")
+    with pytest.raises(ValueError, match=r"pickle checkpoints \(pytorch_model\.bin\)"):
+        load(checkpoint)
+
+
+def test_dtype_conversion(checkpoint: Path) -> None:
+    config = ModelConfig.from_hf(checkpoint)
+    wide = values(load(checkpoint))
+    narrow = load_model(config, checkpoint, dtype=torch.bfloat16, device=CPU)
+    for name, tensor in values(narrow).items():
+        assert torch.equal(tensor, wide[name].bfloat16())
+
+
+def test_random_weights_depend_on_seed_and_name(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    one, same = (values(load(checkpoint, load_format="dummy", seed=1)) for _ in range(2))
+    other = values(load(checkpoint, load_format="dummy", seed=2))
+    for name, tensor in one.items():
+        assert torch.equal(tensor, same[name])
+        assert not torch.equal(tensor, other[name])
+        assert tensor.isfinite().all()
+    first = one["model.layers.0.mlp.up_proj.weight"]
+    assert not torch.equal(first, one["model.layers.1.mlp.up_proj.weight"])
+
+
+def test_names_of_multimodal_and_old_checkpoints() -> None:
+    gemma = find_family("Gemma3ForConditionalGeneration")
+    layer = "layers.0.mlp.up_proj.weight"
+    for stored in (f"language_model.model.{layer}", f"model.language_model.{layer}"):
+        assert checkpoint_name(gemma, stored, tied=True) == f"model.{layer}"
+    assert checkpoint_name(gemma, "vision_tower.x.weight", tied=True) is None
+    llama = find_family("LlamaForCausalLM")
+    assert checkpoint_name(llama, "lm_head.weight", tied=True) is None
+    assert checkpoint_name(llama, "lm_head.weight", tied=False) == "lm_head.weight"
+    buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    assert checkpoint_name(llama, buffer, tied=False) is None
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A communicator that is never asked to communicate."""
+
+    rank: int
+    size: int
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        raise AssertionError
+
+    def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        raise AssertionError
+
+    def broadcast(self, x: torch.Tensor, source: int = 0) -> torch.Tensor:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3-moe"])
+def test_ranks_hold_all_of_the_model_between_them(name: str, tmp_path: Path) -> None:
+    make(name, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    ranks = [{w.name: w for w in load(tmp_path, comm=Rank(r, 2)).weights()} for r in range(2)]
+    for key, tensor in stored.items():
+        left, right = (rank[key] for rank in ranks)
+        if left.target.shape == tensor.shape:  # held by every rank
+            assert torch.equal(left.target, right.target)
+            assert torch.equal(left.target, tensor)
+        else:
+            assert torch.equal(torch.cat((left.target, right.target), dim=left.dim), tensor)
+
+
+def test_more_ranks_than_key_heads_repeat_them(tmp_path: Path) -> None:
+    make("llama-yarn", tmp_path)  # 6 heads over 2 key heads
+    stored = load_file(tmp_path / "model.safetensors")["model.layers.0.self_attn.k_proj.weight"]
+    for rank in range(6):
+        own = values(load(tmp_path, comm=Rank(rank, 6)))["model.layers.0.self_attn.k_proj.weight"]
+        assert torch.equal(own, stored.chunk(2)[rank // 3])
+    with pytest.raises(ValueError, match=r"q_proj \(6\) cannot be shared equally by 4 ranks"):
+        load(tmp_path, comm=Rank(0, 4))
+
+
+def test_meta_device_allocates_nothing(checkpoint: Path) -> None:
+    config = ModelConfig.from_hf(checkpoint)
+    at = Placement(torch.float32, torch.device("meta"), Rank(0, 1))
+    assert all(weight.target.is_meta for weight in Decoder(config, at).weights())
+
+
+def test_model_directory(tmp_path: Path) -> None:
+    assert model_directory(str(tmp_path)) == tmp_path
+    file = tmp_path / "weights.gguf"
+    file.touch()
+    with pytest.raises(ValueError, match="is a file"):
+        model_directory(str(file))
+    with pytest.raises(ValueError, match="no directory here"):
+        model_directory("/nowhere/at/all")
