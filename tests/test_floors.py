@@ -53,7 +53,10 @@ LATE_ONLY = {"transformers", "nvtx", "cuda"}  # optional at run time: inside fun
 NEVER = {"pickle", "cloudpickle", "dill", "shelve", "marshal"}  # these run what they read
 NEVER_CALLED = {"load": "torch", "send_pyobj": None, "recv_pyobj": None}  # pickle inside
 # Variables that say where things are. There are no feature flags in the environment.
-ENVIRONMENT = {"csrc/build.py": {"CXX", "CUDA_HOME", "XDG_CACHE_HOME"}}
+ENVIRONMENT = {
+    "device.py": {"OMP_NUM_THREADS"},
+    "csrc/build.py": {"CXX", "CUDA_HOME", "XDG_CACHE_HOME"},
+}
 
 MODULE_NAME = re.compile(r"minisgl(\.\w+)+(:\w+)?")  # "minisgl.kernels.x:f", loaded by name
 

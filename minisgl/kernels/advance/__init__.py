@@ -1,0 +1,199 @@
+"""What the device knows of each row, turned into a step's inputs, and moved on by its tokens.
+
+A row holds its last sampled token and `lengths`, the position where that token stands (all before
+it are computed). A chunk whose tokens the host has not read starts there, so a step can be planned
+and launched before the one before it is read.
+
+`prepare_inputs`, before the forward pass, for token t, the i-th of sequence s:
+    start_s = starts[s], or lengths[rows[s]] where that is -1
+    position_t = start_s + i;  slot_t = page_table[rows[s], position // page_size] * page_size
+                                        + position % page_size, or -1 for padding
+`advance_rows`, after sampling, for a sequence with drafts d_1 .. d_k and samples s_0 .. s_k:
+    accepted = the longest run with d_j = s_{j - 1};  the row's last token is s_accepted
+A draft is right exactly when it is what the target samples there, so the output is the target's
+own whatever the drafts (the coupling of speculative decoding with shared noise).
+"""
+
+from typing import Any
+
+import torch
+
+from minisgl.kernels.op import Case, Cost, Implementation, Op
+
+
+def prepare_inputs_reference(
+    input_ids: torch.Tensor,
+    positions: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    seq_lens: torch.Tensor,
+    token_ids: torch.Tensor,
+    sequences: torch.Tensor,
+    offsets: torch.Tensor,
+    rows: torch.Tensor,
+    starts: torch.Tensor,
+    num_tokens: torch.Tensor,
+    last: torch.Tensor,
+    lengths: torch.Tensor,
+    page_table: torch.Tensor,
+    page_size: int,
+) -> None:
+    """Fill input_ids [T] int32, positions [T] and slot_mapping [T] int64, seq_lens [S] int32.
+
+    token_ids: [T] int32, -1 = the row's last token. sequences: [T] int32, each token's sequence.
+    offsets: [S + 1] int32, where each sequence's tokens begin. rows, starts, num_tokens: [S] int32;
+    num_tokens counts the sequence's own tokens, those after it are padding (slot -1), and a
+    sequence with none is padding altogether (seq_lens 0). last, lengths: [R] int32. page_table:
+    [R, P] int32. A sequence's length covers its padding, so that queries keep their places.
+    """
+    s, r = sequences.long(), rows.long()
+    begin = torch.where(starts < 0, lengths[r], starts)
+    index = torch.arange(s.shape[0], device=s.device) - offsets[s]
+    row = r[s]
+    torch.where(token_ids < 0, last[row], token_ids, out=input_ids)
+    torch.add(begin[s], index, out=positions)
+    page = page_table[row, (positions // page_size).clamp(max=page_table.shape[1] - 1)]
+    slots = page.long() * page_size + positions % page_size
+    slot_mapping.copy_(torch.where(index < num_tokens[s], slots, -1))
+    seq_lens.copy_(torch.where(num_tokens > 0, begin + offsets.diff(), 0))
+
+
+def advance_rows_reference(
+    tokens: torch.Tensor,
+    first: torch.Tensor,
+    rows: torch.Tensor,
+    drafts: torch.Tensor,
+    positions: torch.Tensor,
+    last: torch.Tensor,
+    lengths: torch.Tensor,
+    counts: torch.Tensor,
+    counted: torch.Tensor,
+) -> torch.Tensor:
+    """Move rows on by what was sampled; returns how many drafts each accepted, [M] int32.
+
+    tokens: [N] int32 samples, sequence m's from index first[m] on. rows: [M] int32, distinct.
+    drafts: [M, K] int32, -1 after a sequence's own. positions: [N] int64, where each sample stands.
+    In place: last and lengths [R] int32; counts [R, V] int32, one more per new token in rows where
+    counted [R] int32 is not 0.
+    """
+    r, begin = rows.long(), first.long()
+    k = drafts.shape[1]
+    steps = begin[:, None] + torch.arange(k, device=tokens.device)
+    right = (tokens[steps.clamp(max=tokens.shape[0] - 1)] == drafts) & (drafts >= 0)
+    accepted = right.int().cumprod(1).sum(1)
+    final = begin + accepted
+    last[r] = tokens[final]
+    lengths[r] = positions[final].int()
+    one = (counted[r] != 0).int()
+    for j in range(k + 1):
+        token = tokens[(begin + j).clamp(max=tokens.shape[0] - 1)].long()
+        counts[r, token] += one * (j <= accepted)
+    return accepted.int()
+
+
+def _prepare_cost(token_ids: torch.Tensor, **_: Any) -> Cost:
+    return Cost(bytes=token_ids.numel() * 40, flops=token_ids.numel() * 8)
+
+
+def _advance_cost(tokens: torch.Tensor, rows: torch.Tensor, **_: Any) -> Cost:
+    return Cost(bytes=tokens.numel() * 16 + rows.numel() * 16, flops=tokens.numel())
+
+
+def _prepare_case(label: str, widths: list[int], padded: int, page_size: int) -> Case:
+    """`widths` tokens per sequence; every third sequence's last token is padding, if it has two."""
+
+    def make(
+        device: torch.device, dtype: torch.dtype, generator: torch.Generator
+    ) -> dict[str, Any]:
+        on = generator.device
+        count = len(widths) + padded
+        width = torch.tensor([*widths, *[1] * padded])
+        num_tokens = width.clone()
+        num_tokens[::3] -= (width[::3] > 1).long()
+        num_tokens[len(widths) :] = 0
+        offsets = torch.cat([torch.zeros(1, dtype=torch.long), width.cumsum(0)])
+        total, table_rows, pages = int(offsets[-1]), count + 4, 12
+        lengths = torch.randint(0, 90 // 2, (table_rows,), generator=generator, device=on)
+        starts = torch.randint(0, 90 // 2, (count,), generator=generator, device=on)
+        starts[::2] = -1
+        token_ids = torch.randint(0, 99, (total,), generator=generator, device=on)
+        token_ids[offsets[:-1][::2]] = -1
+        page_size_pages = torch.randperm(table_rows * pages, generator=generator, device=on)
+        ints = {
+            "token_ids": token_ids,
+            "sequences": torch.arange(count).repeat_interleave(width),
+            "offsets": offsets,
+            "rows": torch.randperm(table_rows, generator=generator, device=on)[:count],
+            "starts": starts,
+            "num_tokens": num_tokens,
+            "last": torch.randint(0, 99, (table_rows,), generator=generator, device=on),
+            "lengths": lengths,
+            "page_table": page_size_pages.view(table_rows, pages),
+        }
+        outputs = {
+            "input_ids": torch.full((total,), -7, dtype=torch.int32, device=device),
+            "positions": torch.full((total,), -7, dtype=torch.int64, device=device),
+            "slot_mapping": torch.full((total,), -7, dtype=torch.int64, device=device),
+            "seq_lens": torch.full((count,), -7, dtype=torch.int32, device=device),
+        }
+        moved = {name: tensor.to(device, torch.int32) for name, tensor in ints.items()}
+        return outputs | moved | {"page_size": page_size}
+
+    return Case(label, make)
+
+
+def _advance_case(label: str, num_drafts: list[int]) -> Case:
+    """Sequence m has num_drafts[m] drafts; a random run of them is what was sampled."""
+
+    def make(
+        device: torch.device, dtype: torch.dtype, generator: torch.Generator
+    ) -> dict[str, Any]:
+        on = generator.device
+        count, vocab, table_rows = len(num_drafts), 37, len(num_drafts) + 3
+        points = torch.tensor(num_drafts) + 1
+        first = points.cumsum(0) - points
+        tokens = torch.randint(0, 4, (int(points.sum()),), generator=generator, device=on)
+        drafts = torch.full((count, max(num_drafts)), -1)
+        for m, k in enumerate(num_drafts):
+            drafts[m, :k] = tokens[first[m] : first[m] + k]
+            drafts[m, m % 3 : k] += (torch.arange(k - m % 3) % 2 == 1) if k > m % 3 else 0
+        made = {
+            "tokens": tokens,
+            "first": first,
+            "rows": torch.randperm(table_rows, generator=generator, device=on)[:count],
+            "drafts": drafts,
+            "positions": torch.randint(5, 900, tokens.shape, generator=generator, device=on),
+            "last": torch.full((table_rows,), -7),
+            "lengths": torch.full((table_rows,), -7),
+            "counts": torch.randint(0, 3, (table_rows, vocab), generator=generator, device=on),
+            "counted": torch.arange(table_rows) % 2,
+        }
+        moved = {name: tensor.to(device, torch.int32) for name, tensor in made.items()}
+        return moved | {"positions": moved["positions"].long()}
+
+    return Case(label, make)
+
+
+_TORCH = "minisgl.kernels.advance:"
+
+prepare_inputs = Op(
+    "prepare_inputs",
+    prepare_inputs_reference,
+    implementations=[Implementation("torch", "cuda", _TORCH + "prepare_inputs_reference")],
+    cases=(
+        _prepare_case("decode", [1] * 7, 2, 16),
+        _prepare_case("drafts", [3] * 5, 0, 16),
+        _prepare_case("mixed-page1", [1, 1, 1, 2, 9], 3, 1),
+        _prepare_case("prefill", [13, 1, 40], 1, 64),
+    ),
+    cost=_prepare_cost,
+)
+advance_rows = Op(
+    "advance_rows",
+    advance_rows_reference,
+    implementations=[Implementation("torch", "cuda", _TORCH + "advance_rows_reference")],
+    cases=(
+        _advance_case("plain", [0, 0, 0, 0, 0]),
+        _advance_case("drafts", [3, 0, 1, 4, 2, 4]),
+    ),
+    cost=_advance_cost,
+)

@@ -1,0 +1,131 @@
+"""Sampling on CPU: what is off costs nothing, and noise is drawn only where it can win.
+
+A CPU implementation may look at its data. Parameters are read through numpy, rows are split into
+greedy, filtered and plain ones, filters find their thresholds from the largest few values where
+those suffice, and noise is computed for the kept candidates alone. Results equal the reference's.
+"""
+
+import numpy as np
+import torch
+
+from minisgl.kernels.sampling import (
+    PARAMS,
+    SEEN_IN_PROMPT,
+    fixed_point,
+    top_k_threshold,
+    top_p_threshold,
+)
+from minisgl.kernels.sampling.noise import gumbel, position_keys
+
+FEW = 256  # values looked at first for a top-p threshold
+BLOCK = 1 << 16  # elements of noise at once, so that they stay in cache
+
+
+def adjust_logits_cpu(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    params: torch.Tensor,
+    bias_ids: torch.Tensor,
+    bias_values: torch.Tensor,
+    counts: torch.Tensor,
+    drafts: torch.Tensor,
+) -> None:
+    r = rows.numpy()
+    p = _records(params)[r]
+    x = logits.numpy()
+    for n in np.flatnonzero(p["needs_counts"]):
+        _penalize(x[n], counts[int(r[n])].numpy(), drafts[n].numpy(), p[n])
+    first = np.where(positions.numpy() < p["min_length"], 0, p["num_bans"])
+    for n in np.flatnonzero(first < p["num_biases"]):
+        entries = slice(first[n], p["num_biases"][n])
+        np.add.at(x[n], bias_ids.numpy()[r[n], entries], bias_values.numpy()[r[n], entries])
+
+
+def _penalize(x: np.ndarray, counts: np.ndarray, drafts: np.ndarray, p: np.void) -> None:
+    """Penalties of one row x [V], in place, touching only the tokens seen."""
+    ids = np.flatnonzero(counts)
+    drafts = drafts[drafts >= 0]
+    output = counts[ids] & (SEEN_IN_PROMPT - 1)
+    if drafts.size:
+        ids, position = np.unique(np.concatenate([ids, drafts]), return_inverse=True)
+        extra = np.bincount(position[-drafts.size :], minlength=ids.size).astype(np.int32)
+        output = (counts[ids] & (SEEN_IN_PROMPT - 1)) + extra
+    y = x[ids]
+    y = np.where(y > 0, y / p["repetition_penalty"], y * p["repetition_penalty"])
+    times = output.astype(np.float32)
+    x[ids] = y - p["frequency_penalty"] * times - p["presence_penalty"] * (times > 0)
+
+
+def sample_cpu(
+    logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, params: torch.Tensor
+) -> torch.Tensor:
+    p = _records(params)[rows.numpy()]
+    vocab = logits.shape[1]
+    greedy = p["temperature"] == 0
+    tokens = np.zeros(len(p), np.int32)
+    if greedy.all():
+        tokens[:] = logits.numpy().argmax(1)
+        return torch.from_numpy(tokens)
+    for i in np.flatnonzero(greedy):
+        tokens[i] = logits[i].numpy().argmax()
+    filtered = ((p["top_k"] > 0) & (p["top_k"] < vocab)) | (p["top_p"] < 1) | (p["min_p"] > 0)
+    low, high = position_keys(torch.from_numpy(p["key"].copy()), positions)
+    step = max(1, BLOCK // vocab)
+    for is_group, draw in ((~greedy & ~filtered, _draw_all), (~greedy & filtered, _draw_kept)):
+        members = np.flatnonzero(is_group)
+        for start in range(0, len(members), step):
+            n = members[start : start + step]
+            index = torch.from_numpy(n)
+            z = logits[index] / torch.from_numpy(p["temperature"][n])[:, None]
+            tokens[n] = draw(z, low[index], high[index], p[n])
+    return torch.from_numpy(tokens)
+
+
+def _draw_all(z: torch.Tensor, low: torch.Tensor, high: torch.Tensor, p: np.ndarray) -> np.ndarray:
+    ids = torch.arange(z.shape[1], dtype=torch.int32)
+    z += gumbel(low[:, None], high[:, None], ids)
+    best: np.ndarray = z.numpy().argmax(1)
+    return best
+
+
+def _draw_kept(z: torch.Tensor, low: torch.Tensor, high: torch.Tensor, p: np.ndarray) -> np.ndarray:
+    row, column = _keep(z, p).nonzero(as_tuple=True)
+    scores = (z[row, column] + gumbel(low[row], high[row], column.int())).numpy()
+    rows, ids = row.numpy(), column.numpy()
+    present, first = np.unique(rows, return_index=True)
+    best = np.full(len(p), -np.inf, np.float32)
+    best[present] = np.maximum.reduceat(scores, first) if len(scores) else ()
+    winners = np.flatnonzero(scores == best[rows])[::-1]  # the lowest id is written last
+    tokens = np.zeros(len(p), np.int64)
+    tokens[rows[winners]] = ids[winners]
+    return tokens
+
+
+def _keep(z: torch.Tensor, p: np.ndarray) -> torch.Tensor:
+    """Which values of z [N, V] pass their row's filters."""
+    vocab = z.shape[1]
+    top_k, top_p, min_p = (torch.from_numpy(p[name].copy()) for name in ("top_k", "top_p", "min_p"))
+    top_k = torch.where(top_k >= vocab, 0, top_k)
+    few = min(vocab, max(int(top_k.max()), FEW if (p["top_p"] < 1).any() else 1))
+    largest = z.topk(few, dim=1).values
+    kept = z >= top_k_threshold(largest, top_k)[:, None]
+    weights: torch.Tensor | None = None
+    if (p["top_p"] < 1).any():
+        weights = (z - largest[:, :1]).exp()
+        mass = (fixed_point(weights) * kept).sum(1)
+        threshold = top_p_threshold(largest, mass, top_p)
+        # Where the few values end above the threshold sought, look at all of them.
+        short = (threshold == largest[:, -1]) & (top_k == 0) & (top_p < 1)
+        for n in short.nonzero().flatten().tolist() if few < vocab else ():
+            ordered = z[n : n + 1].sort(dim=1, descending=True).values
+            threshold[n] = top_p_threshold(ordered, mass[n : n + 1], top_p[n : n + 1])[0]
+        kept &= z >= threshold[:, None]
+    if (p["min_p"] > 0).any():
+        weights = (z - largest[:, :1]).exp() if weights is None else weights
+        kept &= weights >= min_p[:, None]
+    return kept
+
+
+def _records(params: torch.Tensor) -> np.ndarray:
+    return params.numpy().view(PARAMS)[:, 0]

@@ -1,0 +1,138 @@
+"""`LocalExecutor`: the engine's `Executor` over one worker of this process."""
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+
+from minisgl.core.batch import Batch, StepOutput
+from minisgl.core.executor import GrammarMasks, Limits
+from minisgl.core.request import TokenLogprobs
+from minisgl.device import Event
+from minisgl.runtime.inputs import pack_step
+from minisgl.runtime.runner import Step
+from minisgl.runtime.worker import Worker
+
+
+@dataclass
+class _Flight:
+    """A step on its way, with the events around its forward pass and its sampling."""
+
+    step: Step | None  # None when it could not even be packed
+    events: list[Event]
+    sampled: bool = False
+
+
+class LocalExecutor:
+    """Owned by the engine's thread, which plans; the work runs on the worker's device.
+
+    A step that fails, be it a malformed batch or an error in a kernel, is reported by `collect`.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._flights: deque[_Flight] = deque()
+
+    @property
+    def limits(self) -> Limits:
+        return self._worker.limits
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights, activations and KV."""
+        return self._worker.dtype
+
+    def dispatch(self, batch: Batch) -> None:
+        worker, device = self._worker, self._worker.device
+        begin = device.record()
+        step = None
+        try:
+            step = Step(pack_step(batch, worker.host_rows, worker.geometry))
+        except Exception as failure:  # surfaces at collect, as every failure does
+            device.submit(_fail, failure)
+        else:
+            device.submit(worker.runner.forward, step)
+        self._flights.append(_Flight(step, [begin, device.record()]))
+
+    def sample(self, step: int, masks: GrammarMasks | None = None) -> None:
+        flight = next((flight for flight in self._flights if not flight.sampled), None)
+        if flight is None or (flight.step and flight.step.arrays.batch.step != step):
+            raise ValueError(f"step {step} is not the oldest one dispatched and not sampled")
+        flight.sampled = True
+        device = self._worker.device
+        if masks is not None:  # the device may have waited for them
+            flight.events.append(device.record())
+        if flight.step is not None:
+            device.submit(self._worker.runner.sample, flight.step, masks)
+        flight.events.append(device.record())
+
+    def collect(self) -> StepOutput:
+        if not self._flights or not self._flights[0].sampled:
+            raise ValueError("no sampled step is in flight")
+        flight = self._flights.popleft()
+        flight.events[-1].wait()
+        assert flight.step is not None  # a step that was not packed has failed the stream
+        return _read(flight.step, _seconds(flight.events))
+
+    def close(self) -> None:
+        self._flights.clear()
+        self._worker.close()
+
+
+def _fail(failure: Exception) -> None:
+    raise failure
+
+
+def _seconds(events: list[Event]) -> float:
+    """Device time of the forward pass and the sampling, without the wait for masks between."""
+    total = events[-1].seconds_since(events[0])
+    if len(events) == 4:
+        total -= events[2].seconds_since(events[1])
+    return total
+
+
+def _read(step: Step, seconds: float) -> StepOutput:
+    """The output of a step whose last event has passed."""
+    arrays, sampled = step.arrays, step.sampled
+    chunks = arrays.batch.chunks
+    token_ids: list[list[int]] = [[] for _ in chunks]
+    logprobs: dict[int, list[TokenLogprobs]] = {}
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+    if sampled.tokens is not None:
+        tokens = sampled.tokens.tolist()
+        if sampled.accepted is None:
+            for i, first in zip(arrays.sampling, arrays.first_points, strict=True):
+                token_ids[i] = [tokens[first]]
+        else:
+            accepted = sampled.accepted.tolist()
+            spans = zip(arrays.sampling, arrays.first_points, accepted, strict=True)
+            for i, first, count in spans:
+                token_ids[i] = tokens[first : first + count + 1]
+    if sampled.logprobs is not None:
+        first = 0
+        for request in arrays.logprobs:
+            kept = len(token_ids[request.chunk])
+            entries = sampled.logprobs.read(first, kept, request.num_top)
+            logprobs[request.chunk] = entries
+            first += request.count
+    for request, blocks in zip(arrays.prompt_logprobs, sampled.prompt_logprobs, strict=True):
+        prompt_logprobs[request.chunk] = [
+            entry
+            for block in blocks
+            for entry in block.read(0, len(block.token_ids), request.num_top)
+        ]
+    return StepOutput(
+        step=arrays.batch.step,
+        token_ids=token_ids,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        seconds=seconds,
+    )
+
+
+def plan_on_one_thread() -> None:
+    """Keep torch off further cores in the calling thread, which plans beside a CPU stream.
+
+    A second thread with a parallel team of its own would halve the speed of the stream's.
+    """
+    torch.set_num_threads(1)

@@ -1,0 +1,252 @@
+"""A `Batch` as arrays: everything the device needs for one step, in one host-to-device copy.
+
+Runs on the planning thread, in numpy. What the host does not know (the last sampled id, positions
+behind unread drafts) is filled in on the device by `prepare_inputs`, from per-row state.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from minisgl.core.batch import Batch, Chunk
+from minisgl.runtime.rows import ADJUSTS, PROMPT_LOGPROBS, HostRows, Sections
+
+PENDING = -1  # a token id still on the device; a start position known only there
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What packing must know of the buffers, and to which sizes steps are padded."""
+
+    page_table_width: int  # entries of a row
+    padding_row: int
+    token_multiple: int = 1  # T and N are padded to half of it or its multiples; 1 = not padded
+    decode_sizes: tuple[int, ...] = ()  # sequences of the decode graphs, ascending
+
+    def padding(self, num_decode: int, width: int, num_tokens: int, decode_only: bool) -> int:
+        """Tokens to add to a step."""
+        if decode_only and self.decode_sizes and num_decode <= self.decode_sizes[-1]:
+            size = self.decode_sizes[bisect_left(self.decode_sizes, num_decode)]
+            return (size - num_decode) * width
+        return padded_size(num_tokens, self.token_multiple) - num_tokens
+
+
+@dataclass
+class LogprobRequest:
+    """Points of one chunk, or prompt positions, whose log-probabilities are asked for."""
+
+    chunk: int
+    first: int  # point, or token of the step
+    count: int
+    num_top: int
+    targets: np.ndarray | None = None  # int32, the prompt token after each position
+
+
+@dataclass
+class StepArrays:
+    """One packed step. T tokens of S sequences, padding included; M chunks sample at N points."""
+
+    batch: Batch
+    sections: Sections
+    num_tokens: int  # T
+    num_sequences: int  # S
+    num_decode: int  # sequences of the decode slice, padding included
+    decode_width: int
+    max_seqlen_q: int
+    num_points: int = 0  # N
+    max_drafts: int = 0  # K
+    sampling: Sequence[int] = ()  # [M] the chunks that sample
+    first_points: Sequence[int] = ()  # [M] the first of each one's points
+    adjusts: bool = False  # whether a row that samples has penalties, biases or bans
+    logprobs: list[LogprobRequest] = field(default_factory=list)
+    prompt_logprobs: list[LogprobRequest] = field(default_factory=list)
+
+
+def padded_size(count: int, multiple: int) -> int:
+    """`count` rounded up to multiple / 2 or to a multiple of `multiple`."""
+    if multiple == 1 or count == 0:
+        return count
+    return multiple // 2 if count <= multiple // 2 else -(-count // multiple) * multiple
+
+
+def pack_step(batch: Batch, host: HostRows, geometry: Geometry) -> StepArrays:
+    """Lay out `batch`; remembers its setups in `host`. ValueError for a batch that is malformed.
+
+    The sections: token_ids, sequences [T]; offsets [S + 1]; rows, starts, num_tokens [S];
+    points [N padded], point_rows [N]; first, sampled_rows [M]; drafts [M * K] and point_drafts
+    [N * K] where there are drafts; copies [J * 3]; patch_index, patch_page; those of the setups.
+    """
+    chunks = batch.chunks
+    if not chunks:
+        raise ValueError(f"batch {batch.step} has no chunks")
+    sections: Sections = host.pack(batch.setups) if batch.setups else {}
+    if batch.copies:
+        jobs = [(job.source, job.target, job.num_tokens) for job in batch.copies]
+        sections["copies"] = np.array(jobs, np.int32).ravel()
+    sections |= _pack_patches(chunks, geometry.page_table_width)
+
+    chunk_rows = np.array([chunk.row for chunk in chunks], np.int32)
+    lengths = np.array([chunk.length for chunk in chunks], np.int32)
+    num_decode = batch.num_decode
+    width = int(lengths[:num_decode].max()) if num_decode else 1
+    widths = lengths.copy()
+    widths[:num_decode] = width
+    total = int(widths.sum())
+    token_ids, starts = _token_ids(chunks, num_decode, width)
+    chunk_offsets = np.cumsum(widths, dtype=np.int32) - widths
+    rows, own = chunk_rows, lengths
+    padding = geometry.padding(num_decode, width, total, num_decode == len(chunks))
+    if padding:
+        # Empty sequences at the end of the decode slice, or one at the very end.
+        fits = num_decode > 0 and padding % width == 0
+        at = num_decode if fits else len(chunks)
+        filler = np.full(padding // width if fits else 1, width if fits else padding, np.int32)
+        token_ids = np.insert(token_ids, num_decode * width if fits else total, [0] * padding)
+        widths, own, rows, starts = (
+            np.concatenate([array[:at], fill, array[at:]])
+            for array, fill in (
+                (widths, filler),
+                (own, 0 * filler),
+                (rows, 0 * filler + geometry.padding_row),
+                (starts, 0 * filler),
+            )
+        )
+        if fits:
+            chunk_offsets[num_decode:] += padding
+            num_decode += len(filler)
+    offsets = np.zeros(len(widths) + 1, np.int32)
+    np.cumsum(widths, out=offsets[1:])
+    sections |= {
+        "token_ids": token_ids,
+        "sequences": np.repeat(np.arange(len(widths), dtype=np.int32), widths),
+        "offsets": offsets,
+        "rows": rows,
+        "starts": starts,
+        "num_tokens": own,
+    }
+    step = StepArrays(
+        batch=batch,
+        sections=sections,
+        num_tokens=total + padding,
+        num_sequences=len(widths),
+        num_decode=num_decode,
+        decode_width=width,
+        max_seqlen_q=int(widths[num_decode:].max()) if num_decode < len(widths) else 1,
+    )
+    sampling = np.flatnonzero([chunk.samples for chunk in chunks])
+    if len(sampling):
+        ends = (chunk_offsets + lengths)[sampling]
+        _pack_points(step, sampling, chunk_rows[sampling], ends, geometry.token_multiple)
+    _pack_logprobs(step, host, chunk_rows, chunk_offsets)
+    return step
+
+
+def _token_ids(chunks: list[Chunk], num_decode: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of all tokens, decode chunks padded to `width`, and where each chunk starts."""
+    starts = np.array([c.start if c.token_ids else PENDING for c in chunks], np.int32)
+    if width == 1:
+        ids = [c.token_ids[0] if c.token_ids else PENDING for c in chunks[:num_decode]]
+    else:
+        ids = []
+        for chunk in chunks[:num_decode]:
+            own = _own_ids(chunk)
+            ids += own + [0] * (width - len(own))
+    for chunk in chunks[num_decode:]:
+        ids += _own_ids(chunk)
+    return np.array(ids, np.int32), starts
+
+
+def _own_ids(chunk: Chunk) -> list[int]:
+    ids = chunk.token_ids or [PENDING]
+    if chunk.drafts and len(ids) < chunk.length:
+        ids = ids + chunk.drafts
+    if len(ids) != chunk.length:
+        raise ValueError(
+            f"chunk of sequence {chunk.uid} has length {chunk.length} but {len(ids)} token ids"
+        )
+    return ids
+
+
+def _pack_patches(chunks: list[Chunk], page_table_width: int) -> Sections:
+    index: list[int] = []
+    pages: list[int] = []
+    for chunk in chunks:
+        if chunk.pages:
+            first = chunk.row * page_table_width + chunk.page_index
+            if chunk.page_index + len(chunk.pages) > page_table_width:
+                raise ValueError(
+                    f"sequence {chunk.uid} needs {chunk.page_index + len(chunk.pages)} pages, "
+                    f"but a row of the page table has {page_table_width}"
+                )
+            index.extend(range(first, first + len(chunk.pages)))
+            pages.extend(chunk.pages)
+    if not pages:
+        return {}
+    return {"patch_index": np.array(index, np.int32), "patch_page": np.array(pages, np.int32)}
+
+
+def _pack_points(
+    step: StepArrays, sampling: np.ndarray, rows: np.ndarray, ends: np.ndarray, multiple: int
+) -> None:
+    """Where logits are needed: the last 1 + drafts tokens of every chunk that samples."""
+    drafts = [step.batch.chunks[i].drafts for i in sampling.tolist()]
+    first = np.arange(len(sampling), dtype=np.int32)
+    points, point_rows = ends - 1, rows
+    if any(drafts):
+        k = np.array([len(d) for d in drafts], np.int32)
+        step.max_drafts = width = int(k.max())
+        first = (np.cumsum(k + 1) - (k + 1)).astype(np.int32)
+        owner = np.repeat(np.arange(len(k)), k + 1)
+        nth = np.arange(len(owner)) - first[owner]  # of the owner's points
+        points = ends[owner] - (k + 1)[owner] + nth
+        point_rows = rows[owner]
+        matrix = np.array([d + [PENDING] * (width - len(d)) for d in drafts], np.int32)
+        before = np.where(np.arange(width) < nth[:, None], matrix[owner], PENDING)
+        step.sections["drafts"] = matrix.ravel()
+        step.sections["point_drafts"] = before.astype(np.int32).ravel()
+    step.sampling = sampling.tolist()
+    step.first_points = first.tolist()
+    step.num_points = len(points)
+    unused = padded_size(len(points), multiple) - len(points)
+    step.sections["points"] = np.append(points, [0] * unused).astype(np.int32)
+    step.sections["point_rows"] = point_rows
+    step.sections["first"] = first
+    step.sections["sampled_rows"] = rows
+
+
+def _pack_logprobs(
+    step: StepArrays, host: HostRows, chunk_rows: np.ndarray, chunk_offsets: np.ndarray
+) -> None:
+    flags = host.flags[chunk_rows]
+    if not flags.any():
+        return
+    for i, first in zip(step.sampling, step.first_points, strict=True):
+        step.adjusts |= bool(flags[i] & ADJUSTS)
+        num_top = host.setups[step.batch.chunks[i].row].params.logprobs
+        if num_top is not None:
+            count = 1 + len(step.batch.chunks[i].drafts)
+            step.logprobs.append(LogprobRequest(i, first, count, num_top))
+    for i in np.flatnonzero(flags & PROMPT_LOGPROBS).tolist():
+        chunk = step.batch.chunks[i]
+        setup = host.setups[chunk.row]
+        end = min(chunk.start + chunk.length, setup.prompt_length - 1)
+        num_top = setup.params.prompt_logprobs
+        if chunk.start < setup.prompt_length and num_top is not None:
+            targets = np.array(setup.token_ids[chunk.start + 1 : end + 1], np.int32)
+            first = int(chunk_offsets[i])
+            step.prompt_logprobs.append(LogprobRequest(i, first, len(targets), num_top, targets))
+
+
+def join(sections: Sections) -> np.ndarray:
+    """The sections one after another, int32."""
+    return np.concatenate(list(sections.values()))
+
+
+def split(sections: Sections, sent: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Views of the uploaded `join(sections)`, by name."""
+    sizes = [len(section) for section in sections.values()]
+    parts = sent.split(sizes)  # type: ignore[no-untyped-call]
+    return dict(zip(sections, parts, strict=True))

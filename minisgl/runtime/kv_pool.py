@@ -1,0 +1,139 @@
+"""The KV pool, and the memory plan that sizes it before anything large is allocated."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from minisgl.device import Device, Memory
+from minisgl.kernels.kv_copy import copy_pages
+from minisgl.log import get_logger
+
+log = get_logger(__name__)
+
+CPU_TOKENS = 65_536  # the CPU's default pool: at most this many tokens
+CPU_BYTES = 4 * 2**30  # and at most this many bytes
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What one token's keys and values take."""
+
+    num_layers: int
+    num_kv_heads: int  # of this rank
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by purpose. `kv` is what is left, and `num_pages` what fits in it."""
+
+    weights: int
+    workspace: int
+    logits: int
+    counts: int
+    kv: int
+    num_pages: int
+    page_size: int
+    budget: int  # what all of the above may take together
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_pages * self.page_size
+
+    def table(self) -> str:
+        """One line per purpose, in MiB, for the log."""
+        purposes = ("weights", "workspace", "logits", "counts", "kv", "budget")
+        lines = [f"  {name:<10} {getattr(self, name) / 2**20:>10.1f} MiB" for name in purposes]
+        pages = f"{self.num_pages} pages of {self.page_size} tokens"
+        return "\n".join(["memory plan:", *lines[:-1], f"  {pages}", lines[-1]])
+
+
+def plan_memory(
+    memory: Memory,
+    shape: KVShape,
+    *,
+    on_cpu: bool,
+    weights: int,
+    workspace: int,
+    logits: int,
+    counts: int,
+    page_size: int,
+    max_context: int,
+    mem_fraction_static: float,
+    max_total_tokens: int | None,
+) -> MemoryPlan:
+    """Divide the device's memory. `memory` is measured with the weights loaded.
+
+    The budget is `mem_fraction_static` of what was free before the weights. On CPU the pool is
+    also at most CPU_TOKENS and CPU_BYTES, unless `max_total_tokens` states its size. Nobody needs
+    a pool beyond what is stated. Raises ValueError, with the numbers, when not even one page fits,
+    or the stated pool does not.
+    """
+    budget = int((memory.free + weights) * mem_fraction_static)
+    left = budget - weights - workspace - logits - counts
+    page_bytes = shape.bytes_per_token * page_size
+    if max_total_tokens is not None:
+        num_pages = max_total_tokens // page_size
+        if num_pages < 1:
+            raise ValueError(
+                f"max_total_tokens must be at least page_size ({page_size}), got {max_total_tokens}"
+            )
+        if num_pages * page_bytes > left:
+            raise ValueError(
+                f"max_total_tokens {max_total_tokens} needs {num_pages * page_bytes / 2**20:.0f} "
+                f"MiB of KV memory, but mem_fraction_static {mem_fraction_static} leaves "
+                f"{max(left, 0) / 2**20:.0f} MiB"
+            )
+    else:
+        num_pages = left // page_bytes
+        if on_cpu:
+            num_pages = min(num_pages, CPU_TOKENS // page_size, CPU_BYTES // page_bytes)
+        if num_pages < 1:
+            raise ValueError(
+                f"no memory is left for KV: mem_fraction_static {mem_fraction_static} gives "
+                f"{budget / 2**20:.0f} MiB, of which {(budget - left) / 2**20:.0f} MiB are taken "
+                f"by weights, workspace, logits and counts; a page needs {page_bytes} bytes"
+            )
+    plan = MemoryPlan(
+        weights=weights,
+        workspace=workspace,
+        logits=logits,
+        counts=counts,
+        kv=num_pages * page_bytes,
+        num_pages=num_pages,
+        page_size=page_size,
+        budget=budget,
+    )
+    log.info("%s", plan.table())
+    if plan.num_tokens < max_context:
+        log.warning(
+            "the KV pool holds %d tokens, fewer than the context of %d: longer requests are "
+            "refused or end early",
+            plan.num_tokens,
+            max_context,
+        )
+    return plan
+
+
+class KVPool:
+    """Keys and values of every layer in one tensor [L, 2, slots, Hkv, D]; called in the stream."""
+
+    def __init__(self, device: Device, shape: KVShape, num_pages: int, page_size: int) -> None:
+        self.page_size = page_size
+        slots = num_pages * page_size
+        self.storage = device.zeros(
+            (shape.num_layers, 2, slots, shape.num_kv_heads, shape.head_dim), shape.dtype
+        )
+        self.layers: Sequence[tuple[torch.Tensor, torch.Tensor]] = [
+            (layer[0], layer[1]) for layer in self.storage
+        ]
+
+    def copy(self, jobs: torch.Tensor) -> None:
+        """Run copy jobs [J, 3] int32 of (source page, target page, tokens), in every layer."""
+        copy_pages(self.storage, jobs, self.page_size)

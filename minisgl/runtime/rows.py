@@ -1,0 +1,146 @@
+"""Per-row device state, and how a sequence that takes a row sets it up."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from minisgl.core.batch import RowSetup
+from minisgl.device import Device
+from minisgl.kernels.sampling import MAX_BIASES, PARAM_WORDS, PARAMS, SEEN_IN_PROMPT, column
+from minisgl.kernels.sampling.noise import row_key
+
+Sections = dict[str, np.ndarray]  # int32 arrays that travel to the device together
+
+# What a row's sequence asks for beyond plain sampling: flags kept on the host.
+ADJUSTS, LOGPROBS, PROMPT_LOGPROBS = 1, 2, 4
+
+
+@dataclass(frozen=True)
+class RowBuffers:
+    """R rows, the last of which is padding's; allocated once and never moved."""
+
+    last: torch.Tensor  # [R] int32, last sampled token
+    lengths: torch.Tensor  # [R] int32, its position
+    page_table: torch.Tensor  # [R, max_pages] int32
+    params: torch.Tensor  # [R, PARAM_WORDS] int32
+    bias_ids: torch.Tensor  # [R, MAX_BIASES] int32
+    bias_values: torch.Tensor  # [R, MAX_BIASES] fp32
+    counts: torch.Tensor  # [R, V] int32, see kernels.sampling
+    counted: torch.Tensor  # [R] int32, the view of params that says whether counts are kept
+
+    @classmethod
+    def allocate(cls, device: Device, max_rows: int, max_pages: int, vocab: int) -> "RowBuffers":
+        rows = max_rows + 1
+        if rows * vocab >= 2**31:
+            raise ValueError(
+                f"max_running_requests times the vocabulary ({vocab}) must stay below 2^31, "
+                f"got {max_rows} requests"
+            )
+        params = device.zeros((rows, PARAM_WORDS), torch.int32)
+        column(params, "repetition_penalty").fill_(1.0)
+        return cls(
+            last=device.zeros((rows,), torch.int32),
+            lengths=device.zeros((rows,), torch.int32),
+            page_table=device.zeros((rows, max_pages), torch.int32),
+            params=params,
+            bias_ids=device.zeros((rows, MAX_BIASES), torch.int32),
+            bias_values=device.zeros((rows, MAX_BIASES), torch.float32),
+            counts=device.zeros((rows, vocab), torch.int32),
+            counted=column(params, "needs_counts"),
+        )
+
+    @property
+    def padding(self) -> int:
+        """The row of padding."""
+        return self.last.shape[0] - 1
+
+    @staticmethod
+    def counts_bytes(max_rows: int, vocab: int) -> int:
+        return (max_rows + 1) * vocab * 4
+
+    def apply(self, sent: dict[str, torch.Tensor]) -> None:
+        """Write uploaded setups and page-table patches, in the stream."""
+        if "patch_index" in sent:
+            self.page_table.view(-1)[sent["patch_index"]] = sent["patch_page"]
+        if "setup_rows" not in sent:
+            return
+        self.params[sent["setup_rows"]] = sent["setup_params"].view(-1, PARAM_WORDS)
+        if "bias_index" in sent:
+            self.bias_ids.view(-1)[sent["bias_index"]] = sent["bias_ids"]
+            values = sent["bias_values"].view(torch.float32)
+            self.bias_values.view(-1)[sent["bias_index"]] = values
+        if "count_rows" in sent:
+            counts = self.counts.view(-1)
+            self.counts[sent["count_rows"]] = 0
+            counts[sent["prompt_index"]] = SEEN_IN_PROMPT
+            output = sent["output_index"]
+            counts.index_add_(0, output, torch.ones_like(output))
+
+
+class HostRows:
+    """What the host remembers of each row's sequence, and the packing of setups."""
+
+    def __init__(self, max_rows: int, vocab: int, eos_token_ids: tuple[int, ...]) -> None:
+        self.flags = np.zeros(max_rows + 1, np.int32)
+        self.setups: dict[int, RowSetup] = {}
+        self._vocab = vocab
+        self._eos_token_ids = eos_token_ids
+
+    def pack(self, setups: list[RowSetup]) -> Sections:
+        """Remember the setups, and the arrays with which `RowBuffers.apply` writes them."""
+        records = np.zeros(len(setups), PARAMS)
+        bias: list[tuple[int, int, float]] = []
+        count_rows, prompt_index, output_index = [], [], []
+        for record, setup in zip(records, setups, strict=True):
+            params = setup.params
+            self.setups[setup.row] = setup
+            bans = set(params.stop_token_ids) if params.min_tokens else set()
+            if params.min_tokens and not params.ignore_eos:
+                bans.update(self._eos_token_ids)
+            entries = [(i, -np.inf) for i in sorted(bans) if i < self._vocab]
+            num_bans = len(entries)
+            entries += [(i, value) for i, value in params.logit_bias if i < self._vocab]
+            if len(entries) > MAX_BIASES:
+                raise ValueError(
+                    f"logit_bias, stop_token_ids and EOS ids together must be at most {MAX_BIASES},"
+                    f" got {len(entries)}"
+                )
+            base = setup.row * MAX_BIASES
+            bias += [(base + j, i, value) for j, (i, value) in enumerate(entries)]
+            record["temperature"] = params.temperature
+            record["top_p"] = params.top_p
+            record["min_p"] = params.min_p
+            record["repetition_penalty"] = params.repetition_penalty
+            record["presence_penalty"] = params.presence_penalty
+            record["frequency_penalty"] = params.frequency_penalty
+            record["top_k"] = params.top_k
+            record["min_length"] = setup.prompt_length + params.min_tokens
+            record["num_bans"] = num_bans
+            record["num_biases"] = len(entries)
+            record["key"] = row_key(params.seed or 0, setup.choice)
+            record["needs_counts"] = params.needs_counts
+            self.flags[setup.row] = (
+                ADJUSTS * (params.needs_counts or bool(entries))
+                + LOGPROBS * (params.logprobs is not None)
+                + PROMPT_LOGPROBS * (params.prompt_logprobs is not None)
+            )
+            if params.needs_counts:
+                ids = np.array(setup.token_ids, np.int32) + setup.row * self._vocab
+                count_rows.append(setup.row)
+                prompt_index.append(ids[: setup.prompt_length])
+                output_index.append(ids[setup.prompt_length :])
+        sections: Sections = {
+            "setup_rows": np.array([setup.row for setup in setups], np.int32),
+            "setup_params": records.view(np.int32),
+        }
+        if bias:
+            sections["bias_index"] = np.array([index for index, _, _ in bias], np.int32)
+            sections["bias_ids"] = np.array([token_id for _, token_id, _ in bias], np.int32)
+            values = np.array([value for _, _, value in bias], np.float32)
+            sections["bias_values"] = values.view(np.int32)
+        if count_rows:
+            sections["count_rows"] = np.array(count_rows, np.int32)
+            sections["prompt_index"] = np.concatenate(prompt_index)
+            sections["output_index"] = np.concatenate(output_index)
+        return sections

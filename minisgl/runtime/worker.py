@@ -1,0 +1,182 @@
+"""`Worker`: one rank's device, model, memory and runner, built and warmed up."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from minisgl.config import EngineConfig
+from minisgl.core.batch import Batch, Chunk, RowSetup
+from minisgl.core.executor import Limits
+from minisgl.core.request import SamplingParams
+from minisgl.device import Device
+from minisgl.log import get_logger
+from minisgl.models.config import ModelConfig
+from minisgl.models.decoder import ROPE_SLACK
+from minisgl.models.loader import load_model
+from minisgl.parallel import Communicator, Solo, share
+from minisgl.runtime.graphs import DecodeGraphs, padded_sizes
+from minisgl.runtime.inputs import Geometry, pack_step
+from minisgl.runtime.kv_pool import KVPool, KVShape, MemoryPlan, plan_memory
+from minisgl.runtime.rows import HostRows, RowBuffers
+from minisgl.runtime.runner import Model, Runner, Step
+
+log = get_logger(__name__)
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+FP32_CPU_ROWS = 8  # CPU matrix products treat a row alike whatever others are there, in 8s
+
+
+class Worker:
+    """One rank. `runner`'s methods run in the device's stream; the rest belongs to the planner."""
+
+    def __init__(
+        self,
+        device: Device,
+        model: Model,
+        shape: KVShape,
+        limits: Limits,
+        *,
+        eos_token_ids: tuple[int, ...] = (),
+        graphs: bool = True,
+    ) -> None:
+        """Allocates the pool and the rows of `limits`, and warms up."""
+        self.device = device
+        self.limits = limits
+        self.dtype = shape.dtype
+        dtype, on_cpu = shape.dtype, device.torch_device.type == "cpu"
+        multiple = FP32_CPU_ROWS if on_cpu and dtype == torch.float32 else 1
+        sizes: tuple[int, ...] = ()
+        if graphs:
+            # Padding costs time on CPU, where any size replays at once.
+            unpadded = on_cpu and multiple == 1
+            most = limits.max_rows
+            sizes = tuple(range(1, most + 1)) if unpadded else padded_sizes(most)
+            sizes = tuple(size for size in sizes if multiple == 1 or size >= multiple // 2)
+        max_pages = -(-(limits.max_context + ROPE_SLACK) // limits.page_size)
+        self.geometry = Geometry(max_pages, limits.max_rows, multiple, sizes)
+        self.host_rows = HostRows(limits.max_rows, limits.vocab_size, eos_token_ids)
+
+        def build() -> Runner:
+            pool = KVPool(device, shape, limits.num_pages, limits.page_size)
+            rows = RowBuffers.allocate(device, limits.max_rows, max_pages, limits.vocab_size)
+            decode = None
+            if sizes:
+                decode = DecodeGraphs(
+                    device, model.forward, rows.page_table, pool.layers, limits.page_size, sizes
+                )
+            runner = Runner(device, model, pool, rows, decode)
+            self._warm_up(runner)
+            if decode is not None:
+                decode.capture(list if on_cpu else _progress)
+            return runner
+
+        self.runner = device.run(build)
+
+    def _warm_up(self, runner: Runner) -> None:
+        """Run a prompt chunk and a mixed step on the padding row, so that kernels are ready."""
+        row, page = self.limits.max_rows, [0]
+        host = HostRows(self.limits.max_rows, self.limits.vocab_size, ())
+        params = SamplingParams(seed=0)
+        setup = RowSetup(0, 0, row, 0, 1, params, [])
+        prompt = Chunk(0, 0, row, 0, 1, [0], 0, page, True)
+        decode = Chunk(0, 0, row, 1 % self.limits.page_size, 1, [], 0, [], True)
+        eager = Geometry(self.geometry.page_table_width, row, self.geometry.token_multiple)
+        for batch in (Batch(0, [prompt], 0, [setup]), Batch(1, [decode, prompt], 1)):
+            step = Step(pack_step(batch, host, eager))
+            runner.forward(step)
+            runner.sample(step, None)
+
+    def close(self) -> None:
+        """Idempotent."""
+        self.device.close()
+
+
+def load_worker(
+    config: EngineConfig, path: Path, device: Device, comm: Communicator | None = None
+) -> tuple[Worker, ModelConfig]:
+    """Read the model at `path`, plan the memory and build the worker.
+
+    Raises ValueError naming the field for a context or a pool that cannot be.
+    """
+    comm = comm or Solo()
+    facts = ModelConfig.from_hf(path)
+    on_cpu = device.torch_device.type == "cpu"
+    dtype = facts.dtype if config.dtype == "auto" else DTYPES[config.dtype]
+    max_context = config.context_length or facts.max_context
+    if max_context > facts.max_context:
+        raise ValueError(
+            f"context_length must be at most the model's {facts.max_context}, got {max_context}"
+        )
+    model = device.run(
+        lambda: load_model(
+            facts,
+            path,
+            dtype=dtype,
+            device=device.torch_device,
+            load_format=config.load_format,
+            comm=comm,
+            seed=config.random_seed,
+        )
+    )
+    weights = sum(w.target.numel() * w.target.element_size() for w in model.weights())
+    kv_heads = share("num_key_value_heads", facts.num_kv_heads, comm)[1]
+    shape = KVShape(facts.num_layers, kv_heads, facts.head_dim, dtype)
+    plan = plan_memory(
+        device.memory(),
+        shape,
+        on_cpu=on_cpu,
+        weights=weights,
+        workspace=_workspace_bytes(facts, config.chunked_prefill_size, dtype, comm.size),
+        logits=_logits_bytes(facts.vocab_size, config.max_running_requests),
+        counts=RowBuffers.counts_bytes(config.max_running_requests, facts.vocab_size),
+        page_size=config.page_size,
+        max_context=max_context,
+        mem_fraction_static=config.mem_fraction_static,
+        max_total_tokens=config.max_total_tokens,
+    )
+    worker = Worker(
+        device,
+        model,
+        shape,
+        _limits(config, plan, max_context, facts.vocab_size),
+        eos_token_ids=facts.eos_token_ids,
+        graphs=not config.disable_cuda_graph,
+    )
+    return worker, facts
+
+
+def _limits(config: EngineConfig, plan: MemoryPlan, max_context: int, vocab: int) -> Limits:
+    return Limits(
+        num_pages=plan.num_pages,
+        page_size=plan.page_size,
+        max_rows=config.max_running_requests,
+        max_context=max_context,
+        vocab_size=vocab,
+    )
+
+
+def _workspace_bytes(facts: ModelConfig, tokens: int, dtype: torch.dtype, ranks: int) -> int:
+    """Activations that live at once in one layer: residual, normed, qkv and attention, gate-up."""
+    heads = (2 * facts.num_heads + 2 * facts.num_kv_heads) * facts.head_dim
+    inner = max(
+        facts.inner_size,
+        *((layer.moe.inner_size * layer.moe.top_k) if layer.moe else 0 for layer in facts.layers),
+    )
+    per_token = 4 * facts.hidden_size + (heads + 3 * inner) // ranks
+    return tokens * per_token * dtype.itemsize
+
+
+def _logits_bytes(vocab: int, rows: int) -> int:
+    """Logits in fp32 and three temporaries of the sampler of that size."""
+    return 4 * rows * vocab * 4
+
+
+def _progress(sizes: Sequence[int]) -> Iterable[int]:
+    bar: Iterable[int] = tqdm(sizes, desc="capturing graphs", unit="graph", leave=False)
+    return bar
