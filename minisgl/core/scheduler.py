@@ -127,8 +127,11 @@ class Scheduler:
 
     # ---- requests in ------------------------------------------------------------------------
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises ValueError when it can never run, saying why."""
+    def add(self, request: Request) -> list[int]:
+        """Queue a request; returns the uids of its sequences, one per choice.
+
+        Raises ValueError when it can never run, saying why.
+        """
         if request.id in self._requests:
             raise ValueError(f"request id {request.id!r} is in use")
         choices = make_sequences(request, self.limits, self._eos, self._next_uid, self._clock())
@@ -136,6 +139,7 @@ class Scheduler:
         for sequence in choices:
             self._waiting.add(sequence)
         self._requests[request.id] = choices
+        return [sequence.uid for sequence in choices]
 
     def abort(self, request_id: str, choice: int | None = None) -> list[Delta]:
         """End a request, or one choice of it, at once; nothing when it has ended or is unknown."""

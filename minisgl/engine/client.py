@@ -1,0 +1,291 @@
+"""How the floors above talk to an engine, wherever it runs: submit, iterate, abort.
+
+`ProcessClient` speaks ZeroMQ to an engine in its own process, `ThreadClient` runs one in a thread
+of this process. Both live in one asyncio loop and route what the engine sends to whoever waits.
+"""
+
+import asyncio
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable
+from typing import Literal, Protocol
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from minisgl.core.request import Delta, Request
+from minisgl.engine.engine import Engine
+from minisgl.engine.loop import IDLE_HEARTBEAT, drive
+from minisgl.engine.messages import (
+    Abort,
+    Drain,
+    EngineInfo,
+    EngineStats,
+    Failed,
+    FromEngine,
+    News,
+    Ready,
+    Rejected,
+    Status,
+    Submit,
+    ToEngine,
+)
+from minisgl.engine.process import EngineProcess
+
+SILENCE_WHEN_IDLE = 10 * IDLE_HEARTBEAT  # seconds without a sign of life from an idle loop
+STEPS_OF_SILENCE = 10  # a busy loop may take this many times its longest step so far
+EXIT_GRACE = 5.0  # seconds an engine gets to leave after its work ended, before it is killed
+
+
+class EngineDeadError(RuntimeError):
+    """The engine is gone; the message says why."""
+
+
+class Health(msgspec.Struct, frozen=True):
+    """Whether the engine serves. Only "ready" is good news."""
+
+    state: Literal["starting", "ready", "stuck", "draining", "dead"]
+    reason: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.state == "ready"
+
+
+class EngineClient(Protocol):
+    """What a server needs of an engine. Methods are called from one asyncio loop."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts of the model. Raises EngineDeadError before `ready()` has returned."""
+
+    async def ready(self) -> None:
+        """Wait until the engine is loaded and warm. Raises EngineDeadError if it never will be."""
+
+    def submit(self, request: Request) -> AsyncGenerator[Delta, None]:
+        """Send `request` at the first iteration; yield the news of all its choices as it comes.
+
+        Ends when every choice has finished or been aborted. Closing the generator early (or
+        cancelling its consumer) aborts the request. Raises ValueError when the engine refuses the
+        request, EngineDeadError when there is no engine to take it; an engine that fails later
+        yields a delta with `finish_reason="error"` for every choice that was running.
+        """
+
+    def abort(self, request_id: str, choice: int | None = None) -> None:
+        """End a choice, or the whole request; nothing more is yielded for it. Unknown: no-op."""
+
+    def health(self) -> Health: ...
+
+    def stats(self) -> EngineStats | None:
+        """The counters last reported, at most about a second old; None before the first."""
+
+    async def failed(self) -> str:
+        """Wait until the engine has died without being asked to; return why."""
+
+    async def close(self, drain_timeout: float = 0.0) -> None:
+        """Finish what runs within `drain_timeout` seconds, abort the rest, stop. Idempotent."""
+
+
+class _Stream:
+    """The news of one request on its way to its consumer."""
+
+    def __init__(self, choices: int) -> None:
+        self.open = set(range(choices))  # choices whose end has not been yielded
+        self.queue: asyncio.Queue[Delta | Rejected | None] = asyncio.Queue()
+
+
+class _Client:
+    """What both clients share: the state of the engine and the routing of its messages."""
+
+    def __init__(self, watchdog_timeout: float) -> None:
+        self._watchdog_timeout = watchdog_timeout
+        self._loop = asyncio.get_running_loop()
+        self._started: asyncio.Future[EngineInfo] = self._loop.create_future()
+        self._died: asyncio.Future[str] = self._loop.create_future()
+        self._streams: dict[str, _Stream] = {}
+        self._closing = False
+        self._last: Status | None = None
+        self._heard = time.monotonic()
+
+    def _send(self, message: ToEngine) -> None:
+        raise TypeError(f"{type(self).__name__} does not say how messages are sent")
+
+    @property
+    def info(self) -> EngineInfo:
+        if not self._started.done():
+            raise EngineDeadError("the engine has not started yet")
+        return self._started.result()
+
+    async def ready(self) -> None:
+        await asyncio.shield(self._started)
+
+    async def failed(self) -> str:
+        return await asyncio.shield(self._died)
+
+    def stats(self) -> EngineStats | None:
+        return self._last.stats if self._last else None
+
+    def health(self) -> Health:
+        if self._died.done():
+            return Health("dead", self._died.result())
+        if self._closing:
+            return Health("draining", "the engine is shutting down")
+        if not self._started.done():
+            return Health("starting", "the model is being loaded")
+        limit = min(SILENCE_WHEN_IDLE, self._watchdog_timeout)
+        if self._last is not None and self._last.busy:
+            patience = STEPS_OF_SILENCE * self._last.stats.longest_step
+            limit = max(self._watchdog_timeout, patience)
+        silence = time.monotonic() - self._heard
+        if silence > limit:
+            return Health("stuck", f"the engine loop has made no progress for {silence:.1f} s")
+        return Health("ready")
+
+    async def submit(self, request: Request) -> AsyncGenerator[Delta, None]:
+        if request.id in self._streams:
+            raise ValueError(f"request id {request.id!r} is already in use")
+        if self._died.done():
+            raise EngineDeadError(self._died.result())
+        if self._closing or not self._started.done():
+            raise EngineDeadError(self.health().reason)
+        stream = self._streams[request.id] = _Stream(request.params.n)
+        try:
+            self._send(Submit(request))
+            while stream.open:
+                item = await stream.queue.get()
+                if isinstance(item, Rejected):
+                    stream.open.clear()
+                    raise ValueError(item.reason)
+                if item is None or item.choice not in stream.open:
+                    continue
+                if item.finish_reason is not None:
+                    stream.open.discard(item.choice)
+                yield item
+        finally:
+            del self._streams[request.id]
+            if stream.open:
+                self._send(Abort(request.id, None))
+
+    def abort(self, request_id: str, choice: int | None = None) -> None:
+        stream = self._streams.get(request_id)
+        ended = {choice} if choice is not None else set(stream.open if stream else ())
+        if stream is None or not ended & stream.open:
+            return
+        stream.open -= ended
+        stream.queue.put_nowait(None)  # wakes a consumer with nothing left to wait for
+        self._send(Abort(request_id, choice))
+
+    def _receive(self, message: FromEngine) -> None:
+        self._heard = time.monotonic()
+        match message:
+            case News(deltas):
+                for delta in deltas:
+                    self._route(delta.request_id, delta)
+            case Rejected(request_id):
+                self._route(request_id, message)
+            case Status():
+                self._last = message
+            case Ready(info):
+                self._started.set_result(info)
+            case Failed(reason):
+                self._fail(reason)
+
+    def _route(self, request_id: str, item: Delta | Rejected) -> None:
+        if stream := self._streams.get(request_id):
+            stream.queue.put_nowait(item)
+
+    def _fail(self, reason: str) -> None:
+        """The engine is gone: everyone who waits for it hears so."""
+        if self._died.done():
+            return
+        if not self._closing:
+            self._died.set_result(reason)
+        if not self._started.done():
+            self._started.set_exception(EngineDeadError(reason))
+            self._started.exception()  # retrieved: no warning when nobody waits for readiness
+        for request_id, stream in self._streams.items():
+            for choice in stream.open:
+                delta = Delta(request_id, choice, [], finish_reason="error", error=reason)
+                stream.queue.put_nowait(delta)
+
+
+class ProcessClient(_Client):
+    """The client of an engine in its own process. Create it inside the asyncio loop it lives in."""
+
+    def __init__(self, process: EngineProcess, *, watchdog_timeout: float = 60.0) -> None:
+        super().__init__(watchdog_timeout)
+        self._process = process
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+        self._socket = zmq.asyncio.Socket.from_socket(process.socket)
+        self._exited = asyncio.Event()
+        self._receiving = self._loop.create_task(self._receive_all())
+        self._watching = self._loop.create_task(self._watch())
+        process.on_exit(lambda: self._loop.call_soon_threadsafe(self._exited.set))
+
+    def _send(self, message: ToEngine) -> None:
+        if not self._exited.is_set():
+            self._socket.send(self._encoder.encode(message), zmq.NOBLOCK)
+
+    async def _receive_all(self) -> None:
+        while True:
+            self._receive(self._decoder.decode(await self._socket.recv()))
+
+    async def _watch(self) -> None:
+        await self._exited.wait()
+        while await self._socket.poll(50):  # its last words may still be on their way
+            await asyncio.sleep(0)
+        self._receiving.cancel()
+        self._fail(self._process.exit_reason())
+
+    async def close(self, drain_timeout: float = 0.0) -> None:
+        if not self._closing:
+            self._closing = True
+            if self._started.done() and not self._exited.is_set():
+                self._send(Drain(drain_timeout))
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._exited.wait(), drain_timeout + EXIT_GRACE)
+            self._process.kill()
+        await self._watching
+        self._socket.close(linger=0)
+        self._process.close()
+
+
+class ThreadClient(_Client):
+    """The client of an engine in a thread of this process; `build` runs in that thread."""
+
+    def __init__(self, build: Callable[[], Engine], *, watchdog_timeout: float = 60.0) -> None:
+        super().__init__(watchdog_timeout)
+        self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        self._exited = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, args=(build,), name="engine", daemon=True)
+        self._thread.start()
+
+    def _send(self, message: ToEngine) -> None:
+        self._inbox.put(message)
+
+    def _take(self, timeout: float) -> list[ToEngine]:
+        messages = []
+        with contextlib.suppress(queue.Empty):
+            messages.append(self._inbox.get(timeout > 0, timeout))
+            while True:
+                messages.append(self._inbox.get_nowait())
+        return messages
+
+    def _run(self, build: Callable[[], Engine]) -> None:
+        def post(message: FromEngine) -> None:
+            self._loop.call_soon_threadsafe(self._receive, message)
+
+        drive(build, self._take, post)
+        self._loop.call_soon_threadsafe(self._exited.set)
+
+    async def close(self, drain_timeout: float = 0.0) -> None:
+        if not self._closing:
+            self._closing = True
+            self._send(Drain(drain_timeout))
+        with contextlib.suppress(TimeoutError):  # a stuck thread cannot be killed
+            await asyncio.wait_for(self._exited.wait(), drain_timeout + EXIT_GRACE)
+        self._fail("the engine was closed")

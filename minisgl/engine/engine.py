@@ -1,0 +1,209 @@
+"""The loop: plan N+1, dispatch it, collect N, emit its tokens. One loop for overlap and not."""
+
+import time
+from collections import deque
+
+import msgspec
+import numpy as np
+
+from minisgl.core.batch import Batch, Chunk
+from minisgl.core.executor import Executor, GrammarMasks
+from minisgl.core.grammar import Grammar, GrammarBackend
+from minisgl.core.request import Delta, Request
+from minisgl.core.scheduler import Scheduler
+from minisgl.engine.messages import EngineInfo, EngineStats
+from minisgl.log import get_logger
+
+log = get_logger(__name__)
+
+
+class Engine:
+    """Serves requests with a scheduler, which decides, and an executor, which computes.
+
+    With `overlap`, one step stays in flight when `step` returns, so that planning and emitting
+    happen while the device works. Without, every step is collected before the next is planned.
+    Not thread-safe: one thread owns an engine.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        info: EngineInfo,
+        *,
+        overlap: bool = True,
+        grammar_backend: GrammarBackend | None = None,
+    ) -> None:
+        self.info = info
+        self.failure: str | None = None  # why the engine stopped, once it has
+        self._scheduler = scheduler
+        self._executor = executor
+        self._depth = 1 if overlap else 0  # steps in flight between two calls of `step`
+        self._in_flight: deque[Batch] = deque()
+        self._open: dict[str, set[int]] = {}  # choices that have not ended, by request
+        self._deltas: list[Delta] = []  # not returned by `step` yet
+        self._grammar_backend = grammar_backend
+        self._grammars: dict[int, Grammar] = {}  # by uid, of constrained sequences
+        self._uids: dict[tuple[str, int], int] = {}  # of the same, by request and choice
+        self._steps = self._tokens = self._output_tokens = 0
+        self._busy_seconds = self._longest_step = 0.0
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises ValueError when it can never be served, naming what is wrong."""
+        if self.failure is not None:
+            raise RuntimeError(f"the engine has stopped: {self.failure}")
+        grammars = self._compile(request)
+        uids = self._scheduler.add(request)
+        self._open[request.id] = set(range(request.params.n))
+        for choice, grammar in enumerate(grammars):
+            self._grammars[uids[choice]] = grammar
+            self._uids[request.id, choice] = uids[choice]
+
+    def abort(self, request_id: str, choice: int | None = None) -> None:
+        """End a choice, or all of a request's; unknown ones are ignored, for they have ended."""
+        self._take(self._scheduler.abort(request_id, choice))
+
+    def abort_all(self) -> None:
+        """End every request."""
+        for request_id in list(self._open):
+            self.abort(request_id)
+
+    def has_work(self) -> bool:
+        """Whether `step` would do or tell something."""
+        return bool(self._deltas) or (self.failure is None and self._scheduler.has_work)
+
+    def step(self) -> list[Delta]:
+        """Advance by one step; return what became known. Never raises for a failed step.
+
+        A step that fails ends every request with an error, and the engine: see `failure`.
+        """
+        if self.failure is None and self._scheduler.has_work:
+            started = time.perf_counter()
+            try:
+                self._advance()
+            except Exception as error:
+                self._fail(error)
+            seconds = time.perf_counter() - started
+            self._busy_seconds += seconds
+            self._longest_step = max(self._longest_step, seconds)
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            self._steps,
+            self._tokens,
+            self._output_tokens,
+            self._busy_seconds,
+            self._longest_step,
+            self._scheduler.stats(),
+        )
+
+    def close(self) -> None:
+        """Release the device. Idempotent; requests still running are dropped."""
+        self._executor.close()
+
+    def _advance(self) -> None:
+        batch = self._scheduler.plan()
+        if batch is None:  # nothing can be planned before what is in flight is known
+            if not self._in_flight:
+                raise RuntimeError("the scheduler has unfinished requests but plans no step")
+            self._collect(down_to=0)
+            return
+        self._executor.dispatch(batch)
+        if self._grammars and any(map(self._grammar_of, batch.chunks)):
+            # The masks need the tokens of every step before; the forward runs meanwhile.
+            self._collect(down_to=0)
+            self._executor.sample(batch.step, self._masks(batch))
+        else:
+            self._executor.sample(batch.step)
+        self._in_flight.append(batch)
+        self._collect(down_to=self._depth)
+
+    def _collect(self, down_to: int) -> None:
+        while len(self._in_flight) > down_to:
+            output = self._executor.collect()
+            batch = self._in_flight.popleft()
+            self._steps += 1
+            self._tokens += batch.num_tokens
+            self._take(self._scheduler.update(batch, output))
+
+    def _take(self, deltas: list[Delta]) -> None:
+        """Advance what follows a sequence by its news, and keep the news for `step`."""
+        for delta in deltas:
+            self._output_tokens += len(delta.token_ids)
+            if self._grammars:
+                delta = self._advance_grammar(delta)
+            if delta.finish_reason is not None:
+                self._close(delta)
+            self._deltas.append(delta)
+
+    def _close(self, delta: Delta) -> None:
+        choices = self._open[delta.request_id]
+        choices.discard(delta.choice)
+        if not choices:
+            del self._open[delta.request_id]
+        uid = self._uids.pop((delta.request_id, delta.choice), None)
+        if uid is not None:
+            del self._grammars[uid]
+
+    def _fail(self, error: Exception) -> None:
+        """What a failed step leaves behind cannot be built on: everything ends here."""
+        log.error("a step failed; the engine stops", exc_info=error)
+        self.failure = f"{type(error).__name__}: {error}"
+        for request_id, choices in self._open.items():
+            for choice in sorted(choices):
+                delta = Delta(request_id, choice, [], "error", error=self.failure)
+                self._deltas.append(delta)
+        self._open.clear()
+
+    # ---- grammars: fed with what `update` emits, asked for a mask before sampling -----------
+
+    def _compile(self, request: Request) -> list[Grammar]:
+        """One state per choice; none without a grammar."""
+        if request.grammar is None:
+            return []
+        if self._grammar_backend is None:
+            raise ValueError("grammar is not supported: this engine has no grammar backend")
+        return [self._grammar_backend.compile(request.grammar) for _ in range(request.params.n)]
+
+    def _grammar_of(self, chunk: Chunk) -> Grammar | None:
+        return self._grammars.get(chunk.uid) if chunk.samples else None
+
+    def _masks(self, batch: Batch) -> GrammarMasks | None:
+        """One mask for each draft of the constrained chunks and one for what follows it.
+
+        None when they have all ended since the batch was planned.
+        """
+        indices: list[int] = []
+        masks: list[np.ndarray] = []
+        words = (self.info.limits.vocab_size + 31) // 32
+
+        def fill(index: int, grammar: Grammar) -> None:
+            indices.append(index)
+            masks.append(np.zeros(words, dtype=np.uint32))
+            grammar.fill_mask(masks[-1])
+
+        for index, chunk in enumerate(batch.chunks):
+            grammar = self._grammar_of(chunk)
+            if grammar is None:
+                continue
+            fill(index, grammar)
+            accepted = 0
+            for draft in chunk.drafts:
+                # A refused draft is not sampled either, and what follows it is discarded.
+                accepted += grammar.accept(draft)
+                fill(index, grammar)
+            grammar.roll_back(accepted)
+        return GrammarMasks(indices, np.stack(masks)) if masks else None
+
+    def _advance_grammar(self, delta: Delta) -> Delta:
+        """Feed a sequence's grammar. One that does not take what its mask allowed is at fault."""
+        uid = self._uids.get((delta.request_id, delta.choice))
+        if uid is None or delta.finish_reason is not None:
+            return delta
+        if all(map(self._grammars[uid].accept, delta.token_ids)):
+            return delta
+        self._scheduler.abort(delta.request_id, delta.choice)
+        reason = f"the grammar does not accept its own tokens {delta.token_ids}"
+        return msgspec.structs.replace(delta, finish_reason="error", error=reason)

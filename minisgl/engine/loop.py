@@ -1,0 +1,94 @@
+"""Drives one engine from an inbox until it is told to stop or fails, in a thread or a process."""
+
+import time
+from collections.abc import Callable
+
+from minisgl.engine.engine import Engine
+from minisgl.engine.messages import (
+    Abort,
+    Drain,
+    Failed,
+    FromEngine,
+    News,
+    Ready,
+    Rejected,
+    Status,
+    Submit,
+    ToEngine,
+)
+from minisgl.log import get_logger
+
+IDLE_HEARTBEAT = 1.0  # seconds between signs of life while there is no work
+BUSY_HEARTBEAT = 0.5  # at least, while there is
+
+Receive = Callable[[float], list[ToEngine]]
+Send = Callable[[FromEngine], None]
+
+log = get_logger(__name__)
+
+
+def drive(build: Callable[[], Engine], receive: Receive, send: Send) -> bool:
+    """Build the engine, serve its inbox until drained, close it. True unless the engine failed.
+
+    `receive(timeout)` blocks for at most `timeout` seconds while there is no message, and returns
+    all that have come.
+    """
+    try:
+        engine = build()
+    except Exception as error:
+        log.exception("the engine could not be built")
+        send(Failed(f"{type(error).__name__}: {error}"))
+        return False
+    send(Ready(engine.info))
+    try:
+        _Loop(engine, receive, send).run()
+    finally:
+        engine.close()
+    if engine.failure is not None:
+        send(Failed(engine.failure))
+    return engine.failure is None
+
+
+class _Loop:
+    def __init__(self, engine: Engine, receive: Receive, send: Send) -> None:
+        self._engine = engine
+        self._receive = receive
+        self._send = send
+        self._deadline: float | None = None  # of a drain, once one is asked for
+        self._busy = False
+        self._reported = 0.0
+
+    def run(self) -> None:
+        engine = self._engine
+        while engine.failure is None:
+            busy = engine.has_work()
+            if not busy and self._deadline is not None:
+                return
+            self._report(busy)
+            for message in self._receive(0.0 if busy else IDLE_HEARTBEAT):
+                self._handle(message)
+            if self._deadline is not None and time.monotonic() >= self._deadline:
+                engine.abort_all()
+            if deltas := engine.step():
+                self._send(News(deltas))
+
+    def _handle(self, message: ToEngine) -> None:
+        match message:
+            case Submit(request) if self._deadline is not None:
+                self._send(Rejected(request.id, "the engine is shutting down"))
+            case Submit(request):
+                try:
+                    self._engine.add(request)
+                except ValueError as error:
+                    self._send(Rejected(request.id, str(error)))
+            case Abort(request_id, choice):
+                self._engine.abort(request_id, choice)
+            case Drain(timeout):
+                self._deadline = time.monotonic() + timeout
+
+    def _report(self, busy: bool) -> None:
+        now = time.monotonic()
+        if busy and self._busy and now < self._reported + BUSY_HEARTBEAT:
+            return
+        self._busy, self._reported = busy, now
+        self._send(Status(busy, self._engine.stats()))

@@ -1,0 +1,83 @@
+"""What an engine says of itself, and the messages that cross its process border (msgpack)."""
+
+import msgspec
+
+from minisgl.core.executor import Limits
+from minisgl.core.request import Delta, Request
+from minisgl.core.scheduler import SchedulerStats
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """The facts of a loaded model, constant while the engine lives."""
+
+    model: str  # as the user named it
+    model_path: str  # the local directory that holds it, tokenizer included
+    architecture: str
+    dtype: str
+    device: str
+    eos_token_ids: list[int]
+    limits: Limits
+
+
+class EngineStats(msgspec.Struct, frozen=True):
+    """Counters since the engine started."""
+
+    steps: int  # collected
+    tokens: int  # computed by those steps, prompts and recomputation included
+    output_tokens: int  # emitted
+    busy_seconds: float  # spent inside `Engine.step`
+    longest_step: float  # seconds
+    scheduler: SchedulerStats
+
+
+class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
+    request: Request
+
+
+class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
+    """End one choice of a request, or all of them when `choice` is None."""
+
+    request_id: str
+    choice: int | None
+
+
+class Drain(msgspec.Struct, frozen=True, array_like=True, tag="drain"):
+    """Take no new request, finish what runs within `timeout` seconds, then stop."""
+
+    timeout: float
+
+
+ToEngine = Submit | Abort | Drain
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
+    """Loaded and warmed up. Always the first message of an engine that starts."""
+
+    info: EngineInfo
+
+
+class News(msgspec.Struct, frozen=True, array_like=True, tag="news"):
+    deltas: list[Delta]
+
+
+class Rejected(msgspec.Struct, frozen=True, array_like=True, tag="rejected"):
+    """The engine refuses a request; `reason` names the field, its limit and the value."""
+
+    request_id: str
+    reason: str
+
+
+class Status(msgspec.Struct, frozen=True, array_like=True, tag="status"):
+    """A sign of life from the loop itself: sent when it turns busy, while it is, and when idle."""
+
+    busy: bool
+    stats: EngineStats
+
+
+class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
+    """The engine cannot go on. Its last message."""
+
+    reason: str
+
+
+FromEngine = Ready | News | Rejected | Status | Failed

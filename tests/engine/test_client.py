@@ -1,0 +1,308 @@
+"""The clients: routing, refusals, and what they say when an engine is slow, stuck or gone."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from minisgl.config import EngineConfig
+from minisgl.core.request import Delta, Request, SamplingParams
+from minisgl.engine.client import EngineDeadError, ProcessClient, ThreadClient
+from minisgl.engine.process import EngineProcess
+from tests.engine.fakes import build, expected
+
+FACTORY = "tests.engine.fakes:build"
+FOREVER = SamplingParams(max_tokens=200, ignore_eos=True, seed=1)
+
+
+@asynccontextmanager
+async def open_client(
+    kind: str, planted: str = "", *, watchdog_timeout: float = 60.0
+) -> AsyncIterator[ProcessClient | ThreadClient]:
+    config = EngineConfig(model=planted)
+    client: ProcessClient | ThreadClient
+    if kind == "process":
+        process = EngineProcess(FACTORY, config)
+        client = ProcessClient(process, watchdog_timeout=watchdog_timeout)
+    else:
+        client = ThreadClient(lambda: build(config), watchdog_timeout=watchdog_timeout)
+    try:
+        await client.ready()
+        yield client
+    finally:
+        await client.close()
+
+
+async def collect(client, request: Request) -> list[Delta]:
+    return [delta async for delta in client.submit(request)]
+
+
+async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        await asyncio.sleep(0.01)
+
+
+def play(scene: Awaitable[None]) -> None:
+    async def bounded() -> None:
+        await asyncio.wait_for(scene, timeout=60)
+
+    asyncio.run(bounded())
+
+
+both = pytest.mark.parametrize("kind", ["process", "thread"])
+
+
+@both
+def test_concurrent_requests_get_their_own_tokens(kind):
+    async def scene():
+        async with open_client(kind) as client:
+            assert client.health().ok
+            assert client.info.limits.page_size == 16
+            params = SamplingParams(max_tokens=30, ignore_eos=True, seed=2**64 - 1, n=3)
+            requests = [Request(f"r{i}", [i, i + 1, 7], params) for i in range(20)]
+            for request, deltas in zip(
+                requests, await asyncio.gather(*(collect(client, r) for r in requests)), strict=True
+            ):
+                for choice in range(3):
+                    mine = [delta for delta in deltas if delta.choice == choice]
+                    got = [token for delta in mine for token in delta.token_ids]
+                    assert got == expected(request, choice)
+                    assert [d.finish_reason for d in mine][-1] == "length"
+            await until(lambda: client.stats().output_tokens == 20 * 30 * 3)
+
+    play(scene())
+
+
+@both
+def test_a_refusal_is_a_value_error_with_the_numbers(kind):
+    async def scene():
+        async with open_client(kind) as client:
+            with pytest.raises(ValueError, match=r"300.*256"):
+                await collect(client, Request("long", [1] * 300, SamplingParams()))
+            with pytest.raises(ValueError, match="grammar"):
+                await collect(client, Request("g", [1], SamplingParams(), grammar="x"))
+            stream = client.submit(Request("twice", [1], FOREVER))
+            await anext(stream)
+            with pytest.raises(ValueError, match="'twice' is already in use"):
+                await collect(client, Request("twice", [1], FOREVER))
+            await stream.aclose()
+            assert len(await collect(client, Request("twice", [1], SamplingParams(max_tokens=2))))
+
+    play(scene())
+
+
+@both
+def test_an_aborted_choice_is_silent_and_the_others_go_on(kind):
+    async def scene():
+        async with open_client(kind, "seconds=0.001") as client:
+            params = SamplingParams(max_tokens=60, ignore_eos=True, seed=1, n=2)
+            request = Request("a", [1, 2, 3], params)
+            tokens: dict[int, list[int]] = {0: [], 1: []}
+            aborted = False
+            async for delta in client.submit(request):
+                assert not (aborted and delta.choice == 0)
+                tokens[delta.choice] += delta.token_ids
+                if len(tokens[0]) >= 5 and not aborted:
+                    client.abort("a", 0)
+                    client.abort("a", 0)
+                    aborted = True
+            assert tokens[1] == expected(request, 1)
+            assert 5 <= len(tokens[0]) < 60
+            client.abort("a")  # it has ended: nothing happens
+
+    play(scene())
+
+
+@both
+def test_aborting_a_whole_request_ends_its_stream(kind):
+    async def scene():
+        async with open_client(kind, "seconds=0.01") as client:
+            count = 0
+            async for _ in client.submit(Request("a", [1, 2, 3], FOREVER)):
+                count += 1
+                if count == 3:
+                    client.abort("a")
+            assert count == 3
+            await until(lambda: client.stats().scheduler.num_running == 0)
+
+    play(scene())
+
+
+@both
+def test_a_consumer_that_leaves_aborts_its_request(kind):
+    async def scene():
+        async with open_client(kind, "seconds=0.01") as client:
+            async with aclosing(client.submit(Request("a", [1, 2, 3], FOREVER))) as deltas:
+                await anext(deltas)
+            task = asyncio.create_task(collect(client, Request("b", [1, 2, 3], FOREVER)))
+            await until(lambda: client.stats() is not None and client.stats().steps > 5)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await until(lambda: client.stats().scheduler.num_running == 0)
+            assert client.stats().output_tokens < 200
+
+    play(scene())
+
+
+@both
+def test_a_failed_step_reaches_every_request_with_its_reason(kind):
+    async def scene():
+        async with open_client(kind, "fail_at=5") as client:
+            requests = [Request(name, [1, 2, 3], FOREVER) for name in "abc"]
+            for deltas in await asyncio.gather(*(collect(client, r) for r in requests)):
+                assert deltas[-1].finish_reason == "error"
+                assert "planted fault" in deltas[-1].error
+            assert "planted fault" in await client.failed()
+            assert client.health().state == "dead"
+            with pytest.raises(EngineDeadError, match="planted fault"):
+                await collect(client, Request("d", [1], FOREVER))
+
+    play(scene())
+
+
+@both
+def test_an_engine_that_cannot_load_says_why(kind):
+    async def scene():
+        with pytest.raises(EngineDeadError, match="planted: the model cannot be loaded"):
+            async with open_client(kind, "refuse=1"):
+                pass
+
+    play(scene())
+
+
+@both
+def test_a_drain_finishes_what_runs_and_refuses_the_rest(kind):
+    async def scene():
+        async with open_client(kind, "seconds=0.005") as client:
+            request = Request("a", [1, 2, 3], FOREVER)
+            running = asyncio.create_task(collect(client, request))
+            await until(lambda: client.stats() is not None and client.stats().steps > 0)
+            closing = asyncio.create_task(client.close(drain_timeout=30))
+            await asyncio.sleep(0)
+            assert client.health().state == "draining"
+            with pytest.raises(EngineDeadError, match="shutting down"):
+                await collect(client, Request("late", [1], FOREVER))
+            tokens = [token for delta in await running for token in delta.token_ids]
+            assert tokens == expected(request)
+            await closing
+
+    play(scene())
+
+
+@both
+def test_a_drain_is_bounded_by_its_timeout(kind):
+    async def scene():
+        async with open_client(kind, "seconds=0.05") as client:
+            running = asyncio.create_task(collect(client, Request("a", [1, 2, 3], FOREVER)))
+            await until(lambda: client.stats() is not None and client.stats().steps > 0)
+            await client.close(drain_timeout=0.2)
+            assert (await running)[-1].finish_reason in ("abort", "error")
+
+    play(scene())
+
+
+def test_a_killed_process_fails_its_requests_at_once_and_says_how_it_died():
+    async def scene():
+        async with open_client("process", "seconds=0.01") as client:
+            running = asyncio.create_task(collect(client, Request("a", [1, 2, 3], FOREVER)))
+            await until(lambda: client.stats() is not None and client.stats().steps > 0)
+            os.kill(client._process.pid, signal.SIGKILL)
+            deltas = await asyncio.wait_for(running, timeout=5)
+            assert deltas[-1].finish_reason == "error"
+            assert "exit code -9" in deltas[-1].error
+            assert "Killed" in await client.failed()
+            assert client.health().state == "dead"
+
+    play(scene())
+
+
+def test_a_native_crash_while_loading_is_reported_with_the_last_lines(capfd):
+    async def scene():
+        with pytest.raises(EngineDeadError, match=r"exit code -11(.|\n)*planted: last words"):
+            async with open_client("process", "crash=1"):
+                pass
+
+    play(scene())
+    assert "planted: last words" in capfd.readouterr().err
+
+
+@both
+def test_a_long_step_is_not_a_stuck_loop_but_a_longer_one_is(kind):
+    async def scene():
+        async with open_client(kind, "seconds=1.0", watchdog_timeout=0.5) as client:
+            running = asyncio.create_task(collect(client, Request("a", [1], FOREVER)))
+            await until(lambda: client.health().state == "stuck")  # nothing known of its steps yet
+            await until(lambda: client.stats() is not None and client.stats().steps > 0)
+            for _ in range(20):  # now a second is what a step takes
+                assert client.health().ok
+                await asyncio.sleep(0.1)
+            running.cancel()
+
+    play(scene())
+
+
+def test_health_notices_a_stopped_process_busy_or_idle_and_recovers():
+    async def scene():
+        async with open_client("process", "seconds=0.001", watchdog_timeout=2.0) as client:
+            for _ in range(2):
+                os.kill(client._process.pid, signal.SIGSTOP)
+                await until(lambda: client.health().state == "stuck")
+                assert "no progress" in client.health().reason
+                os.kill(client._process.pid, signal.SIGCONT)
+                await until(lambda: client.health().ok)
+                await collect(client, Request("a", [1, 2], FOREVER))
+
+    play(scene())
+
+
+def test_the_socket_lies_in_a_private_directory_that_goes_away():
+    async def scene():
+        before = set(Path(tempfile.gettempdir()).glob("minisgl-*"))
+        async with open_client("process"):
+            (mine,) = set(Path(tempfile.gettempdir()).glob("minisgl-*")) - before
+            assert mine.stat().st_mode & 0o777 == 0o700
+        assert not mine.exists()
+
+    play(scene())
+
+
+PARENT = """
+import sys, time
+from minisgl.config import EngineConfig
+from minisgl.engine.process import EngineProcess
+process = EngineProcess("tests.engine.fakes:build", EngineConfig())
+print(process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_parent_that_dies_takes_its_engine_with_it(tmp_path):
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, env=env)
+    child = int(parent.stdout.readline())
+    time.sleep(0.5)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{child}").exists() and "State:\tZ" not in status(child):
+        assert time.monotonic() < deadline, "the engine outlived its parent"
+        time.sleep(0.05)
+
+
+def status(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return "State:\tZ"

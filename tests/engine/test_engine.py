@@ -1,0 +1,246 @@
+"""The loop, against an executor whose tokens are known without it."""
+
+import random
+
+import numpy as np
+import pytest
+
+from minisgl.core.request import Delta, Request, SamplingParams
+from tests.engine.fakes import EOS, VOCAB, FakeExecutor, expected, make_engine
+
+
+def make_requests(count: int, *, seed: int = 0, n: int = 1) -> list[Request]:
+    """Random prompts, some sharing a prefix, some long enough to be chunked."""
+    generator = random.Random(seed)
+    shared = [generator.randrange(VOCAB) for _ in range(40)]
+    requests = []
+    for index in range(count):
+        own = [generator.randrange(VOCAB) for _ in range(generator.randint(1, 70))]
+        prompt = shared[: generator.choice([0, 0, 17, 40])] + own
+        params = SamplingParams(
+            max_tokens=generator.randint(1, 40),
+            temperature=generator.choice([0.0, 1.0]),
+            ignore_eos=generator.random() < 0.5,
+            stop_token_ids=(5,),
+            seed=generator.getrandbits(64),
+            n=n,
+        )
+        requests.append(Request(f"r{index}", prompt, params))
+    return requests
+
+
+def run(engine, limit: int = 100_000) -> list[Delta]:
+    deltas = []
+    for _ in range(limit):
+        if not engine.has_work():
+            return deltas
+        deltas += engine.step()
+    raise AssertionError("the engine never came to rest")
+
+
+def gather(deltas: list[Delta]) -> dict[tuple[str, int], list[int]]:
+    tokens: dict[tuple[str, int], list[int]] = {}
+    ended = set()
+    for delta in deltas:
+        key = (delta.request_id, delta.choice)
+        assert key not in ended, f"{key} had news after its end"
+        tokens.setdefault(key, []).extend(delta.token_ids)
+        if delta.finish_reason is not None:
+            ended.add(key)
+    assert ended == set(tokens)
+    return tokens
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("pages", [1000, 23])  # 23 pages of 16: preemptions happen
+def test_tokens_are_the_models_own_in_any_batch(overlap, page_size, pages):
+    engine = make_engine(overlap=overlap, page_size=page_size, num_pages=pages * 16 // page_size)
+    requests = make_requests(30, n=2)
+    for request in requests:
+        engine.add(request)
+    tokens = gather(run(engine))
+    for request in requests:
+        for choice in range(2):
+            assert tokens[request.id, choice] == expected(request, choice)
+    stats = engine.stats()
+    assert stats.output_tokens == sum(map(len, tokens.values()))
+    assert stats.steps > 0
+    assert stats.busy_seconds >= stats.longest_step > 0
+
+
+def test_overlap_keeps_one_step_in_flight_and_its_absence_none():
+    for overlap, most in ((False, 1), (True, 2)):
+        engine = make_engine(overlap=overlap)
+        engine.add(Request("a", [1, 2, 3], SamplingParams(max_tokens=9, ignore_eos=True)))
+        run(engine)
+        assert engine.executor.most_in_flight == most
+
+
+def test_an_empty_plan_with_a_step_in_flight_collects():
+    engine = make_engine(overlap=True)
+    engine.add(Request("a", [1, 2, 3], SamplingParams(max_tokens=1)))
+    assert engine.step() == []
+    assert engine.executor.calls == ["dispatch 0", "sample 0"]
+    (delta,) = engine.step()
+    assert delta.finish_reason is not None
+    assert engine.executor.calls == ["dispatch 0", "sample 0", "collect 0"]
+    assert not engine.has_work()
+    assert engine.step() == []
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("seed", range(25))
+def test_an_abort_at_any_moment_ends_that_choice_only(overlap, seed):
+    generator = random.Random(seed)
+    engine = make_engine(overlap=overlap, num_pages=30)
+    requests = make_requests(10, seed=seed, n=2)
+    plan = sorted((generator.randrange(60), generator.randrange(20)) for _ in range(8))
+    deltas, aborted = [], {}
+    for request in requests:
+        engine.add(request)
+    for step in range(10_000):
+        while plan and plan[0][0] <= step:
+            which = plan.pop(0)[1]
+            request, choice = requests[which // 2], generator.choice([which % 2, None])
+            engine.abort(request.id, choice)
+            for each in range(2) if choice is None else [choice]:
+                aborted.setdefault((request.id, each), step)
+        if not plan and not engine.has_work():
+            break
+        deltas += engine.step()
+    tokens = gather(deltas)
+    for request in requests:
+        for choice in range(2):
+            want, got = expected(request, choice), tokens.get((request.id, choice), [])
+            assert got == want[: len(got)]
+            assert (request.id, choice) in aborted or got == want
+    assert engine.stats().scheduler.num_running == 0
+    assert engine.stats().scheduler.num_waiting == 0
+
+
+def test_an_abort_of_the_unknown_is_ignored():
+    engine = make_engine()
+    engine.abort("nobody")
+    engine.abort("nobody", 3)
+    assert run(engine) == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "words"),
+    [
+        ([], SamplingParams(), ["prompt"]),
+        ([1] * 300, SamplingParams(), ["300", "256"]),
+        ([1] * 200, SamplingParams(max_tokens=100), ["256"]),
+        ([VOCAB], SamplingParams(), [str(VOCAB)]),
+    ],
+)
+def test_what_can_never_be_served_is_refused_with_its_numbers(prompt, params, words):
+    engine = make_engine()
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  (the words are checked below)
+        engine.add(Request("a", prompt, params))
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert not engine.has_work()
+
+
+def test_an_omitted_max_tokens_runs_to_the_context():
+    engine = make_engine()
+    request = Request("a", [1, 2, 3], SamplingParams(ignore_eos=True))
+    engine.add(request)
+    deltas = run(engine)
+    assert gather(deltas)["a", 0] == expected(request)
+    assert deltas[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_failed_step_ends_everything_with_the_reason(overlap):
+    engine = make_engine(overlap=overlap, fail_at=3)
+    for name in "abc":
+        engine.add(Request(name, [1, 2, 3], SamplingParams(max_tokens=50, ignore_eos=True)))
+    deltas = run(engine)
+    gather(deltas)
+    ends = [delta for delta in deltas if delta.finish_reason is not None]
+    assert sorted(delta.request_id for delta in ends) == ["a", "b", "c"]
+    assert all(delta.finish_reason == "error" for delta in ends)
+    assert all("planted fault" in delta.error for delta in ends)
+    assert "planted fault" in engine.failure
+    with pytest.raises(RuntimeError, match="planted fault"):
+        engine.add(Request("d", [1], SamplingParams()))
+    assert engine.step() == []
+
+
+def test_close_closes_the_executor():
+    engine = make_engine()
+    engine.close()
+    assert engine.executor.closed
+
+
+class Digits:
+    """A grammar over token ids: each token is the one before plus 1 or 2, starting from 0."""
+
+    def __init__(self) -> None:
+        self.tokens = [0]
+        self.log: list[str] = []
+
+    def accept(self, token_id: int) -> bool:
+        if token_id - self.tokens[-1] not in (1, 2):
+            return False
+        self.tokens.append(token_id)
+        return True
+
+    def fill_mask(self, bits: np.ndarray) -> None:
+        bits[:] = 0
+        for token in (self.tokens[-1] + 1, self.tokens[-1] + 2):
+            bits[token // 32] |= np.uint32(1 << (token % 32))
+
+    def roll_back(self, count: int) -> None:
+        del self.tokens[len(self.tokens) - count :]
+
+
+class DigitsBackend:
+    def compile(self, spec: str) -> Digits:
+        if spec != "digits":
+            raise ValueError(f"grammar must be 'digits', got {spec!r}")
+        return Digits()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_grammar_constrains_its_sequences_and_no_other(overlap):
+    engine = make_engine(overlap=overlap, grammar_backend=DigitsBackend(), num_pages=30)
+    params = SamplingParams(max_tokens=30, temperature=1.0, seed=4, n=3, ignore_eos=True)
+    engine.add(Request("grammar", [1, 2, 3], params, grammar="digits"))
+    free = make_requests(8)
+    for request in free:
+        engine.add(request)
+    tokens = gather(run(engine))
+    for request in free:
+        assert tokens[request.id, 0] == expected(request)
+    runs = [tokens["grammar", choice] for choice in range(3)]
+    for ids in runs:
+        assert len(ids) == 30
+        assert set(np.diff([0, *ids])) == {1, 2}
+    assert runs[0] != runs[1]
+
+
+def test_under_overlap_masks_are_filled_while_the_forward_runs():
+    engine = make_engine(overlap=True, grammar_backend=DigitsBackend())
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    engine.add(Request("a", [1, 2, 3], params, grammar="digits"))
+    run(engine)
+    calls = engine.executor.calls
+    assert calls[:5] == ["dispatch 0", "sample 0", "dispatch 1", "collect 0", "sample 1"]
+
+
+def test_grammars_are_refused_by_name_where_they_cannot_be_honoured():
+    request = Request("a", [1], SamplingParams(), grammar="letters")
+    with pytest.raises(ValueError, match="grammar is not supported"):
+        make_engine().add(request)
+    with pytest.raises(ValueError, match="got 'letters'"):
+        make_engine(grammar_backend=DigitsBackend()).add(request)
+
+
+def test_the_fakes_end_of_sequence_ends():
+    """The oracle itself: without it the tests above could not tell a lost end."""
+    ends = [expected(r) for r in make_requests(200) if not r.params.ignore_eos]
+    assert any(tokens[-1] == EOS for tokens in ends)
+    assert isinstance(make_engine().executor, FakeExecutor)
