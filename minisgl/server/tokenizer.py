@@ -229,4 +229,5 @@ def _convert_with_transformers(root: Path) -> tokenizers.Tokenizer:
     backend = getattr(slow, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(f"{missing}, and {type(slow).__name__} has no fast equivalent")
-    return backend
+    converted: tokenizers.Tokenizer = backend
+    return converted

@@ -1,0 +1,259 @@
+"""The HTTP server: OpenAI's endpoints, health, metrics. A client that hangs up aborts its call."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from minisgl.engine.client import EngineClient
+from minisgl.log import get_logger
+from minisgl.server.body import ApiError
+from minisgl.server.generate import Generation, Part
+from minisgl.server.metrics import CallClock, Metrics
+from minisgl.server.openai import Call, ServedModel, parse_chat, parse_completion, unknown_model
+from minisgl.server.replies import Reply
+
+MAX_BODY_BYTES = 16 * 2**20
+LONG_BODY_BYTES = 8192  # longer ones are parsed and tokenized off the event loop
+
+T = TypeVar("T")
+Parse = Callable[[bytes, ServedModel], Call]
+
+logger = get_logger(__name__)
+
+
+class Api:
+    """The endpoints of one engine. `app` may listen at once; it answers 503 until `open`."""
+
+    def __init__(self, engine: EngineClient) -> None:
+        self.metrics = Metrics(engine)
+        self._engine = engine
+        self._model: ServedModel | None = None
+        self.app = FastAPI(title="minisgl", openapi_url=None)
+        self.app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
+        self.app.add_api_route("/v1/completions", self.completions, methods=["POST"])
+        self.app.add_api_route("/v1/models", self.models, methods=["GET"])
+        self.app.add_api_route("/v1/models/{name:path}", self.model_by_name, methods=["GET"])
+        self.app.add_api_route("/health", self.health, methods=["GET"])
+        self.app.add_api_route("/metrics", self.metrics_text, methods=["GET"])
+        self.app.add_exception_handler(ApiError, _api_error)
+        self.app.add_exception_handler(HTTPException, _http_error)
+        self.app.add_exception_handler(Exception, _unexpected_error)
+
+    def open(self, model: ServedModel) -> None:
+        """Serve `model` from now on: the engine is loaded and warm."""
+        self._model = model
+
+    async def chat(self, request: Request) -> Response:
+        return await self._answer(request, "chat", parse_chat)
+
+    async def completions(self, request: Request) -> Response:
+        return await self._answer(request, "completions", parse_completion)
+
+    async def models(self) -> Response:
+        return _json({"object": "list", "data": [_model_json(self._served())]})
+
+    async def model_by_name(self, name: str) -> Response:
+        model = self._served()
+        if name != model.name:
+            raise unknown_model(name, model.name)
+        return _json(_model_json(model))
+
+    async def health(self) -> Response:
+        """200 only where a request would be served: the engine warm and its loop alive."""
+        health = self._engine.health()
+        state = "starting" if health.ok and self._model is None else health.state
+        ready = state == "ready"
+        return _json({"status": state, "reason": health.reason}, 200 if ready else 503)
+
+    async def metrics_text(self) -> Response:
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    def _served(self) -> ServedModel:
+        if self._model is None:
+            reason = self._engine.health().reason or "the model is being loaded"
+            raise ApiError(reason, status=503, type="server_error", code="not_ready")
+        return self._model
+
+    async def _answer(self, request: Request, endpoint: str, parse: Parse) -> Response:
+        outcome = self.metrics.requests.labels
+        try:
+            model, clock = self._served(), self.metrics.clock()
+            body = await _read_body(request)
+            if len(body) > LONG_BODY_BYTES:
+                call = await asyncio.to_thread(parse, body, model)
+            else:
+                call = parse(body, model)
+            generation = Generation(call, self._engine, model.tokenizer)
+            reply = Reply(call, model.tokenizer)
+            if call.stream:
+                parts = generation.parts()
+                # Its refusal can still have a status: the answer begins with the first part.
+                first = await unless_gone(request.receive, _next(parts))
+                events = self._events(endpoint, first, parts, generation, reply, clock)
+                return _EventStream(events, parts)
+            whole = await unless_gone(request.receive, _collect(generation, clock))
+            clock.end(generation.usage)
+            outcome(endpoint, "ok").inc()
+            return _json(reply.whole(whole, generation.usage))
+        except ApiError as error:
+            outcome(endpoint, "refused" if error.status < 500 else "failed").inc()
+            raise
+        except ClientGone:
+            outcome(endpoint, "disconnected").inc()
+            return Response(status_code=499)  # nobody reads it
+
+    async def _events(
+        self,
+        endpoint: str,
+        first: Part | None,
+        parts: AsyncGenerator[Part, None],
+        generation: Generation,
+        reply: Reply,
+        clock: CallClock,
+    ) -> AsyncGenerator[bytes, None]:
+        """The server-sent events of a call whose first part is there."""
+        ended = "disconnected"
+        try:
+            part = first
+            while part is not None:
+                clock.part(part)
+                if chunks := b"".join(map(_event, reply.chunks(part))):
+                    yield chunks
+                part = await _next(parts)
+            clock.end(generation.usage)
+            if (last := reply.last_chunk(generation.usage)) is not None:
+                yield _event(last)
+            ended = "ok"
+            yield b"data: [DONE]\n\n"
+        except ApiError as error:
+            ended = "failed"
+            yield _event(error.body)
+        except Exception:
+            ended = "failed"
+            logger.exception("call %s failed", generation.call.id)
+            yield _event(_internal_error().body)
+        finally:
+            self.metrics.requests.labels(endpoint, ended).inc()
+
+
+class ClientGone(Exception):
+    """The client has closed its connection."""
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` returns; when the client hangs up first, `work` is cancelled: ClientGone."""
+
+    async def hang_up() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    task, gone = asyncio.create_task(work), asyncio.create_task(hang_up())
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events, given up as soon as the client hangs up, not at the next event."""
+
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], source: AsyncGenerator[Any, None]
+    ) -> None:
+        headers = {"cache-control": "no-cache"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._events = events
+        self._source = source  # what the events are made of, closed with them
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._source), aclosing(self._events):
+            with suppress(ClientGone):
+                await unless_gone(receive, self._send_all(send))
+
+    async def _send_all(self, send: Send) -> None:
+        start = {"status": 200, "headers": self.raw_headers}
+        await send({"type": "http.response.start", **start})
+        async for event in self._events:
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _collect(generation: Generation, clock: CallClock) -> list[Part]:
+    found = []
+    async with aclosing(generation.parts()) as parts:
+        async for part in parts:
+            clock.part(part)
+            found.append(part)
+    return found
+
+
+async def _next(parts: AsyncGenerator[Part, None]) -> Part | None:
+    return await anext(parts, None)
+
+
+async def _read_body(request: Request) -> bytes:
+    """The body. One that is too long is read to its end, but not kept: then the client listens."""
+    chunks: list[bytes] = []
+    length = 0
+    async for chunk in request.stream():
+        length += len(chunk)
+        if length <= MAX_BODY_BYTES:
+            chunks.append(chunk)
+        else:
+            chunks.clear()
+    if length > MAX_BODY_BYTES:
+        message = f"the body must have at most {MAX_BODY_BYTES} bytes, got {length}"
+        raise ApiError(message, status=413, code="body_too_large")
+    return b"".join(chunks)
+
+
+def _model_json(model: ServedModel) -> dict[str, Any]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "minisgl",
+        "max_model_len": model.max_context,
+    }
+
+
+def _event(content: dict[str, Any]) -> bytes:
+    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+
+
+def _json(content: dict[str, Any], status: int = 200) -> Response:
+    return Response(msgspec.json.encode(content), status, media_type="application/json")
+
+
+def _internal_error() -> ApiError:
+    return ApiError("internal error; the server's log has it", status=500, type="server_error")
+
+
+async def _api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return _json(error.body, error.status)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{error.detail}: {request.method} {request.url.path}"
+    response = _json(ApiError(message).body, error.status_code)
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _unexpected_error(_: Request, error: Exception) -> Response:
+    """Starlette raises `error` again after this answer, so that it is logged."""
+    return _json(_internal_error().body, 500)

@@ -1,0 +1,116 @@
+"""JSON bodies -> typed structs; `ApiError` says what is wrong: the field, the limit, the value."""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+MAX_SHOWN = 100  # characters of a wrong value that an error repeats
+
+T = TypeVar("T")
+
+# Fields that are not supported -> the values that ask for nothing, or None: whatever the value is,
+# it could not change the answer. null always asks for nothing.
+Neutral = Mapping[str, tuple[Any, ...] | None]
+
+
+class ApiError(Exception):
+    """An answer in OpenAI's error shape."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = {
+            "error": {"message": message, "type": type, "param": param, "code": code},
+        }
+
+
+def read(content: bytes, kind: type[T], neutral: Neutral) -> T:
+    """A body as `kind`, after the name of every field has been checked."""
+    try:
+        body = msgspec.json.decode(content)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ApiError(f"the body is not valid JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise ApiError(f"the body must be a JSON object, got {shown(body)}")
+    return convert(only_known(body, kind, neutral), kind)
+
+
+def only_known(
+    given: dict[str, Any], kind: type[Any], neutral: Neutral, path: str = ""
+) -> dict[str, Any]:
+    """The fields of `kind` in `given`; refuses the first that is neither one nor neutral."""
+    known = {item.name for item in msgspec.structs.fields(kind)}
+    kept = {}
+    for name, value in given.items():
+        param = path + name
+        if name in known:
+            kept[name] = value
+        elif name not in neutral:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            message = f"{param} is not a field that is supported{hint}"
+            raise ApiError(message, param=param, code="unknown_parameter")
+        elif not _asks_for_nothing(value, neutral[name]):
+            message = f"{param} is not supported, got {shown(value)}"
+            raise ApiError(message, param=param, code="unsupported_parameter")
+    return kept
+
+
+def convert(given: Any, kind: type[T], path: str = "") -> T:
+    """`given` as `kind`; `path` is where it stands in the body ("messages[0].")."""
+    try:
+        return msgspec.convert(given, kind)
+    except msgspec.ValidationError as error:
+        reason, _, place = str(error).partition(" - at `$")
+        place = place.rstrip("`")
+        param = (path + place.removeprefix(".")).rstrip(".")
+        if missing := re.search(r"missing required field `(\w+)`", reason):
+            param = f"{param}.{missing[1]}".lstrip(".")
+            raise ApiError(f"{param} is required", param=param) from error
+        value = _at(given, place)
+        got = "" if value is msgspec.UNSET else f", got {shown(value)}"
+        expected = reason[0].lower() + reason.split(", got")[0][1:]
+        if expected.startswith("invalid enum value"):
+            expected = "not a value that is supported"
+        raise ApiError(f"{param or 'the body'}: {expected}{got}", param=param or None) from error
+
+
+def in_range(name: str, value: int | None, high: int) -> int | None:
+    """`value`, refused unless it is None or in 0..high."""
+    if value is not None and not 0 <= value <= high:
+        raise ApiError(f"{name} must be at least 0 and at most {high}, got {value}", param=name)
+    return value
+
+
+def shown(value: Any) -> str:
+    """A wrong value as JSON, cut when it is long."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text)} characters)"
+
+
+def _asks_for_nothing(value: Any, neutral: tuple[Any, ...] | None) -> bool:
+    if value is None or neutral is None:
+        return True
+    return any(type(value) is type(other) and value == other for other in neutral)  # True is not 1
+
+
+def _at(value: Any, path: str) -> Any:
+    """What stands at `.stop[1]` of a body; UNSET where the path does not say exactly."""
+    for name, index in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", path):
+        try:
+            value = value[name] if name else value[int(index)]
+        except (LookupError, TypeError, ValueError):
+            return msgspec.UNSET
+    return value

@@ -1,0 +1,123 @@
+"""Prometheus metrics: what the server has answered, and where its engine stands."""
+
+import time
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from minisgl.engine.client import EngineClient
+from minisgl.server.generate import Part, Usage
+
+_TTFT_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
+_ITL_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+_E2E_BUCKETS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
+
+# Attribute of the scheduler's figures -> (metric, what it says).
+_GAUGES = {
+    "num_running": ("minisgl_running_sequences", "Sequences that hold a row"),
+    "num_waiting": ("minisgl_waiting_sequences", "Sequences that wait for a row or for pages"),
+    "num_pages": ("minisgl_kv_pages", "Pages of the KV pool"),
+    "num_free_pages": ("minisgl_kv_pages_free", "Pages that nobody holds"),
+    "num_idle_pages": ("minisgl_kv_pages_idle", "Pages held by the prefix cache alone"),
+}
+_COUNTERS = {
+    "num_queried_tokens": ("minisgl_cache_queried_tokens", "Prompt tokens looked up in the cache"),
+    "num_hit_tokens": ("minisgl_cache_hit_tokens", "Prompt tokens found in the cache"),
+    "num_preemptions": ("minisgl_preemptions", "Sequences put back to be recomputed"),
+}
+
+
+class Metrics:
+    """The figures of one server, in a registry of its own."""
+
+    def __init__(self, engine: EngineClient) -> None:
+        registry = self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "minisgl_requests",
+            "API calls by their end: ok, refused (4xx), failed (5xx), disconnected",
+            ["endpoint", "outcome"],
+            registry=registry,
+        )
+        self._finishes = Counter(
+            "minisgl_finished_choices", "Choices by finish reason", ["reason"], registry=registry
+        )
+        self._prompt_tokens = Counter(
+            "minisgl_prompt_tokens", "Prompt tokens of answered calls", registry=registry
+        )
+        self._output_tokens = Counter(
+            "minisgl_output_tokens", "Tokens generated", registry=registry
+        )
+        self._ttft = Histogram(
+            "minisgl_time_to_first_token_seconds",
+            "From the call's arrival to its first token",
+            buckets=_TTFT_BUCKETS,
+            registry=registry,
+        )
+        self._itl = Histogram(
+            "minisgl_inter_token_latency_seconds",
+            "Between consecutive news of one choice, divided by their tokens",
+            buckets=_ITL_BUCKETS,
+            registry=registry,
+        )
+        self._e2e = Histogram(
+            "minisgl_request_seconds",
+            "From a call's arrival to its last token",
+            buckets=_E2E_BUCKETS,
+            registry=registry,
+        )
+        registry.register(_EngineFigures(engine))
+
+    def text(self) -> bytes:
+        """All figures in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def clock(self) -> "CallClock":
+        """Times one call; its arrival is now."""
+        return CallClock(self)
+
+
+class CallClock:
+    """Observes the parts of one call as they come."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._start = time.perf_counter()
+        self._last: dict[int, float] = {}  # choice -> when its latest token came
+
+    def part(self, part: Part) -> None:
+        if not part.num_tokens:
+            return
+        now, m = time.perf_counter(), self._metrics
+        m._output_tokens.inc(part.num_tokens)
+        if not self._last:
+            m._ttft.observe(now - self._start)
+        elif part.choice in self._last:
+            m._itl.observe((now - self._last[part.choice]) / part.num_tokens)
+        self._last[part.choice] = now
+        if part.finish_reason is not None:
+            m._finishes.labels(part.finish_reason).inc()
+
+    def end(self, usage: Usage) -> None:
+        self._metrics._prompt_tokens.inc(usage.prompt_tokens)
+        self._metrics._e2e.observe(time.perf_counter() - self._start)
+
+
+class _EngineFigures(Collector):
+    """The scheduler's own figures, read when they are asked for."""
+
+    def __init__(self, engine: EngineClient) -> None:
+        self._engine = engine
+
+    def describe(self) -> list[Metric]:
+        return []  # known only once the engine runs
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._engine.stats()
+        if stats is None:
+            return
+        for name, (metric, help_text) in _GAUGES.items():
+            yield GaugeMetricFamily(metric, help_text, getattr(stats.scheduler, name))
+        for name, (metric, help_text) in _COUNTERS.items():
+            yield CounterMetricFamily(metric, help_text, getattr(stats.scheduler, name))

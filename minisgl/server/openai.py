@@ -1,0 +1,402 @@
+"""Bodies of OpenAI's API -> valid requests, parsed once. What is wrong is refused here.
+
+Every field of a body is honoured or refused by name. A field that is not supported may be sent with
+a value that asks for nothing (`"tools": []`).
+"""
+
+import re
+import secrets
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from minisgl.core.request import MAX_TOP_LOGPROBS, Request, SamplingParams
+from minisgl.server.body import ApiError, Neutral, convert, in_range, only_known, read, shown
+from minisgl.server.text import Tokenizer
+
+MAX_PROMPTS = 1024  # in one completions body
+MAX_STOP_STRINGS = 64
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What a body is checked against."""
+
+    name: str
+    tokenizer: Tokenizer
+    vocab_size: int
+    max_context: int  # tokens of prompt and output together
+    max_pool_tokens: int  # tokens the KV pool holds
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+@dataclass(frozen=True)
+class Call:
+    """One API call: its requests (several prompts, several requests) and how to answer."""
+
+    id: str
+    kind: Literal["chat", "completion"]
+    model: str
+    requests: list[Request]
+    stream: bool
+    include_usage: bool
+    echo: list[str] | None = None  # per request: the prompt, repeated before the output
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def params(self) -> SamplingParams:
+        """Equal for all requests but for the seed."""
+        return self.requests[0].params
+
+
+# What the engine keeps in 32 bits; beyond it no value could mean anything.
+_Int = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
+
+
+class _StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class _Sampling(msgspec.Struct, kw_only=True):
+    """The fields that chat and completions share."""
+
+    model: str | None = None
+    max_tokens: _Int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    n: _Int | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    stop: str | list[str] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+    # extras
+    top_k: _Int | None = None
+    min_p: float | None = None
+    min_tokens: _Int | None = None
+    repetition_penalty: float | None = None
+    stop_token_ids: list[_Int] | None = None
+    ignore_eos: bool | None = None
+    priority: _Int | None = None
+    cache_salt: str | None = None
+
+
+class _ChatBody(_Sampling, kw_only=True):
+    messages: list[dict[str, Any]]
+    max_completion_tokens: _Int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class _CompletionBody(_Sampling, kw_only=True):
+    prompt: Any
+    logprobs: int | None = None
+    echo: bool | None = None
+    best_of: int | None = None
+
+
+class _TextPart(msgspec.Struct, forbid_unknown_fields=True):
+    text: str
+    type: Literal["text"]
+
+
+class _Message(msgspec.Struct):
+    role: str
+    content: str | list[_TextPart]
+    name: str | None = None
+    reasoning_content: str | None = None
+
+
+# Labels for the caller's own bookkeeping; they could not change the answer.
+_LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
+
+_NEUTRAL: Neutral = dict.fromkeys(_LABELS) | {"service_tier": ("auto", "default")}
+_NEUTRAL_COMPLETION: Neutral = {**_NEUTRAL, "suffix": ("",)}
+_NEUTRAL_CHAT: Neutral = {
+    **_NEUTRAL,
+    "audio": (),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True,),
+    "prediction": (),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "store": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+_NEUTRAL_MESSAGE: Neutral = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "refusal": (),
+    "tool_call_id": (),
+    "tool_calls": ([],),
+}
+_ROLES = ("system", "developer", "user", "assistant")
+_RENDER_OPTIONS = {"messages", "tools", "documents", "add_generation_prompt"}
+
+
+def parse_chat(content: bytes, model: ServedModel) -> Call:
+    """A body of /v1/chat/completions. Raises ApiError."""
+    body = read(content, _ChatBody, _NEUTRAL_CHAT)
+    _check_model(body.model, model)
+    messages = [_message(index, message) for index, message in enumerate(body.messages)]
+    variables = body.chat_template_kwargs or {}
+    for name in sorted(_RENDER_OPTIONS & variables.keys()):
+        param = f"chat_template_kwargs.{name}"
+        raise ApiError(f"{param} is not supported", param=param)
+    try:
+        prompt = model.tokenizer.encode_chat(messages, **variables)
+    except ValueError as error:
+        raise ApiError(str(error), param="messages") from error
+    limit_name, max_tokens = _max_completion_tokens(body)
+    params = _params(body, model, max_tokens=max_tokens, logprobs=_chat_logprobs(body))
+    _check_prompt(prompt, "messages", params, limit_name, model)
+    call_id = f"chatcmpl-{uuid.uuid4().hex}"
+    return Call(
+        id=call_id,
+        kind="chat",
+        model=model.name,
+        requests=[_request(call_id, prompt, params, body)],
+        stream=bool(body.stream),
+        include_usage=_include_usage(body),
+    )
+
+
+def parse_completion(content: bytes, model: ServedModel) -> Call:
+    """A body of /v1/completions. Raises ApiError."""
+    body = read(content, _CompletionBody, _NEUTRAL_COMPLETION)
+    _check_model(body.model, model)
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        message = f"best_of must equal n ({body.n or 1}): nothing is ranked; got {body.best_of}"
+        raise ApiError(message, param="best_of")
+    echo_logprobs = body.logprobs if body.echo else None
+    if echo_logprobs is not None and (body.n or 1) > 1:
+        raise ApiError(f"echo with logprobs needs n = 1, got {body.n}", param="echo")
+    params = _params(
+        body,
+        model,
+        max_tokens=body.max_tokens,
+        logprobs=in_range("logprobs", body.logprobs, MAX_TOP_LOGPROBS),
+        prompt_logprobs=echo_logprobs,
+    )
+    call_id = f"cmpl-{uuid.uuid4().hex}"
+    requests, texts = [], []
+    for index, (param, prompt) in enumerate(_prompts(body.prompt)):
+        ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        _check_prompt(ids, param, params, "max_tokens", model)
+        requests.append(_request(f"{call_id}-{index}", ids, params, body))
+        texts.append(prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt))
+    return Call(
+        id=call_id,
+        kind="completion",
+        model=model.name,
+        requests=requests,
+        stream=bool(body.stream),
+        include_usage=_include_usage(body),
+        echo=texts if body.echo else None,
+    )
+
+
+def _message(index: int, given: dict[str, Any]) -> dict[str, Any]:
+    """A message for the chat template: its text as one string, `developer` as `system`."""
+    path = f"messages[{index}]."
+    parsed = convert(only_known(given, _Message, _NEUTRAL_MESSAGE, path), _Message, path)
+    if parsed.role not in _ROLES:
+        message = f"{path}role must be one of {list(_ROLES)}, got {shown(parsed.role)}"
+        raise ApiError(message, param=f"{path}role")
+    if isinstance(parsed.content, str):
+        text = parsed.content
+    else:
+        text = "\n".join(part.text for part in parsed.content)
+    role = "system" if parsed.role == "developer" else parsed.role
+    optional = {"name": parsed.name, "reasoning_content": parsed.reasoning_content}
+    return {"role": role, "content": text} | {k: v for k, v in optional.items() if v is not None}
+
+
+def _prompts(prompt: Any) -> list[tuple[str, str | list[int]]]:
+    """Where each prompt stands in the body, and the prompt: text or token ids."""
+    match prompt:
+        case str():
+            return [("prompt", prompt)]
+        case [int(), *_]:
+            return [("prompt", convert({"prompt": prompt}, _TokenIds).prompt)]
+        case [str() | list(), *_] if len(prompt) > MAX_PROMPTS:
+            message = f"prompt must hold at most {MAX_PROMPTS} prompts, got {len(prompt)}"
+            raise ApiError(message, param="prompt")
+        case [str(), *_]:
+            texts = convert({"prompt": prompt}, _Texts).prompt
+            return [(f"prompt[{i}]", text) for i, text in enumerate(texts)]
+        case [list(), *_]:
+            lists = convert({"prompt": prompt}, _TokenIdLists).prompt
+            return [(f"prompt[{i}]", ids) for i, ids in enumerate(lists)]
+    kinds = "a string, token ids, or a list of strings or of token ids"
+    raise ApiError(f"prompt must be {kinds}, got {shown(prompt)}", param="prompt")
+
+
+class _TokenIds(msgspec.Struct):
+    prompt: list[_Int]
+
+
+class _Texts(msgspec.Struct):
+    prompt: list[str]
+
+
+class _TokenIdLists(msgspec.Struct):
+    prompt: list[list[_Int]]
+
+
+def _max_completion_tokens(body: _ChatBody) -> tuple[str, int | None]:
+    """The limit of the output under either of its names, and the name."""
+    old, new = body.max_tokens, body.max_completion_tokens
+    if old is not None and new is not None and old != new:
+        message = (
+            f"max_completion_tokens must equal max_tokens ({old}) when both are given, got {new}"
+        )
+        raise ApiError(message, param="max_completion_tokens")
+    return ("max_tokens", old) if new is None else ("max_completion_tokens", new)
+
+
+def _chat_logprobs(body: _ChatBody) -> int | None:
+    if body.top_logprobs is not None and not body.logprobs:
+        message = f"top_logprobs needs logprobs to be true, got top_logprobs {body.top_logprobs}"
+        raise ApiError(message, param="top_logprobs")
+    top = in_range("top_logprobs", body.top_logprobs, MAX_TOP_LOGPROBS)
+    return (top or 0) if body.logprobs else None
+
+
+def _include_usage(body: _Sampling) -> bool:
+    if body.stream_options is None:
+        return False
+    if not body.stream:
+        raise ApiError("stream_options needs stream to be true", param="stream_options")
+    return bool(body.stream_options.include_usage)
+
+
+def _check_model(name: str | None, model: ServedModel) -> None:
+    if name is not None and name != model.name:
+        raise unknown_model(name, model.name)
+
+
+def unknown_model(name: str, served: str) -> ApiError:
+    message = f"The model {name!r} does not exist; {served!r} is served here"
+    return ApiError(message, status=404, param="model", code="model_not_found")
+
+
+# ---- requests -----------------------------------------------------------------------------------
+
+
+def _params(
+    body: _Sampling,
+    model: ServedModel,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
+) -> SamplingParams:
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    if len(stop) > MAX_STOP_STRINGS:
+        message = f"stop must hold at most {MAX_STOP_STRINGS} strings, got {len(stop)}"
+        raise ApiError(message, param="stop")
+    optional: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "min_tokens": body.min_tokens,
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "top_k": 0 if body.top_k == -1 else body.top_k,  # -1 is "off" in other engines
+        "min_p": body.min_p,
+        "n": body.n,
+        "presence_penalty": body.presence_penalty,
+        "frequency_penalty": body.frequency_penalty,
+        "repetition_penalty": body.repetition_penalty,
+        "stop_token_ids": body.stop_token_ids,
+        "ignore_eos": body.ignore_eos,
+    }
+    try:
+        params = SamplingParams(
+            stop=tuple(stop),
+            logit_bias=tuple(_logit_bias(body.logit_bias or {})),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            seed=_seed(body.seed),
+            **{name: value for name, value in optional.items() if value is not None},
+        )
+    except ValueError as error:
+        name = str(error).split()[0]
+        param = name if name in SamplingParams.__struct_fields__ else None
+        message = str(error)
+        if param == "max_tokens" and getattr(body, "max_completion_tokens", None) is not None:
+            param = "max_completion_tokens"
+            message = message.replace("max_tokens", param, 1)
+        raise ApiError(message, param=param) from error
+    _check_token_ids(params.stop_token_ids, "stop_token_ids", model)
+    _check_token_ids([token_id for token_id, _ in params.logit_bias], "logit_bias", model)
+    return params
+
+
+def _logit_bias(bias: dict[str, float]) -> list[tuple[int, float]]:
+    for name in bias:
+        if not re.fullmatch(r"\d{1,9}", name):
+            raise ApiError(
+                f"logit_bias must be keyed by token ids, got {shown(name)}", param="logit_bias"
+            )
+    return [(int(name), value) for name, value in bias.items()]
+
+
+def _seed(seed: int | None) -> int | None:
+    """OpenAI's seeds are signed 64-bit integers; the engine's have the same bits without sign."""
+    return seed + 2**64 if seed is not None and -(2**63) <= seed < 0 else seed
+
+
+def _check_token_ids(ids: list[int] | tuple[int, ...], param: str, model: ServedModel) -> None:
+    wrong = next((i for i in ids if not 0 <= i < model.vocab_size), None)
+    if wrong is not None:
+        message = f"{param}: token ids must be at least 0 and below {model.vocab_size}, got {wrong}"
+        raise ApiError(message, param=param)
+
+
+def _check_prompt(
+    ids: list[int], param: str, params: SamplingParams, limit_name: str, model: ServedModel
+) -> None:
+    if not ids:
+        raise ApiError(f"{param} must hold at least one token, got 0", param=param)
+    _check_token_ids(ids, param, model)
+    for limit, what in (
+        (model.max_context, "the context"),
+        (model.max_pool_tokens, "the KV pool"),
+    ):
+        # The last token is never read back, so it needs no room.
+        if len(ids) > limit:
+            message = f"{param} has {len(ids)} tokens, but {what} holds {limit}"
+        elif len(ids) + (params.max_tokens or 1) - 1 > limit:
+            message = (
+                f"{param} has {len(ids)} tokens and {limit_name} asks for {params.max_tokens}: "
+                f"{len(ids) + (params.max_tokens or 1) - 1} together, but {what} holds {limit}"
+            )
+        else:
+            continue
+        raise ApiError(message, param=param, code="context_length_exceeded")
+
+
+def _request(request_id: str, ids: list[int], params: SamplingParams, body: _Sampling) -> Request:
+    if params.seed is None:
+        params = msgspec.structs.replace(params, seed=secrets.randbits(64))
+    return Request(
+        request_id,
+        ids,
+        params,
+        priority=body.priority or 0,
+        cache_salt=body.cache_salt or "",
+        arrival=time.monotonic(),
+    )

@@ -1,0 +1,215 @@
+"""Parts of text -> OpenAI's objects: the whole answer, or the chunks of a stream."""
+
+import codecs
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+from minisgl import __version__
+from minisgl.core.request import FinishReason
+from minisgl.server.generate import Part, Scored, Usage
+from minisgl.server.openai import Call
+from minisgl.server.text import Tokenizer
+
+LOWEST_LOGPROB = -9999.0  # OpenAI's for a probability of zero; JSON has no infinity
+
+Json = dict[str, Any]
+
+
+class Shape(Protocol):
+    """How one API writes its choices."""
+
+    whole_object: str
+    chunk_object: str
+
+    def whole(
+        self, choice: int, text: str, scored: list[Scored], finish_reason: FinishReason | None
+    ) -> Json:
+        """A choice of a whole answer."""
+
+    def chunks(self, part: Part) -> Iterator[Json]:
+        """A part as choices of chunks: none while it shows nothing."""
+
+
+class ChatShape:
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def __init__(self, call: Call, tokenizer: Tokenizer) -> None:
+        self._with_logprobs = call.params.logprobs is not None
+        self._tokenizer = tokenizer
+
+    def whole(
+        self, choice: int, text: str, scored: list[Scored], finish_reason: FinishReason | None
+    ) -> Json:
+        return {
+            "index": choice,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": self._logprobs(scored),
+            "finish_reason": finish_reason,
+        }
+
+    def chunks(self, part: Part) -> Iterator[Json]:
+        if part.is_first:
+            yield self._chunk(part.choice, {"role": "assistant", "content": "", "refusal": None})
+        if part.text or part.scored:
+            yield self._chunk(part.choice, {"content": part.text}, self._logprobs(part.scored))
+        if part.finish_reason is not None:
+            yield self._chunk(part.choice, {}, None, part.finish_reason)
+
+    def _chunk(
+        self,
+        choice: int,
+        delta: Json,
+        logprobs: Json | None = None,
+        finish_reason: FinishReason | None = None,
+    ) -> Json:
+        return {
+            "index": choice,
+            "delta": delta,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+        }
+
+    def _logprobs(self, scored: list[Scored]) -> Json | None:
+        if not self._with_logprobs:
+            return None
+        content = []
+        for _, entry in scored:
+            if entry is not None:
+                top = zip(entry.top_ids, entry.top_logprobs, strict=True)
+                own = self._token(entry.token_id, entry.logprob)
+                content.append(own | {"top_logprobs": [self._token(*pair) for pair in top]})
+        return {"content": content, "refusal": None}
+
+    def _token(self, token_id: int, logprob: float) -> Json:
+        spelled = self._tokenizer.token_bytes(token_id)
+        return {
+            "token": spelled.decode("utf-8", errors="replace"),
+            "logprob": max(logprob, LOWEST_LOGPROB),
+            "bytes": list(spelled),
+        }
+
+
+class CompletionShape:
+    whole_object = chunk_object = "text_completion"
+
+    def __init__(self, call: Call, tokenizer: Tokenizer) -> None:
+        self._with_logprobs = call.params.logprobs is not None
+        self._tokenizer = tokenizer
+        self._offsets: dict[int, _Offsets] = {}
+
+    def whole(
+        self, choice: int, text: str, scored: list[Scored], finish_reason: FinishReason | None
+    ) -> Json:
+        return {
+            "index": choice,
+            "text": text,
+            "logprobs": self._logprobs(choice, scored),
+            "finish_reason": finish_reason,
+        }
+
+    def chunks(self, part: Part) -> Iterator[Json]:
+        if part.text or part.scored or part.finish_reason is not None:
+            yield self.whole(part.choice, part.text, part.scored, part.finish_reason)
+
+    def _logprobs(self, choice: int, scored: list[Scored]) -> Json | None:
+        """The old shape: parallel lists; `text_offset` counts characters of this choice's text."""
+        if not self._with_logprobs:
+            return None
+        offsets = self._offsets.setdefault(choice, _Offsets(self._tokenizer))
+        entries = [entry for _, entry in scored]
+        return {
+            "tokens": [self._spelled(token_id) for token_id, _ in scored],
+            "token_logprobs": [e and max(e.logprob, LOWEST_LOGPROB) for e in entries],
+            "top_logprobs": [
+                e
+                and {
+                    self._spelled(token_id): max(logprob, LOWEST_LOGPROB)
+                    for token_id, logprob in (
+                        *zip(e.top_ids, e.top_logprobs, strict=True),
+                        (e.token_id, e.logprob),
+                    )
+                }
+                for e in entries
+            ],
+            "text_offset": [offsets.advance(token_id) for token_id, _ in scored],
+        }
+
+    def _spelled(self, token_id: int) -> str:
+        """The token as text, or as OpenAI writes a part of a character: `bytes:\\xe2\\x82`."""
+        spelled = self._tokenizer.token_bytes(token_id)
+        try:
+            return spelled.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
+
+
+class _Offsets:
+    """Where the tokens of a text begin, in characters."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._next = 0
+
+    def advance(self, token_id: int) -> int:
+        offset = self._next
+        if not self._tokenizer.is_special(token_id):
+            self._next += len(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+        return offset
+
+
+class Reply:
+    """Writes the answer to one call."""
+
+    def __init__(self, call: Call, tokenizer: Tokenizer) -> None:
+        shape = ChatShape if call.kind == "chat" else CompletionShape
+        self._shape: Shape = shape(call, tokenizer)
+        self._call = call
+
+    def whole(self, parts: Iterable[Part], usage: Usage) -> Json:
+        """The body of an answer that is not streamed."""
+        by_choice: dict[int, list[Part]] = {}
+        for part in parts:
+            by_choice.setdefault(part.choice, []).append(part)
+        choices = [
+            self._shape.whole(
+                choice,
+                "".join(part.text for part in found),
+                [entry for part in found for entry in part.scored],
+                found[-1].finish_reason,
+            )
+            for choice, found in sorted(by_choice.items())
+        ]
+        return self._object(self._shape.whole_object, choices) | {"usage": usage_json(usage)}
+
+    def chunks(self, part: Part) -> Iterator[Json]:
+        """The chunks of a stream that a part gives."""
+        for choice in self._shape.chunks(part):
+            chunk = self._object(self._shape.chunk_object, [choice])
+            yield chunk | {"usage": None} if self._call.include_usage else chunk
+
+    def last_chunk(self, usage: Usage) -> Json | None:
+        """The chunk with the usage, where it was asked for."""
+        if not self._call.include_usage:
+            return None
+        return self._object(self._shape.chunk_object, []) | {"usage": usage_json(usage)}
+
+    def _object(self, name: str, choices: list[Json]) -> Json:
+        return {
+            "id": self._call.id,
+            "object": name,
+            "created": self._call.created,
+            "model": self._call.model,
+            "system_fingerprint": f"minisgl-{__version__}",
+            "choices": choices,
+        }
+
+
+def usage_json(usage: Usage) -> Json:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }

@@ -1,0 +1,164 @@
+"""An engine that says what the test tells it to, and an HTTP server around it in a thread."""
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import AsyncGenerator
+
+import uvicorn
+
+from minisgl.core.request import Delta, Request, TokenLogprobs
+from minisgl.engine.client import EngineDeadError, Health
+from minisgl.server.app import Api
+from minisgl.server.chat_template import ChatTemplate
+from minisgl.server.openai import ServedModel
+from minisgl.server.text import Tokenizer
+from tests.server import small_tokenizers
+
+VOCAB = 400  # the "model's", padded beyond the tokenizer's
+CONTEXT = 96
+CACHED = 3
+
+CONFIG = {"bos_token": "<s>", "eos_token": "<|im_end|>"}
+
+
+def served_model(**changes) -> ServedModel:
+    template = ChatTemplate(small_tokenizers.CHAT_TEMPLATE)
+    tokenizer = Tokenizer(small_tokenizers.byte_level(), CONFIG, template)
+    facts = {
+        "name": "test-model",
+        "tokenizer": tokenizer,
+        "vocab_size": VOCAB,
+        "max_context": CONTEXT,
+        "max_pool_tokens": 1024,
+    }
+    return ServedModel(**facts | changes)
+
+
+def logprobs_at(position: int, token_id: int, top: int) -> TokenLogprobs:
+    """What the fake engine reports: easy to predict, different at every position."""
+    top_ids = [(token_id + i) % VOCAB for i in range(top)]
+    return TokenLogprobs(
+        token_id, -0.5 - position, top_ids, [-0.5 - position - i for i in range(top)]
+    )
+
+
+class FakeEngine:
+    """Every choice is `text`, one token a delta, then its end of turn; seeds shift nothing."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self.model = model
+        self.reset()
+
+    def reset(self) -> None:
+        self.text = "Hello, größer 🚀 world."
+        self.delay = 0.0  # seconds before each token
+        self.tokens_per_delta = 1
+        self.refusal: str | None = None
+        self.dead: str | None = None
+        self.fail_after: int | None = None  # tokens of a choice before an error
+        self.crash = False
+        self.state = Health("ready")
+        self.requests: list[Request] = []
+        self.aborted: list[tuple[str, int | None]] = []
+        self.running: set[str] = set()
+
+    def ids(self, request: Request) -> tuple[list[int], bool]:
+        """The tokens of a choice, and whether the last is the end of turn."""
+        tokenizer, limit = self.model.tokenizer, request.params.max_tokens
+        ids = [*tokenizer.encode(self.text, add_special_tokens=False), tokenizer.eos_token_id]
+        if request.params.ignore_eos:
+            room = limit or CONTEXT - len(request.prompt_token_ids)
+            return (ids[:-1] * room)[:room], False
+        return (ids, True) if limit is None or len(ids) <= limit else (ids[:limit], False)
+
+    async def submit(self, request: Request) -> AsyncGenerator[Delta, None]:
+        self.requests.append(request)
+        if self.refusal:
+            raise ValueError(self.refusal)
+        if self.dead:
+            raise EngineDeadError(self.dead)
+        if self.crash:
+            raise RuntimeError("secret detail")
+        open_choices = set(range(request.params.n))
+        ids, ended_by_eos = self.ids(request)
+        self.running.add(request.id)
+        try:
+            for start in range(0, len(ids), self.tokens_per_delta):
+                run = ids[start : start + self.tokens_per_delta]
+                is_last = start + len(run) == len(ids)
+                await asyncio.sleep(self.delay)
+                for choice in sorted(open_choices):
+                    if (request.id, choice) in self.aborted:
+                        open_choices.discard(choice)
+                        continue
+                    if self.fail_after is not None and start >= self.fail_after:
+                        yield Delta(request.id, choice, [], "error", error="the device is gone")
+                        return
+                    yield self._delta(request, choice, start, run, is_last, ended_by_eos)
+                    if is_last:
+                        open_choices.discard(choice)
+                if not open_choices:
+                    return
+        finally:
+            self.running.discard(request.id)
+            if open_choices:
+                self.aborted.append((request.id, None))
+
+    def _delta(self, request, choice, start, run, is_last, ended_by_eos) -> Delta:
+        params = request.params
+        scored = prompt_scored = None
+        if params.logprobs is not None:
+            scored = [logprobs_at(start + i, t, params.logprobs) for i, t in enumerate(run)]
+        if params.prompt_logprobs is not None and start == 0:
+            rest = list(enumerate(request.prompt_token_ids))[1:]
+            prompt_scored = [logprobs_at(100 + i, t, params.prompt_logprobs) for i, t in rest]
+        return Delta(
+            request.id,
+            choice,
+            run,
+            ("stop" if ended_by_eos else "length") if is_last else None,
+            run[-1] if is_last and ended_by_eos else None,
+            scored,
+            prompt_scored,
+            CACHED + 2 * choice,
+        )
+
+    def abort(self, request_id: str, choice: int | None = None) -> None:
+        self.aborted.append((request_id, choice))
+
+    def health(self) -> Health:
+        return self.state
+
+    def stats(self) -> None:
+        return None
+
+
+class ServerThread:
+    """uvicorn with an `Api` around a fake engine, on a port of its own."""
+
+    def __init__(self) -> None:
+        self.model = served_model()
+        self.engine = FakeEngine(self.model)
+        self.api = Api(self.engine)
+        self.api.open(self.model)
+        self._socket = socket.socket()
+        self._socket.bind(("127.0.0.1", 0))
+        self.port = self._socket.getsockname()[1]
+        config = uvicorn.Config(self.api.app, log_level="critical", lifespan="off")
+        self._server = uvicorn.Server(config)
+        run = {"target": self._server.run, "args": ([self._socket],), "daemon": True}
+        self._thread = threading.Thread(**run)
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(10)
+        self._socket.close()

@@ -1,0 +1,497 @@
+"""The HTTP layer through the real `openai` client, with a fake engine behind it."""
+
+import asyncio
+import concurrent.futures
+import json
+import socket
+import time
+
+import httpx
+import openai
+import pytest
+
+from minisgl.core.request import SamplingParams
+from minisgl.engine.client import Health
+from minisgl.server.app import Api
+from tests.server.fake_engine import CACHED
+
+MODEL = "test-model"
+USER = [{"role": "user", "content": "hi"}]
+
+
+def chat(client, **options):
+    return client.chat.completions.create(model=MODEL, messages=USER, **options)
+
+
+def complete(client, prompt="Once", **options):
+    return client.completions.create(model=MODEL, prompt=prompt, **options)
+
+
+def eventually(condition, timeout=5.0):
+    """Whether `condition()` becomes true."""
+    end = time.monotonic() + timeout
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+def sse(response):
+    """The events of a stream, as sent."""
+    return [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+
+
+# ---- chat ---------------------------------------------------------------------------------------
+
+
+def test_chat(client, engine):
+    answer = chat(client)
+    (choice,) = answer.choices
+    prompt = engine.model.tokenizer.encode_chat(USER)
+    assert choice.message.content == engine.text
+    assert choice.message.role == "assistant"
+    assert choice.finish_reason == "stop"
+    assert choice.logprobs is None
+    assert answer.object == "chat.completion"
+    assert answer.id.startswith("chatcmpl-")
+    assert answer.model == MODEL
+    assert engine.requests[0].prompt_token_ids == prompt
+    usage = answer.usage
+    assert usage.prompt_tokens == len(prompt)
+    assert usage.completion_tokens == len(engine.ids(engine.requests[0])[0])
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    assert usage.prompt_tokens_details.cached_tokens == CACHED
+
+
+@pytest.mark.parametrize("tokens_per_delta", [1, 3, 100])
+@pytest.mark.parametrize("stop", [None, "größ", ["ld", "xx"]])
+def test_streamed_chat_equals_the_whole(client, engine, stop, tokens_per_delta):
+    whole = chat(client, stop=stop)
+    engine.tokens_per_delta = tokens_per_delta
+    chunks = list(chat(client, stop=stop, stream=True, stream_options={"include_usage": True}))
+    *body, last = chunks
+    assert "".join(c.choices[0].delta.content or "" for c in body) == (
+        whole.choices[0].message.content
+    )
+    assert body[0].choices[0].delta.role == "assistant"
+    assert [c.choices[0].finish_reason for c in body] == [None] * (len(body) - 1) + ["stop"]
+    assert body[-1].choices[0].delta.content is None
+    assert {c.object for c in chunks} == {"chat.completion.chunk"}
+    assert len({c.id for c in chunks}) == len({c.created for c in chunks}) == 1
+    assert last.choices == []
+    assert last.usage == whole.usage
+    assert all(c.usage is None for c in body)
+
+
+def test_the_stream_on_the_wire(server):
+    body = {"messages": USER, "stream": True, "max_tokens": 2}
+    response = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *events, last = sse(response)
+    assert last == "[DONE]"
+    chunks = [json.loads(event) for event in events]
+    assert [sorted(chunk) for chunk in chunks] == [
+        ["choices", "created", "id", "model", "object", "system_fingerprint"]
+    ] * len(chunks)
+    assert chunks[0]["choices"] == [
+        {
+            "index": 0,
+            "delta": {"role": "assistant", "content": "", "refusal": None},
+            "logprobs": None,
+            "finish_reason": None,
+        }
+    ]
+    assert chunks[-1]["choices"] == [
+        {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "length"}
+    ]
+
+
+def test_length_ends_at_max_tokens(client, engine):
+    for options in ({"max_tokens": 4}, {"max_completion_tokens": 4}):
+        answer = chat(client, **options)
+        assert answer.choices[0].finish_reason == "length"
+        assert answer.usage.completion_tokens == 4
+        expected = engine.model.tokenizer.decode(engine.ids(engine.requests[-1])[0])
+        assert answer.choices[0].message.content == expected
+
+
+def test_stop_strings_end_and_abort(client, engine):
+    answer = chat(client, stop=["no", ", gr"])
+    assert answer.choices[0].message.content == "Hello"
+    assert answer.choices[0].finish_reason == "stop"
+    ids = engine.ids(engine.requests[0])[0]
+    used = answer.usage.completion_tokens
+    assert ", gr" in engine.model.tokenizer.decode(ids[:used])
+    assert ", gr" not in engine.model.tokenizer.decode(ids[: used - 1])
+    assert engine.aborted == [(engine.requests[0].id, 0)]
+
+
+def test_n_choices_each_with_its_own_stop(client, engine):
+    answer = chat(client, n=3, stop="world")
+    assert [c.index for c in answer.choices] == [0, 1, 2]
+    assert {c.message.content for c in answer.choices} == {"Hello, größer 🚀 "}
+    assert answer.usage.prompt_tokens == len(engine.requests[0].prompt_token_ids)
+    assert answer.usage.completion_tokens % 3 == 0
+    assert answer.usage.prompt_tokens_details.cached_tokens == CACHED
+    texts = ["", "", ""]
+    for chunk in chat(client, n=3, stop="world", stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert set(texts) == {"Hello, größer 🚀 "}
+
+
+def test_chat_logprobs(client, engine):
+    answer = chat(client, logprobs=True, top_logprobs=2, max_tokens=30)
+    content = answer.choices[0].logprobs.content
+    ids = engine.ids(engine.requests[0])[0]
+    tokenizer = engine.model.tokenizer
+    assert len(content) == answer.usage.completion_tokens == len(ids)
+    assert [bytes(entry.bytes) for entry in content] == [tokenizer.token_bytes(i) for i in ids]
+    assert [entry.logprob for entry in content] == [-0.5 - i for i in range(len(ids))]
+    assert [len(entry.top_logprobs) for entry in content] == [2] * len(ids)
+    assert content[3].top_logprobs[1].logprob == -4.5
+    assert bytes(content[3].top_logprobs[1].bytes) == tokenizer.token_bytes(ids[3] + 1)
+    streamed = [
+        entry
+        for chunk in chat(client, logprobs=True, top_logprobs=2, max_tokens=30, stream=True)
+        if chunk.choices[0].logprobs
+        for entry in chunk.choices[0].logprobs.content
+    ]
+    assert streamed == content
+
+
+def test_logprobs_without_top(client):
+    content = chat(client, logprobs=True).choices[0].logprobs.content
+    assert [entry.top_logprobs for entry in content] == [[]] * len(content)
+
+
+def test_every_sampling_field_reaches_the_engine(client, engine):
+    chat(
+        client,
+        temperature=0.5,
+        top_p=0.9,
+        presence_penalty=0.1,
+        frequency_penalty=-0.2,
+        logit_bias={"5": 1.5},
+        seed=7,
+        max_tokens=9,
+        stop="q",
+        extra_body={
+            "top_k": 11,
+            "min_p": 0.05,
+            "min_tokens": 2,
+            "repetition_penalty": 1.1,
+            "stop_token_ids": [3],
+            "ignore_eos": True,
+            "priority": 5,
+            "cache_salt": "tenant",
+        },
+    )
+    (request,) = engine.requests
+    assert request.params == SamplingParams(
+        temperature=0.5,
+        top_p=0.9,
+        presence_penalty=0.1,
+        frequency_penalty=-0.2,
+        logit_bias=((5, 1.5),),
+        seed=7,
+        max_tokens=9,
+        stop=("q",),
+        top_k=11,
+        min_p=0.05,
+        min_tokens=2,
+        repetition_penalty=1.1,
+        stop_token_ids=(3,),
+        ignore_eos=True,
+    )
+    assert (request.priority, request.cache_salt) == (5, "tenant")
+
+
+def test_nothing_given_is_openais_default(client, engine):
+    chat(client)
+    params = engine.requests[0].params
+    assert (params.temperature, params.top_p, params.n, params.max_tokens) == (1.0, 1.0, 1, None)
+    assert 0 <= params.seed < 2**64
+
+
+def test_seeds_are_kept_and_differ_where_none_is_given(client, engine):
+    for seed in (0, -1, None, None):
+        chat(client, seed=seed)
+    seeds = [request.params.seed for request in engine.requests]
+    assert seeds[:2] == [0, 2**64 - 1]
+    assert seeds[2] != seeds[3]
+
+
+def test_roles_and_content_parts(client, engine):
+    client.chat.completions.create(
+        model=MODEL,
+        messages=[
+            {"role": "developer", "content": "be brief"},
+            {"role": "user", "content": [{"type": "text", "text": "a"}]},
+            {"role": "assistant", "content": "b", "refusal": None},
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "c"}, {"type": "text", "text": "d"}],
+            },
+        ],
+    )
+    tokenizer = engine.model.tokenizer
+    text = tokenizer.decode(engine.requests[0].prompt_token_ids, skip_special_tokens=False)
+    assert text == (
+        "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\na<|im_end|>\n"
+        "<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc\nd<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+# ---- completions --------------------------------------------------------------------------------
+
+
+def test_completion(client, engine):
+    answer = complete(client)
+    assert answer.object == "text_completion"
+    assert answer.choices[0].text == engine.text
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.choices[0].logprobs is None
+    assert engine.requests[0].prompt_token_ids == engine.model.tokenizer.encode("Once")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "count"),
+    [("ab", 1), ([40, 41], 1), (["ab", "cde"], 2), ([[40], [41, 42], [43]], 3)],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_all_kinds_of_prompts(client, engine, prompt, count, stream):
+    options = {"n": 2, "max_tokens": 3, "logprobs": 1}
+    answer = complete(client, prompt, stream=stream, **options)
+    if stream:
+        texts = [""] * (2 * count)
+        for chunk in answer:
+            texts[chunk.choices[0].index] += chunk.choices[0].text
+    else:
+        assert [choice.index for choice in answer.choices] == list(range(2 * count))
+        texts = [choice.text for choice in answer.choices]
+        prompts = [len(request.prompt_token_ids) for request in engine.requests]
+        assert answer.usage.prompt_tokens == sum(prompts)
+        assert answer.usage.completion_tokens == 6 * count
+    assert len(texts) == 2 * count
+    assert len(set(texts)) == 1
+    assert len(engine.requests) == count
+    encode = engine.model.tokenizer.encode
+    given = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+    expected = [encode(p) if isinstance(p, str) else p for p in given]
+    got = sorted((request.id, request.prompt_token_ids) for request in engine.requests)
+    assert [ids for _, ids in got] == expected
+
+
+def test_completion_logprobs_in_the_old_shape(client, engine):
+    engine.text = "a🚀 b"
+    answer = complete(client, logprobs=2)
+    found = answer.choices[0].logprobs
+    ids, tokenizer = engine.ids(engine.requests[0])[0], engine.model.tokenizer
+    spelled = [tokenizer.token_bytes(i) for i in ids]
+    assert len(found.tokens) == len(ids) == answer.usage.completion_tokens
+    for token, written in zip(found.tokens, spelled, strict=True):
+        if token.startswith("bytes:"):
+            assert bytes.fromhex(token.removeprefix("bytes:").replace("\\x", "")) == written
+        else:
+            assert token.encode() == written
+    assert found.token_logprobs == [-0.5 - i for i in range(len(ids))]
+    assert all(token in top for token, top in zip(found.tokens, found.top_logprobs, strict=True))
+    text = answer.choices[0].text
+    whole = [offset for token, offset in zip(found.tokens, found.text_offset, strict=True)]
+    assert whole == sorted(whole)
+    assert whole[0] == 0
+    assert whole[-1] == len(text)  # the end of turn adds nothing
+    streamed = complete(client, logprobs=2, stream=True)
+    offsets = [o for chunk in streamed for o in chunk.choices[0].logprobs.text_offset]
+    assert offsets == found.text_offset
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_repeats_the_prompt_with_its_logprobs(client, engine, stream):
+    answer = complete(client, "Once", echo=True, logprobs=1, max_tokens=2, stream=stream)
+    chunks = list(answer) if stream else [answer]
+    ids = engine.requests[0].prompt_token_ids + engine.ids(engine.requests[0])[0]
+    tokenizer = engine.model.tokenizer
+    assert "".join(c.choices[0].text for c in chunks) == "Once" + tokenizer.decode(ids[-2:])
+    found = [c.choices[0].logprobs for c in chunks]
+    values = [value for entry in found for value in entry.token_logprobs]
+    assert len(values) == len(ids)
+    assert values[0] is None
+    assert values[1:-2] == [-100.5 - i for i in range(1, len(ids) - 2)]
+    assert values[-2:] == [-0.5, -1.5]
+    tokens = [token for entry in found for token in entry.tokens]
+    assert "".join(tokens).startswith("Once")
+    tops = [top for entry in found for top in entry.top_logprobs]
+    assert tops[0] is None
+
+
+def test_echo_of_token_ids(client, engine):
+    ids = engine.model.tokenizer.encode("größer")
+    answer = complete(client, ids, echo=True, max_tokens=1)
+    assert answer.choices[0].text.startswith("größer")
+    assert answer.usage.prompt_tokens == len(ids)
+
+
+def test_best_of_n_is_accepted_where_it_asks_for_nothing(client):
+    assert len(complete(client, n=2, best_of=2).choices) == 2
+
+
+# ---- models, health, metrics --------------------------------------------------------------------
+
+
+def test_models(client):
+    (model,) = client.models.list().data
+    assert model.id == MODEL
+    assert client.models.retrieve(MODEL).id == MODEL
+    with pytest.raises(openai.NotFoundError) as refusal:
+        client.models.retrieve("some/other")
+    assert refusal.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("health", "status"),
+    [
+        (Health("ready"), 200),
+        (Health("starting", "the model is being loaded"), 503),
+        (Health("stuck", "no progress for 61.0 s"), 503),
+        (Health("draining", "shutting down"), 503),
+        (Health("dead", "exit code -9"), 503),
+    ],
+)
+def test_health(server, engine, health, status):
+    engine.state = health
+    response = httpx.get(f"{server.url}/health")
+    assert response.status_code == status
+    assert response.json() == {"status": health.state, "reason": health.reason}
+
+
+def test_nothing_is_served_before_the_model_is_there(server, engine):
+    transport = httpx.ASGITransport(Api(engine).app)
+
+    async def ask():
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as asking:
+            health = await asking.get("/health")
+            answer = await asking.post("/v1/chat/completions", json={"messages": USER})
+            return health, answer, await asking.get("/v1/models")
+
+    health, answer, models = asyncio.run(ask())
+    assert (health.status_code, health.json()["status"]) == (503, "starting")
+    assert answer.status_code == models.status_code == 503
+    assert answer.json()["error"]["code"] == "not_ready"
+
+
+def figures(server):
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    return dict(line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
+
+
+def test_metrics_count_calls_and_tokens(server, client, engine):
+    def change(name):
+        return float(after.get(name, 0)) - float(before.get(name, 0))
+
+    before = figures(server)
+    answer = chat(client, n=2)
+    list(complete(client, stream=True, max_tokens=2))
+    with pytest.raises(openai.BadRequestError):
+        chat(client, n=0)
+    after = figures(server)
+    tokens = answer.usage.completion_tokens
+    assert change("minisgl_output_tokens_total") == tokens + 2
+    assert change("minisgl_time_to_first_token_seconds_count") == 2
+    assert change("minisgl_inter_token_latency_seconds_count") == tokens - 2 + 1
+    assert change('minisgl_requests_total{endpoint="chat",outcome="ok"}') == 1
+    assert change('minisgl_requests_total{endpoint="completions",outcome="ok"}') == 1
+    assert change('minisgl_requests_total{endpoint="chat",outcome="refused"}') == 1
+    assert change('minisgl_finished_choices_total{reason="stop"}') == 2
+    assert change('minisgl_finished_choices_total{reason="length"}') == 1
+
+
+# ---- clients that hang up -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompts", ["one", ["one", "two"]])
+def test_a_client_that_hangs_up_aborts_its_call(server, engine, stream, prompts):
+    engine.delay = 0.05
+    body = {"prompt": prompts, "stream": stream, "ignore_eos": True, "max_tokens": 60}
+    content = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+    count = 1 if prompts == "one" else 2
+    with socket.create_connection(("127.0.0.1", server.port)) as raw:
+        raw.sendall(head.encode() + content)
+        if stream:
+            assert raw.recv(100).startswith(b"HTTP/1.1 200")
+        assert eventually(lambda: len(engine.running) == count)
+    assert eventually(lambda: not engine.running, timeout=1.0)  # long before its 60 tokens
+    assert sorted(engine.aborted) == sorted((request.id, None) for request in engine.requests)
+
+
+def test_a_client_that_hangs_up_while_the_request_waits(server, engine):
+    engine.delay = 30.0
+    body = json.dumps({"messages": USER, "stream": True}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as raw:
+        raw.sendall(head.encode() + body)
+        assert eventually(lambda: len(engine.running) == 1)
+    assert eventually(lambda: not engine.running)
+
+
+def test_many_calls_at_once(client, engine):
+    engine.delay = 0.001
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda _: chat(client).choices[0].message.content, range(48)))
+    assert set(answers) == {engine.text}
+
+
+# ---- engines that fail --------------------------------------------------------------------------
+
+
+def test_the_engines_refusal_is_a_400(client, engine):
+    engine.refusal = "prompt has 99 tokens, but the KV pool holds 64"
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match="99 tokens") as refusal:
+            chat(client, stream=stream)
+        assert refusal.value.type == "invalid_request_error"
+
+
+def test_a_dead_engine_is_a_503(client, engine):
+    engine.dead = "the engine process ended with exit code -9"
+    for stream in (False, True):
+        with pytest.raises(openai.InternalServerError, match="exit code -9") as failure:
+            chat(client, stream=stream)
+        assert failure.value.status_code == 503
+
+
+def test_a_failure_before_the_first_token_is_a_500(client, engine):
+    engine.fail_after = 0
+    for stream in (False, True):
+        with pytest.raises(openai.InternalServerError, match="the device is gone") as failure:
+            chat(client, stream=stream)
+        assert failure.value.type == "server_error"
+
+
+def test_a_failure_in_a_stream_is_an_error_event(client, engine):
+    engine.fail_after = 3
+    stream = chat(client, stream=True)
+    assert next(stream).choices[0].delta.role == "assistant"
+    with pytest.raises(openai.APIError, match="the device is gone"):
+        list(stream)
+    with pytest.raises(openai.InternalServerError, match="the device is gone"):
+        chat(client)
+
+
+def test_an_unexpected_fault_tells_nothing(client, engine):
+    engine.crash = True
+    for stream in (False, True):
+        with pytest.raises(openai.InternalServerError) as failure:
+            chat(client, stream=stream)
+        assert "secret" not in failure.value.response.text
+        assert "Traceback" not in failure.value.response.text
+        assert failure.value.type == "server_error"
+
+
+def test_unknown_paths_and_methods_have_openais_shape(server):
+    for method, path, status in (("GET", "/v2/x", 404), ("GET", "/v1/completions", 405)):
+        response = httpx.request(method, server.url + path)
+        assert response.status_code == status
+        assert response.json()["error"]["type"] == "invalid_request_error"

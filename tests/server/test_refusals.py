@@ -1,0 +1,381 @@
+"""What is wrong with a body is said with the field, the limit and the value, in OpenAI's shape."""
+
+import json
+from contextlib import suppress
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minisgl.server.app import MAX_BODY_BYTES
+from minisgl.server.body import ApiError
+from minisgl.server.openai import MAX_PROMPTS, parse_chat, parse_completion
+from tests.server.fake_engine import CONTEXT, VOCAB, served_model
+
+MODEL = served_model()
+USER = {"role": "user", "content": "hi"}
+
+
+def refusal(parse, body, model=MODEL):
+    with pytest.raises(ApiError) as caught:
+        parse(body if isinstance(body, bytes) else json.dumps(body).encode(), model)
+    error = caught.value.body["error"]
+    assert sorted(error) == ["code", "message", "param", "type"]
+    assert error["type"] == "invalid_request_error"
+    return caught.value.status, error
+
+
+def chat_refusal(**fields):
+    status, error = refusal(parse_chat, {"messages": [USER]} | fields)
+    assert status == 400
+    return error
+
+
+def completion_refusal(**fields):
+    status, error = refusal(parse_completion, {"prompt": "hi"} | fields)
+    assert status == 400
+    return error
+
+
+UNSUPPORTED_CHAT = {
+    "audio": {"voice": "alloy", "format": "wav"},
+    "function_call": {"name": "f"},
+    "functions": [{"name": "f"}],
+    "modalities": ["text", "audio"],
+    "parallel_tool_calls": False,
+    "prediction": {"type": "content", "content": "x"},
+    "reasoning_effort": "low",
+    "response_format": {"type": "json_object"},
+    "service_tier": "flex",
+    "store": True,
+    "tool_choice": "required",
+    "tools": [{"type": "function", "function": {"name": "f"}}],
+    "verbosity": "low",
+    "web_search_options": {},
+}
+UNKNOWN = {
+    "best_of": 2,
+    "guided_json": {},
+    "include_stop_str_in_output": True,
+    "length_penalty": 1.0,
+    "logits_processors": [],
+    "prompt_logprobs": 1,
+    "skip_special_tokens": False,
+    "use_beam_search": True,
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED_CHAT)
+def test_an_unsupported_field_is_refused_by_name(name):
+    error = chat_refusal(**{name: UNSUPPORTED_CHAT[name]})
+    assert error["param"] == name
+    assert error["message"].startswith(f"{name} is not supported, got ")
+    assert error["code"] == "unsupported_parameter"
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_an_unknown_field_is_refused_by_name(name):
+    error = chat_refusal(**{name: UNKNOWN[name]})
+    assert error["param"] == name
+    assert error["code"] == "unknown_parameter"
+
+
+@pytest.mark.parametrize(
+    ("parse", "body"),
+    [(parse_chat, {"messages": [USER]}), (parse_completion, {"prompt": "hi"})],
+)
+def test_a_misspelt_field_suggests_the_nearest(parse, body):
+    _, error = refusal(parse, body | {"max_token": 5})
+    assert "did you mean max_tokens?" in error["message"]
+
+
+def test_suffix_is_refused():
+    assert completion_refusal(suffix="end")["param"] == "suffix"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict.fromkeys(UNSUPPORTED_CHAT),
+        {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True},
+        {"tool_choice": "none", "functions": [], "function_call": "none"},
+        {"response_format": {"type": "text"}, "modalities": ["text"], "verbosity": "medium"},
+        {"store": False, "service_tier": "auto"},
+        {"user": "u", "metadata": {"a": "b"}, "safety_identifier": "s", "prompt_cache_key": "k"},
+        {"temperature": None, "top_p": None, "n": None, "stop": None, "max_tokens": None},
+        {"logprobs": False, "top_logprobs": None, "logit_bias": {}, "seed": None},
+        {"stream": False, "stream_options": None},
+        {"stream": True, "stream_options": {"include_obfuscation": False}},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"max_tokens": 5, "max_completion_tokens": 5},
+        {"top_k": -1},
+    ],
+)
+def test_values_that_ask_for_nothing_are_accepted(fields):
+    parse_chat(json.dumps({"messages": [USER]} | fields).encode(), MODEL)
+
+
+OUT_OF_RANGE = {
+    "temperature": (-0.1, "at least 0.0 and at most 100.0"),
+    "top_p": (1.5, "at most 1.0"),
+    "min_p": (-1, "at least 0.0"),
+    "top_k": (-2, "at least 0"),
+    "n": (0, "at least 1"),
+    "max_tokens": (0, "at least 1"),
+    "max_completion_tokens": (-5, "at least 1"),
+    "min_tokens": (-1, "at least 0"),
+    "presence_penalty": (2.5, "at most 2.0"),
+    "frequency_penalty": (-3, "at least -2.0"),
+    "repetition_penalty": (0, "greater than 0.0"),
+    "seed": (2**64, f"at most {2**64 - 1}"),
+    "logit_bias": ({"3": 101}, "at most 100.0"),
+    "stop_token_ids": ([VOCAB], f"below {VOCAB}"),
+    "priority": (2**31, "<= 2147483647"),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_a_value_out_of_range_is_named_with_its_limit(name):
+    value, limit = OUT_OF_RANGE[name]
+    error = chat_refusal(**{name: value})
+    assert error["param"] == name
+    assert error["message"].startswith(name)
+    assert limit in error["message"]
+    shown = value[0] if isinstance(value, list) else value
+    shown = next(iter(value.values())) if isinstance(value, dict) else shown
+    assert str(shown) in error["message"]
+
+
+WRONG_TYPE = {
+    "temperature": "hot",
+    "n": 1.5,
+    "stream": "yes",
+    "stop": 5,
+    "max_tokens": True,
+    "logit_bias": [1],
+    "messages": "hi",
+    "model": 3,
+    "stop_token_ids": 5,
+    "logprobs": 2,
+    "stream_options": [],
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TYPE)
+def test_a_value_of_the_wrong_type_is_named_and_shown(name):
+    error = chat_refusal(**{name: WRONG_TYPE[name]})
+    assert error["param"] == name
+    assert json.dumps(WRONG_TYPE[name]) in error["message"]
+
+
+def test_a_long_wrong_value_is_cut():
+    message = chat_refusal(n="x" * 5000)["message"]
+    assert len(message) < 250
+    assert "5002 characters" in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"max_tokens": 4, "max_completion_tokens": 5}, "max_completion_tokens"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options"),
+        ({"stop": ["a", ""]}, "stop"),
+        ({"stop": ["a", 1]}, "stop[1]"),
+        ({"stop": ["x"] * 65}, "stop"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {str(VOCAB): 1}}, "logit_bias"),
+        ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs.tools"),
+        ({"messages": []}, "messages"),
+        ({"messages": [USER, 3]}, "messages[1]"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [USER, {"role": "tool", "content": "x"}]}, "messages[1].role"),
+        ({"messages": [USER | {"tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls"),
+        ({"messages": [USER | {"weight": 1}]}, "messages[0].weight"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
+            "messages[0].content[0].text",
+        ),
+    ],
+)
+def test_combinations_and_nested_fields(fields, param):
+    error = chat_refusal(**fields)
+    assert error["param"].startswith(param)
+    assert error["message"]
+
+
+def test_pictures_are_refused():
+    parts = [{"type": "image_url", "image_url": {"url": "data:"}}]
+    error = chat_refusal(messages=[{"role": "user", "content": parts}])
+    assert error["param"].startswith("messages[0].content[0]")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": [[]]}, "prompt[0]"),
+        ({"prompt": {"a": 1}}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt[1]"),
+        ({"prompt": [1, "a"]}, "prompt[1]"),
+        ({"prompt": [True]}, "prompt[0]"),
+        ({"prompt": [[1], "a"]}, "prompt[1]"),
+        ({"prompt": [5, VOCAB]}, "prompt"),
+        ({"prompt": [[5], [-1]]}, "prompt[1]"),
+        ({"prompt": ["a"] * (MAX_PROMPTS + 1)}, "prompt"),
+        ({"best_of": 3}, "best_of"),
+        ({"best_of": 3, "n": 2}, "best_of"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"echo": True, "logprobs": 1, "n": 2}, "echo"),
+        ({"messages": [USER]}, "messages"),
+        ({"tools": []}, "tools"),
+    ],
+)
+def test_completions(fields, param):
+    assert completion_refusal(**fields)["param"] == param
+
+
+def test_required_fields():
+    for parse, body, param in ((parse_chat, {}, "messages"), (parse_completion, {}, "prompt")):
+        _, error = refusal(parse, body)
+        assert error["param"] == param
+        assert error["message"] == f"{param} is required"
+
+
+def test_an_unknown_model_is_a_404():
+    for parse, body in ((parse_chat, {"messages": [USER]}), (parse_completion, {"prompt": "x"})):
+        status, error = refusal(parse, body | {"model": "gpt-4"})
+        assert status == 404
+        assert error["code"] == "model_not_found"
+        assert "'gpt-4'" in error["message"]
+        assert MODEL.name in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "prompt", "max_tokens", "numbers"),
+    [
+        ({}, [1] * (CONTEXT + 1), None, [CONTEXT + 1, CONTEXT]),
+        ({}, [1] * 90, 8, [90, 8, 97, CONTEXT]),
+        ({"max_pool_tokens": 64}, [1] * 65, 1, [65, 64]),
+        ({"max_pool_tokens": 64}, [1] * 60, 6, [60, 6, 65, 64]),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_all_numbers(limits, prompt, max_tokens, numbers):
+    body = {"prompt": prompt, "max_tokens": max_tokens}
+    status, error = refusal(parse_completion, body, served_model(**limits))
+    assert status == 400
+    assert error["code"] == "context_length_exceeded"
+    assert error["param"] == "prompt"
+    words = error["message"].replace(":", " ").replace(",", " ").split()
+    assert [int(word) for word in words if word.isdigit()] == numbers
+
+
+@pytest.mark.parametrize(
+    ("limits", "prompt", "max_tokens"),
+    [
+        ({}, [1] * CONTEXT, 1),
+        ({}, [1] * CONTEXT, None),
+        ({}, [1] * 90, 7),
+        ({"max_pool_tokens": 64}, [1] * 60, 5),
+    ],
+)
+def test_what_just_fits_is_accepted(limits, prompt, max_tokens):
+    body = {"prompt": prompt, "max_tokens": max_tokens}
+    call = parse_completion(json.dumps(body).encode(), served_model(**limits))
+    assert call.requests[0].prompt_token_ids == prompt
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"not json",
+        b'{"messages": [}',
+        b"[]",
+        b'"x"',
+        b"null",
+        b"\xff\xfe",
+        b'{"temperature": NaN, "messages": []}',
+        b'{"temperature": 1e999, "messages": []}',
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+    ],
+)
+def test_what_is_no_json_object_is_refused(body):
+    status, error = refusal(parse_chat, body)
+    assert status == 400
+    assert "body" in error["message"] or "messages" in error["message"]
+
+
+json_values = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+FIELDS = [
+    *OUT_OF_RANGE,
+    *WRONG_TYPE,
+    *UNSUPPORTED_CHAT,
+    "echo",
+    "prompt",
+    "top_logprobs",
+    "cache_salt",
+    "priority",
+    "chat_template_kwargs",
+]
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=4))
+def test_any_body_is_a_call_or_a_refusal(fields):
+    for parse, body in ((parse_chat, {"messages": [USER]}), (parse_completion, {"prompt": "x"})):
+        try:
+            content = json.dumps(body | fields).encode()
+        except UnicodeEncodeError:
+            continue
+        with suppress(ApiError):  # and nothing else
+            assert parse(content, MODEL).requests
+
+
+# ---- over HTTP ----------------------------------------------------------------------------------
+
+
+def test_refusals_over_http(server):
+    url = f"{server.url}/v1/chat/completions"
+    response = httpx.post(url, content=b"{")
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith("the body is not valid JSON")
+    response = httpx.post(url, json={"messages": [USER], "stream": True, "n": 0})
+    assert response.status_code == 400
+    assert response.headers["content-type"] == "application/json"
+    assert response.json()["error"]["param"] == "n"
+    assert server.engine.requests == []
+
+
+def test_a_body_that_is_too_long_is_refused_with_both_numbers(server):
+    content = b" " * (MAX_BODY_BYTES + 1)
+    response = httpx.post(f"{server.url}/v1/completions", content=content)
+    assert response.status_code == 413
+    message = response.json()["error"]["message"]
+    assert str(MAX_BODY_BYTES) in message
+    assert str(MAX_BODY_BYTES + 1) in message
+
+
+def test_a_long_body_is_served_like_a_short_one(server):
+    prompt = "a" * 20000
+    body = {"prompt": prompt, "max_tokens": 1}
+    response = httpx.post(f"{server.url}/v1/completions", json=body)
+    error = response.json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert str(len(MODEL.tokenizer.encode(prompt))) in error["message"]
