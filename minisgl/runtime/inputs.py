@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from minisgl.core.batch import Batch, Chunk
-from minisgl.runtime.rows import ADJUSTS, PROMPT_LOGPROBS, HostRows, Sections
+from minisgl.runtime.rows import ADJUSTS, LOGPROBS, PROMPT_LOGPROBS, HostRows, Sections
 
 PENDING = -1  # a token id still on the device; a start position known only there
 
@@ -223,18 +223,17 @@ def _pack_logprobs(
     flags = host.flags[chunk_rows]
     if not flags.any():
         return
+    chunks = step.batch.chunks
     for i, first in zip(step.sampling, step.first_points, strict=True):
         step.adjusts |= bool(flags[i] & ADJUSTS)
-        num_top = host.setups[step.batch.chunks[i].row].params.logprobs
-        if num_top is not None:
-            count = 1 + len(step.batch.chunks[i].drafts)
-            step.logprobs.append(LogprobRequest(i, first, count, num_top))
+        if flags[i] & LOGPROBS:
+            num_top = host.setups[chunks[i].row].params.logprobs or 0
+            step.logprobs.append(LogprobRequest(i, first, 1 + len(chunks[i].drafts), num_top))
     for i in np.flatnonzero(flags & PROMPT_LOGPROBS).tolist():
-        chunk = step.batch.chunks[i]
-        setup = host.setups[chunk.row]
+        chunk, setup = chunks[i], host.setups[chunks[i].row]
         end = min(chunk.start + chunk.length, setup.prompt_length - 1)
-        num_top = setup.params.prompt_logprobs
-        if chunk.start < setup.prompt_length and num_top is not None:
+        num_top = setup.params.prompt_logprobs or 0
+        if chunk.start < setup.prompt_length:
             targets = np.array(setup.token_ids[chunk.start + 1 : end + 1], np.int32)
             first = int(chunk_offsets[i])
             step.prompt_logprobs.append(LogprobRequest(i, first, len(targets), num_top, targets))

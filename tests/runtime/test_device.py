@@ -1,0 +1,155 @@
+"""The CPU as a device: order, events, failures, an end that may come twice."""
+
+import threading
+import time
+import traceback
+
+import numpy as np
+import pytest
+import torch
+
+from minisgl.device import CpuDevice, pick_device
+
+
+@pytest.fixture
+def device():
+    made = CpuDevice(num_threads=1)
+    yield made
+    made.close()
+
+
+def test_functions_run_in_order_on_one_thread(device: CpuDevice):
+    seen, threads = [], set()
+
+    def note(number: int) -> None:
+        threads.add(threading.current_thread())
+        seen.append(number)
+
+    for number in range(100):
+        device.submit(note, number)
+    device.record().wait()
+    assert seen == list(range(100))
+    assert threads == {device._thread}
+    assert threading.current_thread() not in threads
+
+
+def test_submit_does_not_wait_and_events_tell_when(device: CpuDevice):
+    gate = threading.Event()
+    before = device.record()
+    device.submit(gate.wait)
+    after = device.record()
+    before.wait()
+    assert before.query()
+    assert not after.query()
+    gate.set()
+    after.wait()
+    assert after.query()
+    assert after.seconds_since(before) > 0
+
+
+def test_event_times_measure_the_work_between(device: CpuDevice):
+    begin = device.record()
+    device.submit(time.sleep, 0.02)
+    end = device.record()
+    device.submit(time.sleep, 0.05)
+    device.record().wait()
+    assert end.seconds_since(begin) >= 0.02
+
+
+def test_failure_surfaces_with_its_traceback_and_skips_what_follows(device: CpuDevice):
+    ran = []
+
+    def explode() -> None:
+        raise KeyError("planted")
+
+    good = device.record()
+    device.submit(explode)
+    device.submit(ran.append, 1)
+    event = device.record()
+    good.wait()
+    with pytest.raises(RuntimeError, match="planted") as caught:
+        event.wait()
+    cause = caught.value.__cause__
+    assert isinstance(cause, KeyError)
+    assert "explode" in "".join(traceback.format_exception(cause))
+    assert not ran
+    with pytest.raises(RuntimeError, match="planted"):
+        device.record().wait()
+
+
+def test_run_returns_or_raises_and_poisons_nothing(device: CpuDevice):
+    assert device.run(lambda a, b: a + b, 2, 3) == 5
+    with pytest.raises(ZeroDivisionError):
+        device.run(lambda: 1 / 0)
+    device.record().wait()
+    assert device.run(lambda: device.run(lambda: 7)) == 7  # from inside the stream
+
+
+def test_close_finishes_the_work_and_is_idempotent():
+    device = CpuDevice(num_threads=1)
+    done = []
+    device.submit(time.sleep, 0.01)
+    device.submit(done.append, 1)
+    device.close()
+    device.close()
+    assert done == [1]
+    assert not device._thread.is_alive()
+    with pytest.raises(RuntimeError, match="closed"):
+        device.submit(done.append, 2)
+
+
+def test_a_failed_device_closes():
+    device = CpuDevice(num_threads=1)
+    device.submit(lambda: 1 / 0)
+    device.close()
+    assert not device._thread.is_alive()
+
+
+def test_stream_keeps_its_threads_when_the_planner_has_one():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        device = CpuDevice(num_threads=2)
+        assert device.run(torch.get_num_threads) == 2
+        assert torch.get_num_threads() == 1
+        device.close()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_host_copies_and_zeros(device: CpuDevice):
+    array = np.arange(6, dtype=np.int32)
+    assert device.run(device.upload, array).tolist() == list(range(6))
+    zeros = device.run(device.zeros, (3, 5, 7), torch.bfloat16)
+    assert zeros.shape == (3, 5, 7)
+    assert zeros.dtype == torch.bfloat16
+    assert zeros.data_ptr() % 64 == 0
+    assert not zeros.any()
+
+
+def test_graph_replays_on_static_buffers(device: CpuDevice):
+    x, y = torch.zeros(3), torch.zeros(3)
+    graph = device.run(device.capture, lambda: torch.add(x, 1, out=y))
+    for value in (1.0, 5.0):
+        x.fill_(value)
+        device.submit(graph.replay)
+        device.record().wait()
+        assert y.tolist() == [value + 1] * 3
+
+
+def test_memory_is_measured(device: CpuDevice):
+    memory = device.memory()
+    assert 0 < memory.free <= memory.total
+    assert 0 < memory.used < memory.total
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cpu:0", ""])
+def test_unknown_device_names_are_refused(name: str):
+    with pytest.raises(ValueError, match="device must be"):
+        pick_device(name)
+
+
+def test_cuda_is_refused_where_there_is_none():
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="no CUDA device"):
+            pick_device("cuda:0")

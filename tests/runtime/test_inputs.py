@@ -1,0 +1,206 @@
+"""Packed inputs against a brute-force reading of the batch, token by token."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minisgl.core.batch import Batch, Chunk, RowSetup
+from minisgl.core.request import SamplingParams
+from minisgl.device import CpuDevice
+from minisgl.kernels.advance import advance_rows, prepare_inputs
+from minisgl.runtime.inputs import PENDING, Geometry, join, pack_step, padded_size, split
+from minisgl.runtime.rows import HostRows, RowBuffers
+
+ROWS, PAGES, VOCAB = 9, 6, 50
+
+
+@dataclass
+class World:
+    """What the device should hold, kept in Python."""
+
+    page_size: int
+    last: list[int] = field(default_factory=lambda: list(range(100, 100 + ROWS + 1)))
+    lengths: list[int] = field(default_factory=lambda: [3 * row for row in range(ROWS + 1)])
+    table: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def slot(self, row: int, position: int) -> int:
+        page = self.table.get((row, position // self.page_size), 0)
+        return page * self.page_size + position % self.page_size
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[World, Batch, Geometry]:
+    page_size = draw(st.sampled_from([1, 16]))
+    world = World(page_size)
+    rows = draw(st.permutations(range(ROWS)))
+    num_decode = draw(st.integers(0, 5))
+    num_prefill = draw(st.integers(0 if num_decode else 1, 4))
+    most_drafts = draw(st.sampled_from([0, 0, 3]))
+    capacity = PAGES * page_size
+    chunks = []
+    for index in range(num_decode + num_prefill):
+        row = rows[index]
+        drafts, ids = [], []
+        if index < num_decode:
+            drafts = draw(st.lists(st.integers(0, VOCAB - 1), max_size=most_drafts))
+            length = 1 + len(drafts)
+            start = world.lengths[row] = draw(st.integers(0, max(0, capacity - length)))
+            if draw(st.booleans()):
+                ids = [draw(st.integers(0, VOCAB - 1))]
+            elif start:
+                start -= draw(st.integers(0, 1))  # a lower bound
+            samples = True
+        else:
+            length = draw(st.integers(1, min(9, capacity)))
+            start = draw(st.integers(0, capacity - length))
+            ids = draw(st.lists(st.integers(0, VOCAB - 1), min_size=length, max_size=length))
+            samples = draw(st.booleans())
+        first = draw(st.integers(0, PAGES))
+        pages = draw(st.lists(st.integers(0, 99), max_size=PAGES - first))
+        for offset, page in enumerate(pages):
+            world.table[row, first + offset] = page
+        chunks.append(Chunk(index, 0, row, start, length, ids, first, pages, samples, drafts))
+    multiple = draw(st.sampled_from([1, 8]))
+    sizes = draw(st.sampled_from([(), (1, 2, 4, 8)]))
+    geometry = Geometry(PAGES, ROWS, multiple, sizes)
+    return world, Batch(7, chunks, num_decode), geometry
+
+
+@settings(max_examples=300)
+@given(batches())
+def test_inputs_say_what_the_batch_says(case: tuple[World, Batch, Geometry]):
+    world, batch, geometry = case
+    host = HostRows(ROWS, VOCAB, ())
+    step = pack_step(batch, host, geometry)
+    sent = split(step.sections, torch.from_numpy(join(step.sections)))
+    device = CpuDevice(num_threads=1)
+    rows = RowBuffers.allocate(device, ROWS, PAGES, VOCAB)
+    device.close()
+    rows.last.copy_(torch.tensor(world.last))
+    rows.lengths.copy_(torch.tensor(world.lengths))
+    rows.apply(sent)
+    tokens, sequences = step.num_tokens, step.num_sequences
+    ids = torch.full((tokens,), -7, dtype=torch.int32)
+    positions = torch.full((tokens,), -7, dtype=torch.int64)
+    slots = torch.full((tokens,), -7, dtype=torch.int64)
+    seq_lens = torch.full((sequences,), -7, dtype=torch.int32)
+    sections = ("token_ids", "sequences", "offsets", "rows", "starts", "num_tokens")
+    prepare_inputs(
+        ids,
+        positions,
+        slots,
+        seq_lens,
+        *(sent[name] for name in sections),
+        rows.last,
+        rows.lengths,
+        rows.page_table,
+        world.page_size,
+    )
+    offsets, sent_rows = sent["offsets"].tolist(), sent["rows"].tolist()
+    assert offsets[-1] == tokens
+
+    # Every chunk's own tokens, in the batch's order, are where its sequence is.
+    width = step.decode_width
+    order = list(range(batch.num_decode))
+    order += range(step.num_decode, step.num_decode + len(batch.chunks) - batch.num_decode)
+    points = []
+    for chunk, sequence in zip(batch.chunks, order, strict=True):
+        at = offsets[sequence]
+        begin = chunk.start if chunk.token_ids else world.lengths[chunk.row]
+        fed = (chunk.token_ids or [world.last[chunk.row]]) + chunk.drafts
+        padded = width if sequence < step.num_decode else chunk.length
+        assert sent_rows[sequence] == chunk.row
+        assert seq_lens[sequence] == begin + padded
+        for i, token in enumerate(fed):
+            assert ids[at + i] == token
+            assert positions[at + i] == begin + i
+            assert slots[at + i] == world.slot(chunk.row, begin + i)
+        assert (slots[at + len(fed) : at + padded] == -1).all()
+        if chunk.samples:
+            points += range(at + len(fed) - 1 - len(chunk.drafts), at + len(fed))
+    assert sent.get("points", torch.empty(0)).tolist()[: step.num_points] == points
+    assert step.num_points == len(points)
+
+    # The rest is padding.
+    for sequence in set(range(sequences)) - set(order):
+        assert sent_rows[sequence] == ROWS
+        assert seq_lens[sequence] == 0
+        assert (slots[offsets[sequence] : offsets[sequence + 1]] == -1).all()
+    assert all(offsets[s + 1] - offsets[s] == width for s in range(step.num_decode))
+    chunk_widths = np.diff(offsets[step.num_decode :])
+    assert step.max_seqlen_q == (chunk_widths.max() if len(chunk_widths) else 1)
+    if batch.num_decode == len(batch.chunks) and geometry.decode_sizes:
+        assert sequences in geometry.decode_sizes
+    elif geometry.token_multiple == 8:
+        assert tokens == 4 or tokens % 8 == 0
+
+
+@pytest.mark.parametrize(
+    ("count", "multiple", "want"),
+    [(0, 8, 0), (1, 8, 4), (4, 8, 4), (5, 8, 8), (8, 8, 8), (9, 8, 16), (7, 1, 7)],
+)
+def test_padded_size(count: int, multiple: int, want: int):
+    assert padded_size(count, multiple) == want
+
+
+@pytest.mark.parametrize("case", advance_rows.cases, ids=lambda case: case.label)
+def test_rows_advance_by_what_was_accepted(case):
+    a = case.make(torch.device("cpu"), torch.float32, torch.Generator().manual_seed(4))
+    before = a["counts"].clone()
+    accepted = advance_rows(*a.values()).tolist()
+    ends = [*a["first"].tolist()[1:], len(a["tokens"])]
+    tokens, positions = a["tokens"].tolist(), a["positions"].tolist()
+    touched = set()
+    for m, row in enumerate(a["rows"].tolist()):
+        first = int(a["first"][m])
+        drafts = [d for d in a["drafts"][m].tolist() if d != PENDING]
+        assert first + len(drafts) + 1 == ends[m]
+        want = 0
+        while want < len(drafts) and drafts[want] == tokens[first + want]:
+            want += 1
+        assert accepted[m] == want
+        assert a["last"][row] == tokens[first + want]
+        assert a["lengths"][row] == positions[first + want]
+        grown = a["counts"][row] - before[row]
+        new = tokens[first : first + want + 1] if a["counted"][row] else []
+        assert grown.tolist() == np.bincount(np.array(new, int), minlength=37).tolist()
+        touched.add(row)
+    others = [row for row in range(len(before)) if row not in touched]
+    assert torch.equal(a["counts"][others], before[others])
+
+
+def test_malformed_batches_are_refused():
+    host, geometry = HostRows(ROWS, VOCAB, ()), Geometry(PAGES, ROWS)
+    with pytest.raises(ValueError, match="batch 3 has no chunks"):
+        pack_step(Batch(3, [], 0), host, geometry)
+    short = Chunk(5, 0, 0, 0, 4, [1, 2], 0, [], True)
+    with pytest.raises(ValueError, match="sequence 5 has length 4 but 2 token ids"):
+        pack_step(Batch(3, [short], 0), host, geometry)
+    far = Chunk(5, 0, 0, 0, 1, [1], PAGES, [1], True)
+    with pytest.raises(ValueError, match=f"needs {PAGES + 1} pages"):
+        pack_step(Batch(3, [far], 0), host, geometry)
+
+
+def test_prompt_logprob_targets_are_the_next_prompt_tokens():
+    host, geometry = HostRows(ROWS, VOCAB, ()), Geometry(PAGES, ROWS, token_multiple=8)
+    prompt = [11, 12, 13, 14, 15]
+    params = SamplingParams(prompt_logprobs=2)
+    setup = RowSetup(1, 0, 4, 0, 5, params, prompt)
+    found = []
+    for start, stop in ((0, 2), (2, 5)):
+        chunk = Chunk(1, 0, 4, start, stop - start, prompt[start:stop], 0, [], stop == 5)
+        decode = Chunk(2, 0, 3, 8, 1, [], 0, [], True)
+        step = pack_step(Batch(0, [decode, chunk], 1, [setup][start:]), host, geometry)
+        (request,) = step.prompt_logprobs
+        assert (request.chunk, request.num_top) == (1, 2)
+        # Padding follows the decode slice, so the chunk's first token has moved.
+        at = step.sections["offsets"].tolist()[step.num_decode]
+        assert request.first == at
+        assert request.targets is not None
+        assert request.count == len(request.targets)
+        found += request.targets.tolist()
+    assert found == prompt[1:]
