@@ -61,7 +61,8 @@ class Engine:
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
         """End a choice, or all of a request's; unknown ones are ignored, for they have ended."""
-        self._take(self._scheduler.abort(request_id, choice))
+        if self.failure is None:
+            self._take(self._scheduler.abort(request_id, choice))
 
     def abort_all(self) -> None:
         """End every request."""

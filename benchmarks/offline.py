@@ -1,0 +1,203 @@
+"""Offline throughput: many requests of random lengths at once, every token counted.
+
+    python -m benchmarks.offline                                   # 256 requests, bundled model
+    python -m benchmarks.offline --shape qwen3-0.6b --num-requests 16 \\
+        --input-len 32 256 --output-len 32 128 --engine minisgl transformers --rounds 3
+
+The workload is the one nano-vllm and mini-sglang publish: prompts and outputs of uniformly random
+length, random token ids, end-of-sequence ignored, seeded. Engines named together run in turns,
+each round in a new process, so that both meet the same machine; loading and a warm-up are not
+timed. The last line is JSON.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+SHAPES = {  # config.json of models whose weights are made up
+    "qwen3-0.6b": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 1024,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 3072,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1000000.0,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        "eos_token_id": 151645,
+        "bos_token_id": 151643,
+        "torch_dtype": "bfloat16",
+    },
+}
+
+Workload = list[tuple[list[int], int]]  # prompt ids and output length, per request
+Run = Callable[[Workload], list[int]]  # returns the output length of each request
+
+
+def make_workload(args: argparse.Namespace, vocab_size: int) -> Workload:
+    generator = random.Random(args.seed)
+    top = min(vocab_size, 10_000)
+    work = []
+    for _ in range(args.num_requests):
+        length = generator.randint(*args.input_len)
+        prompt = [generator.randrange(top) for _ in range(length)]
+        work.append((prompt, generator.randint(*args.output_len)))
+    return work
+
+
+def open_minisgl(args: argparse.Namespace) -> tuple[Run, int]:
+    from minisgl import LLM, SamplingParams
+
+    options = {"max_total_tokens": args.max_total_tokens} if args.max_total_tokens else {}
+    llm = LLM(args.model, load_format=args.load_format, dtype=args.dtype, **options)
+
+    def run(work: Workload) -> list[int]:
+        params = [
+            SamplingParams(temperature=args.temperature, ignore_eos=True, max_tokens=length)
+            for _, length in work
+        ]
+        prompts = [prompt for prompt, _ in work]
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        return [len(output.token_ids) for output in outputs]
+
+    return run, llm.info.limits.vocab_size
+
+
+def open_transformers(args: argparse.Namespace) -> tuple[Run, int]:
+    """transformers' `generate` on one left-padded batch, which runs until its longest output."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = args.model or str(Path(__file__).parents[1] / "minisgl/assets/tiny")
+    config = AutoConfig.from_pretrained(path)
+    dtype = {"auto": config.dtype or torch.bfloat16}.get(args.dtype) or getattr(torch, args.dtype)
+    if args.load_format == "dummy":
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.to_empty(device="cpu")
+        model.init_weights()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device).eval()
+
+    def run(work: Workload) -> list[int]:
+        width, longest = max(len(p) for p, _ in work), max(length for _, length in work)
+        ids = torch.tensor([[0] * (width - len(p)) + p for p, _ in work], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p, _ in work])
+        with torch.inference_mode():
+            out = model.generate(
+                ids,
+                attention_mask=mask.to(device),
+                do_sample=args.temperature > 0,
+                temperature=args.temperature or None,
+                min_new_tokens=longest,
+                max_new_tokens=longest,
+                pad_token_id=0,
+            )
+        return [min(length, out.shape[1] - width) for _, length in work]
+
+    return run, config.vocab_size
+
+
+ENGINES = {"minisgl": open_minisgl, "transformers": open_transformers}
+
+
+def measure(args: argparse.Namespace) -> None:
+    """One round of one engine, in its own process: print its figures as JSON."""
+    run, vocab_size = ENGINES[args.engine[0]](args)
+    work = make_workload(args, vocab_size)
+    run([(prompt[:16], 4) for prompt, _ in work[:2]])
+    started = time.perf_counter()
+    lengths = run(work)
+    seconds = time.perf_counter() - started
+    if lengths != [length for _, length in work]:
+        raise SystemExit(f"{args.engine[0]} did not give every request its output length")
+    prompts = sum(len(prompt) for prompt, _ in work)
+    print(json.dumps({"seconds": seconds, "output": sum(lengths), "prompt": prompts}))
+
+
+def run_in_turns(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    rounds: dict[str, list[dict[str, float]]] = {engine: [] for engine in args.engine}
+    for _ in range(args.rounds):
+        for engine in args.engine:
+            command = [sys.executable, "-m", "benchmarks.offline", "--child", engine, *sys.argv[1:]]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            rounds[engine].append(json.loads(done.stdout.splitlines()[-1]))
+    return rounds
+
+
+def report(args: argparse.Namespace) -> None:
+    rounds = run_in_turns(args)
+    speeds = {
+        engine: statistics.median(r["output"] / r["seconds"] for r in results)
+        for engine, results in rounds.items()
+    }
+    first = rounds[args.engine[0]][0]
+    print(f"{args.num_requests} requests, {first['prompt']:.0f} prompt tokens, ", end="")
+    print(f"{first['output']:.0f} output tokens, median of {args.rounds} round(s)")
+    for engine, speed in speeds.items():
+        total = speed * (1 + first["prompt"] / first["output"])
+        print(f"{engine:<14}{speed:>10.1f} output tok/s{total:>12.1f} tok/s with prompts")
+    result = {
+        "benchmark": "offline",
+        "model": args.shape or args.model or "bundled",
+        "requests": args.num_requests,
+        "output_tokens_per_second": {name: round(speed, 2) for name, speed in speeds.items()},
+    }
+    if len(speeds) == 2:
+        ours, theirs = speeds.values()
+        pairs = zip(*rounds.values(), strict=True)
+        each = [right["seconds"] / left["seconds"] for left, right in pairs]
+        print(
+            f"{' / '.join(speeds)}: {ours / theirs:.2f}x, by round {min(each):.2f}-{max(each):.2f}"
+        )
+        result["ratio"] = round(ours / theirs, 3)
+    print(json.dumps(result))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="directory or hub id; the bundled model when absent")
+    parser.add_argument("--shape", choices=SHAPES, help="a made-up model of this shape instead")
+    parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto")
+    parser.add_argument("--engine", nargs="+", choices=ENGINES, default=["minisgl"])
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--num-requests", type=int, default=256)
+    parser.add_argument("--input-len", type=int, nargs=2, default=[100, 1024], metavar="N")
+    parser.add_argument("--output-len", type=int, nargs=2, default=[100, 1024], metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--max-total-tokens", type=int, help="KV pool of minisgl")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--child", choices=ENGINES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child is None:
+        report(args)
+        return
+    args.engine = [args.child]
+    if args.shape is None:
+        measure(args)
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory, "config.json").write_text(json.dumps(SHAPES[args.shape]))
+        args.model, args.load_format = directory, "dummy"
+        measure(args)
+
+
+if __name__ == "__main__":
+    main()

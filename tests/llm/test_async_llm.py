@@ -1,0 +1,61 @@
+"""`AsyncLLM`: the same answers as `LLM`, from an engine in its own process."""
+
+import asyncio
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from minisgl import LLM, AsyncLLM, SamplingParams
+from minisgl.engine.client import EngineDeadError
+from tests.llm.test_llm import GREEDY, OPTIONS
+
+
+def test_it_answers_as_llm_does(model_directory: Path):
+    prompts = ["one", "two, which is longer", [7, 8, 9]]
+    seeded = SamplingParams(temperature=1.0, max_tokens=12, n=2, seed=5)
+    with LLM(model_directory, **OPTIONS) as llm:
+        greedy = llm.generate(prompts, GREEDY, use_tqdm=False)
+        sampled = llm.generate("sampled", seeded, use_tqdm=False)
+    stop = next(c for c in greedy[0].text[2:] if c != "\ufffd")
+
+    async def scene() -> None:
+        async with AsyncLLM(model_directory, **OPTIONS) as llm:
+            assert (await llm.ready()).limits.vocab_size == 350
+            ours, single, cut = await asyncio.gather(
+                llm.generate(prompts, GREEDY),
+                llm.generate("sampled", seeded),
+                llm.generate("one", replace(GREEDY, stop=(stop,), n=2)),
+            )
+            assert [o.token_ids for o in ours] == [o.token_ids for o in greedy]
+            assert [c.text for c in single.outputs] == [c.text for c in sampled.outputs]
+            assert {c.text for c in cut.outputs} == {greedy[0].text[: greedy[0].text.index(stop)]}
+            assert {c.finish_reason for c in cut.outputs} == {"stop"}
+            pieces = [piece async for piece in llm.stream("one", GREEDY)]
+            assert "".join(pieces) == greedy[0].text
+            async with aclosing(llm.stream("one", replace(GREEDY, max_tokens=200))) as left:
+                await anext(left)
+            with pytest.raises(ValueError, match=r"300.*256"):
+                await llm.generate(["fine", [1] * 300], GREEDY)
+            assert (await llm.generate("one", GREEDY)).token_ids == greedy[0].token_ids
+        await llm.close()
+
+    asyncio.run(asyncio.wait_for(scene(), 120))
+
+
+def test_a_model_that_cannot_load_raises_where_it_is_first_used(tmp_path: Path):
+    async def scene() -> None:
+        llm = AsyncLLM(tmp_path / "nowhere", log_level="error", device="cpu")
+        try:
+            with pytest.raises(EngineDeadError, match="nowhere"):
+                await llm.generate("x")
+        finally:
+            await llm.close()
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+def test_options_are_checked_before_a_process_starts():
+    with pytest.raises(TypeError, match="did you mean 'page_size'"):
+        AsyncLLM(page_sise=1)

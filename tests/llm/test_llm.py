@@ -1,0 +1,248 @@
+"""The offline API on a random model: what goes in, what comes out, what is refused."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from minisgl import LLM, RequestOutput, SamplingParams
+from minisgl.config import EngineConfig
+from minisgl.llm import make_config
+from tests.engine.fakes import make_engine
+from tests.server.small_tokenizers import CORPUS
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+OPTIONS = {
+    "load_format": "dummy",
+    "dtype": "float32",
+    "device": "cpu",
+    "max_total_tokens": 2048,
+    "max_running_requests": 8,
+    "log_level": "warning",
+}
+
+
+@pytest.fixture(scope="module")
+def llm(model_directory: Path):
+    with LLM(model_directory, **OPTIONS) as llm:
+        yield llm
+
+
+def test_one_prompt_gives_one_output_and_a_list_a_list_in_order(llm):
+    texts = [text[:length] for text, length in zip(CORPUS[:4], (5, 60, 17, 30), strict=True)]
+    mixed = [texts[0], llm.tokenizer.encode(texts[1]), tuple(llm.tokenizer.encode(texts[2]))]
+    together = llm.generate([*mixed, texts[3]], GREEDY, use_tqdm=False)
+    for text, output in zip(texts, together, strict=True):
+        alone = llm.generate(text, GREEDY, use_tqdm=False)
+        assert isinstance(alone, RequestOutput)
+        assert alone.prompt == text
+        assert output.prompt_token_ids == alone.prompt_token_ids == llm.tokenizer.encode(text)
+        assert output.token_ids == alone.token_ids
+        assert output.text == alone.text == llm.tokenizer.decode(output.token_ids)
+        assert output.outputs[0].finish_reason == "length"
+        assert len(output.token_ids) == 24
+        assert 0 < output.ttft <= output.e2e
+    assert together[1].prompt is None
+    assert llm.generate([], GREEDY) == []
+    assert isinstance(llm.generate([texts[0]], use_tqdm=False, sampling_params=GREEDY), list)
+
+
+def test_params_may_differ_by_prompt_but_not_in_number(llm):
+    params = [replace(GREEDY, max_tokens=count) for count in (3, 9, 1)]
+    outputs = llm.generate(["a", "b", "c"], params, use_tqdm=False)
+    assert [len(output.token_ids) for output in outputs] == [3, 9, 1]
+    with pytest.raises(ValueError, match="2 for 3 prompts"):
+        llm.generate(["a", "b", "c"], params[:2], use_tqdm=False)
+
+
+def test_choices_differ_and_a_seed_repeats_them_in_any_company(llm):
+    params = SamplingParams(temperature=1.0, top_p=0.95, max_tokens=20, n=3, seed=11)
+    alone = llm.generate("seeded", params, use_tqdm=False)
+    assert [choice.index for choice in alone.outputs] == [0, 1, 2]
+    assert len({tuple(choice.token_ids) for choice in alone.outputs}) == 3
+    others = [SamplingParams(max_tokens=30, seed=i, temperature=0.8) for i in range(6)]
+    prompts = [*"abcdef", "seeded"]
+    crowded = llm.generate(prompts, [*others, params], use_tqdm=False)[-1]
+    assert [c.token_ids for c in crowded.outputs] == [c.token_ids for c in alone.outputs]
+
+
+def test_without_a_seed_runs_differ(llm):
+    params = SamplingParams(temperature=1.0, max_tokens=20, ignore_eos=True)
+    first, second = llm.generate(["same", "same"], params, use_tqdm=False)
+    assert first.token_ids != second.token_ids
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_a_stop_string_cuts_text_and_tokens_and_ends_its_choice_only(llm, length):
+    whole = llm.generate("stop here", GREEDY, use_tqdm=False)
+    windows = (whole.text[i : i + length] for i in range(4, len(whole.text)))
+    stop = next(window for window in windows if "\ufffd" not in window)
+    at = whole.text.index(stop)
+    params = replace(GREEDY, stop=(stop,), n=2)
+    cut = llm.generate("stop here", params, use_tqdm=False)
+    for choice in cut.outputs:
+        assert choice.text == whole.text[:at]
+        assert choice.finish_reason == "stop"
+        assert choice.stop_reason == stop
+        assert choice.token_ids == whole.token_ids[: len(choice.token_ids)]
+        assert stop in llm.tokenizer.decode(choice.token_ids)
+        assert stop not in llm.tokenizer.decode(choice.token_ids[:-1])
+    assert llm.stats().scheduler.num_running == 0
+    both = llm.generate(["stop here", "stop here"], [params, GREEDY], use_tqdm=False)
+    assert both[0].text == cut.text
+    assert both[1].text == whole.text
+
+
+def test_a_stop_token_is_named_and_gives_no_text(llm):
+    whole = llm.generate("token", GREEDY, use_tqdm=False)
+    stop = whole.token_ids[5]
+    first = whole.token_ids.index(stop)
+    params = replace(GREEDY, stop_token_ids=(stop,))
+    cut = llm.generate("token", params, use_tqdm=False)
+    assert cut.token_ids == whole.token_ids[: first + 1]
+    assert cut.outputs[0].stop_reason == stop
+    assert cut.text == llm.tokenizer.decode(cut.token_ids[:-1])
+
+
+def test_logprobs_come_where_asked_for(llm):
+    params = replace(GREEDY, logprobs=3, prompt_logprobs=0)
+    plain, output = llm.generate(["logprobs"] * 2, [GREEDY, params], use_tqdm=False)
+    assert plain.outputs[0].logprobs is None
+    assert plain.prompt_logprobs is None
+    entries = output.outputs[0].logprobs
+    assert [entry.token_id for entry in entries] == output.token_ids == plain.token_ids
+    assert all(entry.top_ids[0] == entry.token_id for entry in entries)
+    assert all(len(entry.top_ids) == 3 for entry in entries)
+    assert len(output.prompt_logprobs) == len(output.prompt_token_ids) - 1
+
+
+def test_a_shared_prefix_is_cached(llm):
+    prompt = CORPUS[1] + CORPUS[0]
+    first = llm.generate(prompt, GREEDY, use_tqdm=False)
+    second = llm.generate(prompt, GREEDY, use_tqdm=False)
+    assert second.num_cached_tokens == len(second.prompt_token_ids) - 1
+    assert second.token_ids == first.token_ids
+
+
+def test_chat_renders_the_models_template(llm):
+    conversation = [{"role": "user", "content": "hello"}]
+    answer = llm.chat(conversation, GREEDY, use_tqdm=False)
+    rendered = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    assert answer.prompt_token_ids == llm.tokenizer.encode(rendered, add_special_tokens=False)
+    several = llm.chat([conversation, conversation], GREEDY, use_tqdm=False)
+    assert [each.token_ids for each in several] == [answer.token_ids] * 2
+    with pytest.raises(ValueError, match="at least one message"):
+        llm.chat([], GREEDY)
+
+
+def test_a_stream_joins_to_the_text_and_lets_others_run_in_between(llm):
+    whole = llm.generate("stream", GREEDY, use_tqdm=False)
+    stream = llm.stream("stream", GREEDY)
+    pieces = [next(stream)]
+    other = llm.generate("between", GREEDY, use_tqdm=False)
+    pieces += stream
+    assert "".join(pieces) == whole.text
+    assert len(pieces) > 3
+    assert other.token_ids == llm.generate("between", GREEDY, use_tqdm=False).token_ids
+
+
+def test_a_stream_that_is_left_is_aborted(llm):
+    stream = llm.stream("stream", replace(GREEDY, max_tokens=200))
+    next(stream)
+    stream.close()
+    llm.generate("x", GREEDY, use_tqdm=False)
+    assert llm.stats().scheduler.num_running == 0
+    with pytest.raises(ValueError, match="n must be 1 where text is streamed, got 2"):
+        next(llm.stream("x", SamplingParams(n=2)))
+
+
+def test_nothing_runs_when_one_prompt_cannot(llm):
+    before = llm.stats().steps
+    with pytest.raises(ValueError, match=r"300.*256"):
+        llm.generate([[1, 2, 3], [1] * 300], GREEDY, use_tqdm=False)
+    with pytest.raises(ValueError, match="got 350"):
+        llm.generate([350], GREEDY, use_tqdm=False)
+    with pytest.raises(ValueError, match="at least 1 token, got 0"):
+        llm.generate("", GREEDY, use_tqdm=False)
+    with pytest.raises(TypeError):
+        llm.generate([1.5, 2], GREEDY, use_tqdm=False)
+    assert llm.stats().steps == before
+    assert llm.stats().scheduler.num_waiting == 0
+    assert len(llm.generate("fine", GREEDY, use_tqdm=False).token_ids) == 24
+
+
+def test_the_progress_bar_counts_prompts(llm, capfd):
+    llm.generate(["a", "b"], GREEDY)
+    assert "2/2" in capfd.readouterr().err
+    llm.generate(["a", "b"], GREEDY, use_tqdm=False)
+    assert capfd.readouterr().err == ""
+
+
+def test_an_interrupted_call_leaves_a_usable_engine():
+    llm = LLM.from_engine(make_engine(), tokenizer=None)
+    engine, calls = llm._engine, 0
+    step = engine.step
+
+    def interrupted():
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return step()
+
+    engine.step = interrupted
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[1, 2], [3]], params, use_tqdm=False)
+    assert len(llm.generate([5, 6], params, use_tqdm=False).token_ids) == 20
+    assert llm.stats().scheduler.num_running == 0
+
+
+def test_a_failing_engine_raises_with_its_reason():
+    with LLM.from_engine(make_engine(fail_at=3)) as llm:
+        params = SamplingParams(max_tokens=20, ignore_eos=True)
+        with pytest.raises(RuntimeError, match="planted fault"):
+            llm.generate([[1, 2], [3]], params, use_tqdm=False)
+        with pytest.raises(RuntimeError, match="planted fault"):
+            llm.generate([1], params, use_tqdm=False)
+
+
+def test_a_model_without_a_tokenizer_takes_token_ids():
+    with LLM.from_engine(make_engine()) as llm:
+        output = llm.generate([1, 2, 3], SamplingParams(max_tokens=4), use_tqdm=False)
+        assert len(output.token_ids) == 4
+        assert output.text == ""
+        with pytest.raises(ValueError, match="prompts must be token ids"):
+            llm.generate("text")
+        with pytest.raises(ValueError, match="stop needs a tokenizer"):
+            llm.generate([1], SamplingParams(stop=("x",)))
+
+
+def test_a_closed_llm_says_so():
+    llm = LLM.from_engine(make_engine())
+    llm.close()
+    llm.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        llm.generate([1])
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("page_sise", "page_size"),
+        ("max_token", "max_total_tokens"),
+        ("zzz", "known are .*page_size"),
+    ],
+)
+def test_an_unknown_option_is_a_type_error_that_suggests_the_nearest(name, nearest):
+    with pytest.raises(TypeError, match=f"unknown option '{name}'.*{nearest}"):
+        LLM("nowhere", **{name: 1})
+
+
+def test_options_are_the_configs_fields(tmp_path):
+    config = make_config(tmp_path, {"page_size": 1, "schedule_policy": "lpm"})
+    assert config == EngineConfig(model=str(tmp_path), page_size=1, schedule_policy="lpm")
+    with pytest.raises(ValueError, match="page_size must be one of"):
+        make_config(None, {"page_size": 3})
+    assert all(field.init for field in dataclasses.fields(EngineConfig))
