@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from minisgl.engine.client import EngineClient
 from minisgl.log import get_logger
 from minisgl.server.body import ApiError
-from minisgl.server.generate import Generation, Part
+from minisgl.server.generate import Generation, Part, engine_failed
 from minisgl.server.metrics import CallClock, Metrics
 from minisgl.server.openai import Call, ServedModel, parse_chat, parse_completion, unknown_model
 from minisgl.server.replies import Reply
@@ -77,8 +77,7 @@ class Api:
 
     def _served(self) -> ServedModel:
         if self._model is None:
-            reason = self._engine.health().reason or "the model is being loaded"
-            raise ApiError(reason, status=503, type="server_error", code="not_ready")
+            raise engine_failed(self._engine.health().reason or "the model is being loaded", 503)
         return self._model
 
     async def _answer(self, request: Request, endpoint: str, parse: Parse) -> Response:

@@ -115,7 +115,9 @@ class Generation:
 
 
 def engine_failed(reason: str, status: int = 500) -> ApiError:
-    return ApiError(reason, status=status, type="server_error", code="engine_error")
+    """An error with the reason's first line: what follows, the end of a log, is not for clients."""
+    first = reason.splitlines()[0].removesuffix("; its last lines were:")
+    return ApiError(first, status=status, type="server_error", code="engine_error")
 
 
 async def merge(streams: list[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:

@@ -377,7 +377,7 @@ def test_nothing_is_served_before_the_model_is_there(server, engine):
     health, answer, models = asyncio.run(ask())
     assert (health.status_code, health.json()["status"]) == (503, "starting")
     assert answer.status_code == models.status_code == 503
-    assert answer.json()["error"]["code"] == "not_ready"
+    assert answer.json()["error"]["code"] == "engine_error"
 
 
 def figures(server):

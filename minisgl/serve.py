@@ -1,0 +1,225 @@
+"""`python -m minisgl.serve`: one engine in its own process behind an OpenAI-compatible server.
+
+The flags are the fields of `ServerConfig`. The engine starts to load first; the HTTP stack is
+imported meanwhile and listens at once, /health saying 503 until the engine is warm. SIGTERM or
+Ctrl-C finishes what runs and exits 0; a second one does not wait. If the engine dies, its requests
+get errors and the server exits 1 with the reason.
+"""
+
+import argparse
+import asyncio
+import difflib
+import math
+import signal
+import socket
+import sys
+import types
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, Field, fields
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args, get_origin
+
+from minisgl import __version__
+from minisgl.config import EngineConfig, ServerConfig
+from minisgl.log import configure, get_logger
+
+if TYPE_CHECKING:
+    from minisgl.engine.messages import EngineInfo
+    from minisgl.engine.process import EngineProcess
+    from minisgl.server.openai import ServedModel
+
+FACTORY = "minisgl.build:build_engine"
+BACKLOG = 2048
+ENGINE_GRACE = 10  # seconds an engine gets to report the end of a drain, before it is cut off
+
+C = TypeVar("C", bound=EngineConfig)
+
+log = get_logger(__name__)
+
+
+# ---- flags --------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Exits with one line on what is wrong; for an unknown flag, the nearest that exists."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [name for action in self._actions for name in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            self.error(f"unknown argument {unknown[0]}{hint}")
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help lists all flags)\n")
+
+
+def flags_parser(
+    config: type[EngineConfig], prog: str, description: str
+) -> argparse.ArgumentParser:
+    """A parser whose flags are the fields of `config`: `max_total_tokens` is --max-total-tokens."""
+    parser = _Parser(
+        prog=prog,
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"minisgl {__version__}")
+    for item in fields(config):
+        names = ["--" + item.name.replace("_", "-"), *item.metadata["aliases"]]
+        parser.add_argument(*names, dest=item.name, help=_help(item), **_value(item))
+    return parser
+
+
+def _value(item: Field[Any]) -> dict[str, Any]:
+    """How argparse reads a field: a switch, one of some words, or a value of its type."""
+    kind = item.type
+    if kind is bool:
+        return {"action": "store_true"}
+    if get_origin(kind) is Literal:
+        return {"choices": get_args(kind)}
+    if get_origin(kind) is types.UnionType:
+        (kind,) = (part for part in get_args(kind) if part is not types.NoneType)
+    return {"type": kind, "metavar": getattr(kind, "__name__", "value").upper()}
+
+
+def _help(item: Field[Any]) -> str:
+    text: str = item.metadata["help"].replace("%", "%%")
+    if item.type is bool or item.default in (None, MISSING):
+        return text
+    return f"{text} (default: {item.default})"
+
+
+def config_from_flags(
+    parser: argparse.ArgumentParser, config: type[C], args: Sequence[str] | None
+) -> C:
+    """The frozen config that the flags ask for. Exits with status 2 where a value is wrong."""
+    given = vars(parser.parse_args(args))
+    try:
+        return config(**given)
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        parser.error(f"--{name.replace('_', '-')} {rest}" if name in given else str(error))
+
+
+# ---- the server ---------------------------------------------------------------------------------
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    parser = flags_parser(ServerConfig, "minisgl.serve", "Serve a model over OpenAI's API.")
+    config = config_from_flags(parser, ServerConfig, args)
+    configure(config.log_level, "server")
+    try:
+        listening = _listen(config)
+    except OSError as error:
+        reason = f"cannot listen on {config.host}:{config.port}: {error.strerror or error}"
+        print(f"minisgl.serve: {reason}", file=sys.stderr)
+        return 1
+    from minisgl.engine.process import EngineProcess
+
+    process = EngineProcess(FACTORY, config)
+    try:
+        import uvloop  # imported here, with what follows, while the engine loads
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_serve(config, process, listening))
+    finally:
+        process.close()
+        listening.close()
+
+
+def _listen(config: ServerConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    return socket.create_server((config.host, config.port), family=family, backlog=BACKLOG)
+
+
+async def _serve(config: ServerConfig, process: "EngineProcess", listening: socket.socket) -> int:
+    import uvicorn
+
+    from minisgl.engine.client import EngineDeadError, ProcessClient
+    from minisgl.server.app import Api
+
+    class Http(uvicorn.Server):
+        @contextmanager
+        def capture_signals(self) -> Generator[None, None, None]:
+            yield  # signals are handled here: they end the engine too
+
+    client = ProcessClient(process, watchdog_timeout=config.watchdog_timeout)
+    api = Api(client)
+    http = Http(
+        uvicorn.Config(
+            api.app,
+            http="httptools",
+            lifespan="off",
+            log_level="info" if config.log_level == "debug" else "warning",
+            timeout_graceful_shutdown=math.ceil(config.drain_timeout) + ENGINE_GRACE,
+        )
+    )
+    closing: list[asyncio.Task[None]] = []
+
+    def stop() -> None:
+        if http.should_exit:
+            http.force_exit = True
+            return
+        log.info("finishing what runs, then exiting; a second signal exits at once")
+        http.should_exit = True
+        closing.append(asyncio.create_task(client.close(config.drain_timeout)))
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop)
+
+    async def until_failure() -> str:
+        """Open the API when the engine is ready; returns why it cannot go on, if so."""
+        try:
+            await client.ready()
+            model = await asyncio.to_thread(_served_model, client.info, config.served_model_name)
+        except (EngineDeadError, FileNotFoundError, ValueError) as error:
+            return str(error)
+        api.open(model)
+        print(_banner(client.info, model.name, listening), flush=True)
+        return await client.failed()
+
+    serving = asyncio.create_task(http.serve([listening]))
+    failing = asyncio.create_task(until_failure())
+    await asyncio.wait((serving, failing), return_when=asyncio.FIRST_COMPLETED)
+    if failed := failing.done():
+        print(f"minisgl.serve: {failing.result()}", file=sys.stderr, flush=True)
+        http.should_exit = True
+    await serving
+    if not http.force_exit:
+        await asyncio.gather(client.close(), *closing)
+    for task in (failing, *closing):
+        task.cancel()
+    return 1 if failed else 0
+
+
+def _served_model(info: "EngineInfo", name: str | None) -> "ServedModel":
+    from minisgl.server.openai import ServedModel
+    from minisgl.server.text import Tokenizer
+
+    limits = info.limits
+    return ServedModel(
+        name=name or info.model,
+        tokenizer=Tokenizer.from_directory(info.model_path),
+        vocab_size=limits.vocab_size,
+        max_context=limits.max_context,
+        max_pool_tokens=limits.num_pages * limits.page_size,
+    )
+
+
+def _banner(info: "EngineInfo", name: str, listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    pool = info.limits.num_pages * info.limits.page_size
+    return (
+        f"serving {name} ({info.architecture}, {info.dtype}) on {info.device} at {url}/v1\n"
+        f"context {info.limits.max_context} tokens, KV pool {pool} tokens, "
+        f"up to {info.limits.max_rows} sequences at once"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

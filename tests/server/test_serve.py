@@ -1,0 +1,382 @@
+"""`python -m minisgl.serve` as a process: flags, a real engine, signals, the engine's death."""
+
+import contextlib
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from minisgl.config import ServerConfig
+from minisgl.serve import config_from_flags, flags_parser
+from tests.server import small_tokenizers
+
+ROOT = Path(__file__).parents[2]
+USER = [{"role": "user", "content": "hi"}]
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 342,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 65536,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "torch_dtype": "float32",
+    "bos_token_id": 0,
+    "eos_token_id": 3,
+}
+
+
+# ---- flags --------------------------------------------------------------------------------------
+
+
+def parse(*args):
+    return config_from_flags(flags_parser(ServerConfig, "serve", ""), ServerConfig, args)
+
+
+def test_no_flags_give_the_defaults():
+    assert parse() == ServerConfig()
+
+
+# A value other than the default for every field that is no switch.
+VALUES = {
+    "model": "x",
+    "dtype": "float32",
+    "device": "cpu",
+    "load_format": "dummy",
+    "tp_size": 1,
+    "page_size": 32,
+    "schedule_policy": "lpm",
+    "batch_policy": "decode-first",
+    "log_level": "warning",
+    "host": "::1",
+    "served_model_name": "x",
+}
+
+
+@pytest.mark.parametrize("item", fields(ServerConfig), ids=lambda item: item.name)
+def test_every_field_has_a_flag(item):
+    flag = "--" + item.name.replace("_", "-")
+    if item.type is bool:
+        assert getattr(parse(flag), item.name) is True
+        return
+    value = VALUES.get(item.name, 0.5 if "float" in str(item.type) else 7)
+    assert getattr(parse(flag, str(value)), item.name) == value
+    assert getattr(parse(f"{flag}={value}"), item.name) == value
+
+
+def test_aliases():
+    assert parse("--model-path", "a").model == parse("--model", "a").model == "a"
+    assert parse("--tp", "1").tp_size == parse("--tp-size", "1").tp_size == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--prot", "1"], "unknown argument --prot; did you mean --port?"),
+        (["--max-total-token=5"], "did you mean --max-total-tokens?"),
+        (["--port", "x"], "--port: invalid int value: 'x'"),
+        (["--port", "70000"], "--port must be at most 65535, got 70000"),
+        (["--page-size", "7"], "--page-size must be one of [1, 16, 32, 64], got 7"),
+        (["--dtype", "int4"], "invalid choice: 'int4'"),
+        (["--disable-radix-cache=1"], "ignored explicit argument '1'"),
+        (["stray"], "unknown argument stray"),
+    ],
+)
+def test_a_wrong_flag_is_named(capsys, args, words):
+    with pytest.raises(SystemExit) as caught:
+        parse(*args)
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_help_shows_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = capsys.readouterr().out
+    for item in fields(ServerConfig):
+        assert "--" + item.name.replace("_", "-") in text
+    assert "(default: 30000)" in text
+
+
+# ---- the process --------------------------------------------------------------------------------
+
+
+class Served:
+    """A server process on a free port, its output read as it comes."""
+
+    def __init__(self, model: Path, *flags: str) -> None:
+        fixed = ("--load-format=dummy", "--device=cpu", "--max-total-tokens=65536", "--port=0")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "minisgl.serve", "--model", str(model), *fixed, *flags],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self.lines.append(line)
+
+    @property
+    def output(self) -> str:
+        return "".join(self.lines)
+
+    def wait_ready(self) -> str:
+        end = time.monotonic() + 60
+        while time.monotonic() < end and self.process.poll() is None:
+            if found := re.search(r"serving .* at (http://\S+)/v1", self.output):
+                return found[1]
+            time.sleep(0.02)
+        raise AssertionError(f"the server did not get ready:\n{self.output}")
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.wait_ready()}/v1", api_key="x", max_retries=0)
+
+    def engine_pid(self) -> int:
+        found = subprocess.run(
+            ["ps", "-o", "pid=,args=", "--ppid", str(self.process.pid)],
+            capture_output=True,
+            text=True,
+        ).stdout
+        (line,) = (line for line in found.splitlines() if "minisgl.engine.process" in line)
+        return int(line.split()[0])
+
+    def wait_exit(self, timeout: float = 30) -> int:
+        code = self.process.wait(timeout)
+        self._reader.join(5)
+        return code
+
+    def close(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    (directory / "config.json").write_text(json.dumps(QWEN3))
+    return small_tokenizers.save(directory, small_tokenizers.byte_level())
+
+
+@pytest.fixture(scope="module")
+def served(model):
+    """A server for many tests. It ends by SIGTERM while idle, which is a test, too."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = Served(model, "--served-model-name", "dummy", "--port", str(port))
+    server.early_health = health_while_starting(server, f"http://127.0.0.1:{port}/health")
+    yield server
+    server.process.send_signal(signal.SIGTERM)
+    code = server.wait_exit()
+    server.close()
+    assert code == 0, server.output
+
+
+def health_while_starting(server, url):
+    """What /health said until the server said that it serves."""
+    states = set()
+    while "serving " not in server.output and server.process.poll() is None:
+        with contextlib.suppress(httpx.ConnectError):
+            response = httpx.get(url)
+            states.add((response.status_code, response.json()["status"]))
+        time.sleep(0.01)
+    return states
+
+
+@pytest.fixture
+def fresh(model):
+    server = Served(model)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    with served.client() as client:
+        yield client
+
+
+def chat(client, **options):
+    options = {"max_tokens": 16, "temperature": 0} | options
+    return client.chat.completions.create(model="dummy", messages=USER, **options)
+
+
+def joined(stream):
+    return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+
+
+def test_it_says_what_it_serves_and_on_what(served):
+    served.wait_ready()
+    assert "serving dummy (Qwen3ForCausalLM, " in served.output
+    assert "on CPU" in served.output
+
+
+def test_it_is_not_ready_while_the_engine_loads(served):
+    url = served.wait_ready()
+    assert (503, "starting") in served.early_health
+    assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_chat_stream_and_seed(client):
+    for options in ({}, {"temperature": 1, "seed": 5}, {"temperature": 1, "seed": 5, "n": 2}):
+        whole = chat(client, **options)
+        again = chat(client, **options)
+        assert [c.message.content for c in whole.choices] == [
+            c.message.content for c in again.choices
+        ]
+        assert whole.usage.completion_tokens <= 16 * len(whole.choices)
+    assert joined(chat(client, temperature=1, seed=9, stream=True)) == (
+        chat(client, temperature=1, seed=9).choices[0].message.content
+    )
+    drawn = {chat(client, temperature=1).choices[0].message.content for _ in range(4)}
+    assert len(drawn) > 1
+
+
+def test_logprobs_agree_with_greedy_choice(client):
+    answer = chat(client, logprobs=True, top_logprobs=3, extra_body={"ignore_eos": True})
+    content = answer.choices[0].logprobs.content
+    assert len(content) == answer.usage.completion_tokens == 16
+    for entry in content:
+        assert entry.bytes == entry.top_logprobs[0].bytes
+        assert entry.logprob == entry.top_logprobs[0].logprob <= 0
+        assert entry.top_logprobs[0].logprob >= entry.top_logprobs[2].logprob
+
+
+def test_echoed_prompts_have_logprobs(client):
+    answer = client.completions.create(
+        model="dummy", prompt="Once upon", echo=True, logprobs=1, max_tokens=1
+    )
+    found = answer.choices[0].logprobs
+    assert len(found.token_logprobs) == answer.usage.total_tokens
+    assert found.token_logprobs[0] is None
+    assert all(value <= 0 for value in found.token_logprobs[1:])
+
+
+def test_a_stop_string_cuts_the_text(client):
+    text = chat(client, max_tokens=64, extra_body={"ignore_eos": True}).choices[0].message.content
+    stop = text[len(text) // 2 :][:3]
+    for stream in (False, True):
+        answer = chat(
+            client, max_tokens=64, stop=stop, stream=stream, extra_body={"ignore_eos": True}
+        )
+        got = joined(answer) if stream else answer.choices[0].message.content
+        assert got == text[: text.index(stop)]
+
+
+def test_a_second_look_at_a_prompt_is_cached(client):
+    prompt = list(range(5, 300))
+    first = client.completions.create(model="dummy", prompt=prompt, max_tokens=1)
+    second = client.completions.create(model="dummy", prompt=prompt, max_tokens=1)
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    assert second.usage.prompt_tokens_details.cached_tokens == len(prompt) - 1
+
+
+def test_over_long_prompts_are_refused(client):
+    with pytest.raises(openai.BadRequestError, match=r"70000 tokens.*65536"):
+        client.completions.create(model="dummy", prompt=[5] * 70000)
+
+
+def test_hanging_up_frees_the_engine(served):
+    url = served.wait_ready()
+    body = {"prompt": "x", "max_tokens": 60000, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
+        events = response.iter_lines()  # dropping it would close the connection
+        next(events)
+        assert eventually_running(url, 1)
+    assert eventually_running(url, 0)
+
+
+def eventually_running(url, count):
+    """Whether the engine comes to report so many running sequences."""
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        text = httpx.get(f"{url}/metrics").text
+        if float(re.search(r"^minisgl_running_sequences (\S+)", text, re.M)[1]) == count:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_port_in_use_is_said_at_once(model, served):
+    port = served.wait_ready().rsplit(":", 1)[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "minisgl.serve", "--model", str(model), "--port", port],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in done.stderr
+
+
+def test_sigterm_finishes_what_runs_and_exits_0(fresh):
+    url = fresh.wait_ready()
+    body = {"prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True, "logprobs": 0}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+        events = response.iter_lines()
+        next(events)
+        fresh.process.send_signal(signal.SIGTERM)
+        rest = [line for line in events if line]
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/health")
+    assert rest[-1] == "data: [DONE]"
+    assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+    assert fresh.wait_exit() == 0, fresh.output
+
+
+def test_a_drain_that_takes_too_long_is_cut_with_an_error(model):
+    server = Served(model, "--drain-timeout", "0.3")
+    with contextlib.closing(server):
+        url = server.wait_ready()
+        body = {"prompt": "x", "max_tokens": 60000, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+            events = response.iter_lines()
+            next(events)
+            server.process.send_signal(signal.SIGTERM)
+            last = [line for line in events if line][-1]
+        assert "error" in json.loads(last.removeprefix("data: "))
+        assert server.wait_exit() == 0, server.output
+
+
+def test_the_engines_death_fails_its_requests_and_the_server(fresh):
+    url = fresh.wait_ready()
+    body = {"prompt": "x", "max_tokens": 60000, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as response:
+        events = response.iter_lines()
+        next(events)
+        subprocess.run(["kill", "-KILL", str(fresh.engine_pid())], check=True)
+        last = [line for line in events if line][-1]
+    message = json.loads(last.removeprefix("data: "))["error"]["message"]
+    assert message.startswith("the engine process ended with exit code -9")
+    assert "memory plan" not in message  # its last words are for the operator
+    assert fresh.wait_exit() == 1
+    assert "the engine process ended with exit code -9" in fresh.output
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path):
+    with contextlib.closing(Served(tmp_path)) as server:
+        assert server.wait_exit(60) == 1
+        assert "config.json" in server.output
