@@ -46,7 +46,7 @@ ARCHITECTURES: Mapping[int, Architecture] = {
     80: Architecture(
         processors=108,
         shared_bytes=163 * 1024,
-        decode=_by_head(Tile(16, 64, 4, 4), Tile(16, 64, 4, 3), Tile(16, 32, 4, 3)),
+        decode=_by_head(Tile(16, 64, 4, 3), Tile(16, 64, 4, 3), Tile(16, 32, 4, 3)),
         chunk=_by_head(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 32, 8, 3)),
         matmul=Tile(128, 128, 8, 3, depth=64),
         experts=Tile(64, 128, 4, 3, depth=64),
@@ -55,7 +55,7 @@ ARCHITECTURES: Mapping[int, Architecture] = {
     89: Architecture(
         processors=128,
         shared_bytes=99 * 1024,
-        decode=_by_head(Tile(16, 64, 4, 4), Tile(16, 64, 4, 3), Tile(16, 32, 4, 3)),
+        decode=_by_head(Tile(16, 64, 4, 3), Tile(16, 64, 4, 3), Tile(16, 32, 4, 3)),
         chunk=_by_head(Tile(64, 64, 4, 3), Tile(64, 32, 4, 3), Tile(64, 16, 8, 3)),
         matmul=Tile(128, 128, 8, 3, depth=32),
         experts=Tile(64, 128, 4, 3, depth=32),
@@ -64,7 +64,7 @@ ARCHITECTURES: Mapping[int, Architecture] = {
     90: Architecture(
         processors=132,
         shared_bytes=227 * 1024,
-        decode=_by_head(Tile(16, 64, 4, 4), Tile(16, 64, 4, 4), Tile(16, 64, 4, 3)),
+        decode=_by_head(Tile(16, 64, 4, 3), Tile(16, 64, 4, 3), Tile(16, 64, 4, 3)),
         chunk=_by_head(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 64, 8, 3)),
         matmul=Tile(128, 128, 8, 4, depth=64),
         experts=Tile(64, 128, 4, 4, depth=64),
@@ -73,7 +73,7 @@ ARCHITECTURES: Mapping[int, Architecture] = {
     100: Architecture(
         processors=148,
         shared_bytes=227 * 1024,
-        decode=_by_head(Tile(16, 64, 4, 4), Tile(16, 64, 4, 4), Tile(16, 64, 4, 3)),
+        decode=_by_head(Tile(16, 64, 4, 3), Tile(16, 64, 4, 3), Tile(16, 64, 4, 3)),
         chunk=_by_head(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 64, 8, 3)),
         matmul=Tile(128, 128, 8, 4, depth=64),
         experts=Tile(64, 128, 4, 4, depth=64),
@@ -84,6 +84,7 @@ ARCHITECTURES: Mapping[int, Architecture] = {
 # Compute capabilities that use a listed generation's table.
 _FAMILY = {80: 80, 86: 89, 87: 89, 89: 89, 90: 90, 100: 100, 103: 100, 120: 89, 121: 89}
 
+_invariant: ContextVar[bool] = ContextVar("batch_invariant", default=False)
 _target: ContextVar[int | None] = ContextVar("target_architecture", default=None)
 
 
@@ -95,6 +96,21 @@ def target(arch: int) -> Iterator[None]:
         yield
     finally:
         _target.reset(token)
+
+
+@contextmanager
+def fixed_order() -> Iterator[None]:
+    """Within the context each result is computed in an order no other sequence has a part in."""
+    token = _invariant.set(True)
+    try:
+        yield
+    finally:
+        _invariant.reset(token)
+
+
+def batch_invariant() -> bool:
+    """Whether launchers must compute a token's results in the same order in every batch."""
+    return _invariant.get()
 
 
 @lru_cache

@@ -30,7 +30,7 @@ from triton.runtime.jit import JITFunction
 from minisgl.kernels.config import ARCHITECTURES, target
 from minisgl.kernels.launches import Launch, launches
 
-ARCHES = (80, 90, 100)
+ARCHES = tuple(ARCHITECTURES)
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 # Instructions counted in the machine code, by the name they are reported under.

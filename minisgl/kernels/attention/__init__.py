@@ -126,6 +126,7 @@ attention = Op(
     "attention",
     attention_reference,
     implementations=[
+        Implementation("portable", "cuda", "minisgl.kernels.attention.portable:attention_portable"),
         Implementation("cpu", "cpu", "minisgl.kernels.attention.cpu:attention_cpu"),
     ],
     cases=CASES,

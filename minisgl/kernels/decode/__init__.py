@@ -95,7 +95,10 @@ CASES = (
 decode = Op(
     "decode",
     decode_reference,
-    implementations=[Implementation("cpu", "cpu", "minisgl.kernels.decode.cpu:decode_cpu")],
+    implementations=[
+        Implementation("portable", "cuda", "minisgl.kernels.decode.portable:decode_portable"),
+        Implementation("cpu", "cpu", "minisgl.kernels.decode.cpu:decode_cpu"),
+    ],
     cases=CASES,
     cost=decode_cost,
 )

@@ -13,6 +13,7 @@ def merge_kernel(
     out_lse_ptr,  # [T, H]
     state_stride,  # of parts, in elements
     lse_stride,
+    out_stride,
     H: tl.constexpr,
     D: tl.constexpr,
     S: tl.constexpr,
@@ -48,7 +49,8 @@ def merge_kernel(
     divisor = tl.where(total > 0.0, total, 1.0)
     ok = head_ok[:, None] & (d < D)[None, :]
     out = merged / divisor[:, None]
-    tl.store(out_ptr + at[:, None] * D + d[None, :], out.to(out_ptr.dtype.element_ty), mask=ok)
+    to = out_ptr + token * out_stride + head[:, None] * D + d[None, :]
+    tl.store(to, out.to(out_ptr.dtype.element_ty), mask=ok)
     if WRITE_LSE:
         out_lse = tl.where(total > 0.0, shift + tl.log2(divisor) * LN2, float("-inf"))
         tl.store(out_lse_ptr + at, out_lse, mask=head_ok)
@@ -62,13 +64,15 @@ def merge_portable(
     out_lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`merge_reference` on a GPU. Raises ValueError for shapes or layouts that do not fit."""
-    states, tokens, heads, _ = parts.shape
+    states, tokens, heads, head_dim = parts.shape
     if lse.shape != (states, tokens, heads):
         raise ValueError(f"lse must be {(states, tokens, heads)}, got {tuple(lse.shape)}")
     if not (parts[0].is_contiguous() and lse[0].is_contiguous()):
         raise ValueError("the states of parts and lse must each be contiguous")
     if out is None:
         out = torch.empty(parts.shape[1:], dtype=parts.dtype, device=parts.device)
+    elif out.shape != parts.shape[1:] or out.stride()[1:] != (head_dim, 1):
+        raise ValueError(f"out must be {list(parts.shape[1:])}, dense in its last two dimensions")
     if out_lse is None:
         out_lse = torch.empty(lse.shape[1:], dtype=torch.float32, device=lse.device)
     launch_merge(parts, lse, out, out_lse)
@@ -90,6 +94,7 @@ def launch_merge(
         lse if out_lse is None else out_lse,
         parts.stride(0),
         lse.stride(0),
+        out.stride(0),
         H=heads,
         D=head_dim,
         S=states,

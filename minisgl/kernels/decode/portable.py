@@ -1,0 +1,225 @@
+"""Split-KV decode: each program reads one run of one sequence's keys, once, for a whole group.
+
+All queries of the sequence (a token and its drafts) and all query heads of the group are rows of
+one tile, so drafts cost no further reads. The number of runs is fixed at launch, from the padded
+batch; where they begin and end is computed on the device from the lengths. A run without keys
+leaves lse = -inf and nothing else, and `merge` ignores it.
+Source: "Flash-Decoding for long-context inference", Dao et al., 2023.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from minisgl.kernels.attention.portable import attend, check_paged, launch_attention
+from minisgl.kernels.config import Tile, architecture, batch_invariant, by_head
+from minisgl.kernels.merge.portable import launch_merge
+
+MAX_ROWS = 64  # of a tile; more queries times heads than this read the keys again
+MAX_SPLITS = 32
+
+
+@triton.jit
+def decode_kernel(
+    q_ptr,  # [S * WIDTH, HQ, D]
+    k_ptr,  # [slots, HK, D]
+    v_ptr,
+    out_ptr,  # [SPLITS, S * WIDTH, HQ, D]
+    lse_ptr,  # [SPLITS, S * WIDTH, HQ]
+    table_ptr,  # [max_rows, max_pages]
+    rows_ptr,  # [S]
+    lengths_ptr,  # [S]
+    skipped_ptr,  # [S]: keys at the beginning that are not for this launch
+    scale,
+    softcap,
+    q_stride,
+    out_stride,
+    split_stride,
+    lse_split_stride,
+    table_stride,
+    WIDTH: tl.constexpr,
+    HQ: tl.constexpr,
+    HK: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ROW_TILES: tl.constexpr,
+    SKIP: tl.constexpr,
+    LSE: tl.constexpr,
+):
+    LN2: tl.constexpr = 0.6931471805599453
+    GROUP: tl.constexpr = HQ // HK
+    s = tl.program_id(0) // ROW_TILES
+    i = tl.program_id(0) % ROW_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    length = tl.load(lengths_ptr + s)
+    low = 0
+    if SKIP:
+        low = tl.load(skipped_ptr + s)
+    if WINDOW > 0:
+        low = tl.maximum(low, tl.maximum(length - WIDTH - WINDOW + 1, 0) // BLOCK_N * BLOCK_N)
+    run = tl.cdiv(tl.cdiv(tl.maximum(length - low, 0), BLOCK_N), SPLITS) * BLOCK_N
+    begin = low + split * run
+    end = tl.minimum(begin + run, length)
+    d = tl.arange(0, BLOCK_D)
+    token = i // GROUP
+    head = kv_head * GROUP + i % GROUP
+    row_ok = token < WIDTH
+    at = (s * WIDTH + token).to(tl.int64)
+    lse_at = lse_ptr + split * lse_split_stride + at * HQ + head
+    # With a single run its output is the result, which must be written even when it is zero.
+    if begin < end or SPLITS == 1:
+        ok = row_ok[:, None] & (d < D)[None, :]
+        q = tl.load(
+            q_ptr + at[:, None] * q_stride + head[:, None] * D + d[None, :], mask=ok, other=0.0
+        )
+        table_row = table_ptr + tl.load(rows_ptr + s).to(tl.int64) * table_stride
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        top = tl.full([BLOCK_M], -1.0e30, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        position = length - WIDTH + token
+        for start in range(begin, end, BLOCK_N):
+            acc, top, total = attend(
+                q, acc, top, total, position, start, end, k_ptr + kv_head * D, v_ptr + kv_head * D,
+                table_row, scale, softcap, HK * D, D, PAGE, BLOCK_N, BLOCK_D, WINDOW, SOFTCAP, True,
+            )  # fmt: skip
+        divisor = tl.where(total > 0.0, total, 1.0)
+        to = split * split_stride + at[:, None] * out_stride + head[:, None] * D + d[None, :]
+        tl.store(out_ptr + to, (acc / divisor[:, None]).to(out_ptr.dtype.element_ty), mask=ok)
+        if LSE:
+            lse = tl.where(total > 0.0, (top + tl.log2(divisor)) * LN2, float("-inf"))
+            tl.store(lse_at, lse, mask=row_ok)
+    elif LSE:
+        tl.store(lse_at, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=row_ok)
+
+
+def split_count(programs: int, processors: int, max_keys: int, block_n: int) -> int:
+    """Runs per sequence: a power of two, about four programs to a processor.
+
+    It depends on shapes only, never on lengths, so that a captured launch stays right.
+    """
+    wanted = max(1, min(4 * processors // max(1, programs), MAX_SPLITS))
+    useful = triton.next_power_of_2(triton.cdiv(max_keys, block_n))
+    return min(1 << (wanted.bit_length() - 1), useful)
+
+
+def launch_decode(
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    page_table: torch.Tensor,
+    rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    *,
+    page_size: int,
+    scale: float,
+    width: int,
+    window: int | None,
+    softcap: float | None,
+    splits: int,
+    skipped: torch.Tensor | None = None,
+) -> None:
+    """Launches one program per sequence, group and run. out: [splits, S * width, Hq, D]."""
+    q_heads, head_dim = q.shape[1:]
+    kv_heads = k_pool.shape[1]
+    needed = triton.next_power_of_2(width * (q_heads // kv_heads))
+    tile: Tile = by_head(architecture(q.device).decode, head_dim)
+    block_m = min(MAX_ROWS, max(tile.rows, needed))
+    row_tiles = max(1, needed // block_m)
+    decode_kernel[(len(rows) * row_tiles, kv_heads, splits)](
+        q,
+        k_pool,
+        v_pool,
+        out,
+        out if lse is None else lse,
+        page_table,
+        rows,
+        seq_lens,
+        seq_lens if skipped is None else skipped,
+        scale,
+        0.0 if softcap is None else softcap,
+        q.stride(0),
+        out.stride(1),
+        out.stride(0),
+        0 if lse is None else lse.stride(0),
+        page_table.stride(0),
+        WIDTH=width,
+        HQ=q_heads,
+        HK=kv_heads,
+        D=head_dim,
+        PAGE=page_size,
+        BLOCK_M=block_m,
+        BLOCK_N=tile.cols,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        WINDOW=window or 0,
+        SOFTCAP=softcap is not None,
+        SPLITS=splits,
+        ROW_TILES=row_tiles,
+        SKIP=skipped is not None,
+        LSE=lse is not None,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def decode_portable(
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    page_table: torch.Tensor,
+    rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    page_size: int,
+    scale: float,
+    width: int = 1,
+    window: int | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`decode_reference` on a GPU. Raises ValueError for shapes that do not fit.
+
+    Under `config.fixed_order` the chunk kernel does the work: a query then goes through the
+    same operations in the same order whether it is decoded, verified or prefilled.
+    """
+    out = check_paged(q, k_pool, v_pool, page_table, rows, seq_lens, out)
+    tokens, q_heads, head_dim = q.shape
+    count = len(rows)
+    if tokens != count * width:
+        raise ValueError(f"q must have {count} x {width} tokens, got {tokens}")
+    lse = None
+    if return_lse:
+        lse = torch.empty((tokens, q_heads), dtype=torch.float32, device=q.device)
+    if count == 0:
+        return out if lse is None else (out, lse)
+    paged = (q, k_pool, v_pool, page_table, rows)
+    facts = {"page_size": page_size, "scale": scale, "window": window, "softcap": softcap}
+    if batch_invariant():
+        launch_attention(*paged, None, seq_lens, out, lse, queries=width, **facts)
+        return out if lse is None else (out, lse)
+    arch = architecture(q.device)
+    splits = split_count(
+        count * k_pool.shape[1],
+        arch.processors,
+        page_table.shape[1] * page_size,
+        by_head(arch.decode, head_dim).cols,
+    )
+    if splits == 1:
+        single = None if lse is None else lse[None]
+        launch_decode(*paged, seq_lens, out[None], single, width=width, splits=1, **facts)
+    else:
+        shape = (splits, tokens, q_heads)
+        parts = torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+        launch_decode(*paged, seq_lens, parts, part_lse, width=width, splits=splits, **facts)
+        launch_merge(parts, part_lse, out, lse)
+    return out if lse is None else (out, lse)
