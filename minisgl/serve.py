@@ -93,16 +93,22 @@ def _help(item: Field[Any]) -> str:
     return f"{text} (default: {item.default})"
 
 
-def config_from_flags(
+def read_flags(
     parser: argparse.ArgumentParser, config: type[C], args: Sequence[str] | None
-) -> C:
-    """The frozen config that the flags ask for. Exits with status 2 where a value is wrong."""
+) -> tuple[C, dict[str, Any]]:
+    """The frozen config that the flags ask for, and the flags that are no fields of it.
+
+    Exits with status 2 where a value is wrong.
+    """
     given = vars(parser.parse_args(args))
+    names = {item.name for item in fields(config)}
+    ours = {name: value for name, value in given.items() if name in names}
+    others = {name: value for name, value in given.items() if name not in names}
     try:
-        return config(**given)
+        return config(**ours), others
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
-        parser.error(f"--{name.replace('_', '-')} {rest}" if name in given else str(error))
+        parser.error(f"--{name.replace('_', '-')} {rest}" if name in names else str(error))
 
 
 # ---- the server ---------------------------------------------------------------------------------
@@ -110,7 +116,7 @@ def config_from_flags(
 
 def main(args: Sequence[str] | None = None) -> int:
     parser = flags_parser(ServerConfig, "minisgl.serve", "Serve a model over OpenAI's API.")
-    config = config_from_flags(parser, ServerConfig, args)
+    config, _ = read_flags(parser, ServerConfig, args)
     configure(config.log_level, "server")
     try:
         listening = _listen(config)

@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from minisgl.config import ServerConfig
-from minisgl.serve import config_from_flags, flags_parser
+from minisgl.serve import flags_parser, read_flags
 from tests.server import small_tokenizers
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +47,9 @@ QWEN3 = {
 
 
 def parse(*args):
-    return config_from_flags(flags_parser(ServerConfig, "serve", ""), ServerConfig, args)
+    config, others = read_flags(flags_parser(ServerConfig, "serve", ""), ServerConfig, args)
+    assert others == {}
+    return config
 
 
 def test_no_flags_give_the_defaults():

@@ -1,0 +1,189 @@
+"""`python -m minisgl.chat`: a conversation in the terminal, with a server or an engine of its own.
+
+python -m minisgl.chat                                  # the bundled model, in this process
+python -m minisgl.chat --model Qwen/Qwen3-0.6B
+python -m minisgl.chat --url http://127.0.0.1:30000     # any OpenAI-compatible server
+"""
+
+import contextlib
+import http.client
+import json
+import sys
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from minisgl.config import EngineConfig
+from minisgl.log import configure
+from minisgl.serve import flags_parser, read_flags
+
+HELP = "Ctrl-C stops an answer, /reset forgets the conversation, /exit or Ctrl-D ends."
+
+Conversation = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the flags of a chat, besides the engine's, can say."""
+
+    url: str | None = None
+    system: str | None = None
+    temperature: float = 0.7
+    max_tokens: int | None = None
+
+
+class Partner(Protocol):
+    """Whoever answers."""
+
+    def answer(self, messages: Conversation) -> Generator[str, None, None]:
+        """The pieces of an answer. Raises ValueError or RuntimeError saying why there is none."""
+
+
+class RemotePartner:
+    """A server at `url`, with or without /v1 at its end."""
+
+    def __init__(self, options: Options) -> None:
+        url = urlsplit(options.url or "")
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ValueError(f"--url must be like http://127.0.0.1:30000, got {options.url!r}")
+        self._url = url
+        self._path = url.path.rstrip("/").removesuffix("/v1") + "/v1"
+        self._options = options
+        self._model: str = json.load(self._request("GET", "/models", None))["data"][0]["id"]
+
+    def answer(self, messages: Conversation) -> Generator[str, None, None]:
+        body: dict[str, Any] = {
+            "model": self._model,
+            "messages": messages,
+            "stream": True,
+            "temperature": self._options.temperature,
+        }
+        if self._options.max_tokens is not None:
+            body["max_tokens"] = self._options.max_tokens
+        with closing(self._request("POST", "/chat/completions", body)) as response:
+            for line in response:
+                data = line.decode().strip().removeprefix("data: ")
+                if not data or data == "[DONE]":
+                    continue
+                chunk = json.loads(data)
+                if "error" in chunk:
+                    raise RuntimeError(chunk["error"]["message"])
+                for choice in chunk["choices"]:
+                    yield choice["delta"].get("content") or ""
+
+    def _request(self, method: str, path: str, body: Any) -> http.client.HTTPResponse:
+        secure = self._url.scheme == "https"
+        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        connection = kind(self._url.netloc)
+        content = None if body is None else json.dumps(body)
+        headers = {"Content-Type": "application/json", "Connection": "close"}
+        try:
+            connection.request(method, self._path + path, content, headers)
+            response = connection.getresponse()
+        except OSError as error:
+            raise RuntimeError(f"no answer from {self._url.netloc}: {error}") from error
+        if response.status != 200:
+            said = response.read().decode(errors="replace")
+            with contextlib.suppress(ValueError, LookupError, TypeError):
+                said = json.loads(said)["error"]["message"]
+            raise RuntimeError(f"{self._url.netloc} answers {response.status}: {said}")
+        return response
+
+
+class LocalPartner:
+    """An engine in this process."""
+
+    def __init__(self, config: EngineConfig, options: Options) -> None:
+        from minisgl.build import build_engine
+        from minisgl.core.request import SamplingParams
+        from minisgl.llm import LLM
+
+        self._llm = LLM.from_engine(build_engine(config))
+        self._params = SamplingParams(
+            temperature=options.temperature, max_tokens=options.max_tokens
+        )
+
+    def answer(self, messages: Conversation) -> Generator[str, None, None]:
+        prompt = self._llm.tokenizer.encode_chat(messages)
+        with closing(self._llm.stream(prompt, self._params)) as pieces:
+            yield from pieces
+
+    def __enter__(self) -> "LocalPartner":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._llm.close()
+
+
+def converse(partner: Partner, system: str | None) -> None:
+    """Read, answer, until the input ends. What could not be answered is forgotten."""
+    start: Conversation = [{"role": "system", "content": system}] if system else []
+    messages = list(start)
+    while True:
+        try:
+            said = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if said == "/exit":
+            return
+        if said == "/reset":
+            messages = list(start)
+        elif said:
+            answer = _show(partner, [*messages, {"role": "user", "content": said}])
+            if answer is not None:
+                messages.append({"role": "user", "content": said})
+                messages.append({"role": "assistant", "content": answer})
+
+
+def _show(partner: Partner, messages: Conversation) -> str | None:
+    """Print an answer as it comes and return it: up to a Ctrl-C, or None where there is none."""
+    pieces: list[str] = []
+    try:
+        with closing(partner.answer(messages)) as answer:
+            for piece in answer:
+                pieces.append(piece)
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        print(" ...", end="")
+    except (ValueError, RuntimeError) as error:
+        print(f"minisgl.chat: {error}", file=sys.stderr)
+        return None
+    print()
+    return "".join(pieces)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    parser = flags_parser(EngineConfig, "minisgl.chat", "Chat with a model in the terminal.")
+    parser.add_argument("--url", help="a server to talk to, instead of an engine in this process")
+    parser.add_argument("--system", help="system message of the conversation")
+    parser.add_argument("--temperature", type=float, help="0 always takes the likeliest token")
+    parser.add_argument("--max-tokens", type=int, help="longest answer")
+    config, others = read_flags(parser, EngineConfig, args)
+    options = Options(**others)
+    if options.url is not None and config != EngineConfig():
+        parser.error("--url talks to a server: the engine's flags are that server's business")
+    configure("warning" if config.log_level == "info" else config.log_level)
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives input() its line editing)
+    try:
+        partner = _partner(config, options)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"minisgl.chat: {error}", file=sys.stderr)
+        return 1
+    print(HELP)
+    with partner as ready:
+        converse(ready, options.system)
+    return 0
+
+
+def _partner(config: EngineConfig, options: Options) -> AbstractContextManager[Partner]:
+    if options.url is not None:
+        return contextlib.nullcontext(RemotePartner(options))
+    return LocalPartner(config, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
