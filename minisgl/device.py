@@ -53,7 +53,8 @@ class Graph(Protocol):
 
 
 class Device(Protocol):
-    """Methods but `submit`, `run`, `record`, `memory` and `close` are called inside the stream."""
+    """`submit`, `run`, `record`, `memory` and `close` may be called anywhere, the other methods
+    inside the stream only."""
 
     @property
     def torch_device(self) -> torch.device: ...
@@ -69,7 +70,7 @@ class Device(Protocol):
         """Enqueue, wait, and return the result or raise what it raised (which poisons nothing)."""
 
     def record(self) -> Event:
-        """An event at the stream's present end."""
+        """An event at the stream's present end; inside the stream, at the work under way."""
 
     def upload(self, array: np.ndarray) -> torch.Tensor:
         """A device tensor with the array's content; on CPU it shares the array's memory."""
@@ -112,20 +113,23 @@ def pick_device(name: str) -> Device:
 class CpuEvent:
     """Set by the stream thread when it gets there."""
 
-    __slots__ = ("_failure", "_passed", "_time")
+    __slots__ = ("_failure", "_gate", "_passed", "_time")
 
     def __init__(self) -> None:
-        self._passed = threading.Event()
+        self._gate = threading.Lock()  # held until the stream gets there
+        self._gate.acquire()
+        self._passed = False
         self._failure: BaseException | None = None
         self._time = 0.0
 
     def wait(self) -> None:
-        self._passed.wait()
+        with self._gate:
+            pass
         if self._failure is not None:
             raise RuntimeError(f"the step failed: {self._failure!r}") from self._failure
 
     def query(self) -> bool:
-        return self._passed.is_set()
+        return self._passed
 
     def seconds_since(self, earlier: "CpuEvent") -> float:
         return self._time - earlier._time
@@ -133,7 +137,8 @@ class CpuEvent:
     def _pass(self, failure: BaseException | None) -> None:
         self._time = time.perf_counter()
         self._failure = failure
-        self._passed.set()
+        self._passed = True
+        self._gate.release()
 
 
 @dataclass(frozen=True)
@@ -209,7 +214,10 @@ class CpuDevice:
 
     def record(self) -> CpuEvent:
         event = CpuEvent()
-        self.submit(_Always(lambda: event._pass(self._failure)))
+        if threading.current_thread() is self._thread:
+            event._pass(self._failure)
+        else:
+            self.submit(_Always(lambda: event._pass(self._failure)))
         return event
 
     def upload(self, array: np.ndarray) -> torch.Tensor:

@@ -16,11 +16,11 @@ from minisgl.runtime.worker import Worker
 
 @dataclass
 class _Flight:
-    """A step on its way, with the events around its forward pass and its sampling."""
+    """A step on its way."""
 
+    number: int
     step: Step | None  # None when it could not even be packed
-    events: list[Event]
-    sampled: bool = False
+    done: Event | None = None  # once its sampling is enqueued
 
 
 class LocalExecutor:
@@ -44,7 +44,6 @@ class LocalExecutor:
 
     def dispatch(self, batch: Batch) -> None:
         worker, device = self._worker, self._worker.device
-        begin = device.record()
         step = None
         try:
             step = Step(pack_step(batch, worker.host_rows, worker.geometry))
@@ -52,27 +51,25 @@ class LocalExecutor:
             device.submit(_fail, failure)
         else:
             device.submit(worker.runner.forward, step)
-        self._flights.append(_Flight(step, [begin, device.record()]))
+        self._flights.append(_Flight(batch.step, step))
 
     def sample(self, step: int, masks: GrammarMasks | None = None) -> None:
-        flight = next((flight for flight in self._flights if not flight.sampled), None)
-        if flight is None or (flight.step and flight.step.arrays.batch.step != step):
+        flight = next((flight for flight in self._flights if flight.done is None), None)
+        if flight is None or flight.number != step:
             raise ValueError(f"step {step} is not the oldest one dispatched and not sampled")
-        flight.sampled = True
         device = self._worker.device
-        if masks is not None:  # the device may have waited for them
-            flight.events.append(device.record())
         if flight.step is not None:
             device.submit(self._worker.runner.sample, flight.step, masks)
-        flight.events.append(device.record())
+        flight.done = device.record()
 
     def collect(self) -> StepOutput:
-        if not self._flights or not self._flights[0].sampled:
+        if not self._flights or self._flights[0].done is None:
             raise ValueError("no sampled step is in flight")
         flight = self._flights.popleft()
-        flight.events[-1].wait()
+        assert flight.done is not None
+        flight.done.wait()
         assert flight.step is not None  # a step that was not packed has failed the stream
-        return _read(flight.step, _seconds(flight.events))
+        return _read(flight.step)
 
     def close(self) -> None:
         self._flights.clear()
@@ -83,15 +80,7 @@ def _fail(failure: Exception) -> None:
     raise failure
 
 
-def _seconds(events: list[Event]) -> float:
-    """Device time of the forward pass and the sampling, without the wait for masks between."""
-    total = events[-1].seconds_since(events[0])
-    if len(events) == 4:
-        total -= events[2].seconds_since(events[1])
-    return total
-
-
-def _read(step: Step, seconds: float) -> StepOutput:
+def _read(step: Step) -> StepOutput:
     """The output of a step whose last event has passed."""
     arrays, sampled = step.arrays, step.sampled
     chunks = arrays.batch.chunks
@@ -126,7 +115,7 @@ def _read(step: Step, seconds: float) -> StepOutput:
         token_ids=token_ids,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
-        seconds=seconds,
+        seconds=step.seconds,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from minisgl.core.executor import GrammarMasks
-from minisgl.device import Device
+from minisgl.device import Device, Event
 from minisgl.kernels.advance import prepare_inputs
 from minisgl.layers.attention import ForwardInputs
 from minisgl.runtime.graphs import DecodeGraphs
@@ -38,6 +38,13 @@ class Step:
     hidden: torch.Tensor | None = None  # [T, H]
     positions: torch.Tensor | None = None  # [T] int64
     sampled: Sampled = field(default_factory=Sampled)
+    events: list[Event] = field(default_factory=list)  # around the forward pass and the sampling
+
+    @property
+    def seconds(self) -> float:
+        """Device time of both, without the wait for masks that may lie between."""
+        begin, forwarded, masked, end = self.events
+        return forwarded.seconds_since(begin) + end.seconds_since(masked)
 
 
 class Runner:
@@ -61,6 +68,7 @@ class Runner:
     def forward(self, step: Step) -> None:
         """Upload the step and compute its hidden states."""
         arrays = step.arrays
+        step.events.append(self._device.record())
         sent = step.sent = split(arrays.sections, self._device.upload(join(arrays.sections)))
         self._rows.apply(sent)
         if "copies" in sent:
@@ -89,14 +97,17 @@ class Runner:
             step.hidden = self._graphs.replay(arrays.num_sequences)
         else:
             step.hidden = self._model.forward(inputs)
+        step.events.append(self._device.record())
 
     def sample(self, step: Step, masks: GrammarMasks | None) -> None:
         """Sample the step's points and move its rows on."""
         assert step.hidden is not None
         assert step.positions is not None
+        step.events.append(self._device.record())
         step.sampled = self._sampler(step.arrays, step.sent, step.hidden, step.positions, masks)
         step.hidden = step.positions = None
         step.sent = {}
+        step.events.append(self._device.record())
 
     def _graph_for(self, step: StepArrays) -> ForwardInputs | None:
         graphs = self._graphs

@@ -204,3 +204,20 @@ def test_prompt_logprob_targets_are_the_next_prompt_tokens():
         assert request.count == len(request.targets)
         found += request.targets.tolist()
     assert found == prompt[1:]
+
+
+@pytest.mark.parametrize("op", [prepare_inputs, advance_rows], ids=lambda op: op.name)
+def test_the_cpu_implementations_equal_their_references(op):
+    for case in op.cases:
+        for seed in range(5):
+            made = [
+                case.make(torch.device("cpu"), torch.float32, torch.Generator().manual_seed(seed))
+                for _ in range(2)
+            ]
+            got = op.implementation("cpu")(*made[0].values())
+            want = op.reference(*made[1].values())
+            assert (got is None and want is None) or torch.equal(got, want)
+            for name, value in made[0].items():
+                if isinstance(value, torch.Tensor):
+                    assert value.dtype == made[1][name].dtype
+                    assert torch.equal(value, made[1][name]), (case.label, name)

@@ -173,12 +173,18 @@ def _advance_case(label: str, num_drafts: list[int]) -> Case:
     return Case(label, make)
 
 
+_CPU = "minisgl.kernels.advance.cpu:"
 _TORCH = "minisgl.kernels.advance:"
+_TRITON = "minisgl.kernels.advance.portable:"
 
 prepare_inputs = Op(
     "prepare_inputs",
     prepare_inputs_reference,
-    implementations=[Implementation("torch", "cuda", _TORCH + "prepare_inputs_reference")],
+    implementations=[
+        Implementation("cpu", "cpu", _CPU + "prepare_inputs_cpu"),
+        Implementation("portable", "cuda", _TRITON + "prepare_inputs_portable"),
+        Implementation("torch", "cuda", _TORCH + "prepare_inputs_reference"),
+    ],
     cases=(
         _prepare_case("decode", [1] * 7, 2, 16),
         _prepare_case("drafts", [3] * 5, 0, 16),
@@ -190,7 +196,11 @@ prepare_inputs = Op(
 advance_rows = Op(
     "advance_rows",
     advance_rows_reference,
-    implementations=[Implementation("torch", "cuda", _TORCH + "advance_rows_reference")],
+    implementations=[
+        Implementation("cpu", "cpu", _CPU + "advance_rows_cpu"),
+        Implementation("portable", "cuda", _TRITON + "advance_rows_portable"),
+        Implementation("torch", "cuda", _TORCH + "advance_rows_reference"),
+    ],
     cases=(
         _advance_case("plain", [0, 0, 0, 0, 0]),
         _advance_case("drafts", [3, 0, 1, 4, 2, 4]),
