@@ -20,7 +20,6 @@ from typing import Any, Self, cast, overload
 
 import msgspec
 
-from minisgl.build import build_engine
 from minisgl.config import EngineConfig
 from minisgl.core.request import Delta, FinishReason, Request, SamplingParams, TokenLogprobs
 from minisgl.engine.client import ProcessClient
@@ -209,7 +208,10 @@ class LLM:
     """
 
     def __init__(self, model: str | os.PathLike[str] | None = None, **config: Any) -> None:
-        self._start(build_engine(make_config(model, config)))
+        made = make_config(model, config)
+        from minisgl.build import build_engine  # here, for AsyncLLM does without torch
+
+        self._start(build_engine(made))
 
     @classmethod
     def from_engine(cls, engine: Engine, tokenizer: Tokenizer | None = None) -> Self:

@@ -19,7 +19,7 @@ from minisgl.engine.messages import (
 from minisgl.log import get_logger
 
 IDLE_HEARTBEAT = 1.0  # seconds between signs of life while there is no work
-BUSY_HEARTBEAT = 0.5  # at least, while there is
+HEARTBEAT = 0.5  # seconds between signs of life at least, when one can be given
 
 Receive = Callable[[float], list[ToEngine]]
 Send = Callable[[FromEngine], None]
@@ -62,13 +62,14 @@ class _Loop:
         engine = self._engine
         while engine.failure is None:
             busy = engine.has_work()
+            self._report(busy)
             if not busy and self._deadline is not None:
                 return
-            self._report(busy)
             for message in self._receive(0.0 if busy else IDLE_HEARTBEAT):
                 self._handle(message)
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 engine.abort_all()
+            self._report(engine.has_work())  # before a step that may be long
             if deltas := engine.step():
                 self._send(News(deltas))
 
@@ -88,7 +89,6 @@ class _Loop:
 
     def _report(self, busy: bool) -> None:
         now = time.monotonic()
-        if busy and self._busy and now < self._reported + BUSY_HEARTBEAT:
-            return
-        self._busy, self._reported = busy, now
-        self._send(Status(busy, self._engine.stats()))
+        if busy != self._busy or now >= self._reported + HEARTBEAT:
+            self._busy, self._reported = busy, now
+            self._send(Status(busy, self._engine.stats()))

@@ -51,6 +51,7 @@ class EngineProcess:
         endpoint = f"ipc://{self._directory}/engine"
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
         self.socket.set_hwm(0)  # never block, never drop: backlogs are bounded by admission
+        self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.bind(endpoint)
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         self._child = subprocess.Popen(

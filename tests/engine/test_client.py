@@ -252,6 +252,20 @@ def test_a_long_step_is_not_a_stuck_loop_but_a_longer_one_is(kind):
     play(scene())
 
 
+def test_a_long_first_step_after_idleness_is_not_a_stuck_loop(monkeypatch):
+    monkeypatch.setattr("minisgl.engine.client.SILENCE_WHEN_IDLE", 1.8)
+
+    async def scene():
+        async with open_client("thread", "seconds=3.0") as client:
+            request = Request("a", [1], SamplingParams(max_tokens=1))
+            running = asyncio.create_task(collect(client, request))
+            while not running.done():
+                assert client.health().ok, client.health()
+                await asyncio.sleep(0.1)
+
+    play(scene())
+
+
 def test_health_notices_a_stopped_process_busy_or_idle_and_recovers():
     async def scene():
         async with open_client("process", "seconds=0.001", watchdog_timeout=2.0) as client:

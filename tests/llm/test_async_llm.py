@@ -1,6 +1,8 @@
 """`AsyncLLM`: the same answers as `LLM`, from an engine in its own process."""
 
 import asyncio
+import subprocess
+import sys
 from contextlib import aclosing
 from pathlib import Path
 
@@ -59,3 +61,10 @@ def test_a_model_that_cannot_load_raises_where_it_is_first_used(tmp_path: Path):
 def test_options_are_checked_before_a_process_starts():
     with pytest.raises(TypeError, match="did you mean 'page_size'"):
         AsyncLLM(page_sise=1)
+
+
+def test_importing_it_needs_no_torch():
+    code = "import sys; from minisgl import AsyncLLM; print('torch' in sys.modules)"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout == "False\n"
