@@ -8,10 +8,9 @@ KV; activations, small beside them, are not.
 from typing import Literal
 
 import msgspec
-import numpy as np
 
 UNIT = 1e-3  # seconds, of the fixed time among the factors
-SMALLEST = np.array([0.0, 0.02, 0.02])
+SMALLEST = (0.0, 0.02, 0.02)  # of the factors: fixed in units, compute, memory
 FORGETTING = 0.98  # weight of what was known, per step
 MAX_UNCERTAINTY = 100.0
 DEVIATION_RATE = 0.05
@@ -146,9 +145,8 @@ class CostModel:
         self.device = device
         self.num_observed = 0
         self.deviation = 0.0  # mean |measured / predicted - 1| of late
-        self._factors = np.array([device.overhead / UNIT, 1.0, 1.0])  # fixed, compute, memory
-        self._covariance = 10.0 * np.eye(3)
         self._fixed, self._compute, self._memory = device.overhead, 1.0, 1.0
+        self._covariance = [[10.0 * (i == j) for j in range(3)] for i in range(3)]
 
     def cost(self, work: StepWork) -> Cost:
         flops, traffic = self._flops(work), self._bytes(work)
@@ -173,24 +171,26 @@ class CostModel:
         cost = self.cost(work)
         self.num_observed += 1
         rate = max(DEVIATION_RATE, 1.0 / self.num_observed)
-        error = min(abs(seconds / cost.seconds - 1.0), 1.0)
-        self.deviation += rate * (error - self.deviation)
+        off = min(abs(seconds / cost.seconds - 1.0), 1.0)
+        self.deviation += rate * (off - self.deviation)
         # The terms of this step, as shares of its time: fixed, and whichever bounds it.
-        terms = np.array([UNIT, 0.0, 0.0])
+        terms = [UNIT / seconds, 0.0, 0.0]
         if cost.bound == "compute":
-            terms[1] = cost.compute_seconds / self._compute
+            terms[1] = cost.compute_seconds / self._compute / seconds
         else:
-            terms[2] = cost.memory_seconds / self._memory
-        terms /= seconds
-        direction = self._covariance @ terms
-        gain = direction / (FORGETTING + terms @ direction)
-        self._factors += gain * (1.0 - terms @ self._factors)
-        np.maximum(self._factors, SMALLEST, out=self._factors)
-        self._covariance -= np.outer(gain, direction)
-        if np.trace(self._covariance) < MAX_UNCERTAINTY:  # else one regime alone would inflate it
-            self._covariance /= FORGETTING
-        fixed, self._compute, self._memory = self._factors.tolist()
-        self._fixed = fixed * UNIT
+            terms[2] = cost.memory_seconds / self._memory / seconds
+        factors = [self._fixed / UNIT, self._compute, self._memory]
+        error = 1.0 - _dot(terms, factors)
+        direction = [_dot(row, terms) for row in self._covariance]
+        scale = 1.0 / (FORGETTING + _dot(terms, direction))
+        # One regime alone would inflate the uncertainty of the other without end.
+        uncertain = sum(self._covariance[i][i] for i in range(3)) > MAX_UNCERTAINTY
+        growth = 1.0 if uncertain else 1.0 / FORGETTING
+        for i, row in enumerate(self._covariance):
+            factors[i] = max(factors[i] + scale * direction[i] * error, SMALLEST[i])
+            share = scale * direction[i]
+            row[:] = [growth * (row[j] - share * direction[j]) for j in range(3)]
+        self._fixed, self._compute, self._memory = factors[0] * UNIT, factors[1], factors[2]
 
     def _flops(self, work: StepWork) -> float:
         model = self.model
@@ -227,3 +227,7 @@ class CostModel:
         if self.model.window is None:
             return work.num_pairs
         return min(work.num_pairs, work.num_tokens * self.model.window)
+
+
+def _dot(a: list[float], b: list[float]) -> float:
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from minisgl.core.batch import CopyJob
 from minisgl.core.pages import PagePool
 from minisgl.core.radix import RadixTree
@@ -57,8 +55,8 @@ class KVCache:
 
     def finish(self) -> tuple[list[CopyJob], list[Commit]]:
         """A plan is complete: its copy jobs, whose sources are let go, and its commits."""
-        if self._copies:
-            self._drop([job.source for job in self._copies])
+        for job in self._copies:
+            self._drop([job.source])
         return self._copies, self._commits
 
     def match(self, sequence: Sequence) -> Match:
@@ -66,8 +64,7 @@ class KVCache:
 
         Requests for prompt log-probabilities get none, as every position's logits are needed.
         """
-        wants_all = sequence.request.params.prompt_logprobs is not None
-        if not self._radix or (wants_all and not sequence.prompt_logprobs_sent):
+        if not self._radix or sequence.prompt_logprobs is not None:
             return NO_MATCH
         pages, source, num_copied = self.tree.match(
             sequence.request.cache_salt, sequence.tokens(sequence.num_tokens - 1)
@@ -122,6 +119,7 @@ class KVCache:
 
         Where the tree holds other pages for what the sequence computed before, the sequence
         adopts those. What the chunk itself writes is never swapped: it would be written twice.
+        Nor are pages adopted in the plan that writes them; both are left to a later chunk.
         """
         own, whole = start // self.page_size, stop // self.page_size
         if not self._radix or own == whole:
@@ -129,6 +127,8 @@ class KVCache:
         namespace = sequence.request.cache_salt
         tokens = sequence.tokens(whole * self.page_size)
         canonical, _, _ = self.tree.match(namespace, tokens)
+        if canonical and canonical[-1] in self._fresh:
+            return
         self._adopt(sequence, canonical[:own])
         if canonical[own:] != sequence.pages[own : len(canonical)]:
             return
@@ -158,16 +158,9 @@ class KVCache:
 
     def check(self, sequences: list[Sequence]) -> None:
         """Compare the page ledger with its holders, exactly. For tests, between plans."""
-        expected = np.zeros(self.pool.num_pages, np.int32)
-        cached: set[int] = set()
-        for _, _, node in self.tree.nodes():
-            cached.update(node.pages)
-            for page in node.pages:
-                expected[page] += 1
-        for sequence in sequences:
-            for page in sequence.pages:
-                expected[page] += 1
-        self.pool.check(expected, cached)
+        cached = self.tree.pages()
+        held = cached + [page for sequence in sequences for page in sequence.pages]
+        self.pool.check(held, cached)
 
     def _adopt(self, sequence: Sequence, canonical: list[int]) -> None:
         old = sequence.pages[: len(canonical)]

@@ -4,8 +4,6 @@ from collections.abc import Sequence as Run
 
 import numpy as np
 
-from minisgl.core.tokens import Tokens
-
 
 class PagePool:
     """Reference counts of `num_pages` pages of `page_size` tokens, and the list of free ones.
@@ -92,19 +90,20 @@ class PagePool:
         index = np.asarray(pages, np.intp)
         return int(np.count_nonzero(self._refs[index] - self._cached[index] == 1))
 
-    def check(self, expected: Tokens, cached: set[int]) -> None:
-        """Compare the whole ledger with `expected` counts int32 [num_pages] and `cached` pages.
+    def check(self, held: list[int], cached: list[int]) -> None:
+        """Compare the whole ledger with the pages `held`, once per holder, and those `cached`.
 
-        For tests: RuntimeError naming the first page that differs.
+        For tests: RuntimeError naming what differs.
         """
-        wrong = np.flatnonzero(self._refs != expected)
-        if wrong.size:
-            page = wrong[0]
+        expected = np.bincount(np.array(held, np.intp), minlength=self.num_pages)
+        marks = np.zeros(self.num_pages, np.bool_)
+        marks[cached] = True
+        if (wrong := self._refs != expected).any():
+            page = int(wrong.argmax())
             raise RuntimeError(f"page {page}: {self._refs[page]} holders, not {expected[page]}")
-        if sorted(self._free) != np.flatnonzero(expected == 0).tolist():
+        if sorted(self._free) != (expected == 0).nonzero()[0].tolist():
             raise RuntimeError("the free list is not the set of pages without holders")
-        if set(np.flatnonzero(self._cached).tolist()) != cached or self.num_cached != len(cached):
+        if (marks != self._cached).any() or self.num_cached != len(cached):
             raise RuntimeError("cached marks differ from the tree's pages")
-        idle = sum(expected[page] == 1 for page in cached)
-        if self.num_idle != idle:
-            raise RuntimeError(f"num_idle is {self.num_idle}, not {idle}")
+        if self.num_idle != int((marks & (expected == 1)).sum()):
+            raise RuntimeError(f"num_idle is {self.num_idle}, which is wrong")

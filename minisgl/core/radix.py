@@ -171,6 +171,15 @@ class RadixTree:
                     yield namespace, prefix, node
                 stack += [(prefix, child) for child in node.children]
 
+    def pages(self) -> list[int]:
+        """Every page of the tree, for tests and inspection."""
+        pages, stack = list[int](), list(self._roots.values())
+        while stack:
+            node = stack.pop()
+            pages += node.pages
+            stack += node.children
+        return pages
+
     def evictable(self, node: Node) -> bool:
         """Whether `node` is a leaf that the heap knows or will be told of."""
         parked = self._parked.get(node.pages[-1]) is node

@@ -16,7 +16,7 @@ from minisgl.core.costmodel import CostModel, StepWork
 from minisgl.core.executor import Limits
 from minisgl.core.kvcache import Commit, KVCache
 from minisgl.core.policy import SchedulerConfig, StepLoad, TokenBudget, WaitingQueue
-from minisgl.core.request import Delta, FinishReason, Request
+from minisgl.core.request import Delta, FinishReason, Request, TokenLogprobs
 from minisgl.core.sequence import Sequence, Status, make_sequences
 
 # Proposes the tokens that may follow those a sequence holds and has pending; [] for none. It is
@@ -24,6 +24,7 @@ from minisgl.core.sequence import Sequence, Status, make_sequences
 Drafter = Callable[[Sequence], list[int]]
 
 NONE: list[int] = []  # shared by all chunks that have nothing to say; never changed
+NO_LOGPROBS: list[TokenLogprobs] = []
 
 
 class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -366,9 +367,8 @@ class Scheduler:
         if seq.status is Status.PREEMPTED:
             seq.status = Status.WAITING
             seq.epoch += 1
-            seq.num_computed = seq.num_fed = seq.num_patched = 0
-            if not seq.prompt_logprobs_sent:
-                seq.prompt_logprobs = None
+            if seq.prompt_logprobs is not None:
+                seq.prompt_logprobs = []
             self._waiting.add(seq)
 
     # ---- results back -----------------------------------------------------------------------
@@ -384,9 +384,8 @@ class Scheduler:
         for index, (seq, chunk) in enumerate(zip(step.sequences, batch.chunks, strict=True)):
             seq.in_flight -= 1
             if seq.status is not Status.ENDED:
-                if index in output.prompt_logprobs and not seq.prompt_logprobs_sent:
-                    earlier = seq.prompt_logprobs or []
-                    seq.prompt_logprobs = earlier + output.prompt_logprobs[index]
+                if seq.prompt_logprobs is not None:
+                    seq.prompt_logprobs += output.prompt_logprobs.get(index, NO_LOGPROBS)
                 if chunk.samples:
                     deltas.append(self._take_tokens(seq, chunk, index, output))
             if seq.status is not Status.RUNNING and not seq.in_flight and seq.row >= 0:
@@ -396,21 +395,16 @@ class Scheduler:
     def _take_tokens(self, seq: Sequence, chunk: Chunk, index: int, output: StepOutput) -> Delta:
         """Append a chunk's sampled tokens up to the sequence's end."""
         new = output.token_ids[index]
-        if not 1 <= len(new) <= 1 + len(chunk.drafts):
-            raise ValueError(f"step {output.step}, chunk {index}: {len(new)} tokens sampled")
         seq.num_pending -= 1
         if chunk.drafts:
             seq.num_computed += len(new) - 1
             seq.num_slack -= len(chunk.drafts)
+        if not 1 <= len(new) <= chunk.length:
+            raise ValueError(f"step {output.step}, chunk {index}: {len(new)} tokens sampled")
         new, reason, stopped_by = seq.accept(new)
         self._num_output_tokens += len(new)
-        logprobs = output.logprobs.get(index)
-        if logprobs is not None:
-            logprobs = logprobs[: len(new)]
-        prompt_logprobs = None
-        if seq.prompt_logprobs is not None:
-            prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, None
-            seq.prompt_logprobs_sent = True
+        logprobs = output.logprobs[index][: len(new)] if index in output.logprobs else None
+        prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, None
         if reason is not None:
             self._finish(seq, reason)
         return Delta(
@@ -494,5 +488,7 @@ class Scheduler:
             raise RuntimeError(f"rows {held} held and {self._rows} free are not all rows, once")
         if self._returning != sum(seq.num_returning for seq in leaving):
             raise RuntimeError("pages on their way back are miscounted")
+        if any(seq.pages or seq.row >= 0 or seq.in_flight for seq in self._waiting):
+            raise RuntimeError("a waiting sequence holds something")
         if self._waiting.num_tokens != sum(seq.num_tokens for seq in self._waiting):
             raise RuntimeError("waiting tokens are miscounted")

@@ -59,8 +59,7 @@ class Sequence:
     times_passed: int = 0  # admissions of others while it did not fit
     keeps_pages: bool = True  # whether its pages are cached when it ends
     matched: tuple[int, int] = (-1, 0)  # tree version, tokens its prefix matched in it
-    prompt_logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs_sent: bool = False
+    prompt_logprobs: list[TokenLogprobs] | None = None  # so far; None: not wanted, or sent
 
     def accept(self, new: list[int]) -> tuple[list[int], FinishReason | None, int | None]:
         """Append sampled tokens up to the sequence's end.
@@ -121,6 +120,7 @@ def make_sequences(
             stop_ids,
             now,
             num_tokens=len(prompt),
+            prompt_logprobs=None if params.prompt_logprobs is None else [],
         )
         for choice in range(params.n)
     ]

@@ -1,0 +1,112 @@
+"""Microseconds per scheduler step (plan and update) with an executor that computes nothing.
+
+    python -m benchmarks.scheduler [--steps N]
+
+Decoding sequences run in steady state, one step ahead of their results as in serving. The mix
+adds prompts with shared prefixes that arrive, prefill in chunks, finish and are replaced. Times
+are CPU times of the thread, so that a busy machine does not blur them. Prints a table, then one
+JSON line.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from random import Random
+
+from minisgl.core.batch import Batch, StepOutput
+from minisgl.core.executor import Limits
+from minisgl.core.policy import SchedulerConfig
+from minisgl.core.request import Request, SamplingParams
+from minisgl.core.scheduler import Scheduler
+
+PAGE_SIZE = 16
+VOCAB = 32_000
+
+
+def run_steps(scheduler: Scheduler, random: Random) -> Iterator[tuple[Batch, float]]:
+    """Plan one step ahead for ever; yields each batch with the seconds its step took."""
+    unread: tuple[Batch, StepOutput] | None = None
+    while True:
+        begin = time.thread_time()
+        batch = scheduler.plan()
+        seconds = time.thread_time() - begin
+        if unread is not None:
+            begin = time.thread_time()
+            scheduler.update(*unread)
+            seconds += time.thread_time() - begin
+        unread = None
+        if batch is not None:
+            token = random.randrange(1, VOCAB)
+            sampled = [[token] if chunk.samples else [] for chunk in batch.chunks]
+            unread = batch, StepOutput(batch.step, sampled)
+            yield batch, seconds
+
+
+def make_scheduler(num_rows: int, num_tokens: int) -> Scheduler:
+    limits = Limits(-(-num_tokens // PAGE_SIZE), PAGE_SIZE, num_rows, 1 << 20, VOCAB)
+    return Scheduler(limits, SchedulerConfig(chunked_prefill_size=4096), (0,))
+
+
+def decode(num_running: int, num_steps: int) -> list[float]:
+    """Seconds per step with `num_running` sequences decoding."""
+    random = Random(0)
+    length = 2 * num_steps + 600
+    scheduler = make_scheduler(num_running, num_running * length)
+    for index in range(num_running):
+        prompt = [random.randrange(1, VOCAB) for _ in range(random.randrange(16, 64))]
+        params = SamplingParams(max_tokens=length - 100)
+        scheduler.add(Request(str(index), prompt, params))
+    steps = run_steps(scheduler, random)
+    for batch, _ in steps:
+        if batch.num_decode == num_running:
+            break
+    for _ in range(PAGE_SIZE):
+        next(steps)
+    return [next(steps)[1] for _ in range(num_steps)]
+
+
+def mix(num_running: int, num_steps: int) -> list[float]:
+    """Seconds per step when prompts of about 2,000 tokens keep coming, two thirds of it shared."""
+    random = Random(0)
+    scheduler = make_scheduler(num_running, num_running * 3000)
+    shared = [[random.randrange(1, VOCAB) for _ in range(1400)] for _ in range(8)]
+    seconds, added = list[float](), 0
+
+    def refill() -> None:
+        nonlocal added
+        while scheduler.stats().num_waiting < 8:
+            tail = [random.randrange(1, VOCAB) for _ in range(random.randrange(100, 1200))]
+            params = SamplingParams(max_tokens=random.randrange(16, 128))
+            scheduler.add(Request(str(added), random.choice(shared) + tail, params))
+            added += 1
+
+    refill()
+    for _, step in run_steps(scheduler, random):
+        seconds.append(step)
+        if len(seconds) == 2 * num_steps:
+            break
+        refill()
+    return seconds[num_steps:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=320, help="steps timed per case")
+    steps = parser.parse_args().steps
+    cases = {f"decode_{n}": (decode, n) for n in (1, 64, 256, 1024)}
+    cases["mix_64"] = (mix, 64)
+    result: dict[str, float] = {}
+    print(f"{'case':12} {'median us':>10} {'mean us':>10} {'p99 us':>10} {'us / seq':>10}")
+    for name, (case, count) in cases.items():
+        times = sorted(1e6 * t for t in case(count, steps))
+        median, mean = statistics.median(times), statistics.fmean(times)
+        p99 = times[int(0.99 * (len(times) - 1))]
+        print(f"{name:12} {median:10.1f} {mean:10.1f} {p99:10.1f} {median / count:10.2f}")
+        result[name] = round(median, 1)
+    print(json.dumps({"benchmark": "scheduler", "unit": "us_per_step_median", **result}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""The oracle is shown to be one: faults planted in the core are caught, each within few traces."""
+
+import inspect
+import sys
+import textwrap
+
+import pytest
+
+from minisgl.core.kvcache import KVCache
+from minisgl.core.pages import PagePool
+from minisgl.core.radix import RadixTree
+from minisgl.core.scheduler import Scheduler
+from minisgl.core.sequence import Sequence
+from tests.core.oracle import run_trial
+
+MOST_TRIALS = 1500
+
+# name: (class, method, what it says, what the fault makes of it)
+FAULTS = {
+    "shared pages are not held": (
+        KVCache,
+        "attach",
+        "pool.hold(match.pages)",
+        "pass",
+    ),
+    "the source of a copy is let go at once": (
+        KVCache,
+        "attach",
+        "self._copies.append(",
+        "self._drop([match.source]); pool._refs[match.source] += 1; self._copies.append(",
+    ),
+    "a copy is one token short": (
+        KVCache,
+        "attach",
+        "target, match.num_copied)",
+        "target, match.num_copied - 1)",
+    ),
+    "the whole prompt is matched, which leaves nothing to compute": (
+        KVCache,
+        "match",
+        "sequence.num_tokens - 1",
+        "sequence.num_tokens",
+    ),
+    "prompt log-probabilities with a prefix hit": (
+        KVCache,
+        "match",
+        " or sequence.prompt_logprobs is not None",
+        "",
+    ),
+    "salts are ignored": (
+        KVCache,
+        "release",
+        "sequence.request.cache_salt",
+        '""',
+    ),
+    "a match is used in the plan that computes it": (
+        KVCache,
+        "is_fresh",
+        "return bool(match.pages)",
+        "return False",
+    ),
+    "a running sequence shares a partly filled page": (
+        KVCache,
+        "commit",
+        "stop // self.page_size",
+        "-(-stop // self.page_size)",
+    ),
+    "adopted pages are not sent to the device, those left are dropped": (
+        KVCache,
+        "_adopt",
+        "sequence.num_patched = min(sequence.num_patched, changed[0])",
+        "pass",
+    ),
+    "adopted pages are not held": (
+        KVCache,
+        "_adopt",
+        "self.pool.hold(",
+        "list(",
+    ),
+    "what the chunk itself writes is swapped": (
+        KVCache,
+        "commit",
+        "self._adopt(sequence, canonical[:own])",
+        "self._adopt(sequence, canonical)",
+    ),
+    "pages stay in an ended sequence": (
+        KVCache,
+        "release",
+        "pages, sequence.pages = sequence.pages, []",
+        "pages = sequence.pages",
+    ),
+    "tokens that were not computed are cached": (
+        KVCache,
+        "release",
+        "min(sequence.num_computed, sequence.num_tokens)",
+        "sequence.num_tokens",
+    ),
+    "pages of a failed step stay in the tree": (
+        KVCache,
+        "revoke",
+        "self.tree.remove(",
+        "(",
+    ),
+    "a split mixes up the pages": (
+        RadixTree,
+        "_split",
+        "node.pages[num_pages:]",
+        "node.pages[: len(node.pages) - num_pages]",
+    ),
+    "a longer run does not replace the partly filled page": (
+        RadixTree,
+        "_extend",
+        "leaf.pages[whole:] = new",
+        "leaf.pages[whole + len(old) :] = new[len(old) :]",
+    ),
+    "eviction forgets the mark": (
+        PagePool,
+        "uncache",
+        "self._cached[index] = False",
+        "pass",
+    ),
+    "idle pages are miscounted": (
+        PagePool,
+        "hold",
+        "(refs == 1)",
+        "(refs == 2)",
+    ),
+    "a token after the end": (
+        Scheduler,
+        "update",
+        "if seq.status is not Status.ENDED:",
+        "if True:",
+    ),
+    "rows and pages go back while a step is in flight": (
+        Scheduler,
+        "_leave",
+        "if seq.in_flight:",
+        "if False:",
+    ),
+    "a preempted sequence loses its late token": (
+        Scheduler,
+        "update",
+        "if seq.status is not Status.ENDED:",
+        "if seq.status is Status.RUNNING:",
+    ),
+    "what a preempted sequence holds is not counted as its input": (
+        Scheduler,
+        "_admit",
+        "seq.num_fed = seq.num_tokens",
+        "seq.num_fed = len(seq.prompt)",
+    ),
+    "a preempted sequence keeps its epoch": (
+        Scheduler,
+        "_settle",
+        "seq.epoch += 1",
+        "pass",
+    ),
+    "rejected drafts count as computed": (
+        Scheduler,
+        "_take_tokens",
+        "len(new) - 1",
+        "len(chunk.drafts)",
+    ),
+    "unread drafts get no pages": (
+        Scheduler,
+        "_plan_decode",
+        "end = start + seq.num_slack + 1",
+        "end = start + 1",
+    ),
+    "a step is planned past the known end": (
+        Scheduler,
+        "_plan_decode",
+        "ahead >= seq.limit",
+        "seq.num_tokens >= seq.limit",
+    ),
+    "new pages are not sent to the device": (
+        Scheduler,
+        "_plan_decode",
+        "pages, seq.num_patched = seq.pages[first:], len(seq.pages)",
+        "seq.num_patched = len(seq.pages)",
+    ),
+    "the end is not looked for at every token": (
+        Sequence,
+        "accept",
+        "enumerate(new, 1)",
+        "[(len(new), self.output.extend(new[:-1]) or new[-1])]",
+    ),
+    "min_tokens is ignored": (
+        Sequence,
+        "accept",
+        ">= self.request.params.min_tokens",
+        ">= 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_caught(name, monkeypatch):
+    owner, method, said, planted = FAULTS[name]
+    function = getattr(owner, method)
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(said) == 1, "the fault no longer fits the code"
+    scope: dict = {}
+    exec(source.replace(said, planted), sys.modules[owner.__module__].__dict__, scope)
+    monkeypatch.setattr(owner, method, scope[method])
+    for seed in range(MOST_TRIALS):
+        try:
+            run_trial(seed)
+        except Exception:
+            return
+    pytest.fail(f"not caught in {MOST_TRIALS} traces")

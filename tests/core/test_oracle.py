@@ -1,0 +1,40 @@
+"""Random traces against the hash-chain oracle: text, ends, log-probabilities and the page ledger.
+
+A seeded plain driver for the bulk, hypothesis where a failure is to be made small.
+"""
+
+from random import Random
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.core.oracle import Trial, run_trial
+
+TRIALS = 10_000
+SHARDS = 8
+
+
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_random_traces(shard):
+    hits = preemptions = 0
+    for seed in range(shard, TRIALS, SHARDS):
+        try:
+            stats = run_trial(seed).scheduler.stats()
+        except Exception as error:
+            error.add_note(f"in the trace of seed {seed}")
+            raise
+        hits += stats.num_hit_tokens
+        preemptions += stats.num_preemptions
+    # The traces are worth running only while they reach what they are about.
+    assert hits > 10 * TRIALS / SHARDS
+    assert preemptions > 0.2 * TRIALS / SHARDS
+
+
+@settings(
+    max_examples=60,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(st.randoms(use_true_random=False), st.integers(1, 5))
+def test_traces_that_shrink(random: Random, num_requests: int):
+    Trial(random).run(num_requests)
