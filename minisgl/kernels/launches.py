@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from minisgl.kernels.activation.portable import silu_and_mul_portable
+from minisgl.kernels.advance.portable import advance_rows_portable, prepare_inputs_portable
 from minisgl.kernels.attention.portable import attention_portable
 from minisgl.kernels.decode.portable import decode_portable
 from minisgl.kernels.kv_copy.portable import copy_pages_portable, write_kv_portable
@@ -18,6 +19,9 @@ from minisgl.kernels.merge.portable import merge_portable
 from minisgl.kernels.qkv_prepare.portable import qkv_prepare_portable
 from minisgl.kernels.rmsnorm.portable import rmsnorm_portable
 from minisgl.kernels.rotary.portable import rotary_portable
+from minisgl.kernels.sampling import PARAM_WORDS
+from minisgl.kernels.sampling.logits import adjust_logits_portable, mask_logits_portable
+from minisgl.kernels.sampling.portable import sample_portable
 
 BF16 = torch.bfloat16
 TOKENS = 48  # any size; no kernel depends on it
@@ -187,9 +191,62 @@ def _attention() -> Iterator[Launch]:
     yield Launch("decode-width4 gqa4-d128-page16", decode_portable, drafts, ("load128",))
 
 
+def _sampling() -> Iterator[Launch]:
+    count, vocab, table_rows = 256, 151936, 320
+    rows = {"rows": ints(count), "positions": empty(count, dtype=torch.int64)}
+    logits = empty(count, vocab, dtype=torch.float32)
+    params = ints(table_rows, PARAM_WORDS)
+    sampled = {"logits": logits, **rows, "params": params}
+    yield Launch("sample", sample_portable, sampled)
+    adjusted = sampled | {
+        "bias_ids": ints(table_rows, 1024),
+        "bias_values": empty(table_rows, 1024, dtype=torch.float32),
+        "counts": ints(table_rows, vocab),
+        "drafts": ints(count, 4),
+    }
+    yield Launch("adjust_logits", adjust_logits_portable, adjusted)
+    masked = {"logits": logits, "indices": ints(count), "bits": ints(count, vocab // 32)}
+    yield Launch("mask_logits", mask_logits_portable, masked)
+
+
+def _advance() -> Iterator[Launch]:
+    tokens, count, table_rows = 512, 256, 320
+    prepared = {
+        "input_ids": ints(tokens),
+        "positions": empty(tokens, dtype=torch.int64),
+        "slot_mapping": empty(tokens, dtype=torch.int64),
+        "seq_lens": ints(count),
+        "token_ids": ints(tokens),
+        "sequences": ints(tokens),
+        "offsets": ints(count + 1),
+        "rows": ints(count),
+        "starts": ints(count),
+        "num_tokens": ints(count),
+        "last": ints(table_rows),
+        "lengths": ints(table_rows),
+        "page_table": ints(table_rows, 512),
+        "page_size": 16,
+    }
+    yield Launch("prepare_inputs", prepare_inputs_portable, prepared)
+    advanced = {
+        "tokens": ints(tokens),
+        "first": ints(count),
+        "rows": ints(count),
+        "drafts": ints(count, 4),
+        "positions": empty(tokens, dtype=torch.int64),
+        "last": ints(table_rows),
+        "lengths": ints(table_rows),
+        "counts": ints(table_rows, 151936),
+        "counted": ints(table_rows),
+    }
+    yield Launch("advance_rows", advance_rows_portable, advanced)
+
+
 def launches() -> Iterator[Launch]:
     """Everything the compile gate covers."""
     for model in (MODELS[0], MODELS[2]):
         yield from _rowwise(model)
     yield from _heads(MODELS[0])
     yield from _attention()
+    yield from _sampling()
+    yield from _advance()

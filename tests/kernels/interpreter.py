@@ -112,7 +112,8 @@ def _repair_conversions(builder: type) -> None:
                 if dtype.scalar != tl.bfloat16:
                     return original(self, as_float32(source), dtype, *args)
                 source = original(self, source, tl.float32, *args)
-            data = source.data.astype(interpreter._get_np_dtype(dtype))
+            with np.errstate(invalid="ignore"):  # NaN to an integer, where a mask discards it
+                data = source.data.astype(interpreter._get_np_dtype(dtype))
             if dtype.scalar == tl.bfloat16 and not is_bf16(source):
                 data = round_bf16(data)
             return Handle(data, dtype.scalar)

@@ -266,12 +266,14 @@ def _mask_case(label: str, count: int, vocab: int) -> Case:
 
 _CPU = "minisgl.kernels.sampling.cpu:"
 _TORCH = "minisgl.kernels.sampling:"
+_TRITON = "minisgl.kernels.sampling."
 
 adjust_logits = Op(
     "adjust_logits",
     adjust_logits_reference,
     implementations=[
         Implementation("cpu", "cpu", _CPU + "adjust_logits_cpu"),
+        Implementation("portable", "cuda", _TRITON + "logits:adjust_logits_portable"),
         Implementation("torch", "cuda", _TORCH + "adjust_logits_reference"),
     ],
     cases=(_adjust_case("plain", 5, 130, 0), _adjust_case("drafts", 3, 257, 3)),
@@ -280,7 +282,10 @@ adjust_logits = Op(
 mask_logits = Op(
     "mask_logits",
     mask_logits_reference,
-    implementations=[Implementation("torch", "cuda", _TORCH + "mask_logits_reference")],
+    implementations=[
+        Implementation("portable", "cuda", _TRITON + "logits:mask_logits_portable"),
+        Implementation("torch", "cuda", _TORCH + "mask_logits_reference"),
+    ],
     cases=(_mask_case("V64", 4, 64), _mask_case("V131", 7, 131)),
     cost=_mask_cost,
 )
@@ -289,6 +294,7 @@ sample = Op(
     sample_reference,
     implementations=[
         Implementation("cpu", "cpu", _CPU + "sample_cpu"),
+        Implementation("portable", "cuda", _TRITON + "portable:sample_portable"),
         Implementation("torch", "cuda", _TORCH + "sample_reference"),
     ],
     cases=(
