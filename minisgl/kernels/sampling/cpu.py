@@ -1,6 +1,6 @@
-"""Sampling on CPU: what is off costs nothing, and noise is drawn only where it can win.
+"""Sampling on CPU: csrc/cpu/sampling_ops.cpp, and its twin in PyTorch and numpy.
 
-A CPU implementation may look at its data. Parameters are read through numpy, rows are split into
+What is off costs nothing, and noise is drawn only where it can win. A CPU implementation may look at its data. Parameters are read through numpy, rows are split into
 greedy, filtered and plain ones, filters find their thresholds from the largest few values where
 those suffice, and noise is computed for the kept candidates alone. Results equal the reference's.
 """
@@ -8,6 +8,7 @@ those suffice, and noise is computed for the kept candidates alone. Results equa
 import numpy as np
 import torch
 
+from minisgl import csrc
 from minisgl.kernels.sampling import (
     PARAMS,
     SEEN_IN_PROMPT,
@@ -60,6 +61,20 @@ def _penalize(x: np.ndarray, counts: np.ndarray, drafts: np.ndarray, p: np.void)
 def sample_cpu(
     logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, params: torch.Tensor
 ) -> torch.Tensor:
+    native = csrc.load("sampling_ops")
+    if native is None:
+        return sample_twin(logits, rows, positions, params)
+    logits, positions = logits.contiguous(), positions.contiguous()
+    tokens = torch.empty(logits.shape[0], dtype=torch.int32)
+    tensors = (rows, positions, params, tokens)
+    native.sample(logits.data_ptr(), *logits.shape, *(tensor.data_ptr() for tensor in tensors))
+    return tokens
+
+
+def sample_twin(
+    logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, params: torch.Tensor
+) -> torch.Tensor:
+    """The same without the native module."""
     p = _records(params)[rows.numpy()]
     vocab = logits.shape[1]
     greedy = p["temperature"] == 0

@@ -38,14 +38,14 @@ def penalize_kernel(
         at = logits_ptr + n.to(tl.int64) * stride + ids
         x = tl.load(at, mask=ok, other=0.0)
         held = tl.load(counts_ptr + row * counts_stride + ids, mask=ok, other=0)
-        output = held & (_SEEN - 1)
-        for j in range(K):
-            output += (ids == tl.load(drafts_ptr + n * K + j)).to(tl.int32)
+        output = (held & (_SEEN - 1)).to(tl.float32)
+        for j in tl.static_range(K):  # integers here would be summed through the stack
+            output += tl.where(ids == tl.load(drafts_ptr + n * K + j), 1.0, 0.0)
         factor = float_word(record, REPETITION)
-        seen = (output > 0) | (held >= _SEEN)
+        seen = (output > 0.0) | (held >= _SEEN)
         x = tl.where(seen, tl.where(x > 0.0, x / factor, x * factor), x)
-        x -= float_word(record, FREQUENCY) * output.to(tl.float32)
-        x -= tl.where(output > 0, float_word(record, PRESENCE), 0.0)
+        x -= float_word(record, FREQUENCY) * output
+        x -= tl.where(output > 0.0, float_word(record, PRESENCE), 0.0)
         tl.store(at, x, mask=ok)
 
 
