@@ -1,0 +1,183 @@
+"""The trainer's parts: its model against transformers, its corpus, its batches, its optimizer."""
+
+import json
+import random
+import re
+from functools import cache
+from itertools import pairwise
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from tools.train_tiny import batches, corpus, generate, knowledge, model, stories, tasks
+from tools.train_tiny import optimizer as optim
+from tools.train_tiny import tokenizer as tokenizers_
+
+SMALL = model.Config(
+    vocab_size=61,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+)
+
+
+def random_model(config: model.Config = SMALL, seed: int = 0) -> model.Qwen3:
+    generator = torch.Generator().manual_seed(seed)
+    net = model.Qwen3(config)
+    for weight in net.parameters():
+        scale = 1.0 if weight.dim() == 1 else weight.shape[1] ** -0.5
+        torch.nn.init.normal_(weight, 1.0 if weight.dim() == 1 else 0.0, scale, generator)
+    return net.eval()
+
+
+@cache
+def small_tokenizer() -> Tokenizer:
+    return tokenizers_.train(seed=3, documents=1500)
+
+
+def test_model_equals_transformers(tmp_path) -> None:
+    transformers = pytest.importorskip("transformers")
+    ours = random_model()
+    model.save(ours, tmp_path, eos=[2, 0], pad=0)
+    reloaded = model.load(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager"
+    )
+    ids = torch.randint(0, 61, (3, 37), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        torch.testing.assert_close(reloaded(ids), theirs(ids).logits, atol=1e-4, rtol=0)
+
+
+@torch.inference_mode()
+def test_cached_steps_equal_one_pass() -> None:
+    net = random_model()
+    ids = torch.randint(0, 61, (2, 19), generator=torch.Generator().manual_seed(2))
+    whole, _ = net.hidden(ids)
+    hidden, cache_ = net.hidden(ids[:, :7])
+    parts = [hidden]
+    for at in range(7, 19):
+        hidden, cache_ = net.hidden(ids[:, at : at + 1], cache_)
+        parts.append(hidden)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_model_agrees_with_itself_and_sampling_is_keyed() -> None:
+    net = random_model()
+    prompts = [[5, 6, 7], [8, 9], [5, 6, 8], [11]]
+    for sampling in (generate.GREEDY, generate.Sampling(1, seed=4)):
+        outputs = generate.generate(net, prompts, 20, [2], sampling)
+        for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+            assert all(generate.agreement(net, prompt, output, i, sampling))
+        again = generate.generate(net, prompts, 20, [2], sampling, batch=1)
+        assert again == outputs
+    other = generate.generate(net, prompts, 20, [2], generate.Sampling(1, seed=5))
+    assert other != outputs
+
+
+def test_gumbel_noise_samples_the_softmax() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    drawn = (generate.Sampling(1).noise(0, 40_000, 4) + logits).argmax(dim=-1).bincount()
+    torch.testing.assert_close(drawn / 40_000, logits.softmax(-1), atol=0.01, rtol=0)
+
+
+def test_orthogonalised_has_singular_values_near_one() -> None:
+    matrices = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(optim.orthogonalised(matrices))
+    assert float(values.min()) > 0.6
+    assert float(values.max()) < 1.3
+
+
+def test_corpus_is_seeded() -> None:
+    first, second, other = (
+        [corpus.sample(random.Random(seed)).text for _ in range(5)] for seed in (1, 1, 2)
+    )
+    assert first == second != other
+
+
+def test_every_answer_holds_its_key() -> None:
+    for held_out in (False, True):
+        for fact in knowledge.questions(held_out):
+            assert fact
+            assert all(q.key.lower() in q.answer.lower() for q in fact)
+
+
+def test_held_out_patterns_are_not_trained() -> None:
+    trained = {q.text.lower() for fact in knowledge.questions(False) for q in fact}
+    asked = knowledge.held_out_questions(200, seed=0)
+    assert len(asked) == 200
+    assert not trained & {q.text.lower() for q in asked}
+    for words in (knowledge.PATTERNS, tasks.WORDS):
+        for name in words:
+            if name.startswith("held_out_"):
+                assert not set(words[name]) & set(words[name.removeprefix("held_out_")])
+
+
+def test_one_question_has_one_answer() -> None:
+    answers: dict[str, str] = {}
+    for fact in knowledge.questions(False) + knowledge.questions(True):
+        for q in fact:
+            assert answers.setdefault(q.text.lower(), q.answer) == q.answer, q.text
+
+
+def test_worked_sums_are_right() -> None:
+    for a in range(100):
+        for b in range(100):
+            steps = re.findall(r"([\d+ ]+) = (\d+)", tasks.worked_sum(a, b))
+            sums = [sum(map(int, terms.split("+"))) for terms, _ in steps]
+            assert sums == [int(total) for _, total in steps]
+            assert steps[-1] == (f" {a} + {b}", str(a + b))
+
+
+def test_held_out_pairs_are_about_a_tenth_and_never_trained() -> None:
+    share = sum(tasks.is_held_out_pair(a, b) for a in range(100) for b in range(100)) / 10_000
+    assert 0.08 < share < 0.12
+    rng = random.Random(0)
+    for _ in range(2000):
+        numbers = re.findall(r"(\d+) \+ (\d+) = \d+\.$", tasks.addition(rng)[1])
+        assert not tasks.is_held_out_pair(*map(int, numbers[0]))
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_extractions_name_their_values(held_out: bool) -> None:
+    rng = random.Random(7)
+    for _ in range(500):
+        e = tasks.extraction(rng, held_out)
+        assert json.loads(e.answer) == e.values
+        assert all(key in e.request and str(value) in e.request for key, value in e.values.items())
+
+
+def test_a_story_goes_on_without_repeating_a_scene_at_once() -> None:
+    paragraphs = stories.plain_story(random.Random(0), 300).split("\n\n")
+    assert len(paragraphs) == 302
+    assert "The end" not in "".join(paragraphs)
+    assert not re.search(r"[{}]", "".join(paragraphs))
+    assert all(a != b for a, b in pairwise(paragraphs))
+
+
+def test_loss_falls_on_answers_only() -> None:
+    tok = small_tokenizer()
+    messages = [corpus.Message("user", "Hello"), corpus.Message("assistant", "Hi 7.")]
+    ids, weights = batches.encode(corpus.chat("any", messages), tok, context=64)
+    learnt = [i for i, w in zip(ids, weights, strict=True) if w == 1.0]
+    assert tok.decode(learnt, skip_special_tokens=False) == f"Hi 7.{corpus.END}"
+    assert {w for w in weights if w != 1.0} == {0.0, 0.3}
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_step_batches_hold_whole_documents(long: bool) -> None:
+    group = batches.step_batches(0, 3, 2048, small_tokenizer(), context=200, long=long)
+    assert sum(int((b.ids > 0).sum()) for b in group) >= 2000
+    for batch in group:
+        assert batch.weights.shape == (batch.ids.shape[0], batch.ids.shape[1] - 1)
+        assert batch.ids.shape[1] <= 201
+        for ids, weights in zip(batch.ids[:, 1:], batch.weights, strict=True):
+            length = int(ids.nonzero().max()) + 2  # padding and the end of a document are both 0
+            assert not weights[length:].any()
+    again = batches.step_batches(0, 3, 2048, small_tokenizer(), context=200, long=long)
+    assert all(torch.equal(a.ids, b.ids) for a, b in zip(group, again, strict=True))
