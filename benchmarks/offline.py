@@ -12,6 +12,7 @@ timed. The last line is JSON.
 
 import argparse
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -142,6 +143,7 @@ def run_in_turns(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
 
 
 def report(args: argparse.Namespace) -> None:
+    load = os.getloadavg()[0]  # a busy machine's figures mean little
     rounds = run_in_turns(args)
     speeds = {
         engine: statistics.median(r["output"] / r["seconds"] for r in results)
@@ -150,6 +152,7 @@ def report(args: argparse.Namespace) -> None:
     first = rounds[args.engine[0]][0]
     print(f"{args.num_requests} requests, {first['prompt']:.0f} prompt tokens, ", end="")
     print(f"{first['output']:.0f} output tokens, median of {args.rounds} round(s)")
+    print(f"before it, {load:.1f} tasks wanted the {os.cpu_count()} cores")
     for engine, speed in speeds.items():
         total = speed * (1 + first["prompt"] / first["output"])
         print(f"{engine:<14}{speed:>10.1f} output tok/s{total:>12.1f} tok/s with prompts")
@@ -157,6 +160,7 @@ def report(args: argparse.Namespace) -> None:
         "benchmark": "offline",
         "model": args.shape or args.model or "bundled",
         "requests": args.num_requests,
+        "load_before": round(load, 1),
         "output_tokens_per_second": {name: round(speed, 2) for name, speed in speeds.items()},
     }
     if len(speeds) == 2:

@@ -10,6 +10,7 @@ caches, is shown apart. The last line is JSON.
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -55,6 +56,7 @@ def main() -> None:
     if args.born is not None:
         child(args.model, args.born)
         return
+    load = os.getloadavg()[0]  # a busy machine's figures mean little
     first = run_once(args.model)
     rounds = [run_once(args.model) for _ in range(args.rounds)] or [first]
     columns = zip(*(r["seconds"] for r in rounds), strict=True)
@@ -65,6 +67,7 @@ def main() -> None:
         print(f"{stage:<20}{cold:>10.2f}{warm:>11.2f}")
     print(f"{'to the first token':<20}{sum(first['seconds']):>10.2f}{total:>11.2f}")
     print(f"peak memory {peak:.0f} MB, torch {first['torch']}, {args.rounds} rounds")
+    print(f"before it, {load:.1f} tasks wanted the {os.cpu_count()} cores")
     stages = dict(zip(STAGES, (round(s, 3) for s in median), strict=True))
     print(
         json.dumps(
@@ -74,6 +77,7 @@ def main() -> None:
                 "seconds": round(total, 3),
                 "first_seconds": round(sum(first["seconds"]), 3),
                 "stages": stages,
+                "load_before": round(load, 1),
                 "peak_mb": round(peak, 1),
             }
         )

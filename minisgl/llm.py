@@ -149,6 +149,14 @@ class _Edge:
             return cls(Tokenizer.from_directory(directory))
         return cls(_NoTokenizer(info.model_path))
 
+    def chat_prompts(
+        self, messages: Conversation | Sequence[Conversation], options: Mapping[str, Any]
+    ) -> tuple[list[list[int]], bool]:
+        """The conversations as token ids, and whether there was but one: a list of messages."""
+        single = not messages or isinstance(messages[0], Mapping)
+        conversations = cast(Sequence[Conversation], [messages] if single else messages)
+        return [self.tokenizer.encode_chat(each, **options) for each in conversations], single
+
     def collector(self, prompt: Prompt, params: SamplingParams) -> _Collector:
         text = prompt if isinstance(prompt, str) else None
         if isinstance(prompt, str):
@@ -287,10 +295,7 @@ class LLM:
 
         `template_options` (`tools`, ...) go to the model's chat template. Otherwise as `generate`.
         """
-        single = not messages or isinstance(messages[0], Mapping)
-        conversations = cast(Sequence[Conversation], [messages] if single else messages)
-        encode = self.tokenizer.encode_chat
-        prompts = [encode(each, **template_options) for each in conversations]
+        prompts, single = self._edge.chat_prompts(messages, template_options)
         outputs = self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
         return outputs[0] if single else outputs
 
@@ -404,6 +409,18 @@ class AsyncLLM:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        return outputs[0] if single else outputs
+
+    async def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: Params = None,
+        **template_options: Any,
+    ) -> RequestOutput | list[RequestOutput]:
+        """As `LLM.chat`."""
+        _, edge = await self._connected()
+        prompts, single = edge.chat_prompts(messages, template_options)
+        outputs = await self.generate(prompts, sampling_params)
         return outputs[0] if single else outputs
 
     async def stream(

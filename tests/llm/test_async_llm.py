@@ -20,6 +20,8 @@ def test_it_answers_as_llm_does(model_directory: Path):
     with LLM(model_directory, **OPTIONS) as llm:
         greedy = llm.generate(prompts, GREEDY, use_tqdm=False)
         sampled = llm.generate("sampled", seeded, use_tqdm=False)
+        chat = [{"role": "user", "content": "hello"}]
+        answer = llm.chat(chat, GREEDY, use_tqdm=False)
     stop = next(c for c in greedy[0].text[2:] if c != "\ufffd")
 
     async def scene() -> None:
@@ -34,6 +36,7 @@ def test_it_answers_as_llm_does(model_directory: Path):
             assert [c.text for c in single.outputs] == [c.text for c in sampled.outputs]
             assert {c.text for c in cut.outputs} == {greedy[0].text[: greedy[0].text.index(stop)]}
             assert {c.finish_reason for c in cut.outputs} == {"stop"}
+            assert (await llm.chat(chat, GREEDY)).text == answer.text
             pieces = [piece async for piece in llm.stream("one", GREEDY)]
             assert "".join(pieces) == greedy[0].text
             async with aclosing(llm.stream("one", replace(GREEDY, max_tokens=200))) as left:
