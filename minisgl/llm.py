@@ -247,7 +247,7 @@ class LLM:
         return self._engine.stats()
 
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap]
         self,
         prompts: Prompt,
         sampling_params: SamplingParams | None = None,
@@ -386,7 +386,7 @@ class AsyncLLM:
         return client.info
 
     @overload
-    async def generate(
+    async def generate(  # type: ignore[overload-overlap]
         self, prompts: Prompt, sampling_params: SamplingParams | None = None
     ) -> RequestOutput: ...
     @overload

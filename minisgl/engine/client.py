@@ -9,6 +9,7 @@ import contextlib
 import queue
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable
 from typing import Literal, Protocol
 
@@ -68,6 +69,7 @@ class EngineClient(Protocol):
     def submit(self, request: Request) -> AsyncGenerator[Delta, None]:
         """Send `request` at the first iteration; yield the news of all its choices as it comes.
 
+        Its id must be new: late news of an earlier request would be taken for this one's.
         Ends when every choice has finished or been aborted. Closing the generator early (or
         cancelling its consumer) aborts the request. Raises ValueError when the engine refuses the
         request, EngineDeadError when there is no engine to take it; an engine that fails later
@@ -97,7 +99,7 @@ class _Stream:
         self.queue: asyncio.Queue[Delta | Rejected | None] = asyncio.Queue()
 
 
-class _Client:
+class _Client(ABC):
     """What both clients share: the state of the engine and the routing of its messages."""
 
     def __init__(self, watchdog_timeout: float) -> None:
@@ -110,8 +112,9 @@ class _Client:
         self._last: Status | None = None
         self._heard = time.monotonic()
 
+    @abstractmethod
     def _send(self, message: ToEngine) -> None:
-        raise TypeError(f"{type(self).__name__} does not say how messages are sent")
+        """Post a message; it is lost if the engine has gone."""
 
     @property
     def info(self) -> EngineInfo:

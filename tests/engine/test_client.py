@@ -96,7 +96,6 @@ def test_a_refusal_is_a_value_error_with_the_numbers(kind):
             with pytest.raises(ValueError, match="'twice' is already in use"):
                 await collect(client, Request("twice", [1], FOREVER))
             await stream.aclose()
-            assert len(await collect(client, Request("twice", [1], SamplingParams(max_tokens=2))))
 
     play(scene())
 
@@ -253,7 +252,9 @@ def test_a_long_step_is_not_a_stuck_loop_but_a_longer_one_is(kind):
 
 
 def test_a_long_first_step_after_idleness_is_not_a_stuck_loop(monkeypatch):
-    monkeypatch.setattr("minisgl.engine.client.SILENCE_WHEN_IDLE", 1.8)
+    monkeypatch.setattr("minisgl.engine.client.SILENCE_WHEN_IDLE", 2.0)
+    monkeypatch.setattr("minisgl.engine.loop.IDLE_HEARTBEAT", 0.1)
+    monkeypatch.setattr("minisgl.engine.loop.HEARTBEAT", 0.1)
 
     async def scene():
         async with open_client("thread", "seconds=3.0") as client:
