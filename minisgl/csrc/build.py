@@ -42,6 +42,7 @@ class Module:
     kind: Literal["cpu", "cuda"]
     sources: tuple[str, ...]  # relative to csrc/
     twin: str
+    openmp: bool = False  # the same runtime as torch's, whose threads are then shared
 
 
 MODULES = (
@@ -50,6 +51,20 @@ MODULES = (
         kind="cpu",
         sources=("cpu/core_ops.cpp",),
         twin="token runs are compared in numpy, which makes matching a cached prefix slower",
+    ),
+    Module(
+        name="model_ops",
+        kind="cpu",
+        sources=("cpu/model_ops.cpp",),
+        twin="models on the CPU run on PyTorch's operators, which makes them several times slower",
+        openmp=True,
+    ),
+    Module(
+        name="sampling_ops",
+        kind="cpu",
+        sources=("cpu/sampling_ops.cpp",),
+        twin="tokens are drawn in PyTorch and numpy, which takes ten times longer",
+        openmp=True,
     ),
 )
 
@@ -73,10 +88,14 @@ class Target:
     @property
     def flags(self) -> list[str]:
         if self.module.kind == "cpu":
-            hidden = ["-fPIC", "-fvisibility=hidden"]
-            return ["-std=c++20", "-O3", "-march=native", "-Wall", "-Wextra", *hidden]
+            extra = ["-fPIC", "-fvisibility=hidden", *self.link_flags]
+            return ["-std=c++20", "-O3", "-march=native", "-Wall", "-Wextra", *extra]
         gencode = f"-gencode=arch=compute_{self.arch},code=sm_{self.arch}"
         return ["-std=c++20", "-O3", gencode, "-Xcompiler=-fPIC,-fvisibility=hidden"]
+
+    @property
+    def link_flags(self) -> list[str]:
+        return ["-fopenmp"] if self.module.openmp else []
 
     @property
     def library(self) -> Path:
@@ -136,7 +155,7 @@ class Target:
         # The library appears under its name in one step, whatever interrupts the link.
         lines = [
             f"compile = {_ninja_words([compiler, *self.flags, *includes])}",
-            f"link = {_ninja_words([compiler, '-shared'])}",
+            f"link = {_ninja_words([compiler, '-shared', *self.link_flags])}",
             "rule compile",
             "  command = $compile -c $in -o $out",
             "rule link",

@@ -8,11 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minisgl import csrc
 from minisgl.core.batch import RowSetup
 from minisgl.core.request import SamplingParams
 from minisgl.device import CpuDevice
-from minisgl.kernels.op import Op
 from minisgl.kernels.sampling import SEEN_IN_PROMPT, adjust_logits, make_params, mask_logits, sample
+from minisgl.kernels.sampling.cpu import sample_cpu, sample_twin
 from minisgl.kernels.sampling.noise import gumbel, hash_ids, position_keys, row_key
 from minisgl.runtime.rows import HostRows, RowBuffers
 from tests.runtime import oracle
@@ -22,11 +23,11 @@ EOS = (2, 5)
 INT = torch.int32
 
 
-def functions(op: Op):
-    return [pytest.param(op.reference, id="reference"), pytest.param(op.choose(CPU), id="cpu")]
-
-
 CPU = torch.device("cpu")
+NATIVE = csrc.load("sampling_ops", wait=True)
+DRAWS = [pytest.param(sample.reference, id="reference"), pytest.param(sample_twin, id="twin")]
+if NATIVE is not None:
+    DRAWS.append(pytest.param(sample_cpu, id="native"))
 
 
 class Table:
@@ -77,7 +78,7 @@ any_params = st.builds(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.lists(any_params, min_size=1, max_size=5), st.data())
 def test_a_token_is_what_the_oracle_draws(params: list[SamplingParams], data: st.DataObject):
     generator = np.random.default_rng(data.draw(st.integers(0, 2**32)))
@@ -99,7 +100,7 @@ def test_a_token_is_what_the_oracle_draws(params: list[SamplingParams], data: st
             done = output[row] + (drafts if n == len(params) else [])
             want = oracle.adjusted(logits[n].numpy(), params[row], prompt[row], done, EOS)
             assert np.allclose(got[n].numpy(), want, rtol=1e-5, atol=1e-5)
-            for draw in (sample.reference, sample.choose(CPU)):
+            for draw in (sample.reference, sample_twin, sample_cpu):
                 choice = row % 3
                 token = draw(
                     got[n : n + 1], rows[n : n + 1], positions[n : n + 1], params_of(table)
@@ -115,7 +116,7 @@ def params_of(table: Table) -> torch.Tensor:
     return table.rows.params
 
 
-@pytest.mark.parametrize("draw", functions(sample))
+@pytest.mark.parametrize("draw", DRAWS)
 def test_a_row_is_drawn_alike_in_any_batch(draw):
     generator = torch.Generator().manual_seed(3)
     count = 23
@@ -189,7 +190,8 @@ STATISTICS = [
 
 @pytest.mark.parametrize("fields", STATISTICS)
 @pytest.mark.parametrize("vary", ["seed", "position"])
-def test_draws_follow_the_exact_distribution(fields: dict[str, float], vary: str):
+@pytest.mark.parametrize("draw", DRAWS[-1:])
+def test_draws_follow_the_exact_distribution(fields: dict[str, float], vary: str, draw):
     """Over seeds at one position, and over the positions of one seed."""
     draws = 40_000
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(5)) * 2
@@ -197,7 +199,7 @@ def test_draws_follow_the_exact_distribution(fields: dict[str, float], vary: str
     table = make_params(draws if vary == "seed" else 1, **fields)
     rows = torch.arange(draws, dtype=INT) if vary == "seed" else torch.zeros(draws, dtype=INT)
     positions = torch.full((draws,), 9) if vary == "seed" else torch.arange(draws)
-    tokens = sample(logits.expand(draws, -1), rows, positions, table)
+    tokens = draw(logits.expand(draws, -1), rows, positions, table)
     counts = np.bincount(tokens.numpy(), minlength=VOCAB)
     assert not counts[wanted == 0].any()
     assert abs(chi_square(counts[wanted > 0], draws * wanted[wanted > 0])) < 4.5
@@ -237,14 +239,39 @@ def test_greedy_takes_the_lowest_id_of_equals():
     assert sample(logits, rows, torch.zeros(2, dtype=torch.int64), table).tolist() == [0, 4]
 
 
-def test_top_p_looks_past_the_few_largest():
-    """A flat distribution needs most of a vocabulary larger than what is looked at first."""
-    vocab, draws = 3000, 6
-    logits = torch.randn(draws, vocab, generator=torch.Generator().manual_seed(2)) * 0.1
-    table = make_params(draws, top_p=np.linspace(0.05, 0.99, draws))
-    rows, positions = torch.arange(draws, dtype=INT), torch.arange(draws)
-    fast = sample(logits, rows, positions, table)
-    assert torch.equal(fast, sample.reference(logits, rows, positions, table))
+SHAPES = [
+    pytest.param({}, id="plain"),
+    pytest.param({"top_p": np.linspace(0.05, 0.999, 12)}, id="top-p"),
+    pytest.param({"top_k": np.arange(12) * 250 + 1}, id="top-k"),
+    pytest.param({"min_p": np.geomspace(1e-9, 1.0, 12)}, id="min-p"),
+    pytest.param({"top_k": 400, "top_p": np.linspace(0.2, 1.0, 12), "min_p": 1e-3}, id="all"),
+]
+
+
+@pytest.mark.parametrize("draw", DRAWS[1:])
+@pytest.mark.parametrize("fields", SHAPES)
+@pytest.mark.parametrize("spread", [0.1, 3.0, 12.0])
+def test_thresholds_wherever_they_lie(draw, fields, spread):
+    """Flat and peaked distributions: many or few values hold the mass, shortcuts suffice or not."""
+    vocab, draws = 3001, 12
+    logits = torch.randn(draws, vocab, generator=torch.Generator().manual_seed(2)) * spread
+    logits[:, ::5] = -math.inf
+    table = make_params(draws, temperature=np.tile([1.0, 0.6, 2.5], 4), **fields)
+    rows = torch.arange(draws, dtype=INT)
+    for position in range(8):
+        positions = torch.full((draws,), position)
+        wanted = sample.reference(logits, rows, positions, table)
+        assert torch.equal(draw(logits, rows, positions, table), wanted)
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_rows_with_nothing_allowed_give_the_first_id(draw):
+    logits = torch.full((3, 40), -math.inf)
+    table = make_params(3, temperature=np.array([0.0, 1.0, 1.0]), top_k=np.array([0, 0, 5]))
+    rows, positions = torch.arange(3, dtype=INT), torch.zeros(3, dtype=torch.int64)
+    assert draw(logits, rows, positions, table).tolist() == [0, 0, 0]
+    logits[:, 23] = -50.0
+    assert draw(logits, rows, positions, table).tolist() == [23, 23, 23]
 
 
 @settings(max_examples=30)

@@ -1,8 +1,9 @@
 """Sampling on CPU: csrc/cpu/sampling_ops.cpp, and its twin in PyTorch and numpy.
 
-What is off costs nothing, and noise is drawn only where it can win. A CPU implementation may look at its data. Parameters are read through numpy, rows are split into
-greedy, filtered and plain ones, filters find their thresholds from the largest few values where
-those suffice, and noise is computed for the kept candidates alone. Results equal the reference's.
+What is off costs nothing, and noise is drawn only where it can win. A CPU implementation may look
+at its data: the twin reads parameters through numpy, splits rows into greedy, filtered and plain
+ones, finds thresholds among the largest few values where those suffice, and computes noise for
+the kept candidates alone. Results equal the reference's, to the rounding of exp and log.
 """
 
 import numpy as np
