@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from minisgl.kernels.linear import linear
 from minisgl.layers.weights import Placement, Weight
 
 
@@ -42,5 +43,5 @@ class VocabTable:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [N, hidden]. Returns [N, vocab] fp32 on every rank."""
-        logits = F.linear(hidden, self.weight).float()
+        logits = linear(hidden, self.weight, wide=True)
         return self.comm.all_gather(logits)[:, : self.vocab_size]

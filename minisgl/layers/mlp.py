@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 
 from minisgl.kernels.activation import gelu_tanh_and_mul, silu_and_mul
+from minisgl.kernels.linear import linear
 from minisgl.kernels.moe import moe_experts, moe_route
 from minisgl.layers.linear import ColumnLinear, Part, RowLinear
 from minisgl.layers.weights import Placement, Weight
@@ -78,6 +78,6 @@ class Moe:
             yield Weight(f"{name}.down_proj.weight", down, by_columns, 1, self.start)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        weights, ids = moe_route(F.linear(x, self.router), self.top_k, self.renormalize)
+        weights, ids = moe_route(linear(x, self.router), self.top_k, self.renormalize)
         y = moe_experts(x, self.gate_up, self.down, weights, ids, self.activation)
         return self.comm.all_reduce(y)

@@ -48,7 +48,8 @@ silu_and_mul = Op(
     implementations=[
         Implementation(
             "portable", "cuda", "minisgl.kernels.activation.portable:silu_and_mul_portable"
-        )
+        ),
+        Implementation("cpu", "cpu", "minisgl.kernels.activation.cpu:silu_and_mul_cpu"),
     ],
     cases=CASES,
     cost=activation_cost,
@@ -59,7 +60,8 @@ gelu_tanh_and_mul = Op(
     implementations=[
         Implementation(
             "portable", "cuda", "minisgl.kernels.activation.portable:gelu_tanh_and_mul_portable"
-        )
+        ),
+        Implementation("cpu", "cpu", "minisgl.kernels.activation.cpu:gelu_tanh_and_mul_cpu"),
     ],
     cases=CASES,
     cost=activation_cost,

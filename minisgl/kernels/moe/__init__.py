@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from minisgl.kernels.activation import gelu_tanh_and_mul_reference, silu_and_mul_reference
-from minisgl.kernels.op import Case, Cost, Op
+from minisgl.kernels.op import Case, Cost, Implementation, Op
 
 ACTIVATIONS = {"silu": silu_and_mul_reference, "gelu_tanh": gelu_tanh_and_mul_reference}
 
@@ -51,7 +51,7 @@ def moe_experts_reference(
     flat = ids.flatten().long()
     order = torch.argsort(flat, stable=True)
     chosen, counts = torch.unique_consecutive(flat[order], return_counts=True)
-    output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    output = torch.zeros_like(x).float()
     start = 0
     for expert, count in zip(chosen.tolist(), counts.tolist(), strict=True):
         pairs = order[start : start + count]
@@ -143,5 +143,22 @@ EXPERTS_CASES = (
     _experts_case(9, 8, 4, 64, 32, foreign=True),
 )
 
-moe_route = Op("moe_route", moe_route_reference, cases=ROUTE_CASES, cost=moe_route_cost)
-moe_experts = Op("moe_experts", moe_experts_reference, cases=EXPERTS_CASES, cost=moe_experts_cost)
+moe_route = Op(
+    "moe_route",
+    moe_route_reference,
+    implementations=[
+        Implementation("portable", "cuda", "minisgl.kernels.moe.portable:moe_route_portable")
+    ],
+    cases=ROUTE_CASES,
+    cost=moe_route_cost,
+)
+moe_experts = Op(
+    "moe_experts",
+    moe_experts_reference,
+    implementations=[
+        Implementation("portable", "cuda", "minisgl.kernels.moe.portable:moe_experts_portable"),
+        Implementation("cpu", "cpu", "minisgl.kernels.moe.cpu:moe_experts_cpu"),
+    ],
+    cases=EXPERTS_CASES,
+    cost=moe_experts_cost,
+)

@@ -120,7 +120,8 @@ qkv_prepare = Op(
     implementations=[
         Implementation(
             "portable", "cuda", "minisgl.kernels.qkv_prepare.portable:qkv_prepare_portable"
-        )
+        ),
+        Implementation("cpu", "cpu", "minisgl.kernels.qkv_prepare.cpu:qkv_prepare_cpu"),
     ],
     cases=CASES,
     cost=qkv_prepare_cost,

@@ -88,7 +88,8 @@ rmsnorm = Op(
     "rmsnorm",
     rmsnorm_reference,
     implementations=[
-        Implementation("portable", "cuda", "minisgl.kernels.rmsnorm.portable:rmsnorm_portable")
+        Implementation("portable", "cuda", "minisgl.kernels.rmsnorm.portable:rmsnorm_portable"),
+        Implementation("cpu", "cpu", "minisgl.kernels.rmsnorm.cpu:rmsnorm_cpu"),
     ],
     cases=CASES,
     cost=rmsnorm_cost,

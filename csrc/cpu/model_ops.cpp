@@ -1,0 +1,480 @@
+// The decoder's ops on a CPU, in bf16 or fp32 with fp32 arithmetic. The Python twins are the
+// references of minisgl/kernels; the callers there check shapes. Tensors come as addresses.
+
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "vec.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = std::uintptr_t;
+using Index = std::int64_t;
+
+template <class T>
+T *at(Address address) {
+    return reinterpret_cast<T *>(address);
+}
+
+// Calls f(T{}) with the type that the tensors have.
+template <class F>
+void with_type(bool is_bf16, F f) {
+    if (is_bf16)
+        f(bf16{});
+    else
+        f(float{});
+}
+
+// May lie past the end of the array: nothing is read.
+template <class T>
+void prefetch(const T *base, Index offset) {
+    const Address address = reinterpret_cast<Address>(base) + Address(offset * Index(sizeof(T)));
+    __builtin_prefetch(reinterpret_cast<const void *>(address));
+}
+
+// ---------------------------------------------------------------------------------------------
+// y = x W^T + b. x is unpacked to fp32 once; each thread takes blocks of W's rows and holds
+// `MT x NT` sums in registers. A sum's order depends on nothing but the length of the rows, so a
+// token's result is the same in any batch.
+
+constexpr Index TILE_M = 6;
+
+template <class T, int MT, int NT>
+void tile(const float *x, Index x_stride, const T *w, Index w_stride, Index k, float *out) {
+    f32x16 sums[MT][NT] = {};
+    const auto add = [&](const float *from, const f32x16(&columns)[NT]) {
+        for (int m = 0; m < MT; ++m) {
+            const f32x16 row = load16(from + m * x_stride);
+            for (int n = 0; n < NT; ++n) sums[m][n] += row * columns[n];
+        }
+    };
+    for (Index i = 0; i < k; i += 32) {  // halves in turn: both at once do not fit the registers
+        f32x16 columns[NT];
+        for (int n = 0; n < NT; ++n) prefetch(w, (NT + n) * w_stride + i);
+        for (int n = 0; n < NT; ++n) columns[n] = load_first(w + n * w_stride + i);
+        add(x + i, columns);
+        for (int n = 0; n < NT; ++n) columns[n] = load_second(w + n * w_stride + i);
+        add(x + i + 16, columns);
+    }
+    for (int m = 0; m < MT; ++m) {
+        if constexpr (NT == 4)
+            sum4(sums[m], out + m * NT);
+        else
+            for (int n = 0; n < NT; ++n) out[m * NT + n] = sum(sums[m][n]);
+    }
+}
+
+template <class T, class Y>
+struct Linear {
+    const float *x;  // [m, padded k], unpacked half by half
+    const T *w;      // [n, k]
+    const T *bias;   // [n] or null
+    Y *y;            // [m, n]
+    Index m, n, k, x_stride;
+
+    // NT columns from `column`, all rows in [0, m).
+    template <int MT, int NT>
+    void rows(Index row, Index column, const T *w_tail) const {
+        float out[MT * NT];
+        const Index whole = k / 32 * 32;
+        tile<T, MT, NT>(x + row * x_stride, x_stride, w + column * k, k, whole, out);
+        if (whole < k) {
+            float rest[MT * NT];
+            tile<T, MT, NT>(x + row * x_stride + whole, x_stride, w_tail, 32, 32, rest);
+            for (int i = 0; i < MT * NT; ++i) out[i] += rest[i];
+        }
+        for (int i = 0; i < MT; ++i)
+            for (int j = 0; j < NT; ++j) {
+                const float b = bias ? to_float(bias[column + j]) : 0.0f;
+                store(y + (row + i) * n + column + j, out[i * NT + j] + b);
+            }
+    }
+
+    template <int NT>
+    void columns(Index row, Index count, Index column) const {
+        T w_tail[NT * 32] = {};  // the last k % 32 of each column's row, padded with zeros
+        const Index whole = k / 32 * 32;
+        if (whole < k)
+            for (int j = 0; j < NT; ++j)
+                std::copy(w + (column + j) * k + whole, w + (column + j + 1) * k, w_tail + j * 32);
+        switch (count) {
+            case 1: return rows<1, NT>(row, column, w_tail);
+            case 2: return rows<2, NT>(row, column, w_tail);
+            case 3: return rows<3, NT>(row, column, w_tail);
+            case 4: return rows<4, NT>(row, column, w_tail);
+            case 5: return rows<5, NT>(row, column, w_tail);
+            default: return rows<6, NT>(row, column, w_tail);
+        }
+    }
+
+    // Columns [begin, end), tile by tile: a tile of x stays in the first cache, the columns in
+    // the second.
+    void block(Index begin, Index end) const {
+        const Index tiles = (m + TILE_M - 1) / TILE_M;
+        for (Index t = 0; t < tiles; ++t) {
+            const Index row = t * m / tiles, count = (t + 1) * m / tiles - row;
+            Index column = begin;
+            for (; column + 4 <= end; column += 4) columns<4>(row, count, column);
+            for (; column < end; ++column) columns<1>(row, count, column);
+        }
+    }
+};
+
+template <class T, class Y>
+void run_linear(const T *x, Index x_stride, const T *w, const T *bias, Y *y, Index m, Index n,
+                Index k, int threads) {
+    static thread_local std::vector<float> unpacked;
+    const Index padded = (k + 31) / 32 * 32;
+    const Index stride = padded + 16;  // no two rows in one set of the cache
+    unpacked.resize(m * stride + 16);
+    float *buffer = unpacked.data();
+    buffer += (64 - reinterpret_cast<Address>(buffer) % 64) % 64 / sizeof(float);
+    if (m * n * k < 200000) threads = 1;
+    const Index share = (n / (2 * threads) + 3) / 4 * 4;
+    const Index block = std::clamp<Index>(share, 4, 64);
+    const Linear<T, Y> linear{buffer, w, bias, y, m, n, k, stride};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(static)
+        for (Index row = 0; row < m; ++row) {
+            const T *from = x + row * x_stride;
+            float *to = buffer + row * stride;
+            for (Index i = 0; i < padded; i += 32) {
+                T rest[32] = {};
+                if (i + 32 > k) std::copy(from + i, from + k, rest);
+                store16(to + i, load_first(i + 32 > k ? rest : from + i));
+                store16(to + i + 16, load_second(i + 32 > k ? rest : from + i));
+            }
+        }
+#pragma omp for schedule(static)
+        for (Index begin = 0; begin < n; begin += block)
+            linear.block(begin, std::min(begin + block, n));
+    }
+}
+
+void linear(Address x, Index x_stride, Address w, Address bias, Address y, Index m, Index n,
+            Index k, bool is_bf16, bool wide_output, int threads) {
+    with_type(is_bf16, [&](auto type) {
+        using T = decltype(type);
+        if (wide_output)
+            run_linear(at<const T>(x), x_stride, at<const T>(w), at<const T>(bias), at<float>(y),
+                       m, n, k, threads);
+        else
+            run_linear(at<const T>(x), x_stride, at<const T>(w), at<const T>(bias), at<T>(y), m,
+                       n, k, threads);
+    });
+}
+
+// ---------------------------------------------------------------------------------------------
+// Normalisation, activation, and what lies between the projection and attention.
+
+template <class T>
+float mean_square(const T *x, Index n) {
+    f32x16 sums = {};
+    Index i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const f32x16 v = load16(x + i);
+        sums += v * v;
+    }
+    float total = sum(sums);
+    for (; i < n; ++i) total += to_float(x[i]) * to_float(x[i]);
+    return total / float(n);
+}
+
+template <class T>
+void run_rmsnorm(const T *x, Index x_stride, const T *weight, const T *residual,
+                 Index residual_stride, T *y, T *total, Index rows, Index n, float eps,
+                 float offset) {
+    for (Index row = 0; row < rows; ++row) {
+        const T *from = x + row * x_stride;
+        if (residual) {
+            const T *other = residual + row * residual_stride;
+            T *added = total + row * n;
+            Index i = 0;
+            for (; i + 16 <= n; i += 16) store16(added + i, load16(from + i) + load16(other + i));
+            for (; i < n; ++i) store(added + i, to_float(from[i]) + to_float(other[i]));
+            from = added;
+        }
+        const float scale = 1.0f / std::sqrt(mean_square(from, n) + eps);
+        T *to = y + row * n;
+        Index i = 0;
+        for (; i + 16 <= n; i += 16)
+            store16(to + i, load16(from + i) * scale * (load16(weight + i) + offset));
+        for (; i < n; ++i) store(to + i, to_float(from[i]) * scale * (to_float(weight[i]) + offset));
+    }
+}
+
+void rmsnorm(Address x, Index x_stride, Address weight, Address residual, Index residual_stride,
+             Address y, Address total, Index rows, Index n, float eps, bool unit_offset,
+             bool is_bf16) {
+    with_type(is_bf16, [&](auto type) {
+        using T = decltype(type);
+        run_rmsnorm(at<const T>(x), x_stride, at<const T>(weight), at<const T>(residual),
+                    residual_stride, at<T>(y), at<T>(total), rows, n, eps,
+                    unit_offset ? 1.0f : 0.0f);
+    });
+}
+
+// x / (1 + e^-x), and x times the tanh approximation of the normal distribution, which is
+// x / (1 + e^-2u). Both divide by 1 + e^-|z| so that exp's argument is never positive.
+template <bool GELU>
+f32x16 gate(f32x16 x) {
+    const f32x16 z = GELU ? x * 1.5957691216057308f * (1.0f + 0.044715f * x * x) : x;
+    const f32x16 small = exp16(z > 0.0f ? -z : z);
+    return x * (z > 0.0f ? splat(1.0f) : small) / (1.0f + small);
+}
+
+template <class T, bool GELU>
+void run_gated(const T *x, Index x_stride, T *y, Index rows, Index n) {
+    for (Index row = 0; row < rows; ++row) {
+        const T *gates = x + row * x_stride, *ups = gates + n;
+        T *to = y + row * n;
+        Index i = 0;
+        for (; i + 16 <= n; i += 16)
+            store16(to + i, gate<GELU>(load16(gates + i)) * load16(ups + i));
+        for (; i < n; ++i)
+            store(to + i, gate<GELU>(splat(to_float(gates[i])))[0] * to_float(ups[i]));
+    }
+}
+
+void gated(Address x, Index x_stride, Address y, Index rows, Index n, bool gelu, bool is_bf16) {
+    with_type(is_bf16, [&](auto type) {
+        using T = decltype(type);
+        if (gelu)
+            run_gated<T, true>(at<const T>(x), x_stride, at<T>(y), rows, n);
+        else
+            run_gated<T, false>(at<const T>(x), x_stride, at<T>(y), rows, n);
+    });
+}
+
+struct Prepare {
+    const Index *positions;
+    const float *cos_sin;
+    const Index *slots;
+    Index q_heads, kv_heads, head_dim, rotary_dim;
+    float eps, offset;
+    bool interleaved;
+
+    template <class T>
+    void head(const T *from, const T *weight, const float *table, float *work, T *to) const {
+        const float scale = weight ? 1.0f / std::sqrt(mean_square(from, head_dim) + eps) : 1.0f;
+        for (Index i = 0; i < head_dim; ++i)
+            work[i] = to_float(from[i]) * (weight ? scale * (to_float(weight[i]) + offset) : 1.0f);
+        const Index half = rotary_dim / 2;
+        for (Index i = 0; i < half; ++i) {
+            const Index first = interleaved ? 2 * i : i, second = interleaved ? 2 * i + 1 : i + half;
+            const float c = table[i], s = table[half + i], a = work[first], b = work[second];
+            work[first] = a * c - b * s;
+            work[second] = b * c + a * s;
+        }
+        for (Index i = 0; i < head_dim; ++i) store(to + i, work[i]);
+    }
+
+    template <class T>
+    void token(Index t, const T *qkv, const T *q_weight, const T *k_weight, T *k_pool, T *v_pool,
+               T *q) const {
+        std::vector<float> work(head_dim);
+        const T *from = qkv + t * (q_heads + 2 * kv_heads) * head_dim;
+        const float *table = cos_sin + positions[t] * rotary_dim;
+        T *to = q + t * q_heads * head_dim;
+        for (Index h = 0; h < q_heads; ++h, from += head_dim, to += head_dim)
+            head(from, q_weight, table, work.data(), to);
+        if (slots[t] < 0) return;
+        const Index width = kv_heads * head_dim;
+        T *keys = k_pool + slots[t] * width;
+        for (Index h = 0; h < kv_heads; ++h)
+            head(from + h * head_dim, k_weight, table, work.data(), keys + h * head_dim);
+        std::copy(from + width, from + 2 * width, v_pool + slots[t] * width);
+    }
+};
+
+void qkv_prepare(Address qkv, Address positions, Address cos_sin, Address k_pool, Address v_pool,
+                 Address slots, Address q_weight, Address k_weight, Address q, Index tokens,
+                 Index q_heads, Index kv_heads, Index head_dim, Index rotary_dim, float eps,
+                 bool unit_offset, bool interleaved, bool is_bf16, int threads) {
+    const Prepare prepare{at<const Index>(positions), at<const float>(cos_sin),
+                          at<const Index>(slots),     q_heads,
+                          kv_heads,                   head_dim,
+                          rotary_dim,                 eps,
+                          unit_offset ? 1.0f : 0.0f,  interleaved};
+    with_type(is_bf16, [&](auto type) {
+        using T = decltype(type);
+#pragma omp parallel for num_threads(threads) if (threads > 1 && tokens >= 16)
+        for (Index t = 0; t < tokens; ++t)
+            prepare.token(t, at<const T>(qkv), at<const T>(q_weight), at<const T>(k_weight),
+                          at<T>(k_pool), at<T>(v_pool), at<T>(q));
+    });
+}
+
+// ---------------------------------------------------------------------------------------------
+// Decode attention: per sequence and key head, all scores, then softmax, then the weighted sum.
+
+struct Decode {
+    const std::int32_t *page_table, *rows, *lengths;
+    Index table_stride, q_stride, width, q_heads, kv_heads, page_size;
+    float scale, softcap;  // softcap 0: none
+    Index window;          // 0: none
+
+    // Queries of `groups * width` rows against one key head; DV vectors make a head.
+    template <class T, int DV>
+    void item(Index s, Index kv_head, const T *q, const T *k_pool, const T *v_pool, T *out,
+              float *lse, std::vector<float> &scores) const {
+        constexpr Index D = DV * 16;
+        constexpr int R = DV <= 8 ? 2 : 1;  // rows of queries in registers
+        const Index groups = q_heads / kv_heads, length = lengths[s];
+        const Index past = length - width;  // position of the first query
+        const Index first = window ? std::max<Index>(past - window + 1, 0) : 0;
+        const Index count = std::max<Index>(length - first, 0), padded = (count + 15) / 16 * 16;
+        const std::int32_t *pages = page_table + rows[s] * table_stride;
+        const Index step = kv_heads * D;
+        scores.resize(R * padded + 16);
+        float *x = scores.data();
+        const Index num_rows = groups * width;
+        for (Index row = 0; row < num_rows; row += R) {
+            const int have = int(std::min<Index>(R, num_rows - row));
+            Index token[R], head[R];
+            f32x16 queries[R][DV];
+            for (int r = 0; r < R; ++r) {
+                const Index own = row + std::min(r, have - 1);
+                token[r] = s * width + own / groups;
+                head[r] = kv_head * groups + own % groups;
+                for (int d = 0; d < DV; ++d)
+                    queries[r][d] = load16(q + token[r] * q_stride + head[r] * D + d * 16) * scale;
+            }
+            for_keys(pages, first, length, k_pool + kv_head * D, step, [&](Index j, const T *key) {
+                f32x16 sums[R] = {};
+                for (int d = 0; d < DV; ++d) {
+                    const f32x16 part = load16(key + d * 16);
+                    for (int r = 0; r < R; ++r) sums[r] += queries[r][d] * part;
+                }
+                for (int r = 0; r < R; ++r) x[r * padded + j - first] = sum(sums[r]);
+            });
+            float totals[R], largest[R];
+            for (int r = 0; r < R; ++r) {
+                const Index position = past + (row + std::min(r, have - 1)) / groups;
+                const Index lo = window ? std::max<Index>(position - window + 1, 0) - first : 0;
+                softmax(x + r * padded, count, padded, lo, position + 1 - first, totals[r],
+                        largest[r]);
+            }
+            f32x16 sums[R][DV] = {};
+            for_keys(pages, first, length, v_pool + kv_head * D, step, [&](Index j, const T *value) {
+                for (int d = 0; d < DV; ++d) {
+                    const f32x16 part = load16(value + d * 16);
+                    for (int r = 0; r < R; ++r) sums[r][d] += part * x[r * padded + j - first];
+                }
+            });
+            for (int r = 0; r < have; ++r) {
+                const float inverse = totals[r] > 0.0f ? 1.0f / totals[r] : 0.0f;
+                const Index place = token[r] * q_heads + head[r];
+                for (int d = 0; d < DV; ++d) store16(out + place * D + d * 16, sums[r][d] * inverse);
+                if (lse) lse[place] = largest[r] + std::log(totals[r]);
+            }
+        }
+    }
+
+    // f(j, row) for first <= j < end, a page at a time.
+    template <class T, class F>
+    void for_keys(const std::int32_t *pages, Index first, Index end, const T *pool, Index step,
+                  F f) const {
+        for (Index j = first; j < end;) {
+            const Index stop = std::min((j / page_size + 1) * page_size, end);
+            const T *row = pool + (Index(pages[j / page_size]) * page_size + j % page_size) * step;
+            for (; j < stop; ++j, row += step) f(j, row);
+        }
+    }
+
+    // x[i] becomes e^(x[i] - largest) for lo <= i < hi and 0 elsewhere in [0, padded).
+    void softmax(float *x, Index count, Index padded, Index lo, Index hi, float &total,
+                 float &largest) const {
+        const float none = -std::numeric_limits<float>::infinity();
+        if (softcap != 0.0f)
+            for (Index i = 0; i < count; ++i) x[i] = softcap * std::tanh(x[i] / softcap);
+        hi = std::max(lo, std::min(hi, count));
+        std::fill(x, x + std::min(lo, padded), none);
+        std::fill(x + hi, x + padded, none);
+        f32x16 highest = splat(none);
+        for (Index i = 0; i < padded; i += 16) highest = larger(highest, load16(x + i));
+        largest = none;
+        for (int lane = 0; lane < 16; ++lane) largest = std::max(largest, highest[lane]);
+        f32x16 sums = {};
+        for (Index i = 0; i < padded; i += 16) {
+            const f32x16 e = largest == none ? f32x16{} : exp16(load16(x + i) - largest);
+            store16(x + i, e);
+            sums += e;
+        }
+        total = sum(sums);
+    }
+};
+
+template <class T, int DV>
+void run_decode(const Decode &decode, const T *q, const T *k_pool, const T *v_pool, T *out,
+                float *lse, Index sequences, int threads) {
+    Index keys = 0;
+    for (Index s = 0; s < sequences; ++s) keys += decode.lengths[s];
+    if (keys * decode.q_heads * DV < 20000) threads = 1;
+    const Index items = sequences * decode.kv_heads;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        std::vector<float> scores;
+#pragma omp for schedule(dynamic, 1)
+        for (Index i = 0; i < items; ++i)
+            decode.item<T, DV>(i / decode.kv_heads, i % decode.kv_heads, q, k_pool, v_pool, out,
+                               lse, scores);
+    }
+}
+
+void decode(Address q, Index q_stride, Address k_pool, Address v_pool, Address page_table,
+            Index table_stride, Address rows, Address lengths, Address out, Address lse,
+            Index sequences, Index width, Index q_heads, Index kv_heads, Index head_dim,
+            Index page_size, float scale, Index window, float softcap, bool is_bf16,
+            int threads) {
+    const Decode op{at<const std::int32_t>(page_table),
+                    at<const std::int32_t>(rows),
+                    at<const std::int32_t>(lengths),
+                    table_stride,
+                    q_stride,
+                    width,
+                    q_heads,
+                    kv_heads,
+                    page_size,
+                    scale,
+                    softcap,
+                    window};
+    with_type(is_bf16, [&](auto type) {
+        using T = decltype(type);
+        const auto run = [&](auto vectors) {
+            run_decode<T, decltype(vectors)::value>(op, at<const T>(q), at<const T>(k_pool),
+                                                    at<const T>(v_pool), at<T>(out),
+                                                    at<float>(lse), sequences, threads);
+        };
+        switch (head_dim) {
+            case 16: return run(std::integral_constant<int, 1>{});
+            case 32: return run(std::integral_constant<int, 2>{});
+            case 48: return run(std::integral_constant<int, 3>{});
+            case 64: return run(std::integral_constant<int, 4>{});
+            case 80: return run(std::integral_constant<int, 5>{});
+            case 96: return run(std::integral_constant<int, 6>{});
+            case 128: return run(std::integral_constant<int, 8>{});
+            case 256: return run(std::integral_constant<int, 16>{});
+            default: throw py::value_error("head_dim " + std::to_string(head_dim) + " is not built");
+        }
+    });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(model_ops, m) {
+    m.attr("DECODE_HEAD_DIMS") = py::make_tuple(16, 32, 48, 64, 80, 96, 128, 256);
+    const auto unlocked = py::call_guard<py::gil_scoped_release>();
+    m.def("linear", &linear, unlocked, "y [m, n] = x [m, k] w [n, k]^T + bias [n]");
+    m.def("rmsnorm", &rmsnorm, unlocked, "minisgl.kernels.rmsnorm on rows");
+    m.def("gated", &gated, unlocked, "minisgl.kernels.activation on rows");
+    m.def("qkv_prepare", &qkv_prepare, unlocked, "minisgl.kernels.qkv_prepare");
+    m.def("decode", &decode, unlocked, "minisgl.kernels.decode");
+}

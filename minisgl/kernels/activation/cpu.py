@@ -1,0 +1,30 @@
+"""Gated activations on CPU, in one pass."""
+
+import torch
+
+from minisgl.kernels.activation import gelu_tanh_and_mul_reference, silu_and_mul_reference
+from minisgl.kernels.native import model_ops
+
+
+def silu_and_mul_cpu(x: torch.Tensor) -> torch.Tensor:
+    """See `silu_and_mul_reference`."""
+    y = _gated(x, gelu=False)
+    return silu_and_mul_reference(x) if y is None else y
+
+
+def gelu_tanh_and_mul_cpu(x: torch.Tensor) -> torch.Tensor:
+    """See `gelu_tanh_and_mul_reference`."""
+    y = _gated(x, gelu=True)
+    return gelu_tanh_and_mul_reference(x) if y is None else y
+
+
+def _gated(x: torch.Tensor, gelu: bool) -> torch.Tensor | None:
+    native = model_ops(x)
+    if native is None or not x.is_contiguous():
+        return None
+    n = x.shape[-1] // 2
+    y = torch.empty(*x.shape[:-1], n, dtype=x.dtype)
+    if n:
+        rows = y.numel() // n
+        native.gated(x.data_ptr(), 2 * n, y.data_ptr(), rows, n, gelu, x.dtype == torch.bfloat16)
+    return y

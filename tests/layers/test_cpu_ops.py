@@ -1,0 +1,47 @@
+"""The CPU's implementations on every card's cases, native and, where nothing is built, without."""
+
+from collections.abc import Iterator
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from minisgl import csrc
+from minisgl.kernels.linear import linear
+from minisgl.kernels.op import Case, Op
+from tests.kernels.cards import all_ops, check
+
+NATIVE = csrc.load("model_ops", wait=True)
+NATIVE_OPS = ("linear", "rmsnorm", "silu_and_mul", "gelu_tanh_and_mul", "qkv_prepare", "decode")
+
+
+def _parameters() -> Iterator[object]:
+    for op in all_ops():
+        for implementation in op.implementations:
+            if implementation.device != "cpu" or "kernels.sampling" in implementation.path:
+                continue
+            both = NATIVE is not None and op.name in NATIVE_OPS
+            for case in op.cases:
+                for dtype in (torch.float32, torch.bfloat16):
+                    for native in (True, False) if both else (False,):
+                        which = "native" if native else implementation.name
+                        label = f"{op.name}-{which}-{case.label}-{str(dtype)[6:]}"
+                        yield pytest.param(op, implementation.name, case, dtype, native, id=label)
+
+
+@pytest.mark.parametrize(("op", "name", "case", "dtype", "native"), list(_parameters()))
+def test_case(op: Op, name: str, case: Case, dtype: torch.dtype, native: bool) -> None:
+    arguments = case.make(torch.device("cpu"), dtype, torch.Generator().manual_seed(0))
+    with patch.object(csrc, "load", lambda _: NATIVE if native else None):
+        check(op, name, arguments)
+
+
+@pytest.mark.skipif(NATIVE is None, reason="no compiler: there is no native linear layer to test")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_has_one_result_in_any_batch(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 300, generator=generator).to(dtype)
+    weight = torch.randn(501, 300, generator=generator).to(dtype)
+    whole = linear(x, weight)
+    for start, end in ((0, 1), (3, 5), (7, 23), (100, 200)):
+        assert torch.equal(linear(x[start:end], weight), whole[start:end])
