@@ -16,8 +16,10 @@ Forward = Callable[[ForwardInputs], torch.Tensor]
 
 def padded_sizes(max_sequences: int) -> tuple[int, ...]:
     """1, 2, 4, 8, 16, 24 and so on, up to at least `max_sequences`."""
-    sizes = [size for size in (1, 2, 4) if size < max_sequences]
-    return (*sizes, *range(8, max_sequences + 8, 8)) if max_sequences > 4 else (*sizes, 4)
+    sizes = [1, 2, 4, *range(8, max_sequences + 8, 8)]
+    return tuple(
+        size for size, below in zip(sizes, [0, *sizes[:-1]], strict=True) if below < max_sequences
+    )
 
 
 class DecodeGraphs:

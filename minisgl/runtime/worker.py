@@ -56,8 +56,8 @@ class Worker:
             # Padding costs time on CPU, where any size replays at once.
             unpadded = on_cpu and multiple == 1
             most = limits.max_rows
-            sizes = tuple(range(1, most + 1)) if unpadded else padded_sizes(most)
-            sizes = tuple(size for size in sizes if multiple == 1 or size >= multiple // 2)
+            sizes = tuple(range(1, most + 1)) if unpadded else padded_sizes(max(most, 4))
+            sizes = tuple(size for size in sizes if size >= multiple // 2)
         max_pages = -(-(limits.max_context + ROPE_SLACK) // limits.page_size)
         self.geometry = Geometry(max_pages, limits.max_rows, multiple, sizes)
         self.host_rows = HostRows(limits.max_rows, limits.vocab_size, eos_token_ids)
