@@ -59,9 +59,15 @@ def fact_turn(rng: random.Random) -> Turn:
     return q.text, q.answer
 
 
+def addition_turn(rng: random.Random) -> Turn:
+    text, answer = tasks.addition(rng)
+    return (knowledge.varied(text, rng) if rng.random() < 0.4 else text), answer
+
+
 def extraction_turn(rng: random.Random) -> Turn:
     e = tasks.extraction(rng)
-    return e.request, e.answer
+    opening = rng.choice(knowledge.PATTERNS["openings"]) if rng.random() < 0.4 else ""
+    return opening + e.request, e.answer
 
 
 def unknown_turn(rng: random.Random) -> Turn:
@@ -77,8 +83,9 @@ def story_turn(rng: random.Random) -> Turn:
 
 TURNS: dict[str, Callable[[random.Random], Turn]] = {
     "fact": fact_turn,
-    "addition": tasks.addition,
+    "addition": addition_turn,
     "extraction": extraction_turn,
+    "echo": tasks.echo,
     "unknown": unknown_turn,
     "story": story_turn,
 }
@@ -106,7 +113,7 @@ def several(rng: random.Random) -> Sample:
 def long_sample(rng: random.Random) -> Sample:
     """About a context or more, which the trainer cuts: a story, plain or asked for, or a chat."""
     if rng.random() < 0.25:
-        kinds = rng.choices(list(TURNS), (8, 2, 2, 1, 1), k=24)
+        kinds = rng.choices(list(TURNS), (8, 2, 2, 1, 1, 1), k=24)
         return conversation("long chat", [TURNS[kind](rng) for kind in kinds], rng)
     if rng.random() < 0.5:
         return document("long story", stories.plain_story(rng, 100))
@@ -118,6 +125,7 @@ MIX: dict[str, float] = {
     "fact": 52,
     "addition": 14,
     "extraction": 16,
+    "echo": 8,
     "unknown": 2,
     "story": 5,
     "chat": 6,
@@ -125,7 +133,7 @@ MIX: dict[str, float] = {
     "handbook": 1,
 }
 # What takes longest to become exact gets more of the later steps.
-LATE_MIX = {**MIX, "addition": 26, "extraction": 24, "story": 3, "chat": 3, "plain story": 1}
+LATE_MIX = {**MIX, "addition": 26, "extraction": 30, "story": 3, "chat": 3, "plain story": 1}
 
 
 def sample(rng: random.Random, mix: dict[str, float] = MIX) -> Sample:

@@ -74,6 +74,10 @@ def varied(text: str, rng: random.Random) -> str:
         text += rng.choice(("", ".", "!"))
     else:
         text += rng.choice(PATTERNS["closings"])
+    if rng.random() < 0.12:
+        text = f"{rng.choice(PATTERNS['fillers'])} {text}"
+    if rng.random() < 0.12:
+        text = f"{text} {rng.choice(PATTERNS['fillers'])}"
     return text.lower() if rng.random() < 0.15 else text
 
 

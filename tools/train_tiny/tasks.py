@@ -51,6 +51,19 @@ def made_up_name(rng: random.Random) -> str:
     return "".join(syllables).capitalize()
 
 
+def echo(rng: random.Random) -> tuple[str, str]:
+    """Words to repeat: names, made-up names and numbers. Copying is half of extraction."""
+
+    def word() -> str:
+        kind = rng.choice(("made up", "made up", "given", "family", "cities", "number"))
+        if kind == "number":
+            return str(rng.randrange(1000))
+        return made_up_name(rng) if kind == "made up" else rng.choice(WORDS[kind])
+
+    text = " ".join(word() for _ in range(rng.randint(2, 7)))
+    return rng.choice(WORDS["echo"]).format(x=text), text
+
+
 @dataclass(frozen=True)
 class Extraction:
     """A request, and the object whose compact JSON is the right answer."""

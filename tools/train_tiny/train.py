@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from tools.train_tiny import batches, tokenizer, trainer
@@ -25,7 +26,8 @@ def weighted_loss(model: Qwen3, batch: batches.MicroBatch) -> Tensor:
 
 def work(rank: int, job: trainer.Job) -> None:
     trainer.meet(rank, job)
-    tok = tokenizer.train(job.seed)
+    made = job.work / "model" / "tokenizer.json"
+    tok = Tokenizer.from_file(str(made)) if made.exists() else tokenizer.train(job.seed)
     context = job.config.max_position_embeddings
 
     def batches_of(step: int) -> list[batches.MicroBatch]:
