@@ -19,7 +19,7 @@ import time
 STAGES = ("interpreter", "import torch", "import minisgl", "load and warm up", "first token")
 
 
-def child(model: str | None, born: float) -> None:
+def child(model: str | None, load_format: str, born: float) -> None:
     """One round, in the new process: print the seconds of each stage and the peak in MB."""
     marks = [born, time.time()]
     import torch
@@ -28,7 +28,7 @@ def child(model: str | None, born: float) -> None:
     from minisgl import LLM, SamplingParams
 
     marks.append(time.time())
-    with LLM(model, log_level="warning") as llm:
+    with LLM(model, load_format=load_format, log_level="warning") as llm:
         marks.append(time.time())
         params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
         llm.generate([1, 2, 3], params, use_tqdm=False)
@@ -40,9 +40,9 @@ def child(model: str | None, born: float) -> None:
     print(json.dumps({"seconds": seconds, "peak_mb": peak, "torch": torch.__version__}))
 
 
-def run_once(model: str | None) -> dict:
-    command = [sys.executable, "-m", "benchmarks.startup", "--born", repr(time.time())]
-    command += ["--model", model] if model else []
+def run_once() -> dict:
+    command = [sys.executable, "-m", "benchmarks.startup", *sys.argv[1:]]
+    command += ["--born", repr(time.time())]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -50,15 +50,16 @@ def run_once(model: str | None) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="directory or hub id; the bundled model when absent")
+    parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto")
     parser.add_argument("--rounds", type=int, default=5, help="processes timed after the first")
     parser.add_argument("--born", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.born is not None:
-        child(args.model, args.born)
+        child(args.model, args.load_format, args.born)
         return
     load = os.getloadavg()[0]  # a busy machine's figures mean little
-    first = run_once(args.model)
-    rounds = [run_once(args.model) for _ in range(args.rounds)] or [first]
+    first = run_once()
+    rounds = [run_once() for _ in range(args.rounds)] or [first]
     columns = zip(*(r["seconds"] for r in rounds), strict=True)
     median = [statistics.median(column) for column in columns]
     total, peak = sum(median), max(r["peak_mb"] for r in rounds)
