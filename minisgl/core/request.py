@@ -8,6 +8,8 @@ import msgspec
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 MAX_TOP_LOGPROBS = 20
+MAX_LOGIT_BIAS = 512  # entries
+MAX_STOP_TOKEN_IDS = 256
 MAX_SEED = 2**64 - 1
 
 
@@ -61,6 +63,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, gc=False, array_
         _require("prompt_logprobs", self.prompt_logprobs, low=0, high=MAX_TOP_LOGPROBS)
         _require("n", self.n, low=1, high=128)
         _require("seed", self.seed, low=0, high=MAX_SEED)
+        _require("number of logit_bias entries", len(self.logit_bias), high=MAX_LOGIT_BIAS)
+        _require("number of stop_token_ids", len(self.stop_token_ids), high=MAX_STOP_TOKEN_IDS)
         for token_id, bias in self.logit_bias:
             _require("logit_bias token id", token_id, low=0)
             _require("logit_bias", bias, low=-100.0, high=100.0)
@@ -132,7 +136,7 @@ def _require(
     field: str,
     value: float | None,
     *,
-    low: float,
+    low: float = 0,
     high: float | None = None,
     open_low: bool = False,
 ) -> None:

@@ -139,7 +139,7 @@ class Sampler:
         """Log-softmax of logits [P, V] at the tokens, and its largest; not computed elsewhere."""
         total = logits.logsumexp(dim=1)
         chosen = logits.gather(1, token_ids.long()[:, None]).squeeze(1) - total
-        top = logits.topk(num_top, dim=1)
+        top = logits.topk(min(num_top, logits.shape[1]), dim=1)
         download = self._device.download
         return Logprobs(
             token_ids=download(token_ids),
