@@ -27,7 +27,7 @@ class RowBuffers:
     bias_ids: torch.Tensor  # [R, MAX_BIASES] int32
     bias_values: torch.Tensor  # [R, MAX_BIASES] fp32
     counts: torch.Tensor  # [R, V] int32, see kernels.sampling
-    counted: torch.Tensor  # [R] int32, the view of params that says whether counts are kept
+    counted: torch.Tensor  # [R] int32, whether counts are kept for the row
 
     @classmethod
     def allocate(cls, device: Device, max_rows: int, max_pages: int, vocab: int) -> "RowBuffers":
@@ -47,7 +47,7 @@ class RowBuffers:
             bias_ids=device.zeros((rows, MAX_BIASES), torch.int32),
             bias_values=device.zeros((rows, MAX_BIASES), torch.float32),
             counts=device.zeros((rows, vocab), torch.int32),
-            counted=column(params, "needs_counts"),
+            counted=device.zeros((rows,), torch.int32),
         )
 
     @property
@@ -65,7 +65,9 @@ class RowBuffers:
             self.page_table.view(-1)[sent["patch_index"]] = sent["patch_page"]
         if "setup_rows" not in sent:
             return
-        self.params[sent["setup_rows"]] = sent["setup_params"].view(-1, PARAM_WORDS)
+        records = sent["setup_params"].view(-1, PARAM_WORDS)
+        self.params[sent["setup_rows"]] = records
+        self.counted[sent["setup_rows"]] = column(records, "needs_counts")
         if "bias_index" in sent:
             self.bias_ids.view(-1)[sent["bias_index"]] = sent["bias_ids"]
             values = sent["bias_values"].view(torch.float32)
