@@ -53,7 +53,7 @@ def gather(deltas: list[Delta]) -> dict[tuple[str, int], list[int]]:
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("page_size", [1, 16])
-@pytest.mark.parametrize("pages", [1000, 23])  # 23 pages of 16: preemptions happen
+@pytest.mark.parametrize("pages", [1000, 12])  # 12 pages of 16: preemptions happen
 def test_tokens_are_the_models_own_in_any_batch(overlap, page_size, pages):
     engine = make_engine(overlap=overlap, page_size=page_size, num_pages=pages * 16 // page_size)
     requests = make_requests(30, n=2)
@@ -65,7 +65,8 @@ def test_tokens_are_the_models_own_in_any_batch(overlap, page_size, pages):
             assert tokens[request.id, choice] == expected(request, choice)
     stats = engine.stats()
     assert stats.output_tokens == sum(map(len, tokens.values()))
-    assert stats.steps > 0
+    assert stats.scheduler.num_hit_tokens > 0
+    assert (stats.scheduler.num_preemptions > 0) == (pages == 12)
     assert stats.busy_seconds >= stats.longest_step > 0
 
 
