@@ -108,7 +108,7 @@ def extraction(rng: random.Random, held_out: bool = False) -> Extraction:
         text = rng.choice(WORDS[prefix + "goods"])
     keys = [key for key in values if "{" + key + "}" in text]
     rng.shuffle(keys)
-    if rng.random() < 0.3:
+    if rng.random() < 0.4:
         keys = keys[: rng.randint(1, len(keys))]
     request = rng.choice(WORDS[prefix + "requests"])
     request = request.format(fields=_listed(keys), text=text.format(**values))
