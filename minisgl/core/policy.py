@@ -7,15 +7,15 @@ from typing import Literal
 
 import msgspec
 
-from minisgl.core.costmodel import CostModel, add_work, decode_work, prefill_work
+from minisgl.core.costmodel import CostModel, StepWork, add_work, decode_work, prefill_work
 from minisgl.core.sequence import Sequence
 
 SchedulePolicy = Literal["fcfs", "lpm", "priority"]
 BatchPolicy = Literal["balanced", "prefill-first", "decode-first"]
 
 MATCH_WINDOW = 64  # oldest waiting sequences that `lpm` compares
-OUTPUT_GUESS = 128.0  # tokens, before anything has finished
-OUTPUT_RATE = 0.05
+DECODE_SLOWDOWN = 2.0  # of streams while prompts are computed, if no target says otherwise
+FIXED_SHARE = 0.05  # of a step's time, where it can be chosen
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,11 +94,10 @@ class WaitingQueue:
 
 
 class StepLoad(msgspec.Struct, gc=False):
-    """What a step could do, in tokens."""
+    """What a step has to do, in tokens."""
 
     num_decode: int  # decode tokens of the step, drafts included
     decode_context: int  # KV positions that they read
-    backlog: int  # prompt tokens that could be computed now
     prefill_start: int  # computed tokens of the first prompt in line
 
 
@@ -106,12 +105,12 @@ class TokenBudget:
     """How many prompt tokens a step computes beside its decode tokens, which always run.
 
     `prefill-first` gives prompts the whole budget, `decode-first` what decode leaves of it.
-    `balanced` keeps arithmetic and memory traffic equally busy. Decode alone is bound by memory,
-    so prompt tokens up to the roofline's ridge cost a step next to nothing; beyond it every token
-    delays all streams. It therefore fills the step to the ridge, and goes beyond only as far as
-    the backlog, spread over the steps that the streams have left, asks for. An inter-token
-    latency target bounds the step's predicted time, with a margin for how far predictions have
-    been off.
+    `balanced` asks the roofline. Decode alone is mostly bound by memory, so prompt tokens up to
+    the ridge, where arithmetic takes as long as memory traffic, cost a step next to nothing; far
+    beyond it, more of them gain no throughput and delay all streams. It fills a step until its
+    arithmetic takes DECODE_SLOWDOWN times what decode alone would take, and until the step's
+    fixed time is a small share of it. An inter-token latency target bounds the predicted time,
+    with a margin for how far predictions have been off.
     """
 
     def __init__(self, config: SchedulerConfig, cost_model: CostModel | None) -> None:
@@ -121,11 +120,6 @@ class TokenBudget:
         self._size = config.chunked_prefill_size
         self._target = None if config.itl_target_ms is None else config.itl_target_ms / 1e3
         self._model = cost_model
-        self._mean_output = OUTPUT_GUESS
-
-    def observe_output(self, num_tokens: int) -> None:
-        """A sequence has finished with so many output tokens."""
-        self._mean_output += OUTPUT_RATE * (num_tokens - self._mean_output)
 
     def prefill_tokens(self, load: StepLoad) -> int:
         """The step's share of prompt tokens, at most the budget."""
@@ -135,24 +129,18 @@ class TokenBudget:
         if self._policy == "decode-first" or model is None:
             return max(self._size - load.num_decode, 0)
         decode = decode_work(load.num_decode, load.decode_context)
+        alone = model.cost(decode)
+        busy = max(alone.compute_seconds, alone.memory_seconds)
+        filled = max(DECODE_SLOWDOWN * busy, alone.overhead / FIXED_SHARE)
 
-        def memory_bound(count: int) -> bool:
-            work = add_work(decode, prefill_work(count, load.prefill_start))
-            return model.cost(work).bound == "memory"
+        def work(count: int) -> StepWork:
+            return add_work(decode, prefill_work(count, load.prefill_start))
 
-        most = min(self._size, max(load.backlog, 1))
-        share = max(
-            _largest(most, memory_bound), min(most, round(load.backlog / self._mean_output))
-        )
+        count = _largest(self._size, lambda n: model.cost(work(n)).compute_seconds <= filled)
         if self._target is not None:
             limit = self._target / self._margin
-
-            def in_time(count: int) -> bool:
-                work = add_work(decode, prefill_work(count, load.prefill_start))
-                return model.predict(work) <= limit
-
-            share = _largest(share, in_time)
-        return share
+            count = _largest(count, lambda n: model.predict(work(n)) <= limit)
+        return count
 
     def admits(self, num_running: int, context: int) -> bool:
         """Whether decode for one more stream would still hold the target.
@@ -169,7 +157,7 @@ class TokenBudget:
     @property
     def _margin(self) -> float:
         assert self._model is not None
-        return 1.0 + 3.0 * self._model.deviation
+        return 1.0 + 3.5 * self._model.deviation
 
 
 def _largest(most: int, holds: Callable[[int], bool]) -> int:

@@ -234,13 +234,8 @@ class Scheduler:
     def _plan_prefill(self, plan: _Plan, prefilling: list[Sequence]) -> None:
         """Divide the step's prompt tokens: first to prompts under way, then to new sequences."""
         prefilling = [seq for seq in prefilling if seq.status is Status.RUNNING]
-        backlog = sum(seq.num_fed - seq.num_computed for seq in prefilling)
-        if self._rows:
-            backlog += self._waiting.num_tokens
         start = prefilling[0].num_computed if prefilling else 0
-        left = self._budget.prefill_tokens(
-            StepLoad(plan.num_tokens, plan.num_pairs, backlog, start)
-        )
+        left = self._budget.prefill_tokens(StepLoad(plan.num_tokens, plan.num_pairs, start))
         for seq in prefilling:
             if left <= 0:
                 return
@@ -468,8 +463,6 @@ class Scheduler:
         choices.remove(seq)
         if not choices:
             del self._requests[seq.request.id]
-        if reason in ("stop", "length"):
-            self._budget.observe_output(len(seq.output))
         if was is Status.WAITING:
             self._waiting.remove(seq)
         elif was is Status.RUNNING:

@@ -109,7 +109,9 @@ def make_sequences(
         )
     prompt = np.array(request.prompt_token_ids, np.int32)
     params = request.params
-    stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos)
+    stop_ids = frozenset() if params.ignore_eos else eos
+    if params.stop_token_ids:
+        stop_ids |= frozenset(params.stop_token_ids)
     return [
         Sequence(
             first_uid + choice,
