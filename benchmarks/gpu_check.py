@@ -1,0 +1,227 @@
+"""Stages of a check on a GPU machine, each bounded in time, resumable by name.
+
+    benchmarks/gpu_check.sh --out results            # every stage that has not passed yet
+    benchmarks/gpu_check.sh --out results kernels    # this one, again
+
+A stage that fails, runs out of time or lacks something says so, and the next one runs. Results go
+to --out as at most eight small files; what earlier runs left there stays until its stage is run
+again: check.json and check.md (every stage: state, seconds, figures, end of output), and what the
+kernel benchmark writes. --wheels names a folder with wheels of packages this machine lacks.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+TAIL = 4000  # characters of a stage's output that are kept
+ENGINE = ("msgspec", "tokenizers", "safetensors", "jinja2")
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command, how long it may take, and the packages without which it is left out."""
+
+    name: str
+    words: tuple[str, ...]  # {device} and {out} are filled in
+    seconds: int
+    needs: tuple[str, ...] = ()
+
+
+STAGES = (
+    Stage("build", ("-m", "minisgl.csrc", "build"), 60, ("pybind11", "ninja")),
+    Stage(
+        "tests",
+        ("-m", "pytest", "-q", "-x", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu"),
+        150,
+        ("pytest", "triton"),
+    ),
+    Stage(
+        "kernels",
+        ("-m", "benchmarks.kernels", "--device", "{device}", "--out", "{out}"),
+        210,
+        ("triton",),
+    ),
+    Stage("overlap", ("-m", "benchmarks.overlap", "--device", "{device}"), 60, ENGINE),
+    Stage(
+        "offline",
+        ("-m", "benchmarks.offline", "--num-requests", "64"),
+        90,
+        ENGINE,
+    ),
+)
+
+
+def run_stage(stage: Stage, device: str, out: Path, environment: dict[str, str]) -> Record:
+    """Runs one stage to its end or its limit; never raises for what the stage does."""
+    missing = [name for name in stage.needs if not _importable(name, environment)]
+    if missing:
+        return {"state": "left out", "reason": f"not installed: {', '.join(missing)}"}
+    words = [word.format(device=device, out=out) for word in stage.words]
+    print(f"==> {stage.name}: {' '.join(words)}", flush=True)
+    began = time.monotonic()
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        process = subprocess.Popen(
+            [sys.executable, *words],
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that what it starts ends with it
+        )
+        try:
+            code = process.wait(timeout=stage.seconds)
+            state, reason = ("passed", "") if code == 0 else ("failed", f"exit status {code}")
+        except subprocess.TimeoutExpired:
+            state, reason = "failed", f"not done after {stage.seconds} s"
+        _end(process)
+        log.seek(0)
+        output = log.read()
+    record = {
+        "state": state,
+        "reason": reason,
+        "seconds": round(time.monotonic() - began, 1),
+        "figures": _last_json(output),
+        "output": output[-TAIL:],
+    }
+    if stage.name == "kernels" and record["figures"]:
+        record["figures"] = {"in": "kernels.json"}
+    return record
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends the stage and everything that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _importable(name: str, environment: dict[str, str]) -> bool:
+    for folder in environment.get("PYTHONPATH", "").split(os.pathsep):
+        if folder and (Path(folder) / name).is_dir():
+            return True
+    return importlib.util.find_spec(name) is not None
+
+
+def _last_json(output: str) -> Any:
+    """The JSON object in the last line, if that is what it is."""
+    lines = output.strip().splitlines()
+    try:
+        return json.loads(lines[-1]) if lines and lines[-1].startswith("{") else None
+    except ValueError:
+        return None
+
+
+def install(wheels: Path, target: Path, environment: dict[str, str]) -> None:
+    """Unpacks the wheels of a folder beside the tree. Raises CalledProcessError."""
+    files = sorted(str(path) for path in wheels.glob("*.whl"))
+    if not files:
+        raise SystemExit(f"--wheels {wheels}: no *.whl there")
+    words = ["-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", str(target)]
+    subprocess.run([sys.executable, *words, *files], check=True)
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (environment.get("PYTHONPATH"), str(target)))
+    )
+
+
+def describe(device: str) -> Record:
+    """The machine, the commit and the day."""
+    import torch
+
+    from benchmarks.kernels.__main__ import describe as facts
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda, but torch finds no CUDA device")
+    return facts(torch.device(device))
+
+
+def markdown(result: Record) -> str:
+    about = result["about"]
+    lines = [
+        f"# Check on {about['device']}",
+        f"Commit {about['commit']}, {about['date']}, torch {about['torch']}.",
+        "| stage | state | seconds | commit | |\n|---|---|---:|---|---|",
+    ]
+    for name, record in result["stages"].items():
+        lines[-1] += (
+            f"\n| {name} | {record['state']} | {record.get('seconds', '')} "
+            f"| {record['commit']} | {record.get('reason', '')} |"
+        )
+    for name, record in result["stages"].items():
+        if record["state"] == "failed":
+            lines.append(f"## {name}\n\n```\n{record['output'].strip()}\n```")
+    return "\n\n".join(lines) + "\n"
+
+
+def save(result: Record, out: Path) -> None:
+    """Replaces both files at once, so that a run cut short leaves whole ones."""
+    contents = {"check.json": json.dumps(result, indent=1) + "\n", "check.md": markdown(result)}
+    for name, content in contents.items():
+        fresh = out / f".{name}"
+        fresh.write_text(content)
+        fresh.replace(out / name)
+
+
+def earlier(out: Path) -> dict[str, Record]:
+    """What earlier runs left in `out`."""
+    path = out / "check.json"
+    return json.loads(path.read_text())["stages"] if path.exists() else {}
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "gpu_check", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    names = [stage.name for stage in STAGES]
+    parser.add_argument("stages", nargs="*", help=f"of {', '.join(names)}")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/latest")
+    parser.add_argument("--wheels", type=Path)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    args = parser.parse_args(words)
+    for name in args.stages:
+        if name not in names:
+            parser.error(f"stage must be one of {names}, got {name!r}")
+    args.out = args.out.resolve()
+    return args
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    args = parse(words)
+    args.out.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.wheels is not None:
+            install(args.wheels, Path(folder), environment)
+            sys.path.append(folder)
+        about = describe(args.device)
+        stages = earlier(args.out)
+        result = {"about": about, "stages": stages}
+        for stage in STAGES:
+            before = stages.get(stage.name, {})
+            done = before.get("state") == "passed" and before.get("commit") == about["commit"]
+            if stage.name not in args.stages if args.stages else done:
+                continue
+            record = run_stage(stage, args.device, args.out, environment)
+            stages[stage.name] = record | {"commit": about["commit"], "device": about["device"]}
+            print(f"==> {stage.name}: {record['state']} {record.get('reason', '')}", flush=True)
+            save(result, args.out)
+    print(markdown(result))
+    ran = [stages[name]["state"] for name in args.stages or stages]
+    return 1 if "failed" in ran else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""No figure without a check: the call that is timed is first compared with an fp32 oracle."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from benchmarks.kernels.workloads import Workload
+
+QUERIES = 32  # of one sequence that an attention's check looks at
+SLACK = 1e-5  # relative: float32 in another order
+
+Arguments = dict[str, Any]
+
+
+class WrongResult(RuntimeError):
+    """An implementation is less exact than twice plain PyTorch in the same type."""
+
+
+def check(workload: Workload, implementation: str, arguments: Arguments) -> float:
+    """The implementation's relative error against fp32; raises WrongResult beyond the tolerance.
+
+    The tolerance comes from data: twice the error of plain PyTorch in the arguments' own type.
+    Attention is compared at the last queries of the first and last sequence, everything else whole.
+    """
+    op = workload.op
+    if op.name in ("attention", "decode"):
+        out = op.implementation(implementation)(**arguments)
+        triples = list(_attention_triples(arguments, out))
+    else:
+        ours, plain, exact = (_copied(arguments) for _ in range(3))
+        exact = {name: _widened(value) for name, value in exact.items()}
+        results = (
+            _tensors(op.implementation(implementation)(**ours), ours),
+            _tensors(op.reference(**plain), plain),
+            _tensors(op.reference(**exact), exact),
+        )
+        triples = list(zip(*results, strict=True))
+    worst = 0.0
+    for found, want, exact_value in triples:
+        if not found.is_floating_point():
+            if not torch.equal(found, want):
+                raise WrongResult(f"{op.name} {workload.label}: {implementation} differs")
+            continue
+        error, allowed = (_distance(x, exact_value) for x in (found, want))
+        if not error <= 2 * allowed + SLACK:
+            raise WrongResult(
+                f"{op.name} {workload.label}: {implementation} is off by {error:.2e}, "
+                f"plain PyTorch by {allowed:.2e}"
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def _attention_triples(
+    arguments: Arguments, out: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(ours, plain PyTorch in the same type, fp32) of the last queries of two sequences."""
+    table, size = arguments["page_table"], arguments["page_size"]
+    offsets = arguments.get("cu_seqlens_q")
+    for s in {0, len(table) - 1}:
+        if offsets is None:
+            width = arguments["width"]
+            start, end = s * width, (s + 1) * width
+        else:
+            start, end = offsets[s : s + 2].tolist()
+        length = int(arguments["seq_lens"][s])
+        n = min(end - start, QUERIES)
+        j = torch.arange(length, device=out.device)
+        slots = table[s, j // size].long() * size + j % size
+        q = arguments["q"][end - n : end]
+        k, v = arguments["k_pool"][slots], arguments["v_pool"][slots]
+        plain = _attend(q, k, v, arguments["scale"])
+        exact = _attend(q.float(), k.float(), v.float(), arguments["scale"])
+        yield out[end - n : end], plain, exact
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """The n last queries of a sequence, op by op. q: [n, Hq, D]; k, v: [L, Hkv, D]."""
+    n, length, groups = q.shape[0], k.shape[0], q.shape[1] // k.shape[1]
+    grouped = q.unflatten(1, (-1, groups))
+    scores = torch.einsum("nhgd,lhd->hgnl", grouped, k) * scale
+    positions = torch.arange(length - n, length, device=q.device)[:, None]
+    hidden = torch.arange(length, device=q.device) > positions
+    weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1)
+    return torch.einsum("hgnl,lhd->nhgd", weights, v).flatten(1, 2)
+
+
+def _distance(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """||found - exact|| / ||exact||; NaN where found has one."""
+    difference = (found.float() - exact.float()).norm()
+    return float(difference / exact.float().norm().clamp(min=1e-30))
+
+
+def _copied(arguments: Arguments) -> Arguments:
+    return {
+        name: value.clone() if isinstance(value, torch.Tensor) else value
+        for name, value in arguments.items()
+    }
+
+
+def _widened(value: Any) -> Any:
+    floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.float() if floating else value
+
+
+def _tensors(result: Any, arguments: Arguments) -> list[torch.Tensor]:
+    """All that a call leaves behind: its results, and its arguments afterwards."""
+    results = result if isinstance(result, tuple | list) else (result,)
+    values = [*results, *arguments.values()]
+    return [value for value in values if isinstance(value, torch.Tensor)]

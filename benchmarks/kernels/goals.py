@@ -1,0 +1,137 @@
+"""The figures that this project means to reach, and whether a run has reached them."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.kernels.timing import Ceilings
+
+Row = dict[str, Any]
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A floor (or with `at_most` a ceiling) for a figure that `of` reads from a run's rows."""
+
+    name: str
+    unit: str
+    target: float
+    of: Callable[[list[Row], Ceilings], float | None]
+    stretch: float | None = None
+    at_most: bool = False
+
+    def verdict(self, rows: list[Row], ceilings: Ceilings) -> Row:
+        value = self.of(rows, ceilings)
+        if value is None:
+            state = "not measured"
+        else:
+            met = value <= self.target if self.at_most else value >= self.target
+            beyond = self.stretch is not None and value >= self.stretch
+            state = "stretch met" if beyond else "met" if met else "short"
+        return {
+            "goal": self.name,
+            "unit": self.unit,
+            "target": self.target,
+            "stretch": self.stretch,
+            "measured": value,
+            "state": state,
+        }
+
+
+def goals(device_name: str) -> list[Goal]:
+    """Those of an H200 where the device is one, else those of an H100; bf16, head size 128."""
+    h200 = "H200" in device_name
+    listed = [
+        Goal(
+            "decode, GQA, >= 256 MB of KV",
+            "TB/s",
+            3.6 if h200 else 2.5,
+            lambda rows, _: _best(_big_decodes(rows), "bytes_per_second", 1e12),
+            stretch=4.0 if h200 else 2.8,
+        ),
+        Goal("chunks, causal 4 x 8k, Triton", "TFLOP/s", 400, _prefill("portable")),
+        Goal("chunks, causal 4 x 8k, Gluon", "TFLOP/s", 550, _prefill("hopper"), stretch=620),
+        Goal("chunks, causal 4 x 8k, best over cuDNN SDPA", "x", 1.0, _over_cudnn),
+        Goal("paged prefix, shuffled over in order", "x", 0.9, _paged_over_dense),
+        Goal("sampling 256 x 152k, over one read of the logits", "x", 1.3, _sampling, at_most=True),
+    ]
+    for op in ("rmsnorm", "qkv_prepare", "silu_and_mul", "write_kv"):
+        listed.append(Goal(f"{op}, >= 4k tokens, of the copy rate", "x", 0.85, _copy_share(op)))
+        listed.append(Goal(f"{op}, <= 64 tokens", "us", 4.0, _few_tokens(op), at_most=True))
+    listed.append(Goal("cascade, 4k shared prefix, batch 64", "x", 3.0, _cascade))
+    return listed
+
+
+def _best(rows: Iterable[Row], key: str, unit: float) -> float | None:
+    return max((row[key] / unit for row in rows), default=None)
+
+
+def _ours(rows: list[Row], op: str, implementation: str | None = None) -> list[Row]:
+    return [
+        row for row in rows if row["op"] == op and implementation in (None, row["implementation"])
+    ]
+
+
+def _big_decodes(rows: list[Row]) -> list[Row]:
+    return [
+        row
+        for row in _ours(rows, "decode")
+        if row["tags"]["kv_bytes"] >= 256 * MIB and row["tags"]["width"] == 1
+    ]
+
+
+def _whole_prefills(rows: list[Row], implementation: str | None = None) -> list[Row]:
+    wanted = {"count": 4, "queries": 8192, "length": 8192}
+    return [
+        row
+        for row in _ours(rows, "attention", implementation)
+        if wanted.items() <= row["tags"].items()
+    ]
+
+
+def _prefill(implementation: str) -> Callable[[list[Row], Ceilings], float | None]:
+    return lambda rows, _: _best(_whole_prefills(rows, implementation), "flops_per_second", 1e12)
+
+
+def _over_cudnn(rows: list[Row], _: Ceilings) -> float | None:
+    ratios = [row["ratios"].get("SDPA cuDNN") for row in _whole_prefills(rows)]
+    return max((ratio for ratio in ratios if ratio is not None), default=None)
+
+
+def _paged_over_dense(rows: list[Row], _: Ceilings) -> float | None:
+    seconds = {
+        row["tags"]["shuffled"]: row["seconds"]
+        for row in _ours(rows, "attention", "portable")
+        if row["tags"]["length"] == 9216
+    }
+    return seconds[False] / seconds[True] if len(seconds) == 2 else None
+
+
+def _sampling(rows: list[Row], ceilings: Ceilings) -> float | None:
+    """The slowest filter's time over the time to read the logits once."""
+    full = [row for row in _ours(rows, "sample", "portable") if row["tags"]["rows"] == 256]
+    times = [row["seconds"] / (row["bytes"] / ceilings.bytes_per_second) for row in full]
+    return max(times, default=None)
+
+
+def _copy_share(op: str) -> Callable[[list[Row], Ceilings], float | None]:
+    def share(rows: list[Row], ceilings: Ceilings) -> float | None:
+        many = [row for row in _ours(rows, op, "portable") if row["tags"]["tokens"] >= 4096]
+        rates = [row["bytes_per_second"] / ceilings.bytes_per_second for row in many]
+        return min(rates, default=None)
+
+    return share
+
+
+def _few_tokens(op: str) -> Callable[[list[Row], Ceilings], float | None]:
+    def microseconds(rows: list[Row], _: Ceilings) -> float | None:
+        few = [row for row in _ours(rows, op, "portable") if row["tags"]["tokens"] <= 64]
+        return max((row["seconds"] * 1e6 for row in few), default=None)
+
+    return microseconds
+
+
+def _cascade(rows: list[Row], _: Ceilings) -> float | None:
+    ratios = [row["ratios"].get("plain decode") for row in _ours(rows, "cascade")]
+    return max((ratio for ratio in ratios if ratio is not None), default=None)

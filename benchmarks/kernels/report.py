@@ -1,0 +1,77 @@
+"""The table, the roofline and the bars of a run."""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.kernels.timing import Ceilings
+
+Row = dict[str, Any]
+
+
+def table(rows: list[Row], ceilings: Ceilings) -> str:
+    """Markdown: one line per workload and implementation, ratios to what a user would pick."""
+    lines = [
+        "| op | shape | kernel | us | GB/s | of copy | TFLOP/s | of matmul | times as fast as |",
+        "|---|---|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in rows:
+        ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratios"].items())
+        memory = row["bytes_per_second"] / ceilings.bytes_per_second
+        compute = row["flops_per_second"] / ceilings.flops_per_second
+        lines.append(
+            f"| {row['op']} | {row['label']} | {row['implementation']} "
+            f"| {row['seconds'] * 1e6:.1f} | {row['bytes_per_second'] / 1e9:.0f} | {memory:.0%} "
+            f"| {row['flops_per_second'] / 1e12:.2f} | {compute:.0%} | {ratios} |"
+        )
+    return "\n".join(lines)
+
+
+def goal_table(verdicts: list[Row]) -> str:
+    lines = ["| goal | target | measured | |", "|---|---:|---:|---|"]
+    for verdict in verdicts:
+        measured = verdict["measured"]
+        shown = "" if measured is None else f"{measured:.3g} {verdict['unit']}"
+        lines.append(
+            f"| {verdict['goal']} | {verdict['target']:g} {verdict['unit']} | {shown} "
+            f"| {verdict['state']} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: list[Row], ceilings: Ceilings, title: str, folder: Path) -> list[Path]:
+    """roofline.png and ratios.png in `folder`."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    paths = [folder / "roofline.png", folder / "ratios.png"]
+    figure, axes = plt.subplots(figsize=(8, 5))
+    intensities = [2.0**e for e in range(-4, 13)]
+    roof = [
+        min(ceilings.flops_per_second, i * ceilings.bytes_per_second) / 1e12 for i in intensities
+    ]
+    axes.plot(intensities, roof, color="black", label="measured copy and matmul")
+    for op in dict.fromkeys(row["op"] for row in rows):
+        own = [row for row in rows if row["op"] == op and row["flops"] and row["bytes"]]
+        x = [row["flops"] / row["bytes"] for row in own]
+        axes.scatter(x, [row["flops_per_second"] / 1e12 for row in own], s=16, label=op)
+    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s", title=title)
+    axes.legend(fontsize=7)
+    figure.savefig(paths[0], dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+    bars = [
+        (f"{row['op']} {row['label']} / {name}", ratio)
+        for row in rows
+        for name, ratio in row["ratios"].items()
+    ]
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.18 * len(bars)))
+    axes.barh([label for label, _ in bars], [ratio for _, ratio in bars])
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set(xscale="log", xlabel="times as fast", title=title)
+    axes.tick_params(axis="y", labelsize=6)
+    axes.invert_yaxis()
+    figure.savefig(paths[1], dpi=120, bbox_inches="tight")
+    plt.close(figure)
+    return paths
