@@ -182,7 +182,7 @@ class Scheduler:
         plan = _Plan()
         prefilling = self._plan_decode(plan)
         num_decode = len(plan.chunks)
-        if prefilling or self._waiting:
+        if prefilling or (self._waiting and self._rows):
             self._plan_prefill(plan, prefilling)
         copies, commits = self._cache.finish()
         if not plan.chunks:

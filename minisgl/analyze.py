@@ -1,0 +1,212 @@
+"""python -m minisgl.analyze: what prefill and decode of a model cost on a device, and why.
+
+For each prompt length and each batch of streams: FLOPs, bytes, arithmetic intensity, predicted
+time, and whether arithmetic or memory traffic bounds it. The figures are the roofline's (see
+minisgl.core.costmodel), from data-sheet peaks: a lower bound on times, not a measurement.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from minisgl.core.costmodel import (
+    DEVICES,
+    Cost,
+    CostModel,
+    DeviceFacts,
+    ModelFacts,
+    decode_work,
+    prefill_work,
+)
+from minisgl.core.policy import SchedulerConfig, StepLoad, TokenBudget
+
+BYTES = {"bfloat16": 2.0, "float16": 2.0, "float32": 4.0}
+MAX_STREAMS = 1 << 16
+
+
+def _dense(
+    layers: int, hidden: int, heads: int, kv_heads: int, head_dim: int, mlp: int, vocab: int
+) -> ModelFacts:
+    return ModelFacts(
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate=mlp,
+        vocab=vocab,
+    )
+
+
+SHAPES = {
+    "llama-3.2-1b": _dense(16, 2048, 32, 8, 64, 8192, 128256),
+    "llama-3.1-8b": _dense(32, 4096, 32, 8, 128, 14336, 128256),
+    "llama-3.1-70b": _dense(80, 8192, 64, 8, 128, 28672, 128256),
+    "mistral-7b": _dense(32, 4096, 32, 8, 128, 14336, 32768),
+    "qwen3-0.6b": _dense(28, 1024, 16, 8, 128, 3072, 151936),
+    "qwen3-8b": _dense(36, 4096, 32, 8, 128, 12288, 151936),
+    "qwen3-32b": _dense(64, 5120, 64, 8, 128, 25600, 151936),
+    "qwen3-30b-a3b": ModelFacts(
+        layers=48,
+        hidden=2048,
+        heads=32,
+        kv_heads=4,
+        head_dim=128,
+        intermediate=768,
+        vocab=151936,
+        experts=128,
+        experts_per_token=8,
+    ),
+}
+
+
+def load_facts(model: str, dtype: str) -> ModelFacts:
+    """The sizes of a preset shape, or of an HF directory or hub id.
+
+    Raises ValueError for a config.json that cannot be read as a known family's.
+    """
+    if model.lower() in SHAPES:
+        facts, width = SHAPES[model.lower()], BYTES[dtype]
+        values = {name: getattr(facts, name) for name in facts.__struct_fields__}
+        return ModelFacts(**{**values, "bytes_per_weight": width, "bytes_per_kv": width})
+    # torch is needed only here.
+    from minisgl.models.config import DTYPES, ModelConfig
+    from minisgl.models.hub import model_directory
+
+    path = Path(model) if Path(model).is_dir() else model_directory(model, weights=False)
+    return ModelFacts(**ModelConfig.from_hf(path).cost_facts(DTYPES[dtype]))  # type: ignore[arg-type]
+
+
+def ridge_streams(model: CostModel, context: int) -> int | None:
+    """The fewest streams whose decode is bound by arithmetic; None where no number is."""
+    streams = 1
+    while model.cost(decode_work(streams, streams * context)).bound == "memory":
+        if streams >= MAX_STREAMS:
+            return None
+        streams *= 2
+    low, high = streams // 2, streams
+    while high - low > 1:
+        middle = (low + high) // 2
+        compute = model.cost(decode_work(middle, middle * context)).bound == "compute"
+        low, high = (low, middle) if compute else (middle, high)
+    return high
+
+
+def report(
+    model: CostModel, batches: Sequence[int], prompts: Sequence[int], contexts: Sequence[int]
+) -> str:
+    """The whole analysis as text."""
+    facts, device = model.model, model.device
+    ridge = device.flops / device.bandwidth
+    lines = [
+        f"weights     {_scaled(facts.weights * facts.bytes_per_weight)}B in matrix products",
+        f"KV          {_scaled(facts.kv_bytes_per_token)}B a token",
+        f"device      {_scaled(device.flops)}FLOP/s, {_scaled(device.bandwidth)}B/s",
+        f"ridge       {ridge:.0f} FLOPs a byte",
+        "",
+        "prefill, one prompt alone in a step",
+        _heading("tokens"),
+    ]
+    for length in prompts:
+        cost = model.cost(prefill_work(length))
+        lines.append(_line([str(length)], cost, length))
+    lines += ["", "decode, one token for each stream in a step", _heading("streams", "context")]
+    for context in contexts:
+        for streams in batches:
+            cost = model.cost(decode_work(streams, streams * context))
+            lines.append(_line([str(streams), str(context)], cost, streams))
+    lines += ["", "where decode stops being bound by memory, and what `balanced` adds to a step"]
+    lines.append(f"{'context':>10} {'streams':>10} {'prompt tokens beside ' + str(batches[0]):>28}")
+    budget = TokenBudget(SchedulerConfig(chunked_prefill_size=1 << 16), model)
+    for context in contexts:
+        ridge = ridge_streams(model, context)
+        beside = budget.prefill_tokens(StepLoad(batches[0], batches[0] * context, 0))
+        lines.append(f"{context:10} {'never' if ridge is None else ridge:>10} {beside:28}")
+    return "\n".join(lines)
+
+
+def _heading(*names: str) -> str:
+    columns = [*names, "FLOPs", "bytes", "FLOPs/byte", "compute ms", "memory ms", "step ms"]
+    return " ".join(f"{column:>10}" for column in columns) + f" {'tokens/s':>10}  bound"
+
+
+def _line(names: list[str], cost: Cost, num_tokens: int) -> str:
+    figures = [
+        *names,
+        _scaled(cost.flops),
+        _scaled(cost.bytes),
+        f"{cost.intensity:.1f}",
+        f"{1e3 * cost.compute_seconds:.3f}",
+        f"{1e3 * cost.memory_seconds:.3f}",
+        f"{1e3 * cost.seconds:.3f}",
+        f"{num_tokens / cost.seconds:.0f}",
+    ]
+    return " ".join(f"{figure:>10}" for figure in figures) + f"  {cost.bound}"
+
+
+def _scaled(value: float) -> str:
+    """Three digits and a decimal prefix: 1.23 G."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if abs(value) < 1000:
+            return f"{value:.3g} {prefix}"
+        value /= 1000
+    return f"{value:.3g} P"
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise argparse.ArgumentTypeError(f"must be whole numbers of at least 1, got {text!r}")
+    return counts
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be greater than 0, got {text!r}")
+    return value
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m minisgl.analyze", description=(__doc__ or "").split(": ", 1)[1]
+    )
+    add = parser.add_argument
+    add("--model", required=True, help=f"HF directory, hub id, or one of {', '.join(SHAPES)}")
+    add("--device", default="h100", choices=sorted(DEVICES), help="data sheet to use")
+    add("--dtype", default="bfloat16", choices=sorted(BYTES), help="of weights and KV")
+    add("--batch", default="1,16,64,256", type=_counts, help="streams decoding at once")
+    add("--prompt", default="128,1024,8192", type=_counts, help="prompt lengths in tokens")
+    add("--context", default="1024,8192", type=_counts, help="tokens that each stream holds")
+    add("--tp-size", default=1, type=int, help="devices sharing the work; their talk is free here")
+    add(
+        "--peak-tflops",
+        type=_positive,
+        help="in place of the data sheet's, which is that of 16-bit numbers",
+    )
+    add("--bandwidth-gbs", type=_positive, help="in place of the data sheet's")
+    options = parser.parse_args(arguments)
+    if options.tp_size < 1:
+        parser.error(f"--tp-size must be at least 1, got {options.tp_size}")
+    sheet = DEVICES[options.device]
+    flops = sheet.flops if options.peak_tflops is None else 1e12 * options.peak_tflops
+    bandwidth = sheet.bandwidth if options.bandwidth_gbs is None else 1e9 * options.bandwidth_gbs
+    device = DeviceFacts(
+        options.tp_size * flops, options.tp_size * bandwidth, overhead=sheet.overhead
+    )
+    try:
+        facts = load_facts(options.model, options.dtype)
+    except (OSError, ValueError) as error:
+        parser.error(f"--model: {error}")
+    print(f"{options.model} in {options.dtype} on {options.tp_size} x {options.device}\n")
+    print(report(CostModel(facts, device), options.batch, options.prompt, options.context))
+
+
+if __name__ == "__main__":
+    main()
