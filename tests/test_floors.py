@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 MAX_FILE_LINES = 500
 # Lines of code (blank lines, comments and docstrings are free). The kernels have a budget of their
 # own, because a kernel's room holds its specification, cases and cost formulas too.
-BUDGETS = {"kernels/": 5_000, "all but kernels/": 10_000}
+BUDGETS = {"kernels/": 6_000, "all but kernels/": 10_000}
 
 # Room (a folder or file of minisgl/) -> what it may import from the package besides itself:
 # rooms, or single modules of a room.
@@ -260,7 +260,8 @@ def test_a_planted_violation_is_caught(tmp_path, path, source, expected):
 
 
 @pytest.mark.parametrize(("part", "room"), [("kernels/", "kernels"), ("all but kernels/", "core")])
-def test_the_line_budgets_are_counted(tmp_path, part, room):
+def test_the_line_budgets_are_counted(tmp_path, monkeypatch, part, room):
+    monkeypatch.setitem(BUDGETS, part, 1200)
     folder = tmp_path / "minisgl" / room
     folder.mkdir(parents=True)
     full, rest = divmod(BUDGETS[part], MAX_FILE_LINES - 1)
