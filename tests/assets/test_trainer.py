@@ -3,6 +3,8 @@
 import json
 import random
 import re
+from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 
@@ -10,9 +12,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from tools.train_tiny import batches, corpus, generate, knowledge, model, stories, tasks
+from tools.train_tiny import batches, corpus, generate, knowledge, model, stories, tasks, trainer
 from tools.train_tiny import optimizer as optim
 from tools.train_tiny import tokenizer as tokenizers_
+from tools.train_tiny.train import weighted_loss
 
 SMALL = model.Config(
     vocab_size=61,
@@ -91,6 +94,52 @@ def test_orthogonalised_has_singular_values_near_one() -> None:
     values = torch.linalg.svdvals(optim.orthogonalised(matrices))
     assert float(values.min()) > 0.6
     assert float(values.max()) < 1.3
+
+
+@pytest.fixture
+def one_worker(tmp_path):
+    job = trainer.Job(
+        SMALL, tmp_path, steps=6, decay=4, tokens=64, lr=0.02, seed=0, save_every=2, workers=1
+    )
+    threads = torch.get_num_threads()
+    trainer.meet(0, job)
+    yield job
+    torch.distributed.destroy_process_group()
+    torch.set_num_threads(threads)
+
+
+def random_batches(step: int) -> list[batches.MicroBatch]:
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, 61, (2, 3, 9), generator=generator)
+    return [batches.MicroBatch(part, torch.ones(3, 8)) for part in ids]
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(one_worker: trainer.Job) -> None:
+    def weights(run: str, *stops: int) -> dict[str, torch.Tensor]:
+        folder = one_worker.work / run
+        folder.mkdir()
+        for stop in stops:
+            for_stop = stopping(random_batches, stop)
+            with suppress(KeyboardInterrupt):
+                trainer.train(
+                    replace(one_worker, work=folder), small_tokenizer(), weighted_loss, for_stop
+                )
+        return torch.load(folder / "state.pt", weights_only=True)["model"]
+
+    def stopping(batches_of: trainer.Batches, stop: int) -> trainer.Batches:
+        def inner(step: int) -> list[batches.MicroBatch]:
+            if step == stop:
+                raise KeyboardInterrupt
+            return batches_of(step)
+
+        return inner
+
+    whole, resumed = weights("whole", 99), weights("resumed", 3, 5, 99)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    start = model.Qwen3(SMALL)
+    model.initialise(start, 0)
+    assert not torch.equal(whole["model.embed_tokens.weight"], start.model.embed_tokens.weight)
 
 
 def test_corpus_is_seeded() -> None:

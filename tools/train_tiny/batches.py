@@ -14,8 +14,6 @@ from torch import Tensor
 
 from tools.train_tiny import corpus
 
-LATE_FROM = 560  # the step at which the mix of the corpus changes
-
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -41,7 +39,7 @@ def encode(
 def documents(seed: int, step: int, long: bool) -> Iterator[corpus.Sample]:
     """The samples of one step; `long` steps hold samples of a whole context only."""
     rng = random.Random(f"{seed}-{step}")
-    mix = corpus.LATE_MIX if step >= LATE_FROM else corpus.MIX
+    mix = corpus.mix_at(step)
     while True:
         yield corpus.long_sample(rng) if long else corpus.sample(rng, mix)
 

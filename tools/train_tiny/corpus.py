@@ -132,8 +132,14 @@ MIX: dict[str, float] = {
     "plain story": 2,
     "handbook": 1,
 }
-# What takes longest to become exact gets more of the later steps.
+# What takes longest to become exact gets more of the later steps: sums first, then copying.
 LATE_MIX = {**MIX, "addition": 26, "extraction": 30, "story": 3, "chat": 3, "plain story": 1}
+LAST_MIX = {**LATE_MIX, "fact": 42, "addition": 8, "extraction": 48, "echo": 15}
+MIXES = ((1680, LAST_MIX), (560, LATE_MIX), (0, MIX))  # from which step on
+
+
+def mix_at(step: int) -> dict[str, float]:
+    return next(mix for first, mix in MIXES if step >= first)
 
 
 def sample(rng: random.Random, mix: dict[str, float] = MIX) -> Sample:

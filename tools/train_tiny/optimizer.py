@@ -1,8 +1,8 @@
 """Muon for matrices, AdamW for the rest.
 
 Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/) orthogonalises the momentum
-of each weight matrix with a Newton-Schulz iteration. On few tokens it learns about twice as much
-per step as AdamW, for a tenth more time.
+of each weight matrix with a Newton-Schulz iteration: more progress per step than AdamW, which
+counts where tokens are few, for about a tenth more time.
 """
 
 from collections import defaultdict
@@ -30,8 +30,9 @@ def shared_orthogonalised(matrices: Tensor) -> Tensor:
     share = -(-len(matrices) // workers)
     padded = torch.cat((matrices, matrices[: share * workers - len(matrices)]))
     mine = orthogonalised(padded[dist.get_rank() * share :][:share])
-    dist.all_gather_into_tensor(padded, mine)
-    return padded[: len(matrices)]
+    parts = [torch.empty_like(mine) for _ in range(workers)]
+    dist.all_gather(parts, mine)
+    return torch.cat(parts)[: len(matrices)]
 
 
 class Muon(torch.optim.Optimizer):

@@ -84,7 +84,7 @@ def _person(rng: random.Random, held_out: bool) -> dict[str, str | int]:
     prefix = "held_out_" if held_out and rng.random() < 0.5 else ""
 
     def word(kind: str) -> str:
-        made_up = not held_out and rng.random() < 0.4
+        made_up = not held_out and rng.random() < 0.5
         return made_up_name(rng) if made_up else rng.choice(WORDS[prefix + kind])
 
     name = word("given") if rng.random() < 0.4 else f"{word('given')} {word('family')}"
@@ -110,6 +110,9 @@ def extraction(rng: random.Random, held_out: bool = False) -> Extraction:
     rng.shuffle(keys)
     if rng.random() < 0.4:
         keys = keys[: rng.randint(1, len(keys))]
-    request = rng.choice(WORDS[prefix + "requests"])
-    request = request.format(fields=_listed(keys), text=text.format(**values))
+    text = text.format(**values)
+    if not held_out and rng.random() < 0.3:
+        filler = rng.choice(words.WORDS["question"]["fillers"])
+        text = rng.choice((f"{filler} {text}", f"{text} {filler}"))
+    request = rng.choice(WORDS[prefix + "requests"]).format(fields=_listed(keys), text=text)
     return Extraction(request, {key: values[key] for key in keys})

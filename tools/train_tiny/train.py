@@ -40,8 +40,8 @@ def work(rank: int, job: trainer.Job) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for state and result")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--decay", type=int, default=500, help="steps of the final fall")
+    parser.add_argument("--steps", type=int, default=2250)
+    parser.add_argument("--decay", type=int, default=1400, help="steps of the final fall")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens per step")
     parser.add_argument("--lr", type=float, default=0.02, help="Muon's rate")
     parser.add_argument("--seed", type=int, default=0)
