@@ -73,8 +73,9 @@ types: venv
 floors: venv
 	$(call stage,floors,$(PYTEST) tests/test_floors.py)
 
+# By file: servers and models that a file's tests share start once.
 test-main: venv native
-	$(call stage,tests,$(PYTEST) -n $(JOBS) tests --ignore tests/test_floors.py \
+	$(call stage,tests,$(PYTEST) -n $(JOBS) --dist loadfile tests --ignore tests/test_floors.py \
 		--ignore tests/kernels --ignore tests/compile)
 
 # Triton decides at import whether it interprets or compiles: one process each.
