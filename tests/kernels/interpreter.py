@@ -135,7 +135,22 @@ def _repair_conversions(builder: type) -> None:
     )
 
 
+def _widen_dot(builder: type) -> None:
+    """numpy multiplies 16-bit matrices without BLAS; float32 holds their products exactly."""
+    dot = builder.create_dot
+
+    def widened(self: Any, a: Any, b: Any, *args: Any) -> Any:
+        a, b = (
+            Handle(x.data.astype(np.float32), tl.float32) if x.dtype.scalar == tl.float16 else x
+            for x in (a, b)
+        )
+        return dot(self, a, b, *args)
+
+    builder.create_dot = widened
+
+
 def _repair_arithmetic(builder: type) -> None:
+    _widen_dot(builder)
     for name in ("binary_op", "unary_op", "ternary_op", "create_fma", "create_rsqrt", "create_dot"):
         _round_result(name)
     absolute = builder.create_fabs
