@@ -127,6 +127,11 @@ attention = Op(
     attention_reference,
     implementations=[
         Implementation("portable", "cuda", "minisgl.kernels.attention.portable:attention_portable"),
+        # Behind the portable one until they have passed on a GPU; chosen by `forced`.
+        Implementation("tma", "cuda", "minisgl.kernels.attention.tma:attention_tma", (9, 0)),
+        Implementation(
+            "hopper", "cuda", "minisgl.kernels.attention.hopper:attention_hopper", (9, 0)
+        ),
         Implementation("cpu", "cpu", "minisgl.kernels.attention.cpu:attention_cpu"),
     ],
     cases=CASES,

@@ -9,6 +9,7 @@ a query's result does not depend on the tile, chunk or batch it is computed in.
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from minisgl.kernels.config import Tile, architecture, by_head
 
@@ -26,16 +27,47 @@ def key_slots(table_row, start, j, live, PAGE: tl.constexpr, BLOCK_N: tl.constex
 
 
 @triton.jit
-def attend(
+def fold(
     q,  # [M, D]
-    acc,  # [M, D] fp32: sum of weights times values
+    k,  # [N, D]
     top,  # [M] fp32: largest score so far, base 2
-    total,  # [M] fp32: sum of weights
     position,  # [M]: the queries' positions
+    j,  # [N]: the keys' positions
+    end,
+    scale,
+    softcap,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """(weights [M, N] of a tile's keys, factor [M] for what came before, the new maximum)."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if SOFTCAP:
+        # tanh(u) = 1 - 2 / (exp(2u) + 1), right at both infinities
+        scores = softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E / softcap)) + 1.0))
+    scores *= LOG2E
+    if MASKED:
+        visible = (j[None, :] <= position[:, None]) & (j < end)[None, :]
+        if WINDOW > 0:
+            visible &= j[None, :] > position[:, None] - WINDOW
+        scores = tl.where(visible, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    return tl.exp2(scores - new_top[:, None]), tl.exp2(top - new_top), new_top
+
+
+@triton.jit
+def attend(
+    q,
+    acc,  # [M, D] fp32: sum of weights times values
+    top,
+    total,  # [M] fp32: sum of weights
+    position,
     start,
     end,
-    k_ptr,  # the pool at this key head
-    v_ptr,
+    keys,  # the pool, or its tensor descriptor with TMA
+    values,
+    column,  # where this key head begins in a slot
     table_row,
     scale,
     softcap,
@@ -47,39 +79,36 @@ def attend(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """One step of online softmax over the keys start .. start + BLOCK_N - 1, below `end`.
 
-    Without MASKED all of them are visible to all queries.
+    Without MASKED all of them are visible to all queries. TMA copies whole tiles: what it brings
+    from beyond `end` or D is finite and meets a weight or a query of 0, or is not stored.
     """
-    LOG2E: tl.constexpr = 1.4426950408889634
     j = start + tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    live = j < end
-    slots = key_slots(table_row, start, j, live, PAGE, BLOCK_N)
-    at = slots[:, None] * key_stride + d[None, :]
-    if MASKED:
-        ok = live[:, None] & (d < D)[None, :]
+    if TMA:
+        slot = tl.load(table_row + start // PAGE) * PAGE + start % PAGE
+        k = keys.load([slot, column])
     else:
-        ok = (d < D)[None, :]
-    k = tl.load(k_ptr + at, mask=ok, other=0.0)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    if SOFTCAP:
-        # tanh(u) = 1 - 2 / (exp(2u) + 1), right at both infinities
-        scores = softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E / softcap)) + 1.0))
-    scores *= LOG2E
-    if MASKED:
-        visible = (j[None, :] <= position[:, None]) & live[None, :]
-        if WINDOW > 0:
-            visible &= j[None, :] > position[:, None] - WINDOW
-        scores = tl.where(visible, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_top[:, None])
-    shrink = tl.exp2(top - new_top)
-    v = tl.load(v_ptr + at, mask=ok, other=0.0)
+        d = tl.arange(0, BLOCK_D)
+        live = j < end
+        slots = key_slots(table_row, start, j, live, PAGE, BLOCK_N)
+        at = slots[:, None] * key_stride + column + d[None, :]
+        if MASKED:
+            ok = live[:, None] & (d < D)[None, :]
+        else:
+            ok = (d < D)[None, :]
+        k = tl.load(keys + at, mask=ok, other=0.0)
+    weights, shrink, top = fold(
+        q, k, top, position, j, end, scale, softcap, WINDOW, SOFTCAP, MASKED
+    )
+    if TMA:
+        v = values.load([slot, column])
+    else:
+        v = tl.load(values + at, mask=ok, other=0.0)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-    total = total * shrink + tl.sum(weights, 1)
-    return acc, new_top, total
+    return acc, top, total * shrink + tl.sum(weights, 1)
 
 
 @triton.jit
@@ -109,6 +138,7 @@ def attention_kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     LSE: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     LN2: tl.constexpr = 0.6931471805599453
     GROUP: tl.constexpr = HQ // HK
@@ -140,8 +170,6 @@ def attention_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         top = tl.full([BLOCK_M], -1.0e30, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
-        keys = k_ptr + kv_head * D
-        values = v_ptr + kv_head * D
         earliest = length - queries + first  # position of the tile's first query
         end = tl.minimum(length, earliest + TOKENS)
         low = 0
@@ -151,13 +179,13 @@ def attention_kernel(
             low = tl.maximum(earliest + 1, 0) // BLOCK_N * BLOCK_N
             for start in range(0, low, BLOCK_N):
                 acc, top, total = attend(
-                    q, acc, top, total, position, start, end, keys, values, table_row, scale,
-                    softcap, HK * D, D, PAGE, BLOCK_N, BLOCK_D, WINDOW, SOFTCAP, False,
+                    q, acc, top, total, position, start, end, k_ptr, v_ptr, kv_head * D, table_row,
+                    scale, softcap, HK * D, D, PAGE, BLOCK_N, BLOCK_D, WINDOW, SOFTCAP, False, TMA,
                 )  # fmt: skip
         for start in range(low, end, BLOCK_N):
             acc, top, total = attend(
-                q, acc, top, total, position, start, end, keys, values, table_row, scale,
-                softcap, HK * D, D, PAGE, BLOCK_N, BLOCK_D, WINDOW, SOFTCAP, True,
+                q, acc, top, total, position, start, end, k_ptr, v_ptr, kv_head * D, table_row,
+                scale, softcap, HK * D, D, PAGE, BLOCK_N, BLOCK_D, WINDOW, SOFTCAP, True, TMA,
             )  # fmt: skip
         divisor = tl.where(total > 0.0, total, 1.0)
         out = (acc / divisor[:, None]).to(out_ptr.dtype.element_ty)
@@ -215,6 +243,7 @@ def launch_attention(
     window: int | None,
     softcap: float | None,
     queries: int,
+    tma: bool = False,
 ) -> None:
     """Launches tiles for up to `queries` queries a sequence; with no offsets each has as many."""
     q_heads, head_dim = q.shape[1:]
@@ -224,11 +253,17 @@ def launch_attention(
         return
     tile: Tile = by_head(architecture(q.device).chunk, head_dim)
     block_m = max(tile.rows, triton.next_power_of_2(group))
+    block_d = triton.next_power_of_2(head_dim)
+    block_n = min(tile.cols, page_size) if tma else tile.cols
+    keys, values = (
+        TensorDescriptor.from_tensor(pool.flatten(1), [block_n, block_d]) if tma else pool
+        for pool in (k_pool, v_pool)
+    )
     grid = (triton.cdiv(queries, block_m // group), kv_heads, len(rows))
     attention_kernel[grid](
         q,
-        k_pool,
-        v_pool,
+        keys,
+        values,
         out,
         out if lse is None else lse,
         page_table,
@@ -246,11 +281,12 @@ def launch_attention(
         D=head_dim,
         PAGE=page_size,
         BLOCK_M=block_m,
-        BLOCK_N=tile.cols,
-        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
         WINDOW=window or 0,
         SOFTCAP=softcap is not None,
         LSE=lse is not None,
+        TMA=tma,
         num_warps=tile.warps,
         # One table entry per key, loaded ahead as deep as the keys, makes ptxas serialise wgmma.
         num_stages=2 if page_size == 1 else tile.stages,
@@ -273,6 +309,7 @@ def attention_portable(
     max_seqlen_q: int | None = None,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
+    tma: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`attention_reference` on a GPU. Raises ValueError for shapes that do not fit."""
     out = check_paged(q, k_pool, v_pool, page_table, rows, seq_lens, out)
@@ -296,5 +333,6 @@ def attention_portable(
         window=window,
         softcap=softcap,
         queries=q.shape[0] if max_seqlen_q is None else max_seqlen_q,
+        tma=tma,
     )
     return out if lse is None else (out, lse)

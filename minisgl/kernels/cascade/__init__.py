@@ -1,0 +1,118 @@
+"""Decode attention where groups of sequences begin with the same pages.
+
+The result is `decode`'s. Sequences groups[g] = (first, count, pages) name `count` sequences from
+`first` on whose first `pages` page-table entries are equal; the keys and values there are read once
+for the whole group instead of once per sequence, and the two parts of each sequence's attention
+are put together by `merge`. Sources: Juravsky et al., "Hydragen", 2024; Ye et al., "Cascade
+Inference", 2024.
+"""
+
+from typing import Any
+
+import torch
+
+from minisgl.kernels.attention.paged import paged_case
+from minisgl.kernels.decode import decode_cost, decode_reference
+from minisgl.kernels.op import Case, Cost, Implementation, Op
+
+
+def cascade_reference(
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    page_table: torch.Tensor,
+    rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+    groups: torch.Tensor,
+    shared: torch.Tensor,
+    *,
+    page_size: int,
+    scale: float,
+    width: int = 1,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Returns what `decode` does for the same arguments, without a window.
+
+    groups: [G, 3] int32, disjoint; a count of 0 is padding. shared: [S] int32, the keys a sequence
+    shares with its group, pages * page_size, or 0 outside every group; at most seq_lens - width,
+    so that every query of the group sees them all.
+    """
+    return decode_reference(
+        q,
+        k_pool,
+        v_pool,
+        page_table,
+        rows,
+        seq_lens,
+        page_size=page_size,
+        scale=scale,
+        width=width,
+        softcap=softcap,
+        return_lse=return_lse,
+        out=out,
+    )
+
+
+def cascade_cost(
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    seq_lens: torch.Tensor,
+    groups: torch.Tensor,
+    *,
+    page_size: int,
+    width: int = 1,
+    **_: Any,
+) -> Cost:
+    """As `decode`, less the bytes of shared keys and values that are not read again."""
+    plain = decode_cost(q, k_pool, seq_lens, width=width, window=None)
+    again = sum((count - 1) * pages for _, count, pages in groups.tolist() if count)
+    saved = 2 * again * page_size * k_pool[0].numel() * k_pool.element_size()
+    return Cost(bytes=plain.bytes - saved, flops=plain.flops)
+
+
+def _case(
+    label: str,
+    lengths: list[int],
+    groups: list[tuple[int, int, int]],
+    *,
+    width: int = 1,
+    **facts: Any,
+) -> Case:
+    def make(
+        device: torch.device, dtype: torch.dtype, generator: torch.Generator
+    ) -> dict[str, Any]:
+        made = paged_case(len(lengths) * width, lengths, device, dtype, generator, **facts)
+        del made["window"]
+        table, rows = made["page_table"], made["rows"].tolist()
+        shared = torch.zeros(len(lengths), dtype=torch.int32)
+        for first, count, pages in groups:
+            for s in range(first, first + count):
+                table[rows[s], :pages] = table[rows[first], :pages]
+                shared[s] = pages * made["page_size"]
+        plan = torch.tensor(groups, dtype=torch.int32).reshape(-1, 3).to(device)
+        return made | {"groups": plan, "shared": shared.to(device), "width": width}
+
+    return Case(label, make)
+
+
+CASES = (
+    _case("one-group", [70, 81, 100, 65], [(0, 4, 4)], head_dim=64),
+    _case("two-groups", [40, 33, 7, 66, 300], [(0, 2, 2), (3, 2, 4), (0, 0, 0)], head_dim=128),
+    _case("no-group", [17, 0, 64], [(0, 0, 0)], head_dim=64),
+    _case("page1", [20, 31, 25], [(0, 3, 17)], head_dim=64, page_size=1),
+    _case("page64-gqa4", [130, 200], [(0, 2, 1)], head_dim=128, page_size=64, q_heads=8),
+    _case("drafts-lse", [50, 60, 70], [(1, 2, 3)], head_dim=80, width=3, return_lse=True),
+    _case("softcap", [33, 40], [(0, 2, 1)], head_dim=128, softcap=5.0, page_size=32),
+)
+
+cascade = Op(
+    "cascade",
+    cascade_reference,
+    implementations=[
+        Implementation("portable", "cuda", "minisgl.kernels.cascade.portable:cascade_portable")
+    ],
+    cases=CASES,
+    cost=cascade_cost,
+)

@@ -1,0 +1,183 @@
+"""Cascade decode: shared keys once per group, the rest per sequence, one merge.
+
+The queries of a whole group are the rows of the prefix kernel's tiles, so the shared part turns
+from many memory-bound reads into one compute-bound product. Its launch covers as many tiles as
+the padded batch could need, for every group; those without queries return at once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from minisgl.kernels.attention.portable import attend, check_paged
+from minisgl.kernels.config import Tile, architecture, by_head
+from minisgl.kernels.decode.portable import launch_decode, split_count
+from minisgl.kernels.merge.portable import launch_merge
+
+MAX_PREFIX_SPLITS = 16
+
+
+@triton.jit
+def prefix_kernel(
+    q_ptr,  # [S * WIDTH, HQ, D]
+    k_ptr,  # [slots, HK, D]
+    v_ptr,
+    out_ptr,  # [SPLITS, S * WIDTH, HQ, D]
+    lse_ptr,  # [SPLITS, S * WIDTH, HQ], -inf outside the groups
+    table_ptr,
+    rows_ptr,
+    groups_ptr,  # [G, 3]
+    scale,
+    softcap,
+    q_stride,
+    split_stride,
+    lse_split_stride,
+    table_stride,
+    WIDTH: tl.constexpr,
+    HQ: tl.constexpr,
+    HK: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    LN2: tl.constexpr = 0.6931471805599453
+    GROUP: tl.constexpr = HQ // HK
+    TOKENS: tl.constexpr = BLOCK_M // GROUP
+    group = groups_ptr + tl.program_id(1) * 3
+    first = tl.load(group)
+    queries = tl.load(group + 1) * WIDTH
+    start_token = tl.program_id(0) * TOKENS
+    if start_token < queries:
+        kv_head = tl.program_id(2) // SPLITS
+        split = tl.program_id(2) % SPLITS
+        length = tl.load(group + 2) * PAGE
+        run = tl.cdiv(tl.cdiv(length, BLOCK_N), SPLITS) * BLOCK_N
+        begin = split * run
+        end = tl.minimum(begin + run, length)
+        i = tl.arange(0, BLOCK_M)
+        d = tl.arange(0, BLOCK_D)
+        token = start_token + i // GROUP
+        head = kv_head * GROUP + i % GROUP
+        row_ok = (token < queries) & (i < TOKENS * GROUP)
+        ok = row_ok[:, None] & (d < D)[None, :]
+        at = (first * WIDTH + token).to(tl.int64)
+        if begin < end:
+            q = tl.load(
+                q_ptr + at[:, None] * q_stride + head[:, None] * D + d[None, :], mask=ok, other=0.0
+            )
+            table_row = table_ptr + tl.load(rows_ptr + first).to(tl.int64) * table_stride
+            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            top = tl.full([BLOCK_M], -1.0e30, tl.float32)
+            total = tl.zeros([BLOCK_M], tl.float32)
+            position = tl.zeros([BLOCK_M], tl.int32) + end
+            whole = begin + (end - begin) // BLOCK_N * BLOCK_N
+            for start in range(begin, whole, BLOCK_N):
+                acc, top, total = attend(
+                    q, acc, top, total, position, start, end, k_ptr, v_ptr, kv_head * D, table_row,
+                    scale, softcap, HK * D, D, PAGE, BLOCK_N, BLOCK_D, 0, SOFTCAP, False, False,
+                )  # fmt: skip
+            for start in range(whole, end, BLOCK_N):
+                acc, top, total = attend(
+                    q, acc, top, total, position, start, end, k_ptr, v_ptr, kv_head * D, table_row,
+                    scale, softcap, HK * D, D, PAGE, BLOCK_N, BLOCK_D, 0, SOFTCAP, True, False,
+                )  # fmt: skip
+            to = split * split_stride + at[:, None] * (HQ * D) + head[:, None] * D + d[None, :]
+            tl.store(out_ptr + to, acc / total[:, None], mask=ok)
+            lse = (top + tl.log2(total)) * LN2
+            tl.store(lse_ptr + split * lse_split_stride + at * HQ + head, lse, mask=row_ok)
+
+
+def cascade_portable(
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    page_table: torch.Tensor,
+    rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+    groups: torch.Tensor,
+    shared: torch.Tensor,
+    *,
+    page_size: int,
+    scale: float,
+    width: int = 1,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`cascade_reference` on a GPU. Raises ValueError for shapes that do not fit."""
+    out = check_paged(q, k_pool, v_pool, page_table, rows, seq_lens, out)
+    tokens, q_heads, head_dim = q.shape
+    kv_heads, count = k_pool.shape[1], len(rows)
+    if tokens != count * width:
+        raise ValueError(f"q must have {count} x {width} tokens, got {tokens}")
+    if groups.shape[1:] != (3,) or not groups.is_contiguous() or shared.shape != (count,):
+        raise ValueError(f"groups must be dense [G, 3] and shared [{count}]")
+    lse = None
+    if return_lse:
+        lse = torch.empty((tokens, q_heads), dtype=torch.float32, device=q.device)
+    if count == 0:
+        return out if lse is None else (out, lse)
+    arch = architecture(q.device)
+    tile: Tile = by_head(arch.chunk, head_dim)
+    group = q_heads // kv_heads
+    block_m = max(tile.rows, triton.next_power_of_2(group))
+    tiles = triton.cdiv(tokens, block_m // group)
+    decode_tile = by_head(arch.decode, head_dim)
+    max_keys = page_table.shape[1] * page_size
+    prefixes = split_count(4 * tiles * kv_heads, arch.processors, max_keys, tile.cols)
+    prefixes = min(prefixes, MAX_PREFIX_SPLITS)
+    suffixes = split_count(count * kv_heads, arch.processors, max_keys, decode_tile.cols)
+    shape = (prefixes + suffixes, tokens, q_heads)
+    parts = torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device)
+    part_lse = torch.full(shape, -torch.inf, dtype=torch.float32, device=q.device)
+    prefix_kernel[(tiles, len(groups), kv_heads * prefixes)](
+        q,
+        k_pool,
+        v_pool,
+        parts,
+        part_lse,
+        page_table,
+        rows,
+        groups,
+        scale,
+        0.0 if softcap is None else softcap,
+        q.stride(0),
+        parts.stride(0),
+        part_lse.stride(0),
+        page_table.stride(0),
+        WIDTH=width,
+        HQ=q_heads,
+        HK=kv_heads,
+        D=head_dim,
+        PAGE=page_size,
+        BLOCK_M=block_m,
+        BLOCK_N=tile.cols,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        SOFTCAP=softcap is not None,
+        SPLITS=prefixes,
+        num_warps=tile.warps,
+        num_stages=2 if page_size == 1 else tile.stages,
+    )
+    launch_decode(
+        q,
+        k_pool,
+        v_pool,
+        page_table,
+        rows,
+        seq_lens,
+        parts[prefixes:],
+        part_lse[prefixes:],
+        page_size=page_size,
+        scale=scale,
+        width=width,
+        window=None,
+        softcap=softcap,
+        splits=suffixes,
+        skipped=shared,
+    )
+    launch_merge(parts, part_lse, out, lse)
+    return out if lse is None else (out, lse)

@@ -1,0 +1,94 @@
+"""Bit for bit: in a fixed order, a token's results do not depend on what is computed beside it."""
+
+import pytest
+import torch
+
+from minisgl.kernels.attention.paged import paged_case
+from minisgl.kernels.attention.portable import attention_portable
+from minisgl.kernels.config import fixed_order, target
+from minisgl.kernels.decode.portable import decode_portable, split_count
+from minisgl.kernels.linear.persistent import linear_persistent
+from minisgl.kernels.moe.portable import moe_experts_portable, moe_route_portable
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_order_on_hopper():
+    with target(90), fixed_order():
+        yield
+
+
+def _sequence(dtype: torch.dtype, length: int, **facts):
+    """One sequence's queries at every position, and the other arguments."""
+    generator = torch.Generator().manual_seed(length)
+    arguments = paged_case(length, [length], CPU, dtype, generator, head_dim=64, **facts)
+    arguments.pop("return_lse")
+    return arguments.pop("q"), arguments
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 40])
+def test_attention_over_chunkings_and_batches(dtype, window):
+    q, arguments = _sequence(dtype, 137, window=window)
+    rows = arguments["rows"]
+
+    def chunk(start: int, end: int, copies: int = 1) -> torch.Tensor:
+        queries = torch.cat([q[start:end]] * copies)
+        facts = arguments | {
+            "rows": rows.repeat(copies),
+            "seq_lens": torch.full((copies,), end, dtype=torch.int32),
+            "cu_seqlens_q": torch.arange(copies + 1, dtype=torch.int32) * (end - start),
+        }
+        return attention_portable(queries, **facts)
+
+    whole = chunk(0, 137)
+    parts = torch.cat([chunk(0, 50), chunk(50, 51), chunk(51, 137)])
+    assert torch.equal(parts, whole)
+    assert torch.equal(chunk(130, 137, copies=3)[-7:], whole[-7:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decode_and_verification_equal_prefill(dtype):
+    q, arguments = _sequence(dtype, 131)
+    lengths = torch.tensor([131], dtype=torch.int32)
+    offsets = torch.tensor([0, 131], dtype=torch.int32)
+    whole = attention_portable(q, **arguments | {"cu_seqlens_q": offsets, "seq_lens": lengths})
+    for width, copies in ((1, 1), (1, 3), (4, 2)):
+        facts = arguments | {
+            "rows": arguments["rows"].repeat(copies),
+            "seq_lens": lengths.repeat(copies),
+            "width": width,
+        }
+        got = decode_portable(torch.cat([q[-width:]] * copies), **facts)
+        assert torch.equal(got[-width:], whole[-width:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_over_batches(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 130, generator=generator).to(dtype)
+    weight = torch.randn(70, 130, generator=generator).to(dtype)
+    whole = linear_persistent(x, weight)
+    for start, end in ((0, 1), (199, 200), (100, 180)):
+        assert torch.equal(linear_persistent(x[start:end], weight), whole[start:end])
+
+
+def test_experts_over_batches():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(150, 64, generator=generator)
+    gate_up = torch.randn(4, 64, 64, generator=generator) / 8
+    down = torch.randn(4, 64, 32, generator=generator) / 6
+    weights, ids = moe_route_portable(torch.randn(150, 4, generator=generator), 2, True)
+    whole = moe_experts_portable(x, gate_up, down, weights, ids)
+    for start, end in ((0, 1), (149, 150), (40, 90)):
+        part = slice(start, end)
+        got = moe_experts_portable(x[part], gate_up, down, weights[part], ids[part])
+        assert torch.equal(got, whole[part])
+
+
+def test_split_counts_depend_on_shapes_alone():
+    assert split_count(8, 132, 8192, 64) == 32
+    assert split_count(512, 132, 8192, 64) == 1
+    assert split_count(8, 132, 128, 64) == 2  # no more runs than tiles
+    assert split_count(100_000, 132, 8192, 64) == 1
