@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 FACTORY = "minisgl.build:build_engine"
 BACKLOG = 2048
+KEEP_ALIVE = 60  # seconds an idle connection stays open: longer than clients keep theirs
 ENGINE_GRACE = 10  # seconds an engine gets to report the end of a drain, before it is cut off
 
 C = TypeVar("C", bound=EngineConfig)
@@ -160,6 +161,7 @@ async def _serve(config: ServerConfig, process: "EngineProcess", listening: sock
             api.app,
             http="httptools",
             lifespan="off",
+            timeout_keep_alive=KEEP_ALIVE,
             log_level="info" if config.log_level == "debug" else "warning",
             timeout_graceful_shutdown=math.ceil(config.drain_timeout) + ENGINE_GRACE,
         )

@@ -333,9 +333,9 @@ def _params(
             **{name: value for name, value in optional.items() if value is not None},
         )
     except ValueError as error:
-        name = str(error).split()[0]
-        param = name if name in SamplingParams.__struct_fields__ else None
-        message = str(error)
+        message = str(error)  # names its field first
+        names = SamplingParams.__struct_fields__
+        param = next((word for word in message.split() if word in names), None)
         if param == "max_tokens" and getattr(body, "max_completion_tokens", None) is not None:
             param = "max_completion_tokens"
             message = message.replace("max_tokens", param, 1)

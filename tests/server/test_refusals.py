@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minisgl.core.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from minisgl.server.app import MAX_BODY_BYTES
 from minisgl.server.body import ApiError
 from minisgl.server.openai import MAX_PROMPTS, parse_chat, parse_completion
@@ -188,6 +189,8 @@ def test_a_long_wrong_value_is_cut():
         ({"stop": ["a", 1]}, "stop[1]"),
         ({"stop": ["x"] * 65}, "stop"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {str(i): 1 for i in range(MAX_LOGIT_BIAS + 1)}}, "logit_bias"),
+        ({"stop_token_ids": [1] * (MAX_STOP_TOKEN_IDS + 1)}, "stop_token_ids"),
         ({"logit_bias": {"-1": 1}}, "logit_bias"),
         ({"logit_bias": {str(VOCAB): 1}}, "logit_bias"),
         ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs.tools"),

@@ -21,6 +21,7 @@ from minisgl.serve import flags_parser, read_flags
 from tests.server import small_tokenizers
 
 ROOT = Path(__file__).parents[2]
+PATIENCE = 180  # seconds, for machines that do much else
 USER = [{"role": "user", "content": "hi"}]
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -123,10 +124,10 @@ def test_help_shows_every_flag_with_its_default(capsys):
 class Served:
     """A server process on a free port, its output read as it comes."""
 
-    def __init__(self, model: Path, *flags: str) -> None:
+    def __init__(self, model: Path, *flags: str, module: str = "minisgl.serve") -> None:
         fixed = ("--load-format=dummy", "--device=cpu", "--max-total-tokens=65536", "--port=0")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "minisgl.serve", "--model", str(model), *fixed, *flags],
+            [sys.executable, "-m", module, "--model", str(model), *fixed, *flags],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -145,7 +146,7 @@ class Served:
         return "".join(self.lines)
 
     def wait_ready(self) -> str:
-        end = time.monotonic() + 60
+        end = time.monotonic() + PATIENCE
         while time.monotonic() < end and self.process.poll() is None:
             if found := re.search(r"serving .* at (http://\S+)/v1", self.output):
                 return found[1]
@@ -153,7 +154,9 @@ class Served:
         raise AssertionError(f"the server did not get ready:\n{self.output}")
 
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.wait_ready()}/v1", api_key="x", max_retries=0)
+        return openai.OpenAI(
+            base_url=f"{self.wait_ready()}/v1", api_key="x", max_retries=0, timeout=PATIENCE
+        )
 
     def engine_pid(self) -> int:
         found = subprocess.run(
@@ -164,8 +167,8 @@ class Served:
         (line,) = (line for line in found.splitlines() if "minisgl.engine.process" in line)
         return int(line.split()[0])
 
-    def wait_exit(self, timeout: float = 30) -> int:
-        code = self.process.wait(timeout)
+    def wait_exit(self) -> int:
+        code = self.process.wait(PATIENCE)
         self._reader.join(5)
         return code
 
@@ -201,7 +204,7 @@ def health_while_starting(server, url):
     states = set()
     while "serving " not in server.output and server.process.poll() is None:
         with contextlib.suppress(httpx.ConnectError):
-            response = httpx.get(url)
+            response = httpx.get(url, timeout=PATIENCE)
             states.add((response.status_code, response.json()["status"]))
         time.sleep(0.01)
     return states
@@ -209,7 +212,8 @@ def health_while_starting(server, url):
 
 @pytest.fixture
 def fresh(model):
-    server = Served(model)
+    """A server whose engine has no model and takes its time; a test may end it as it likes."""
+    server = Served(model, module="tests.server.slow_engine")
     yield server
     server.close()
 
@@ -289,8 +293,9 @@ def test_a_stop_string_cuts_the_text(client):
 
 def test_a_second_look_at_a_prompt_is_cached(client):
     prompt = list(range(5, 300))
-    first = client.completions.create(model="dummy", prompt=prompt, max_tokens=1)
-    second = client.completions.create(model="dummy", prompt=prompt, max_tokens=1)
+    options = {"model": "dummy", "prompt": prompt, "max_tokens": 4, "n": 2}
+    first = client.completions.create(**options)
+    second = client.completions.create(**options)
     assert first.usage.prompt_tokens_details.cached_tokens == 0
     assert second.usage.prompt_tokens_details.cached_tokens == len(prompt) - 1
 
@@ -303,7 +308,7 @@ def test_over_long_prompts_are_refused(client):
 def test_hanging_up_frees_the_engine(served):
     url = served.wait_ready()
     body = {"prompt": "x", "max_tokens": 60000, "ignore_eos": True, "stream": True}
-    with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=PATIENCE) as response:
         events = response.iter_lines()  # dropping it would close the connection
         next(events)
         assert eventually_running(url, 1)
@@ -312,7 +317,7 @@ def test_hanging_up_frees_the_engine(served):
 
 def eventually_running(url, count):
     """Whether the engine comes to report so many running sequences."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         text = httpx.get(f"{url}/metrics").text
         if float(re.search(r"^minisgl_running_sequences (\S+)", text, re.M)[1]) == count:
@@ -328,7 +333,7 @@ def test_a_port_in_use_is_said_at_once(model, served):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=PATIENCE,
     )
     assert done.returncode == 1
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in done.stderr
@@ -336,8 +341,8 @@ def test_a_port_in_use_is_said_at_once(model, served):
 
 def test_sigterm_finishes_what_runs_and_exits_0(fresh):
     url = fresh.wait_ready()
-    body = {"prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True, "logprobs": 0}
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+    body = {"prompt": "x", "max_tokens": 100, "ignore_eos": True, "stream": True, "logprobs": 0}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=PATIENCE) as response:
         events = response.iter_lines()
         next(events)
         fresh.process.send_signal(signal.SIGTERM)
@@ -350,11 +355,11 @@ def test_sigterm_finishes_what_runs_and_exits_0(fresh):
 
 
 def test_a_drain_that_takes_too_long_is_cut_with_an_error(model):
-    server = Served(model, "--drain-timeout", "0.3")
+    server = Served(model, "--drain-timeout", "0.3", module="tests.server.slow_engine")
     with contextlib.closing(server):
         url = server.wait_ready()
         body = {"prompt": "x", "max_tokens": 60000, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=PATIENCE) as response:
             events = response.iter_lines()
             next(events)
             server.process.send_signal(signal.SIGTERM)
@@ -366,19 +371,19 @@ def test_a_drain_that_takes_too_long_is_cut_with_an_error(model):
 def test_the_engines_death_fails_its_requests_and_the_server(fresh):
     url = fresh.wait_ready()
     body = {"prompt": "x", "max_tokens": 60000, "ignore_eos": True, "stream": True}
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as response:
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=PATIENCE) as response:
         events = response.iter_lines()
         next(events)
         subprocess.run(["kill", "-KILL", str(fresh.engine_pid())], check=True)
         last = [line for line in events if line][-1]
     message = json.loads(last.removeprefix("data: "))["error"]["message"]
     assert message.startswith("the engine process ended with exit code -9")
-    assert "memory plan" not in message  # its last words are for the operator
+    assert "\n" not in message  # the engine's last lines are for the operator
     assert fresh.wait_exit() == 1
     assert "the engine process ended with exit code -9" in fresh.output
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path):
-    with contextlib.closing(Served(tmp_path)) as server:
-        assert server.wait_exit(60) == 1
-        assert "config.json" in server.output
+    with contextlib.closing(Served(tmp_path, module="tests.server.slow_engine")) as server:
+        assert server.wait_exit() == 1
+        assert "holds no model" in server.output.splitlines()[-1]
