@@ -124,4 +124,5 @@ def _device_facts(device: Device) -> DeviceFacts:
     if device.torch_device.type == "cpu":
         return DEVICES["cpu"]
     name = device.name.lower().replace(" ", "")
-    return next((facts for key, facts in DEVICES.items() if key in name), DEVICES["a100"])
+    known = sorted((key for key in DEVICES if key in name), key=len)  # "l40s" before "l4"
+    return DEVICES[known[-1]] if known else DEVICES["a100"]

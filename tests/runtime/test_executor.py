@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minisgl import csrc
 from minisgl.core.batch import Batch, Chunk, RowSetup
 from minisgl.core.executor import GrammarMasks
 from minisgl.core.policy import SchedulerConfig
@@ -84,6 +85,21 @@ def test_a_seeded_request_is_the_same_alone_and_in_any_batch(executors):
     for request in requests[::-1]:
         apart |= serve(executor, [request], overlap=False).tokens
     assert apart == together
+
+
+def test_fp32_is_the_same_to_the_bit_in_any_batch(executors):
+    """Steps are padded to sizes whose products treat a row alike whatever others are there."""
+    csrc.load("model_ops", wait=True)  # not half of it before the native ops are there
+    executor = executors()
+    config = SchedulerConfig(disable_radix_cache=True)
+    requests = [
+        Request(f"r{i}", [3 + i] * (1 + 5 * i), SamplingParams(max_tokens=9, seed=i, logprobs=3))
+        for i in range(7)
+    ]
+    together = serve(executor, requests, config=config, arrive=3).results
+    for request in requests:
+        alone = serve(executor, [request], config=config).results[request.id, 0]
+        assert alone.logprobs == together[request.id, 0].logprobs
 
 
 class Drafter:
