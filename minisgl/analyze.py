@@ -119,9 +119,9 @@ def report(
     lines.append(f"{'context':>10} {'streams':>10} {'prompt tokens beside ' + str(batches[0]):>28}")
     budget = TokenBudget(SchedulerConfig(chunked_prefill_size=1 << 16), model)
     for context in contexts:
-        ridge = ridge_streams(model, context)
+        busy = ridge_streams(model, context)
         beside = budget.prefill_tokens(StepLoad(batches[0], batches[0] * context, 0))
-        lines.append(f"{context:10} {'never' if ridge is None else ridge:>10} {beside:28}")
+        lines.append(f"{context:10} {'never' if busy is None else busy:>10} {beside:28}")
     return "\n".join(lines)
 
 

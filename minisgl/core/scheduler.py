@@ -249,6 +249,8 @@ class Scheduler:
         tries = min(len(self._rows), left) + config.scan_limit
         stuck: list[Sequence] = []
         context = sum(seq.num_tokens for seq in self._running) if config.itl_target_ms else 0
+        if len(self._running) >= self._cache.pool.num_available:  # see `headroom`
+            return
         for seq in self._waiting.candidates(tries, self._clock(), self._matched):
             if left <= 0 or not self._rows:
                 return
@@ -257,6 +259,8 @@ class Scheduler:
             match = self._cache.match(seq)
             if self._cache.is_fresh(match):
                 continue
+            # A page for each running sequence, which it will soon need; and twice as many more
+            # each time this one was preempted, so that it comes to an end.
             headroom = len(self._running) + 2**seq.preemptions - 1 if self._running else 0
             if not self._cache.attach(seq, match, headroom):
                 stuck.append(seq)
