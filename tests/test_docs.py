@@ -1,6 +1,7 @@
 """What the documents say exists: linked files, flags, modules and the Python they show."""
 
 import ast
+import json
 import re
 from dataclasses import fields
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ import pytest
 
 import minisgl
 from minisgl.config import ServerConfig
+from tests.kernels.cards import all_ops
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -47,3 +49,40 @@ def test_python_shown_is_python_and_imports_what_there_is(document):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and node.module == "minisgl":
                 assert {alias.name for alias in node.names} <= set(minisgl.__all__)
+
+
+def gpu_kernels() -> list[tuple[str, str]]:
+    """(op, implementation) of every kernel of our own for CUDA devices."""
+    return [
+        (op.name, implementation.name)
+        for op in all_ops()
+        for implementation in op.implementations
+        if implementation.device == "cuda" and not implementation.path.endswith("_reference")
+    ]
+
+
+def compiled_for(op: str, implementation: str) -> list[int]:
+    """Architectures of the compile gate's baseline, whose keys are "label kernel sm_90"."""
+    baseline = json.loads((ROOT / "tests/compile/triton-3.6.0.json").read_text())
+    others = {f"{op}-{name}" for other, name in gpu_kernels() if other == op}
+    found = set()
+    for key in baseline:
+        label, *_, arch = key.split()
+        variant = label not in others and label.split("-")[0] == op
+        if label == f"{op}-{implementation}" or (variant and implementation == "portable"):
+            found.add(int(arch.removeprefix("sm_")))
+    return sorted(found)
+
+
+def test_the_evidence_of_every_gpu_kernel_is_stated():
+    rows = re.findall(
+        r"^\| `(\w+)` \| `(\w+)` \| [^|]+ \| ([^|]+) \|",
+        (ROOT / "docs/GPU_EVIDENCE.md").read_text(),
+        re.M,
+    )
+    stated = {
+        (op, name): [int(arch) for arch in re.findall(r"\d+", cell)] for op, name, cell in rows
+    }
+    assert [kernel for kernel in gpu_kernels() if kernel not in stated] == []
+    for kernel, archs in stated.items():
+        assert set(archs) <= set(compiled_for(*kernel)), kernel
