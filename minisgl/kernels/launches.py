@@ -12,10 +12,16 @@ import torch
 
 from minisgl.kernels.activation.portable import silu_and_mul_portable
 from minisgl.kernels.advance.portable import advance_rows_portable, prepare_inputs_portable
+from minisgl.kernels.attention.hopper import attention_hopper
 from minisgl.kernels.attention.portable import attention_portable
+from minisgl.kernels.attention.tma import attention_tma
+from minisgl.kernels.cascade.portable import cascade_portable
 from minisgl.kernels.decode.portable import decode_portable
 from minisgl.kernels.kv_copy.portable import copy_pages_portable, write_kv_portable
+from minisgl.kernels.kv_staging.portable import gather_pages_portable, scatter_pages_portable
+from minisgl.kernels.linear.persistent import linear_persistent
 from minisgl.kernels.merge.portable import merge_portable
+from minisgl.kernels.moe.portable import moe_experts_portable, moe_route_portable
 from minisgl.kernels.qkv_prepare.portable import qkv_prepare_portable
 from minisgl.kernels.rmsnorm.portable import rmsnorm_portable
 from minisgl.kernels.rotary.portable import rotary_portable
@@ -134,6 +140,13 @@ def _heads(model: Model) -> Iterator[Launch]:
         "page_size": 16,
     }
     yield Launch(f"copy_pages {model.name}", copy_pages_portable, copied, wide)
+    staged = {
+        "storage": copied["storage"],
+        "pages": ints(8),
+        "staging": empty(8, 2, 2, 16, kv_heads, head_dim),
+    }
+    yield Launch(f"gather_pages {model.name}", gather_pages_portable, staged, wide)
+    yield Launch(f"scatter_pages {model.name}", scatter_pages_portable, staged, wide)
     for states in (2, 8):
         merged = {
             "parts": empty(states, tokens, q_heads, head_dim, dtype=torch.float32),
@@ -189,6 +202,18 @@ def _attention() -> Iterator[Launch]:
     yield Launch("decode-split gqa4-d128-page16", decode_portable, few, ("load128",))
     drafts = _paged(4, 16, 16, heads, width=4)
     yield Launch("decode-width4 gqa4-d128-page16", decode_portable, drafts, ("load128",))
+    for page_size in (16, 64):
+        chunk = _paged(4, 512, page_size, heads, cu_seqlens_q=ints(5), max_seqlen_q=512)
+        label = f"gqa4-d128-page{page_size}"
+        tma = {"attention_kernel": ("wgmma", "tma")}
+        yield Launch(f"attention-tma {label}", attention_tma, chunk, on_hopper=tma, only=(90,))
+        specialised = {"attention_hopper_kernel": ("wgmma", "tma", "set_registers")}
+        yield Launch(
+            f"attention-hopper {label}", attention_hopper, chunk, on_hopper=specialised, only=(90,)
+        )
+    grouped = _paged(64, 64, 16, heads, groups=ints(4, 3), shared=ints(64))
+    prefix = {"prefix_kernel": ("wgmma",)}
+    yield Launch("cascade gqa4-d128-page16", cascade_portable, grouped, ("load128",), prefix)
 
 
 def _sampling() -> Iterator[Launch]:
@@ -207,6 +232,31 @@ def _sampling() -> Iterator[Launch]:
     yield Launch("adjust_logits", adjust_logits_portable, adjusted)
     masked = {"logits": logits, "indices": ints(count), "bits": ints(count, vocab // 32)}
     yield Launch("mask_logits", mask_logits_portable, masked)
+
+
+def _linear() -> Iterator[Launch]:
+    wgmma = {"linear_kernel": ("wgmma",)}
+    for outputs, inputs in ((6144, 4096), (1024, 3072)):
+        product = {"x": empty(TOKENS, inputs), "weight": empty(outputs, inputs)}
+        label = f"linear-persistent n{outputs} k{inputs}"
+        yield Launch(label, linear_persistent, product, ("load128",), wgmma)
+
+
+def _experts(model: Model) -> Iterator[Launch]:
+    experts, top_k = model.experts, model.top_k
+    for name, tokens in (("few", 32), ("many", 2048)):
+        call = {
+            "x": empty(tokens, model.hidden),
+            "gate_up": empty(experts, 2 * model.inner, model.hidden),
+            "down": empty(experts, model.hidden, model.inner),
+            "weights": empty(tokens, top_k, dtype=torch.float32),
+            "ids": ints(tokens, top_k),
+        }
+        wgmma = {"experts_kernel": ("wgmma",)} if name == "many" else None
+        label = f"moe_experts-{name} {model.name}"
+        yield Launch(label, moe_experts_portable, call, on_hopper=wgmma)
+    routed = {"logits": empty(TOKENS, experts), "top_k": top_k, "renormalize": True}
+    yield Launch(f"moe_route {model.name}", moe_route_portable, routed)
 
 
 def _advance() -> Iterator[Launch]:
@@ -250,3 +300,5 @@ def launches() -> Iterator[Launch]:
     yield from _attention()
     yield from _sampling()
     yield from _advance()
+    yield from _linear()
+    yield from _experts(MODELS[4])

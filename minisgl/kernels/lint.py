@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -126,17 +127,19 @@ class Report:
         )
 
 
-def read(label: str, arch: int, compiled: Any) -> Report:
-    """Reads a compiled kernel's cubin with the tools that come with Triton."""
+@lru_cache
+def machine_code(cubin: bytes) -> str:
+    """Resource usage and disassembly of a cubin, from the tool that comes with Triton."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        code = subprocess.run(
-            [str(_TOOLS / "cuobjdump"), "-res-usage", "-sass", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        command = [str(_TOOLS / "cuobjdump"), "-res-usage", "-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def read(label: str, arch: int, compiled: Any) -> Report:
+    """What a compiled kernel uses."""
+    code = machine_code(compiled.asm["cubin"])
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", code)
     if found is None:
         raise RuntimeError(f"{label}: cuobjdump gave no resource usage")
