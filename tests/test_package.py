@@ -1,10 +1,12 @@
 """What `pip install` gets: bounded requirements, pinned constraints, a wheel with its sources."""
 
+import ast
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,10 @@ def test_an_installed_loader_finds_its_sources(wheel):
     assert Path(sources, "cpu/core_ops.cpp").is_file()
 
 
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 def requirements(folder: Path) -> list[Requirement]:
     (metadata,) = folder.glob("*.dist-info/METADATA")
     return [
@@ -72,7 +78,7 @@ def requirements(folder: Path) -> list[Requirement]:
 
 def test_every_requirement_is_bounded_and_pinned_within_its_bounds(wheel):
     pins = {
-        re.sub(r"[-_.]+", "-", name).lower(): Version(version)
+        canonical(name): Version(version)
         for name, version in re.findall(
             r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M
         )
@@ -81,6 +87,24 @@ def test_every_requirement_is_bounded_and_pinned_within_its_bounds(wheel):
     for requirement in requirements(wheel):
         assert {"<", ">="} <= {s.operator for s in requirement.specifier}, requirement
         assert requirement.specifier.contains(pins[requirement.name]), requirement
+
+
+def test_everything_imported_is_required(wheel):
+    distributions = packages_distributions()
+    imported: dict[str, str] = {}
+    for path in (ROOT / "minisgl").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            imported |= {name.split(".")[0]: path.name for name in names}
+    at_run_time = [r for r in requirements(wheel) if not re.search("test|bench", str(r.marker))]
+    required = {canonical(requirement.name) for requirement in at_run_time}
+    required |= {"cuda-bindings", "starlette"}  # the parts of cuda-python and fastapi we name
+    for name, where in imported.items():
+        if name != "minisgl" and name not in sys.stdlib_module_names:
+            found = {canonical(distribution) for distribution in distributions.get(name, [name])}
+            assert found & required, f"{where} imports {name}, which setup.py does not require"
 
 
 def test_names_load_at_first_use():
