@@ -7,10 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import fields
-from pathlib import Path
 
 import httpx
 import openai
@@ -19,9 +17,8 @@ import pytest
 from minisgl.config import ServerConfig
 from minisgl.serve import flags_parser, read_flags
 from tests.server import small_tokenizers
+from tests.server.served import PATIENCE, ROOT, Served
 
-ROOT = Path(__file__).parents[2]
-PATIENCE = 180  # seconds, for machines that do much else
 USER = [{"role": "user", "content": "hi"}]
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -121,63 +118,6 @@ def test_help_shows_every_flag_with_its_default(capsys):
 # ---- the process --------------------------------------------------------------------------------
 
 
-class Served:
-    """A server process on a free port, its output read as it comes."""
-
-    def __init__(self, model: Path, *flags: str, module: str = "minisgl.serve") -> None:
-        fixed = ("--load-format=dummy", "--device=cpu", "--max-total-tokens=65536", "--port=0")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", module, "--model", str(model), *fixed, *flags],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self.lines: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        for line in self.process.stdout:
-            self.lines.append(line)
-
-    @property
-    def output(self) -> str:
-        return "".join(self.lines)
-
-    def wait_ready(self) -> str:
-        end = time.monotonic() + PATIENCE
-        while time.monotonic() < end and self.process.poll() is None:
-            if found := re.search(r"serving .* at (http://\S+)/v1", self.output):
-                return found[1]
-            time.sleep(0.02)
-        raise AssertionError(f"the server did not get ready:\n{self.output}")
-
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(
-            base_url=f"{self.wait_ready()}/v1", api_key="x", max_retries=0, timeout=PATIENCE
-        )
-
-    def engine_pid(self) -> int:
-        found = subprocess.run(
-            ["ps", "-o", "pid=,args=", "--ppid", str(self.process.pid)],
-            capture_output=True,
-            text=True,
-        ).stdout
-        (line,) = (line for line in found.splitlines() if "minisgl.engine.process" in line)
-        return int(line.split()[0])
-
-    def wait_exit(self) -> int:
-        code = self.process.wait(PATIENCE)
-        self._reader.join(5)
-        return code
-
-    def close(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self.process.kill()
-        self.process.wait()
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
@@ -190,7 +130,9 @@ def served(model):
     """A server for many tests. It ends by SIGTERM while idle, which is a test, too."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    server = Served(model, "--served-model-name", "dummy", "--port", str(port))
+    server = Served(
+        f"--model={model}", "--load-format=dummy", "--served-model-name=dummy", f"--port={port}"
+    )
     server.early_health = health_while_starting(server, f"http://127.0.0.1:{port}/health")
     yield server
     server.process.send_signal(signal.SIGTERM)
@@ -213,7 +155,7 @@ def health_while_starting(server, url):
 @pytest.fixture
 def fresh(model):
     """A server whose engine has no model and takes its time; a test may end it as it likes."""
-    server = Served(model, module="tests.server.slow_engine")
+    server = Served(f"--model={model}", module="tests.server.slow_engine")
     yield server
     server.close()
 
@@ -355,7 +297,7 @@ def test_sigterm_finishes_what_runs_and_exits_0(fresh):
 
 
 def test_a_drain_that_takes_too_long_is_cut_with_an_error(model):
-    server = Served(model, "--drain-timeout", "0.3", module="tests.server.slow_engine")
+    server = Served(f"--model={model}", "--drain-timeout=0.3", module="tests.server.slow_engine")
     with contextlib.closing(server):
         url = server.wait_ready()
         body = {"prompt": "x", "max_tokens": 60000, "ignore_eos": True, "stream": True}
@@ -384,6 +326,8 @@ def test_the_engines_death_fails_its_requests_and_the_server(fresh):
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path):
-    with contextlib.closing(Served(tmp_path, module="tests.server.slow_engine")) as server:
+    with contextlib.closing(
+        Served(f"--model={tmp_path}", module="tests.server.slow_engine")
+    ) as server:
         assert server.wait_exit() == 1
         assert "holds no model" in server.output.splitlines()[-1]
