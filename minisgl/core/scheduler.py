@@ -17,7 +17,14 @@ from minisgl.core.executor import Limits
 from minisgl.core.kvcache import Commit, KVCache
 from minisgl.core.policy import SchedulerConfig, StepLoad, TokenBudget, WaitingQueue
 from minisgl.core.request import Delta, FinishReason, Request, TokenLogprobs
-from minisgl.core.sequence import Sequence, Status, make_sequences
+from minisgl.core.sequence import (
+    ENDED,
+    PREEMPTED,
+    RUNNING,
+    WAITING,
+    Sequence,
+    make_sequences,
+)
 
 # Proposes the tokens that may follow those a sequence holds and has pending; [] for none. It is
 # asked for every decoding sequence in every plan.
@@ -204,7 +211,7 @@ class Scheduler:
                 prefilling.append(seq)
                 continue
             ahead = seq.num_tokens + seq.num_pending + seq.num_slack
-            if ahead >= seq.limit or seq.status is not Status.RUNNING:
+            if ahead >= seq.limit or seq.status is not RUNNING:
                 continue
             drafts = NONE if drafter is None else drafter(seq)[: seq.limit - ahead - 1]
             end = start + seq.num_slack + 1
@@ -233,7 +240,7 @@ class Scheduler:
 
     def _plan_prefill(self, plan: _Plan, prefilling: list[Sequence]) -> None:
         """Divide the step's prompt tokens: first to prompts under way, then to new sequences."""
-        prefilling = [seq for seq in prefilling if seq.status is Status.RUNNING]
+        prefilling = [seq for seq in prefilling if seq.status is RUNNING]
         start = prefilling[0].num_computed if prefilling else 0
         left = self._budget.prefill_tokens(StepLoad(plan.num_tokens, plan.num_pairs, start))
         for seq in prefilling:
@@ -271,7 +278,7 @@ class Scheduler:
             for other in stuck:
                 other.times_passed += 1
             seq.times_passed = 0
-            seq.status = Status.RUNNING
+            seq.status = RUNNING
             seq.row = self._rows.pop()
             seq.num_fed = seq.num_tokens
             insort(self._running, seq, key=self._waiting.key)
@@ -344,7 +351,7 @@ class Scheduler:
         """Take a sequence's row and pages, now or once its steps in flight are back."""
         self._num_preemptions += 1
         seq.preemptions += 1
-        seq.status = Status.PREEMPTED
+        seq.status = PREEMPTED
         self._running.remove(seq)
         self._leave(seq)
 
@@ -363,8 +370,8 @@ class Scheduler:
             self._cache.release(seq)
             self._rows.append(seq.row)
             seq.row = -1
-        if seq.status is Status.PREEMPTED:
-            seq.status = Status.WAITING
+        if seq.status is PREEMPTED:
+            seq.status = WAITING
             seq.epoch += 1
             if seq.prompt_logprobs is not None:
                 seq.prompt_logprobs = []
@@ -382,12 +389,12 @@ class Scheduler:
         deltas = []
         for index, (seq, chunk) in enumerate(zip(step.sequences, batch.chunks, strict=True)):
             seq.in_flight -= 1
-            if seq.status is not Status.ENDED:
+            if seq.status is not ENDED:
                 if seq.prompt_logprobs is not None:
                     seq.prompt_logprobs += output.prompt_logprobs.get(index, NO_LOGPROBS)
                 if chunk.samples:
                     deltas.append(self._take_tokens(seq, chunk, index, output))
-            if seq.status is not Status.RUNNING and not seq.in_flight and seq.row >= 0:
+            if seq.status is not RUNNING and not seq.in_flight and seq.row >= 0:
                 self._settle(seq)
         return deltas
 
@@ -433,7 +440,7 @@ class Scheduler:
         for seq in step.sequences:
             seq.in_flight -= 1
             seq.keeps_pages = False
-            if seq.status is not Status.ENDED:
+            if seq.status is not ENDED:
                 deltas.append(self._end(seq, "error", error))
             elif not seq.in_flight and seq.row >= 0:
                 self._settle(seq)
@@ -461,15 +468,15 @@ class Scheduler:
 
     def _finish(self, seq: Sequence, reason: FinishReason) -> None:
         """Nothing more is planned for `seq`; what it holds goes back when its steps are."""
-        was, seq.status, seq.finish_reason = seq.status, Status.ENDED, reason
+        was, seq.status, seq.finish_reason = seq.status, ENDED, reason
         self._num_finished += 1
         choices = self._requests[seq.request.id]
         choices.remove(seq)
         if not choices:
             del self._requests[seq.request.id]
-        if was is Status.WAITING:
+        if was is WAITING:
             self._waiting.remove(seq)
-        elif was is Status.RUNNING:
+        elif was is RUNNING:
             self._running.remove(seq)
             self._leave(seq)
         elif not seq.in_flight:
@@ -478,7 +485,7 @@ class Scheduler:
     def check(self) -> None:
         """Compare all books with each other, exactly. For tests; RuntimeError says what differs."""
         planned = {seq for step in self._steps for seq in step.sequences}
-        leaving = [seq for seq in planned if seq.status is not Status.RUNNING]
+        leaving = [seq for seq in planned if seq.status is not RUNNING]
         self._cache.check([*self._running, *leaving])
         held = [seq.row for seq in [*self._running, *leaving]]
         if sorted(held + self._rows) != list(range(self.limits.max_rows)):

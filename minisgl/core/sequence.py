@@ -19,6 +19,10 @@ class Status(Enum):
     ENDED = auto()  # finished, aborted or failed; the same holds
 
 
+# Looking a member up in its Enum takes 0.1 us, and every step asks for each sequence's.
+WAITING, RUNNING, PREEMPTED, ENDED = Status
+
+
 @dataclass(eq=False, slots=True)
 class Sequence:
     """Counts, not phases: tokens held, tokens computed, and the gap that steps close.

@@ -128,7 +128,7 @@ FAULTS = {
     "a token after the end": (
         Scheduler,
         "update",
-        "if seq.status is not Status.ENDED:",
+        "if seq.status is not ENDED:",
         "if True:",
     ),
     "rows and pages go back while a step is in flight": (
@@ -140,8 +140,8 @@ FAULTS = {
     "a preempted sequence loses its late token": (
         Scheduler,
         "update",
-        "if seq.status is not Status.ENDED:",
-        "if seq.status is Status.RUNNING:",
+        "if seq.status is not ENDED:",
+        "if seq.status is RUNNING:",
     ),
     "what a preempted sequence holds is not counted as its input": (
         Scheduler,

@@ -27,7 +27,7 @@ def test_random_traces(shard):
         hits += stats.num_hit_tokens
         preemptions += stats.num_preemptions
     # The traces are worth running only while they reach what they are about.
-    assert hits > 10 * TRIALS / SHARDS
+    assert hits > 5 * TRIALS / SHARDS
     assert preemptions > 0.1 * TRIALS / SHARDS
 
 
