@@ -4,7 +4,8 @@ Triton 3.6 to 3.9 hold a bf16 block as the 16-bit words of memory and compute on
 products, sums, comparisons and dots are wrong, and conversions from float32 truncate. Here a bf16
 block is held as the float32 values it stands for: loads widen, stores narrow, and whatever
 produces a bf16 block rounds it to nearest even, which is what a GPU does. Also mended: with
-numpy >= 2.4, triton 3.6 cannot turn a scalar block into an int, which every `range` needs.
+numpy >= 2.4, triton 3.6 cannot turn a scalar block into an int, which every `range` needs; and a
+scalar comparison loses its type when it is spread over a block, which triton 3.9 then refuses.
 
 Not mended, and refused: atomics on bf16. Rounding to fp8 still truncates.
 """
@@ -149,8 +150,21 @@ def _widen_dot(builder: type) -> None:
     builder.create_dot = widened
 
 
+def _keep_truth(builder: type) -> None:
+    """A comparison's handle names its operands' type: splat it as the truth values it holds."""
+    splat = builder.create_splat
+
+    def kept(self: Any, shape: Any, value: Any) -> Any:
+        if value.data.dtype == np.bool_:
+            value = Handle(value.data, tl.int1)
+        return splat(self, shape, value)
+
+    builder.create_splat = kept
+
+
 def _repair_arithmetic(builder: type) -> None:
     _widen_dot(builder)
+    _keep_truth(builder)
     for name in ("binary_op", "unary_op", "ternary_op", "create_fma", "create_rsqrt", "create_dot"):
         _round_result(name)
     absolute = builder.create_fabs
