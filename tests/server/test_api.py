@@ -470,6 +470,27 @@ def test_a_failure_before_the_first_token_is_a_500(client, engine):
         assert failure.value.type == "server_error"
 
 
+def test_one_failing_prompt_ends_all_of_a_call(client, engine):
+    """The first to fail decides; what still runs for the call is aborted."""
+    submit = engine.submit
+
+    async def second_fails(request):
+        if request.id.endswith("-1"):
+            raise ValueError("prompt has 99 tokens")
+        async for delta in submit(request):
+            yield delta
+
+    engine.delay, engine.submit = 0.05, second_fails
+    try:
+        for stream in (False, True):
+            with pytest.raises(openai.BadRequestError, match="99 tokens"):
+                complete(client, ["a", "b", "c"], stream=stream)
+            assert eventually(lambda: not engine.running)
+            assert len(engine.aborted) == len(engine.requests) > 0
+    finally:
+        del engine.submit
+
+
 def test_a_failure_in_a_stream_is_an_error_event(client, engine):
     engine.fail_after = 3
     stream = chat(client, stream=True)

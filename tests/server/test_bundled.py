@@ -1,0 +1,108 @@
+"""What `make serve` gives: the bundled model behind the real server, asked by the real client."""
+
+import json
+
+import pytest
+
+from minisgl.server.tokenizer import Tokenizer
+from tests.server.served import ROOT, Served
+
+
+@pytest.fixture(scope="module")
+def served():
+    server = Served()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    with served.client() as client:
+        yield client
+
+
+def ask(client, question, **options):
+    options = {"temperature": 0, "max_tokens": 80} | options
+    return client.chat.completions.create(
+        model=client.models.list().data[0].id,
+        messages=[{"role": "user", "content": question}],
+        **options,
+    )
+
+
+def text(answer):
+    return answer.choices[0].message.content
+
+
+def test_it_answers_with_sense(client):
+    answer = ask(client, "What is paged attention?")
+    assert "page" in text(answer)
+    assert answer.choices[0].finish_reason == "stop"
+    assert "42" in text(ask(client, "What is 17 + 25?"))
+    assert "--port" in text(ask(client, "Which flag sets the port?"))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.0, "seed": 3}, {"stop": " the"}, {"max_tokens": 5}]
+)
+def test_streamed_text_equals_the_whole(client, options):
+    question = "What does the radix cache do?"
+    whole = ask(client, question, **options)
+    *chunks, last = ask(
+        client, question, stream=True, stream_options={"include_usage": True}, **options
+    )
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == text(whole)
+    assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert last.usage.completion_tokens == whole.usage.completion_tokens
+    assert last.usage.prompt_tokens == whole.usage.prompt_tokens
+
+
+def test_a_stop_string_is_not_in_the_text(client):
+    full = text(ask(client, "What does the radix cache do?"))
+    cut = text(ask(client, "What does the radix cache do?", stop=" of"))
+    assert cut == full.split(" of")[0]
+    assert len(cut) < len(full)
+
+
+def test_seeds_and_choices(client):
+    options = {"temperature": 1.0, "seed": 11, "n": 3, "max_tokens": 40}
+    first = ask(client, "Tell me a story about a fox.", **options)
+    again = ask(client, "Tell me a story about a fox.", **options)
+    texts = [choice.message.content for choice in first.choices]
+    assert texts == [choice.message.content for choice in again.choices]
+    assert len(set(texts)) > 1
+
+
+def test_logprobs_are_of_the_text(client):
+    answer = ask(client, "What is 3 + 4?", logprobs=True, top_logprobs=4)
+    content = answer.choices[0].logprobs.content
+    spelled = b"".join(bytes(entry.bytes) for entry in content[:-1])  # the last ends the turn
+    assert spelled.decode() == text(answer)
+    for entry in content:
+        assert entry.bytes == entry.top_logprobs[0].bytes
+        assert [top.logprob for top in entry.top_logprobs] == sorted(
+            (top.logprob for top in entry.top_logprobs), reverse=True
+        )
+
+
+def test_without_a_limit_only_the_context_ends_an_answer(client):
+    tokenizer = Tokenizer.from_directory(ROOT / "minisgl/assets/tiny")
+    (served,) = client.models.list().data
+    context = served.max_model_len
+    prompt = (tokenizer.encode("Once upon a time ") * context)[: context - 40]
+    answer = client.completions.create(
+        model=served.id, prompt=prompt, temperature=0, extra_body={"ignore_eos": True}
+    )
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.prompt_tokens == len(prompt)
+    assert answer.usage.completion_tokens == 40
+
+
+def test_the_wire_is_json_line_by_line(served):
+    import httpx
+
+    body = {"messages": [{"role": "user", "content": "What is prefill?"}], "stream": True}
+    response = httpx.post(f"{served.wait_ready()}/v1/chat/completions", json=body, timeout=180)
+    *events, last = [line for line in response.text.split("\n") if line]
+    assert last == "data: [DONE]"
+    assert all(json.loads(event.removeprefix("data: "))["choices"] for event in events)
