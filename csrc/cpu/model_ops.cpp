@@ -46,7 +46,7 @@ void prefetch(const T *base, Index offset) {
 constexpr Index TILE_M = 6;
 
 template <class T, int MT, int NT>
-void tile(const float *x, Index x_stride, const T *w, Index w_stride, Index k, float *out) {
+[[gnu::noinline]] void tile(const float *x, Index x_stride, const T *w, Index w_stride, Index k, float *out) {
     f32x16 sums[MT][NT] = {};
     const auto add = [&](const float *from, const f32x16(&columns)[NT]) {
         for (int m = 0; m < MT; ++m) {
@@ -78,9 +78,9 @@ struct Linear {
     Y *y;            // [m, n]
     Index m, n, k, x_stride;
 
-    // NT columns from `column`, all rows in [0, m).
+    // Rows [row, row + MT) of columns [column, column + NT), the first `skip` of which are there.
     template <int MT, int NT>
-    void rows(Index row, Index column, const T *w_tail) const {
+    void rows(Index row, Index column, Index skip, const T *w_tail) const {
         float out[MT * NT];
         const Index whole = k / 32 * 32;
         tile<T, MT, NT>(x + row * x_stride, x_stride, w + column * k, k, whole, out);
@@ -90,38 +90,47 @@ struct Linear {
             for (int i = 0; i < MT * NT; ++i) out[i] += rest[i];
         }
         for (int i = 0; i < MT; ++i)
-            for (int j = 0; j < NT; ++j) {
+            for (Index j = skip; j < NT; ++j) {
                 const float b = bias ? to_float(bias[column + j]) : 0.0f;
                 store(y + (row + i) * n + column + j, out[i * NT + j] + b);
             }
     }
 
     template <int NT>
-    void columns(Index row, Index count, Index column) const {
+    void columns(Index row, Index count, Index column, Index skip) const {
         T w_tail[NT * 32] = {};  // the last k % 32 of each column's row, padded with zeros
         const Index whole = k / 32 * 32;
         if (whole < k)
             for (int j = 0; j < NT; ++j)
                 std::copy(w + (column + j) * k + whole, w + (column + j + 1) * k, w_tail + j * 32);
+        if constexpr (NT == 1) {
+            for (Index i = 0; i < count; ++i) rows<1, 1>(row + i, column, skip, w_tail);
+            return;
+        }
         switch (count) {
-            case 1: return rows<1, NT>(row, column, w_tail);
-            case 2: return rows<2, NT>(row, column, w_tail);
-            case 3: return rows<3, NT>(row, column, w_tail);
-            case 4: return rows<4, NT>(row, column, w_tail);
-            case 5: return rows<5, NT>(row, column, w_tail);
-            default: return rows<6, NT>(row, column, w_tail);
+            case 1: return rows<1, NT>(row, column, skip, w_tail);
+            case 2: return rows<2, NT>(row, column, skip, w_tail);
+            case 3: return rows<3, NT>(row, column, skip, w_tail);
+            case 4: return rows<4, NT>(row, column, skip, w_tail);
+            case 5: return rows<5, NT>(row, column, skip, w_tail);
+            default: return rows<6, NT>(row, column, skip, w_tail);
         }
     }
 
     // Columns [begin, end), tile by tile: a tile of x stays in the first cache, the columns in
-    // the second.
+    // the second. The last four columns overlap the four before where they are not a whole tile.
     void block(Index begin, Index end) const {
         const Index tiles = (m + TILE_M - 1) / TILE_M;
         for (Index t = 0; t < tiles; ++t) {
             const Index row = t * m / tiles, count = (t + 1) * m / tiles - row;
-            Index column = begin;
-            for (; column + 4 <= end; column += 4) columns<4>(row, count, column);
-            for (; column < end; ++column) columns<1>(row, count, column);
+            if (n < 4) {
+                for (Index column = begin; column < end; ++column) columns<1>(row, count, column, 0);
+                continue;
+            }
+            for (Index column = begin; column < end; column += 4) {
+                const Index from = std::min(column, n - 4);
+                columns<4>(row, count, from, column - from);
+            }
         }
     }
 };
@@ -347,7 +356,7 @@ struct Decode {
                 for (int d = 0; d < DV; ++d)
                     queries[r][d] = load16(q + token[r] * q_stride + head[r] * D + d * 16) * scale;
             }
-            for_keys(pages, first, length, k_pool + kv_head * D, step, [&](Index j, const T *key) {
+            for_keys(pages, first, length, k_pool + kv_head * D, step, D, [&](Index j, const T *key) {
                 f32x16 sums[R] = {};
                 for (int d = 0; d < DV; ++d) {
                     const f32x16 part = load16(key + d * 16);
@@ -363,7 +372,7 @@ struct Decode {
                         largest[r]);
             }
             f32x16 sums[R][DV] = {};
-            for_keys(pages, first, length, v_pool + kv_head * D, step, [&](Index j, const T *value) {
+            for_keys(pages, first, length, v_pool + kv_head * D, step, D, [&](Index j, const T *value) {
                 for (int d = 0; d < DV; ++d) {
                     const f32x16 part = load16(value + d * 16);
                     for (int r = 0; r < R; ++r) sums[r][d] += part * x[r * padded + j - first];
@@ -378,14 +387,24 @@ struct Decode {
         }
     }
 
-    // f(j, row) for first <= j < end, a page at a time.
+    // f(j, row) for first <= j < end, a page at a time, while the rows of `head_dim` values that
+    // are due about sixteen keys later are on their way: no hardware foresees a page table.
     template <class T, class F>
     void for_keys(const std::int32_t *pages, Index first, Index end, const T *pool, Index step,
-                  F f) const {
-        for (Index j = first; j < end;) {
-            const Index stop = std::min((j / page_size + 1) * page_size, end);
-            const T *row = pool + (Index(pages[j / page_size]) * page_size + j % page_size) * step;
-            for (; j < stop; ++j, row += step) f(j, row);
+                  Index head_dim, F f) const {
+        if (first >= end) return;
+        const Index last = (end - 1) / page_size, ahead = std::max<Index>(16 / page_size, 1);
+        constexpr Index line = 64 / sizeof(T);
+        for (Index page = first / page_size; page <= last; ++page) {
+            const Index from = std::max(page * page_size, first);
+            const Index stop = std::min((page + 1) * page_size, end);
+            const Index skip = (from - page * page_size) * step;
+            const T *row = pool + Index(pages[page]) * page_size * step + skip;
+            const T *next = pool + Index(pages[std::min(page + ahead, last)]) * page_size * step + skip;
+            for (Index j = from; j < stop; ++j, row += step, next += step) {
+                for (Index i = 0; i < head_dim; i += line) prefetch(next, i);
+                f(j, row);
+            }
         }
     }
 
@@ -456,7 +475,6 @@ void decode(Address q, Index q_stride, Address k_pool, Address v_pool, Address p
         switch (head_dim) {
             case 16: return run(std::integral_constant<int, 1>{});
             case 32: return run(std::integral_constant<int, 2>{});
-            case 48: return run(std::integral_constant<int, 3>{});
             case 64: return run(std::integral_constant<int, 4>{});
             case 80: return run(std::integral_constant<int, 5>{});
             case 96: return run(std::integral_constant<int, 6>{});
@@ -470,7 +488,7 @@ void decode(Address q, Index q_stride, Address k_pool, Address v_pool, Address p
 }  // namespace
 
 PYBIND11_MODULE(model_ops, m) {
-    m.attr("DECODE_HEAD_DIMS") = py::make_tuple(16, 32, 48, 64, 80, 96, 128, 256);
+    m.attr("DECODE_HEAD_DIMS") = py::make_tuple(16, 32, 64, 80, 96, 128, 256);
     const auto unlocked = py::call_guard<py::gil_scoped_release>();
     m.def("linear", &linear, unlocked, "y [m, n] = x [m, k] w [n, k]^T + bias [n]");
     m.def("rmsnorm", &rmsnorm, unlocked, "minisgl.kernels.rmsnorm on rows");
