@@ -1,5 +1,6 @@
 """`Sequence`: one choice of one request and how far it has come."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -101,18 +102,18 @@ def make_sequences(
 ) -> list[Sequence]:
     """The `params.n` sequences of a request.
 
-    Raises ValueError when they could never run: an empty prompt, one with ids outside the
-    vocabulary, or more tokens than the context or the KV pool hold.
+    Raises ValueError when they could never run: an empty prompt, ids outside the vocabulary, or
+    more tokens than the context or the KV pool hold.
     """
     limit = _token_limit(request, limits)
-    low, high = min(request.prompt_token_ids), max(request.prompt_token_ids)
-    if low < 0 or high >= limits.vocab_size:
-        raise ValueError(
-            "prompt token ids must be at least 0 and below the vocabulary size "
-            f"{limits.vocab_size}, got {low if low < 0 else high}"
-        )
-    prompt = np.array(request.prompt_token_ids, np.int32)
     params = request.params
+    for name, ids in (
+        ("prompt", request.prompt_token_ids),
+        ("stop_token_ids", params.stop_token_ids),
+        ("logit_bias", [token_id for token_id, _ in params.logit_bias]),
+    ):
+        _check_vocabulary(name, ids, limits.vocab_size)
+    prompt = np.array(request.prompt_token_ids, np.int32)
     stop_ids = frozenset() if params.ignore_eos else eos
     if params.stop_token_ids:
         stop_ids |= frozenset(params.stop_token_ids)
@@ -130,6 +131,14 @@ def make_sequences(
         )
         for choice in range(params.n)
     ]
+
+
+def _check_vocabulary(name: str, ids: Collection[int], vocab_size: int) -> None:
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise ValueError(
+            f"{name}: token ids must be at least 0 and below the vocabulary size {vocab_size}, "
+            f"got {min(ids) if min(ids) < 0 else max(ids)}"
+        )
 
 
 def _token_limit(request: Request, limits: Limits) -> int:

@@ -57,6 +57,8 @@ def finish(scheduler: Scheduler, token=1) -> list[Delta]:
         ),
         (ask([1, 1000]), "below the vocabulary size 1000, got 1000"),
         (ask([-1, 5]), "at least 0 .*, got -1"),
+        (ask([1], stop_token_ids=[1000]), "stop_token_ids: .* below .* 1000, got 1000"),
+        (ask([1], logit_bias={1001: 1.0}), "logit_bias: .* below .* 1000, got 1001"),
     ],
 )
 def test_what_can_never_run_is_refused(request_, message):
