@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -114,10 +114,12 @@ class Report:
     shared: int
     warps: int
     counts: dict[str, int] = field(default_factory=dict)
+    ordinal: int = 0  # among the variants of this kernel in one launch
 
     @property
     def key(self) -> str:
-        return f"{self.label} {self.kernel} sm_{self.arch}"
+        variant = f" #{self.ordinal}" if self.ordinal else ""
+        return f"{self.label} {self.kernel} sm_{self.arch}{variant}"
 
     def row(self) -> str:
         counts = " ".join(f"{name}={n}" for name, n in self.counts.items() if n)
@@ -162,7 +164,12 @@ def reports(launch: Launch, arch: int) -> list[Report]:
         launch.run()
     if not compiled:
         raise RuntimeError(f"{launch.label}: the launcher launched nothing")
-    return [read(launch.label, arch, kernel) for kernel in compiled]
+    found: list[Report] = []
+    for kernel in compiled:
+        report = read(launch.label, arch, kernel)
+        before = sum(report.kernel == other.kernel for other in found)
+        found.append(replace(report, ordinal=before))
+    return found
 
 
 def problems(report: Report, launch: Launch) -> list[str]:
