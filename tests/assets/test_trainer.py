@@ -196,7 +196,7 @@ def test_held_out_pairs_are_about_a_tenth_and_never_trained() -> None:
 def test_extractions_name_their_values(held_out: bool) -> None:
     rng = random.Random(7)
     for _ in range(500):
-        e = tasks.extraction(rng, held_out)
+        e = tasks.extraction(rng, new_names=held_out, new_patterns=held_out)
         assert json.loads(e.answer) == e.values
         assert all(key in e.request and str(value) in e.request for key, value in e.values.items())
 

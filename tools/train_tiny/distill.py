@@ -19,6 +19,7 @@ from tools.train_tiny.model import TINY_DRAFT, Qwen3, load
 
 OWN_EVERY = 8  # one step in so many is of the teacher's own answers
 OWN_PROMPTS, OWN_LIMIT = 32, 96
+LONG_FROM = 150  # the first step that may be of 2,048-token samples
 
 
 def answered(
@@ -51,7 +52,7 @@ def work(rank: int, job: trainer.Job) -> None:
     def batches_of(step: int) -> list[batches.MicroBatch]:
         if step % OWN_EVERY == OWN_EVERY - 1:
             return answered(teacher, tok, job.seed, step, temperature=step // OWN_EVERY % 2)
-        long = trainer.is_long(step)
+        long = trainer.is_long(step, LONG_FROM)
         return batches.step_batches(job.seed + 1, step, job.tokens, tok, context, long)
 
     def loss_of(model: Qwen3, batch: batches.MicroBatch) -> Tensor:

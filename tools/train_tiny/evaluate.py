@@ -1,8 +1,8 @@
 """Measure the bundled model: `python -m tools.train_tiny.evaluate [--model DIR] [--draft DIR]`.
 
 Everything asked is new to the model: fact questions in sentence patterns that training never saw,
-additions with a tenth of the pairs held out, extractions from held-out sentences and wordings with
-names of people and cities unknown in that combination (half of them unknown at all). Agreement is
+additions with a tenth of the pairs held out, extractions with names and cities unknown in that
+combination (half of them unknown at all), from known and from held-out sentences. Agreement is
 the share of draft tokens equal to the target's own, given the target's text, at temperature 0 and,
 with the same noise for both, at 1. Prints a table, then one JSON line.
 """
@@ -93,10 +93,12 @@ def additions(bench: Bench, sampling: Sampling, count: int, verbose: bool) -> di
     return result
 
 
-def extractions(bench: Bench, sampling: Sampling, verbose: bool) -> dict[str, float]:
-    """200 held-out extractions: how many parse as JSON objects, and how many values are right."""
+def extractions(
+    bench: Bench, sampling: Sampling, new_patterns: bool, verbose: bool
+) -> dict[str, float]:
+    """200 extractions with new names: how many parse as JSON objects, how many values are right."""
     rng = random.Random("extractions")
-    asked = [tasks.extraction(rng, held_out=True) for _ in range(200)]
+    asked = [tasks.extraction(rng, new_names=True, new_patterns=new_patterns) for _ in range(200)]
     parsed, exact, values = 0, 0, []
     for e, text in zip(asked, bench.answers([e.request for e in asked], sampling), strict=True):
         try:
@@ -147,7 +149,10 @@ def domains() -> dict[str, tuple[Callable[[random.Random], str], int]]:
     return {
         "facts": (lambda rng: rng.choice(knowledge.held_out_questions(200, 0)).text, 64),
         "additions": (lambda rng: tasks.addition(rng)[0], 64),
-        "extraction": (lambda rng: tasks.extraction(rng, held_out=True).request, 64),
+        "extraction": (
+            lambda rng: tasks.extraction(rng, new_names=True, new_patterns=True).request,
+            64,
+        ),
         "stories": (story, 192),
         "other": (lambda rng: corpus.unknown_turn(rng)[0], 64),
     }
@@ -195,8 +200,9 @@ def main() -> None:
             m: additions(bench, s, args.additions, args.verbose) for m, s in modes.items()
         }
         table("Right sums over 0-99", report["additions"])
-        report["extraction"] = {m: extractions(bench, s, args.verbose) for m, s in modes.items()}
-        table("Extraction", report["extraction"])
+        for name, new in (("extraction", False), ("extraction, new sentences", True)):
+            report[name] = {m: extractions(bench, s, new, args.verbose) for m, s in modes.items()}
+            table(f"JSON {name}: new names, right whole objects and values", report[name])
         report["story"] = {m: long_story(bench, s) for m, s in modes.items()}
         table("A story to the end of the context", report["story"])
         if not args.no_draft:

@@ -80,11 +80,11 @@ def _listed(keys: list[str]) -> str:
     return keys[0] if len(keys) == 1 else ", ".join(keys[:-1]) + " and " + keys[-1]
 
 
-def _person(rng: random.Random, held_out: bool) -> dict[str, str | int]:
-    prefix = "held_out_" if held_out and rng.random() < 0.5 else ""
+def _person(rng: random.Random, new_names: bool) -> dict[str, str | int]:
+    prefix = "held_out_" if new_names and rng.random() < 0.5 else ""
 
     def word(kind: str) -> str:
-        made_up = not held_out and rng.random() < 0.5
+        made_up = not new_names and rng.random() < 0.5
         return made_up_name(rng) if made_up else rng.choice(WORDS[prefix + kind])
 
     name = word("given") if rng.random() < 0.4 else f"{word('given')} {word('family')}"
@@ -92,11 +92,14 @@ def _person(rng: random.Random, held_out: bool) -> dict[str, str | int]:
     return {**person, "job": rng.choice(WORDS["jobs"])}
 
 
-def extraction(rng: random.Random, held_out: bool = False) -> Extraction:
-    """A request to extract fields; `held_out` uses sentences and wordings unknown to training."""
-    prefix = "held_out_" if held_out else ""
+def extraction(
+    rng: random.Random, new_names: bool = False, new_patterns: bool = False
+) -> Extraction:
+    """A request to extract fields. `new_names` combines names and cities anew, half of them words
+    unknown to training; `new_patterns` uses sentences and wordings unknown to training."""
+    prefix = "held_out_" if new_patterns else ""
     if rng.random() < 0.7:
-        values = _person(rng, held_out)
+        values = _person(rng, new_names)
         text = rng.choice(WORDS[prefix + "people"])
     else:
         price = rng.randint(2, 999)
@@ -111,7 +114,7 @@ def extraction(rng: random.Random, held_out: bool = False) -> Extraction:
     if rng.random() < 0.4:
         keys = keys[: rng.randint(1, len(keys))]
     text = text.format(**values)
-    if not held_out and rng.random() < 0.3:
+    if not (new_names or new_patterns) and rng.random() < 0.3:
         filler = rng.choice(words.WORDS["question"]["fillers"])
         text = rng.choice((f"{filler} {text}", f"{text} {filler}"))
     request = rng.choice(WORDS[prefix + "requests"]).format(fields=_listed(keys), text=text)

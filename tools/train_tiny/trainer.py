@@ -50,8 +50,8 @@ def learning_rate(step: int, steps: int, decay: int) -> float:
     return min(1.0, (step + 1) / WARMUP, (steps - step) / decay)
 
 
-def is_long(step: int) -> bool:
-    return step >= LONG_FROM and step % LONG_EVERY == 0
+def is_long(step: int, first: int = LONG_FROM) -> bool:
+    return step >= first and step % LONG_EVERY == 0
 
 
 def eos_ids(tok: Tokenizer) -> list[int]:
