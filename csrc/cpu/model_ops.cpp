@@ -489,6 +489,11 @@ void decode(Address q, Index q_stride, Address k_pool, Address v_pool, Address p
 
 PYBIND11_MODULE(model_ops, m) {
     m.attr("DECODE_HEAD_DIMS") = py::make_tuple(16, 32, 64, 80, 96, 128, 256);
+#if defined(__AVX512BF16__) || defined(__AMX_BF16__)
+    m.attr("BF16_ARITHMETIC") = true;  // of the CPU, which PyTorch's products then use
+#else
+    m.attr("BF16_ARITHMETIC") = false;
+#endif
     const auto unlocked = py::call_guard<py::gil_scoped_release>();
     m.def("linear", &linear, unlocked, "y [m, n] = x [m, k] w [n, k]^T + bias [n]");
     m.def("rmsnorm", &rmsnorm, unlocked, "minisgl.kernels.rmsnorm on rows");

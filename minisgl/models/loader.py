@@ -134,12 +134,15 @@ class _RandomWeights:
             block = self.block * (3.0 / weight.shape[1]) ** 0.5
         start = zlib.crc32(weight.name.encode()) % self.SIZE
         block = torch.roll(block, -start).to(dtype)
-        full = torch.empty(weight.shape, dtype=dtype)
+        target = weight.target
+        here = target.shape == weight.shape and target.is_contiguous() and target.is_cpu
+        full = target if here else torch.empty(weight.shape, dtype=dtype)
         whole = full.numel() // self.SIZE * self.SIZE
-        flat = full.flatten()  # a view, as full is dense
+        flat = full.view(-1)
         flat[:whole].view(-1, self.SIZE).copy_(block.expand(whole // self.SIZE, -1))
         flat[whole:] = block[: flat.numel() - whole]
-        weight.target.copy_(full[weight.slices])
+        if not here:
+            target.copy_(full[weight.slices])
 
 
 def _some(names: list[str]) -> str:

@@ -40,8 +40,8 @@ def test_case(op: Op, name: str, case: Case, dtype: torch.dtype, native: bool) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_token_has_one_result_in_any_batch(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(200, 300, generator=generator).to(dtype)
+    x = torch.randn(150, 300, generator=generator).to(dtype)
     weight = torch.randn(501, 300, generator=generator).to(dtype)
     whole = linear(x, weight)
-    for start, end in ((0, 1), (3, 5), (7, 23), (100, 200)):
+    for start, end in ((0, 1), (3, 5), (7, 23), (100, 150)):
         assert torch.equal(linear(x[start:end], weight), whole[start:end])

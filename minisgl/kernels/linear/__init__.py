@@ -60,6 +60,8 @@ CASES = (
     _case((13,), 31, 64, wide=True),
     _case((3, 5), 128, 257, bias=True, wide=True),
     _case((65,), 320, 200),
+    _case((200,), 48, 33, bias=True),
+    _case((2, 97), 40, 50, wide=True),
     _case((0,), 64, 32),
 )
 

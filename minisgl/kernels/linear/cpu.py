@@ -1,20 +1,32 @@
-"""Linear layers on CPU. PyTorch's own are slow in bf16 where the CPU has no bf16 arithmetic."""
+"""Linear layers on CPU.
+
+PyTorch's own are slow in bf16 where the CPU has no bf16 arithmetic. Few rows take the native
+product, which reads the weights as they are; many take PyTorch's, in fp32 where that is faster.
+"""
 
 import torch
+import torch.nn.functional as F
 
 from minisgl.kernels.linear import linear_reference
 from minisgl.kernels.native import address, model_ops
+
+MANY_ROWS = 192  # from here on, widening the weights to fp32 for PyTorch costs less than it gains
+BLOCK = 2**22  # weights widened at a time: they stay in the last cache
 
 
 def linear_cpu(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, wide: bool = False
 ) -> torch.Tensor:
-    """See `linear_reference`. A row's result does not depend on the rows beside it."""
+    """See `linear_reference`. Among few rows, one's result does not depend on the others."""
     native = model_ops(x, weight, bias)
     if native is None or not weight.is_contiguous():
         return linear_reference(x, weight, bias, wide)
     rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, x.shape[-1]).contiguous()
     n, k = weight.shape
+    if rows.shape[0] >= MANY_ROWS:
+        if x.dtype == torch.float32 or native.BF16_ARITHMETIC:
+            return linear_reference(x, weight, bias, wide)
+        return _widened(rows, weight, bias, wide).view(*x.shape[:-1], n)
     y = torch.empty(*x.shape[:-1], n, dtype=torch.float32 if wide else x.dtype)
     native.linear(
         rows.data_ptr(),
@@ -29,4 +41,19 @@ def linear_cpu(
         wide,
         torch.get_num_threads(),
     )
+    return y
+
+
+def _widened(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wide: bool
+) -> torch.Tensor:
+    """The products in fp32, a block of weights at a time."""
+    n, k = weight.shape
+    y = torch.empty(x.shape[0], n, dtype=torch.float32 if wide else x.dtype)
+    wide_x = x.float()
+    step = max(BLOCK // k, 1)
+    for start in range(0, n, step):
+        columns = slice(start, start + step)
+        wide_bias = None if bias is None else bias[columns].float()
+        y[:, columns] = F.linear(wide_x, weight[columns].float(), wide_bias)
     return y
