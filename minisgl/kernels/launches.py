@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
-from minisgl.kernels.activation.portable import silu_and_mul_portable
+from minisgl.kernels.activation.portable import (
+    gelu_tanh_and_mul_portable,
+    silu_and_mul_portable,
+)
 from minisgl.kernels.advance.portable import advance_rows_portable, prepare_inputs_portable
 from minisgl.kernels.attention.hopper import attention_hopper
 from minisgl.kernels.attention.portable import attention_portable
@@ -99,6 +102,7 @@ def _rowwise(model: Model) -> Iterator[Launch]:
     yield Launch(f"rmsnorm-residual {model.name}", rmsnorm_portable, residual, wide)
     inner = {"x": empty(TOKENS, 2 * model.inner)}
     yield Launch(f"silu_and_mul {model.name}", silu_and_mul_portable, inner, wide)
+    yield Launch(f"gelu_tanh_and_mul {model.name}", gelu_tanh_and_mul_portable, inner, wide)
 
 
 def _heads(model: Model) -> Iterator[Launch]:
