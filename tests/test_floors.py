@@ -348,3 +348,17 @@ def test_kernels_and_the_offline_engine_need_no_server_packages():
 def test_the_server_starts_without_transformers():
     loaded = import_in_new_process(["minisgl.server", "minisgl.serve"])
     assert "transformers" not in loaded
+
+
+def test_a_chat_needs_no_transformers():
+    code = """
+        import sys
+        sys.modules["transformers"] = None  # importing it raises
+        from minisgl import LLM, SamplingParams
+        with LLM(max_total_tokens=1024, log_level="warning") as llm:
+            answer = llm.chat([{"role": "user", "content": "Hello"}], SamplingParams(max_tokens=4))
+        assert answer.token_ids
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
