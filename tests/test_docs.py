@@ -67,10 +67,10 @@ def compiled_for(op: str, implementation: str) -> list[int]:
     others = {f"{op}-{name}" for other, name in gpu_kernels() if other == op}
     found = set()
     for key in baseline:
-        label, *_, arch = key.split()
+        label, arch = key.split()[0], re.search(r"\bsm_(\d+)", key)[1]
         variant = label not in others and label.split("-")[0] == op
         if label == f"{op}-{implementation}" or (variant and implementation == "portable"):
-            found.add(int(arch.removeprefix("sm_")))
+            found.add(int(arch))
     return sorted(found)
 
 
