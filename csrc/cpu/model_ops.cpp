@@ -144,7 +144,7 @@ void run_linear(const T *x, Index x_stride, const T *w, const T *bias, Y *y, Ind
     unpacked.resize(m * stride + 16);
     float *buffer = unpacked.data();
     buffer += (64 - reinterpret_cast<Address>(buffer) % 64) % 64 / sizeof(float);
-    if (m * n * k < 200000) threads = 1;
+    if (m * n * k < 500000) threads = 1;  // waking a thread costs more
     const Index share = (n / (2 * threads) + 3) / 4 * 4;
     const Index block = std::clamp<Index>(share, 4, 64);
     const Linear<T, Y> linear{buffer, w, bias, y, m, n, k, stride};

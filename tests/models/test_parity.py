@@ -1,10 +1,12 @@
 """Every family against transformers: logits in fp32, greedy tokens, and bf16's error."""
 
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from minisgl import csrc
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
 from minisgl.models.loader import load_model
@@ -30,6 +32,16 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_fp32_logits_and_greedy_tokens(name: str, tmp_path: Path) -> None:
+    check_fp32(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2"])
+def test_without_native_ops(name: str, tmp_path: Path) -> None:
+    with patch.object(csrc, "load", lambda _: None):
+        check_fp32(name, tmp_path)
+
+
+def check_fp32(name: str, tmp_path: Path) -> None:
     oracle = make(name, tmp_path)
     decoder = load(tmp_path)
     given = prompts(decoder.config.vocab_size)
