@@ -36,9 +36,9 @@ Measure = Callable[["Bench", random.Random], dict[str, float]]  # figures by nam
 class Bench:
     """An engine in this process, driven step by step with a clock."""
 
-    def __init__(self, engine: Engine, scale: float = 1.0) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.scale = scale  # of the amount of work
+        self.scale = 1.0  # of the amount of work
         self.times: dict[str, list[float]] = {}  # request -> when each of its tokens came
         self.tokens: dict[str, list[int]] = {}
         self.cached: dict[str, int] = {}  # prompt tokens found in the radix cache
@@ -88,6 +88,7 @@ class Bench:
         return seconds
 
 
+WARM_UP = 0.1  # of the work goes unmeasured first
 CHANCE = 4  # tokens that two random prompts may begin with alike
 BATCH = 16  # sequences at once where batching is compared
 
@@ -143,7 +144,7 @@ def ttft(length: int, hit: bool) -> Measure:
 def worst_gap(bench: Bench, generator: random.Random) -> dict[str, float]:
     """Four streams run; three prompts as long as the context arrive, one after the other."""
     room = bench.engine.info.limits.max_context
-    room = round(room * bench.scale)
+    room = max(round(room * bench.scale), 256)
     streams = [bench.submit(bench.prompt(generator, 16), room - 32) for _ in range(4)]
     while min(len(bench.times[name]) for name in streams) < 20:
         bench.step()
@@ -198,13 +199,13 @@ MEASURES: dict[str, Measure] = {
 }
 
 
-def child(config: Config, scale: float) -> None:
+def child(config: Config) -> None:
     """A side: builds its engine, then measures what it is told to, one JSON line each."""
-    bench = Bench(build_engine(EngineConfig(**config)), scale)
+    bench = Bench(build_engine(EngineConfig(**config)))
     print(json.dumps({"device": bench.engine.info.device, "model": bench.engine.info.model}))
     for line in sys.stdin:
         order = json.loads(line)
-        generator = random.Random(order["seed"])
+        bench.scale, generator = order["scale"], random.Random(order["seed"])
         sys.stdout.write(json.dumps(MEASURES[order["measure"]](bench, generator)) + "\n")
         sys.stdout.flush()
     bench.engine.close()
@@ -238,14 +239,14 @@ def headlines() -> list[Headline]:
     return [
         Headline(
             "batching",
-            "throughput, continuous against static batching of padded rows",
+            "throughput: continuous or static batching, rows padded",
             Side("continuous", "continuous", batch),
             Side("static", "static_padded", batch),
             higher_is_better=True,
         ),
         Headline(
             "batching",
-            "the same, where rows that have ended leave a static batch",
+            "the same, but ended rows leave a static batch",
             Side("continuous", "continuous", batch),
             Side("static", "static", batch),
             higher_is_better=True,
@@ -253,7 +254,7 @@ def headlines() -> list[Headline]:
         *(
             Headline(
                 "prefix",
-                f"time to first token, {length} tokens in the cache or not",
+                f"first token of {length} tokens, in the cache or not",
                 Side("hit", f"hit_{length}"),
                 Side("miss", f"miss_{length}"),
             )
@@ -267,7 +268,7 @@ def headlines() -> list[Headline]:
         ),
         Headline(
             "overlap",
-            "throughput, planning while the device works or not",
+            "throughput: planning while the device works or not",
             Side("overlap", "steady", batch),
             Side("in turns", "steady", {**batch, "disable_overlap_schedule": True}),
             higher_is_better=True,
@@ -284,19 +285,19 @@ def headlines() -> list[Headline]:
 class Worker:
     """A child process that holds one side's engine."""
 
-    def __init__(self, config: Config, scale: float) -> None:
-        side = ["--child", json.dumps(config), "--scale", str(scale)]
+    def __init__(self, config: Config) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.headlines", *side],
+            [sys.executable, "-m", "benchmarks.headlines", "--child", json.dumps(config)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
         self.facts = self._answer()
 
-    def measure(self, name: str, seed: int) -> dict[str, float]:
+    def measure(self, name: str, seed: int, scale: float) -> dict[str, float]:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"measure": name, "seed": seed}) + "\n")
+        order = {"measure": name, "seed": seed, "scale": scale}
+        self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         return self._answer()
 
@@ -315,7 +316,7 @@ class Worker:
 
 
 def compare(headline: Headline, base: Config, rounds: int, scale: float) -> dict[str, Any]:
-    """The headline's row: both figures, the ratio, its spread. One round goes unmeasured first."""
+    """The headline's row: both figures, the ratio, its spread. A small round warms both up."""
     sides = (headline.ours, headline.other)
     workers: dict[str, Worker] = {}
     figures: list[list[float]] = [[], []]
@@ -325,8 +326,9 @@ def compare(headline: Headline, base: Config, rounds: int, scale: float) -> dict
             for side, found in zip(sides, figures, strict=True):
                 key = json.dumps(side.config, sort_keys=True)
                 if key not in workers:
-                    workers[key] = Worker({**base, **side.config}, scale)
-                measured = workers[key].measure(side.measure, seed=number)
+                    workers[key] = Worker({**base, **side.config})
+                size = scale if number else WARM_UP * scale
+                measured = workers[key].measure(side.measure, number, size)
                 if number:
                     ((unit, value),) = measured.items()
                     found.append(value)
@@ -379,7 +381,7 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child is not None:
-        child(json.loads(args.child), args.scale)
+        child(json.loads(args.child))
         return
     base = {"model": args.model, "device": args.device, "log_level": "warning"}
     chosen = [headline for headline in headlines() if headline.name in args.only]

@@ -97,13 +97,13 @@ class FakeWorker:
     figures: dict
     asked: list
 
-    def __init__(self, config, scale):
+    def __init__(self, config):
         self.facts = {"device": "test", "model": "m"}
         self._calls = 0
 
-    def measure(self, name, seed):
+    def measure(self, name, seed, scale):
         self._calls += 1
-        self.asked.append((name, seed))
+        self.asked.append((name, seed, scale))
         unit, value = self.figures[name]
         return {unit: value}
 
@@ -126,9 +126,12 @@ def test_a_headline_is_the_ratio_in_the_right_direction(monkeypatch, capsys):
     ratios = [row["ratio"] for row in rows]
     assert ratios == [3.0, 1.5, *[25.0] * len(headlines.LENGTHS), 1.0, 1.0, 1.0]
     assert all(f"{row['ratio']:.2f}x" in out for row in rows)
-    # A round that is not measured, then two; both sides alike.
+    # A small round that is not measured, then two; both sides alike.
+    sizes = (headlines.WARM_UP, 1.0, 1.0)
     assert FakeWorker.asked[:6] == [
-        (name, number) for number in range(3) for name in ("continuous", "static_padded")
+        (name, number, sizes[number])
+        for number in range(3)
+        for name in ("continuous", "static_padded")
     ]
 
 
