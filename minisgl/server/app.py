@@ -107,6 +107,10 @@ class Api:
         except ClientGone:
             outcome(endpoint, "disconnected").inc()
             return Response(status_code=499)  # nobody reads it
+        except Exception as error:  # answered here, where the connection survives it
+            outcome(endpoint, "failed").inc()
+            logger.exception("a call to %s failed", endpoint)
+            raise _internal_error() from error
 
     async def _events(
         self,

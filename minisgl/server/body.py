@@ -42,6 +42,8 @@ def read(content: bytes, kind: type[T], neutral: Neutral) -> T:
         body = msgspec.json.decode(content)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ApiError(f"the body is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise ApiError("the body is nested too deeply") from error
     if not isinstance(body, dict):
         raise ApiError(f"the body must be a JSON object, got {shown(body)}")
     return convert(only_known(body, kind, neutral), kind)

@@ -30,6 +30,7 @@ class ServedModel:
     vocab_size: int
     max_context: int  # tokens of prompt and output together
     max_pool_tokens: int  # tokens the KV pool holds
+    has_priorities: bool = True  # whether requests run in order of priority
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -150,7 +151,7 @@ _RENDER_OPTIONS = {"messages", "tools", "documents", "add_generation_prompt"}
 def parse_chat(content: bytes, model: ServedModel) -> Call:
     """A body of /v1/chat/completions. Raises ApiError."""
     body = read(content, _ChatBody, _NEUTRAL_CHAT)
-    _check_model(body.model, model)
+    _check_model(body, model)
     messages = [_message(index, message) for index, message in enumerate(body.messages)]
     variables = body.chat_template_kwargs or {}
     for name in sorted(_RENDER_OPTIONS & variables.keys()):
@@ -177,7 +178,7 @@ def parse_chat(content: bytes, model: ServedModel) -> Call:
 def parse_completion(content: bytes, model: ServedModel) -> Call:
     """A body of /v1/completions. Raises ApiError."""
     body = read(content, _CompletionBody, _NEUTRAL_COMPLETION)
-    _check_model(body.model, model)
+    _check_model(body, model)
     if body.best_of is not None and body.best_of != (body.n or 1):
         message = f"best_of must equal n ({body.n or 1}): nothing is ranked; got {body.best_of}"
         raise ApiError(message, param="best_of")
@@ -284,9 +285,12 @@ def _include_usage(body: _Sampling) -> bool:
     return bool(body.stream_options.include_usage)
 
 
-def _check_model(name: str | None, model: ServedModel) -> None:
-    if name is not None and name != model.name:
-        raise unknown_model(name, model.name)
+def _check_model(body: _Sampling, model: ServedModel) -> None:
+    if body.model is not None and body.model != model.name:
+        raise unknown_model(body.model, model.name)
+    if body.priority and not model.has_priorities:
+        message = f"priority needs a server with --schedule-policy priority, got {body.priority}"
+        raise ApiError(message, param="priority")
 
 
 def unknown_model(name: str, served: str) -> ApiError:
@@ -379,14 +383,14 @@ def _check_prompt(
         # The last token is never read back, so it needs no room.
         if len(ids) > limit:
             message = f"{param} has {len(ids)} tokens, but {what} holds {limit}"
-        elif len(ids) + (params.max_tokens or 1) - 1 > limit:
-            message = (
-                f"{param} has {len(ids)} tokens and {limit_name} asks for {params.max_tokens}: "
-                f"{len(ids) + (params.max_tokens or 1) - 1} together, but {what} holds {limit}"
-            )
-        else:
-            continue
-        raise ApiError(message, param=param, code="context_length_exceeded")
+            raise ApiError(message, param=param, code="context_length_exceeded")
+        for name, count in ((limit_name, params.max_tokens), ("min_tokens", params.min_tokens)):
+            if len(ids) + (count or 1) - 1 > limit:
+                message = (
+                    f"{param} has {len(ids)} tokens and {name} asks for {count}: "
+                    f"{len(ids) + (count or 1) - 1} together, but {what} holds {limit}"
+                )
+                raise ApiError(message, param=param, code="context_length_exceeded")
 
 
 def _request(request_id: str, ids: list[int], params: SamplingParams, body: _Sampling) -> Request:

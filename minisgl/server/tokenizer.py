@@ -71,7 +71,7 @@ class Tokenizer:
             ids = ids if ids[:1] == [self.bos_token_id] else [self.bos_token_id, *ids]
         return ids
 
-    def encode_chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], /, **options: Any) -> list[int]:
         """Token ids of a conversation. `options` go to `ChatTemplate.render`.
 
         Raises ValueError when the model has no chat template or the template refuses.

@@ -501,14 +501,15 @@ def test_a_failure_in_a_stream_is_an_error_event(client, engine):
         chat(client)
 
 
-def test_an_unexpected_fault_tells_nothing(client, engine):
+def test_an_unexpected_fault_tells_nothing_and_keeps_the_connection(client, engine, caplog):
     engine.crash = True
-    for stream in (False, True):
+    for stream in (False, True) * 5:
         with pytest.raises(openai.InternalServerError) as failure:
             chat(client, stream=stream)
         assert "secret" not in failure.value.response.text
         assert "Traceback" not in failure.value.response.text
         assert failure.value.type == "server_error"
+    assert "secret detail" in caplog.text  # the log has it
 
 
 def test_unknown_paths_and_methods_have_openais_shape(server):
