@@ -57,7 +57,9 @@ def build_engine(config: EngineConfig) -> Engine:
             disable_radix_cache=config.disable_radix_cache,
         ),
         built.facts.eos_token_ids,
-        CostModel(_model_facts(built.facts, built.executor), _device_facts(built.device)),
+        CostModel(
+            ModelFacts(**built.facts.cost_facts(built.executor.dtype)), _device_facts(built.device)
+        ),
     )
     info = EngineInfo(
         model=config.model or "minisgl-tiny",
@@ -73,7 +75,9 @@ def build_engine(config: EngineConfig) -> Engine:
 
 def _build(config: EngineConfig) -> _Built:
     if config.tp_size != 1:
-        raise ValueError(f"tp_size must be 1, got {config.tp_size}")
+        raise ValueError(
+            f"tp_size must be 1, got {config.tp_size}: there is no tensor parallelism yet"
+        )
     started = time.perf_counter()
     path = BUNDLED_MODEL
     if config.model is not None:
@@ -96,27 +100,6 @@ def _say_device(config: EngineConfig, device: Device) -> None:
     if config.device == "auto" and device.torch_device.type == "cpu":
         why = ": no CUDA device was found"
     log.info("running on %s%s", device.name, why)
-
-
-def _model_facts(facts: ModelConfig, executor: LocalExecutor) -> ModelFacts:
-    moe = next((layer.moe for layer in facts.layers if layer.moe is not None), None)
-    windows = [layer.window for layer in facts.layers if layer.window is not None]
-    width = float(executor.dtype.itemsize)
-    return ModelFacts(
-        layers=facts.num_layers,
-        hidden=facts.hidden_size,
-        heads=facts.num_heads,
-        kv_heads=facts.num_kv_heads,
-        head_dim=facts.head_dim,
-        intermediate=facts.inner_size if moe is None else moe.inner_size,
-        vocab=facts.vocab_size,
-        experts=0 if moe is None else moe.num_experts,
-        experts_per_token=0 if moe is None else moe.top_k,
-        window=max(windows) if windows else None,
-        windowed_layers=len(windows),
-        bytes_per_weight=width,
-        bytes_per_kv=width,
-    )
 
 
 def _device_facts(device: Device) -> DeviceFacts:

@@ -32,7 +32,7 @@ class EngineConfig:
     mem_fraction_static: float = _option(0.9, "share of free device memory for weights and KV")
     max_total_tokens: int | None = _option(None, "KV pool size in tokens; measured when absent")
     max_running_requests: int = _option(256, "sequences running at once")
-    chunked_prefill_size: int = _option(2048, "tokens computed per step, decode included")
+    chunked_prefill_size: int = _option(2048, "prompt tokens computed per step, at most")
     schedule_policy: SchedulePolicy = _option("fcfs", "order of the waiting queue")
     batch_policy: BatchPolicy = _option("balanced", "balance of prefill against decode in a step")
     itl_target_ms: float | None = _option(None, "inter-token latency the balanced policy holds")
@@ -54,6 +54,10 @@ class EngineConfig:
         _require_at_least(self, 1, "max_total_tokens", "context_length")
         _require_at_least(self, 0, "random_seed")
         _require_above_zero(self, "mem_fraction_static", "itl_target_ms")
+        if self.itl_target_ms is not None and self.batch_policy != "balanced":
+            raise ValueError(f"itl_target_ms needs batch_policy balanced, got {self.batch_policy}")
+        if self.schedule_policy == "lpm" and self.disable_radix_cache:
+            raise ValueError("schedule_policy lpm needs the radix cache, got disable_radix_cache")
         share = self.mem_fraction_static
         if share > 1:
             raise ValueError(f"mem_fraction_static must be at most 1, got {share}")

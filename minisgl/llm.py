@@ -108,7 +108,8 @@ class _Collector:
             choice.logprobs += piece.logprobs
         if delta.prompt_logprobs is not None:
             self.output.prompt_logprobs = delta.prompt_logprobs
-        self.output.num_cached_tokens = max(self.output.num_cached_tokens, delta.num_cached_tokens)
+        if delta.choice == 0:  # the others find the prompt that the first one computed
+            self.output.num_cached_tokens = delta.num_cached_tokens
         if delta.choice == 0 and piece.text:
             self.fresh.append(piece.text)
         if piece.finish_reason is None:

@@ -183,7 +183,7 @@ async def _serve(config: ServerConfig, process: "EngineProcess", listening: sock
         """Open the API when the engine is ready; returns why it cannot go on, if so."""
         try:
             await client.ready()
-            model = await asyncio.to_thread(_served_model, client.info, config.served_model_name)
+            model = await asyncio.to_thread(_served_model, client.info, config)
         except (EngineDeadError, FileNotFoundError, ValueError) as error:
             return str(error)
         api.open(model)
@@ -193,7 +193,7 @@ async def _serve(config: ServerConfig, process: "EngineProcess", listening: sock
     serving = asyncio.create_task(http.serve([listening]))
     failing = asyncio.create_task(until_failure())
     await asyncio.wait((serving, failing), return_when=asyncio.FIRST_COMPLETED)
-    if failed := failing.done():
+    if failed := failing.done() and not closing:  # a stop while loading kills the engine
         print(f"minisgl.serve: {failing.result()}", file=sys.stderr, flush=True)
         http.should_exit = True
     await serving
@@ -204,17 +204,18 @@ async def _serve(config: ServerConfig, process: "EngineProcess", listening: sock
     return 1 if failed else 0
 
 
-def _served_model(info: "EngineInfo", name: str | None) -> "ServedModel":
+def _served_model(info: "EngineInfo", config: ServerConfig) -> "ServedModel":
     from minisgl.server.openai import ServedModel
     from minisgl.server.text import Tokenizer
 
     limits = info.limits
     return ServedModel(
-        name=name or info.model,
+        name=config.served_model_name or info.model,
         tokenizer=Tokenizer.from_directory(info.model_path),
         vocab_size=limits.vocab_size,
         max_context=limits.max_context,
         max_pool_tokens=limits.num_pages * limits.page_size,
+        has_priorities=config.schedule_policy == "priority",
     )
 
 

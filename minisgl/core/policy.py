@@ -21,7 +21,7 @@ FIXED_SHARE = 0.05  # of a step's time, where it can be chosen
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How to schedule. Raises ValueError naming the field, its limit and the value given."""
 
-    chunked_prefill_size: int = 2048  # tokens per step; prefill's share of it is the policy's
+    chunked_prefill_size: int = 2048  # prompt tokens per step, at most
     schedule_policy: SchedulePolicy = "fcfs"
     batch_policy: BatchPolicy = "balanced"
     itl_target_ms: float | None = None  # held by the balanced policy

@@ -11,6 +11,7 @@ MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 512  # entries
 MAX_STOP_TOKEN_IDS = 256
 MAX_SEED = 2**64 - 1
+MAX_INT = 2**31 - 1  # what the device keeps counts in
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, gc=False, array_like=True):
@@ -22,7 +23,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, gc=False, array_
     prompt. `stop` strings end the text where they begin and are not part of it. `seed=None` is
     replaced by a random 64-bit seed where the request enters the engine.
 
-    Raises ValueError naming the field, its limit and the value given.
+    Raises ValueError naming the field, its limit and the value given; TypeError where a value is
+    not of the field's type.
     """
 
     max_tokens: int | None = None
@@ -50,10 +52,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, gc=False, array_
             ("logit_bias", _as_pairs(self.logit_bias)),
         ):
             msgspec.structs.force_setattr(self, name, value)
-        _require("max_tokens", self.max_tokens, low=1)
-        _require("min_tokens", self.min_tokens, low=0)
+        _check_types(self)
+        _require("max_tokens", self.max_tokens, low=1, high=MAX_INT)
+        _require("min_tokens", self.min_tokens, low=0, high=MAX_INT)
         _require("temperature", self.temperature, low=0.0, high=100.0)
-        _require("top_k", self.top_k, low=0)
+        _require("top_k", self.top_k, low=0, high=MAX_INT)
         _require("top_p", self.top_p, low=0.0, high=1.0, open_low=True)
         _require("min_p", self.min_p, low=0.0, high=1.0)
         _require("repetition_penalty", self.repetition_penalty, low=0.0, high=100.0, open_low=True)
@@ -129,7 +132,41 @@ class Delta(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
 def _as_pairs(bias: object) -> tuple[tuple[int, float], ...]:
     items = bias.items() if isinstance(bias, Mapping) else bias
-    return tuple((int(token_id), float(value)) for token_id, value in items)  # type: ignore[attr-defined]
+    return tuple((token_id, value) for token_id, value in items)  # type: ignore[attr-defined]
+
+
+def _check_types(params: SamplingParams) -> None:
+    """One field after another, as its annotation says; a bool is no number here."""
+    for name in _INTEGERS:
+        value = getattr(params, name)
+        if value is not None and type(value) is not int:
+            raise TypeError(f"{name} must be an int, got {value!r}")
+    for name in _FLOATS:
+        value = getattr(params, name)
+        if type(value) not in (int, float):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+    for text in params.stop:
+        if type(text) is not str:
+            raise TypeError(f"stop must hold strings, got {text!r}")
+    for token_id in params.stop_token_ids:
+        if type(token_id) is not int:
+            raise TypeError(f"stop_token_ids must hold ints, got {token_id!r}")
+    for token_id, bias in params.logit_bias:
+        if type(token_id) is not int or type(bias) not in (int, float):
+            raise TypeError(f"logit_bias must map ints to numbers, got {token_id!r}: {bias!r}")
+    if type(params.ignore_eos) is not bool:
+        raise TypeError(f"ignore_eos must be a bool, got {params.ignore_eos!r}")
+
+
+_INTEGERS = ("max_tokens", "min_tokens", "top_k", "logprobs", "prompt_logprobs", "n", "seed")
+_FLOATS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
 
 
 def _require(

@@ -152,11 +152,10 @@ def _token_limit(request: Request, limits: Limits) -> int:
         raise ValueError("the prompt must have at least 1 token, got 0")
     if length > capacity:
         raise ValueError(f"the prompt has {length} tokens, more than the {what} of {capacity}")
-    if wanted is None:
-        return max(capacity, length + 1)
-    if length + wanted - 1 > capacity:
-        raise ValueError(
-            f"prompt ({length} tokens) + max_tokens ({wanted}) - 1 is {length + wanted - 1} "
-            f"tokens, more than the {what} of {capacity}"
-        )
-    return length + wanted
+    for name, count in (("max_tokens", wanted), ("min_tokens", request.params.min_tokens)):
+        if count is not None and length + count - 1 > capacity:
+            raise ValueError(
+                f"prompt ({length} tokens) + {name} ({count}) - 1 is {length + count - 1} "
+                f"tokens, more than the {what} of {capacity}"
+            )
+    return max(capacity, length + 1) if wanted is None else length + wanted

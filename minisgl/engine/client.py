@@ -231,7 +231,9 @@ class ProcessClient(_Client):
 
     def _send(self, message: ToEngine) -> None:
         if not self._exited.is_set():
-            self._socket.send(self._encoder.encode(message), zmq.NOBLOCK)
+            sent = self._socket.send(self._encoder.encode(message), zmq.NOBLOCK)
+            # What is lost is told by the end of the process.
+            asyncio.ensure_future(sent).add_done_callback(_forget)
 
     async def _receive_all(self) -> None:
         while True:
@@ -292,3 +294,9 @@ class ThreadClient(_Client):
         with contextlib.suppress(TimeoutError):  # a stuck thread cannot be killed
             await asyncio.wait_for(self._exited.wait(), drain_timeout + EXIT_GRACE)
         self._fail("the engine was closed")
+
+
+def _forget(sent: asyncio.Future[zmq.MessageTracker | None]) -> None:
+    """Look at a result that nobody waits for, so that it is not reported as missed."""
+    if not sent.cancelled():
+        sent.exception()

@@ -82,7 +82,7 @@ class ModelConfig:
     def embedding_scale(self) -> float | None:
         return math.sqrt(self.hidden_size) if self.family.scaled_embedding else None
 
-    def cost_facts(self, dtype: torch.dtype) -> dict[str, int | float | None]:
+    def cost_facts(self, dtype: torch.dtype) -> dict[str, Any]:
         """The sizes that decide what a step costs, in plain numbers, for weights in `dtype`."""
         moes = [layer.moe for layer in self.layers if layer.moe is not None]
         moe = moes[0] if moes else None

@@ -132,7 +132,9 @@ def load_worker(
         shape,
         on_cpu=on_cpu,
         weights=weights,
-        workspace=_workspace_bytes(facts, config.chunked_prefill_size, dtype, comm.size),
+        workspace=_workspace_bytes(
+            facts, config.chunked_prefill_size + config.max_running_requests, dtype, comm.size
+        ),
         logits=_logits_bytes(facts.vocab_size, config.max_running_requests),
         counts=RowBuffers.counts_bytes(config.max_running_requests, facts.vocab_size),
         page_size=config.page_size,

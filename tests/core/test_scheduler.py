@@ -56,6 +56,10 @@ def finish(scheduler: Scheduler, token=1) -> list[Delta]:
             r"prompt \(100 tokens\) .* max_tokens \(30\) - 1 is 129 tokens, .* KV pool of 128",
         ),
         (ask([1, 1000]), "below the vocabulary size 1000, got 1000"),
+        (
+            ask([1] * 100, min_tokens=30),
+            r"prompt \(100 tokens\) .* min_tokens \(30\) - 1 is 129 tokens, .* KV pool of 128",
+        ),
         (ask([-1, 5]), "at least 0 .*, got -1"),
         (ask([1], stop_token_ids=[1000]), "stop_token_ids: .* below .* 1000, got 1000"),
         (ask([1], logit_bias={1001: 1.0}), "logit_bias: .* below .* 1000, got 1001"),

@@ -19,6 +19,16 @@ from minisgl.config import EngineConfig, ServerConfig
         ({"mem_fraction_static": 1.5}, ValueError, "mem_fraction_static must be at most 1"),
         ({"mem_fraction_static": float("nan")}, ValueError, "must be greater than 0, got nan"),
         ({"itl_target_ms": 0}, ValueError, "itl_target_ms must be greater than 0, got 0"),
+        (
+            {"itl_target_ms": 20.0, "batch_policy": "decode-first"},
+            ValueError,
+            "itl_target_ms needs batch_policy balanced, got decode-first",
+        ),
+        (
+            {"schedule_policy": "lpm", "disable_radix_cache": True},
+            ValueError,
+            "schedule_policy lpm needs the radix cache",
+        ),
         ({"disable_radix_cache": "no"}, TypeError, "disable_radix_cache must be bool"),
         ({"log_level": "loud"}, ValueError, "log_level must be one of"),
         ({"model": 3}, TypeError, "model must be str or None, got 3 (int)"),

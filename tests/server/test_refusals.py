@@ -1,5 +1,6 @@
 """What is wrong with a body is said with the field, the limit and the value, in OpenAI's shape."""
 
+import dataclasses
 import json
 from contextlib import suppress
 
@@ -89,6 +90,29 @@ def test_an_unknown_field_is_refused_by_name(name):
 def test_a_misspelt_field_suggests_the_nearest(parse, body):
     _, error = refusal(parse, body | {"max_token": 5})
     assert "did you mean max_tokens?" in error["message"]
+
+
+def test_priority_needs_its_policy():
+    model = dataclasses.replace(MODEL, has_priorities=False)
+    body = {"messages": [USER], "priority": 1}
+    with pytest.raises(ApiError, match="--schedule-policy priority, got 1"):
+        parse_chat(json.dumps(body).encode(), model)
+    assert parse_chat(json.dumps(body | {"priority": 0}).encode(), model).requests
+
+
+def test_more_tokens_at_least_than_fit_are_refused():
+    error = chat_refusal(min_tokens=2**31 - 1)
+    assert "min_tokens asks for 2147483647" in error["message"]
+
+
+def test_template_arguments_cannot_name_the_method_itself():
+    content = json.dumps({"messages": [USER], "chat_template_kwargs": {"self": 1}})
+    assert parse_chat(content.encode(), MODEL).requests
+
+
+def test_deep_nesting_is_refused():
+    with pytest.raises(ApiError, match="nested too deeply"):
+        parse_chat(b"[" * 200_000, MODEL)
 
 
 def test_suffix_is_refused():
