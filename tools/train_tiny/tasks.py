@@ -2,11 +2,23 @@
 
 import json
 import random
+import re
 from dataclasses import dataclass
 
 from tools.train_tiny import words
 
 WORDS: dict[str, list[str]] = words.WORDS["task"]
+
+# Words that training sees, to take apart: those of every list that is not for the evaluation.
+_PIECES = sorted(
+    {
+        word.lower()
+        for lists in words.WORDS.values()
+        for name, texts in lists.items()
+        if not name.startswith("held_out")
+        for word in re.findall(r"[A-Za-z]{3,}", " ".join(map(str, texts)))
+    }
+)
 
 # One pair in ten never occurs in training, in this order or the other.
 _HELD_OUT_SHARE = 10
@@ -43,12 +55,24 @@ def addition(rng: random.Random) -> tuple[str, str]:
 
 
 def made_up_name(rng: random.Random) -> str:
-    """A pronounceable word that is no real name, so that copying must be learnt, not names."""
-    syllables = [
-        "".join(rng.choice(WORDS[part]) for part in ("onsets", "vowels", "codas"))
-        for _ in range(rng.choice((1, 2, 2, 3)))
-    ]
-    return "".join(syllables).capitalize()
+    """A word that is no real name, so that copying must be learnt, not names.
+
+    Half are pronounceable; half are pieces of the corpus's own words, so that the tokens of any
+    name have been copied.
+    """
+    if rng.random() < 0.5:
+        pieces = [
+            "".join(rng.choice(WORDS[part]) for part in ("onsets", "vowels", "codas"))
+            for _ in range(rng.choice((1, 2, 2, 3)))
+        ]
+    else:
+        pieces = [_piece(rng.choice(_PIECES), rng) for _ in range(rng.choice((1, 2, 2, 3)))]
+    return "".join(pieces).capitalize()
+
+
+def _piece(word: str, rng: random.Random) -> str:
+    start = rng.randrange(len(word) - 1)
+    return word[start : start + rng.randint(2, 4)]
 
 
 def echo(rng: random.Random) -> tuple[str, str]:
