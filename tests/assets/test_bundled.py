@@ -117,7 +117,8 @@ def test_chat_template_renders_chatml() -> None:
 
 @models
 def test_transformers_reads_tokenizer_template_and_model_alike(name: str) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers  # seconds to import: only where needed
+
     theirs = transformers.AutoTokenizer.from_pretrained(ASSETS / name)
     assert theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True) == rendered(
         CHAT, add_generation_prompt=True

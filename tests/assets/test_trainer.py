@@ -44,7 +44,8 @@ def small_tokenizer() -> Tokenizer:
 
 
 def test_model_equals_transformers(tmp_path) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers  # seconds to import: only where needed
+
     ours = random_model()
     model.save(ours, tmp_path, eos=[2, 0], pad=0)
     reloaded = model.load(tmp_path)

@@ -182,3 +182,20 @@ def test_model_directory(tmp_path: Path) -> None:
         model_directory(str(file))
     with pytest.raises(ValueError, match="no directory here"):
         model_directory("/nowhere/at/all")
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_hub_id_is_downloaded_without_code_and_pickles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: bool
+) -> None:
+    asked = {}
+
+    def snapshot_download(repo: str, **options: list[str]) -> str:
+        asked.update(options, repo=repo)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert model_directory("Qwen/Qwen3-0.6B", weights=weights) == tmp_path
+    assert asked["repo"] == "Qwen/Qwen3-0.6B"
+    assert ("*.safetensors" in asked["allow_patterns"]) is weights
+    assert not {"*", "*.py", "*.bin", "*.pt"} & set(asked["allow_patterns"])

@@ -296,6 +296,19 @@ def test_sigterm_finishes_what_runs_and_exits_0(fresh):
     assert fresh.wait_exit() == 0, fresh.output
 
 
+def test_sigterm_while_the_model_loads_exits_0(model):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = (f"--model={model}", f"--port={port}")
+    with contextlib.closing(Served(*flags, module="tests.server.loading_engine")) as server:
+        health = httpx.HTTPTransport(retries=10)  # with pauses that double: half a minute in all
+        with httpx.Client(transport=health, timeout=PATIENCE) as client:
+            assert client.get(f"http://127.0.0.1:{port}/health").status_code == 503
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait_exit() == 0, server.output
+
+
 def test_a_drain_that_takes_too_long_is_cut_with_an_error(model):
     server = Served(f"--model={model}", "--drain-timeout=0.3", module="tests.server.slow_engine")
     with contextlib.closing(server):

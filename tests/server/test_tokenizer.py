@@ -150,3 +150,16 @@ except FileNotFoundError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "no tokenizer.json" in done.stdout, done.stderr
     assert "minisgl[hf]" in done.stdout
+
+
+def test_a_tokenizer_without_tokenizer_json_is_converted_by_transformers(tmp_path):
+    """GPT-2's files, vocab.json and merges.txt, as models of the `hf` extra ship them."""
+    source = small_tokenizers.byte_level()
+    source.model.save(str(tmp_path))
+    config = {"tokenizer_class": "GPT2Tokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = Tokenizer.from_directory(tmp_path)
+    for text in small_tokenizers.CORPUS[:4]:
+        ids = ours.encode(text)
+        assert ids == source.encode(text).ids
+        assert ours.decode(ids) == text
