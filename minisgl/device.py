@@ -169,7 +169,9 @@ class CpuDevice:
         self._failure: BaseException | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="minisgl-stream", daemon=True)
+        self._sized = threading.Event()
         self._thread.start()
+        self._sized.wait()
 
     @property
     def name(self) -> str:
@@ -178,6 +180,8 @@ class CpuDevice:
 
     def _work(self) -> None:
         torch.set_num_threads(self.num_threads)
+        torch.get_num_threads()  # torch sizes a thread's team at its first use, by the last setting
+        self._sized.set()
         with torch.inference_mode():
             while (task := self._tasks.get()) is not None:
                 function, args = task

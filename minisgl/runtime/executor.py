@@ -125,3 +125,4 @@ def plan_on_one_thread() -> None:
     A second thread with a parallel team of its own would halve the speed of the stream's.
     """
     torch.set_num_threads(1)
+    torch.get_num_threads()  # settles it for this thread, whatever others set later

@@ -1,5 +1,7 @@
 """The CPU as a device: order, events, failures, an end that may come twice."""
 
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -153,3 +155,20 @@ def test_cuda_is_refused_where_there_is_none():
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="no CUDA device"):
             pick_device("cuda:0")
+
+
+def test_planning_on_one_thread_leaves_the_stream_its_own():
+    code = """
+import torch
+from minisgl.device import CpuDevice
+from minisgl.runtime.executor import plan_on_one_thread
+device = CpuDevice(num_threads=2)
+plan_on_one_thread()
+found = []
+device.submit(lambda: found.append(torch.get_num_threads()))
+device.record().wait()
+device.close()
+print(found[0], torch.get_num_threads())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "1"]
