@@ -59,7 +59,7 @@ NEVER = {"pickle", "cloudpickle", "dill", "shelve", "marshal"}  # these run what
 NEVER_CALLED = {"load": "torch", "send_pyobj": None, "recv_pyobj": None}  # pickle inside
 # Variables that say where things are. There are no feature flags in the environment.
 ENVIRONMENT = {
-    "device.py": {"OMP_NUM_THREADS"},
+    "device/cpu.py": {"OMP_NUM_THREADS"},
     "csrc/build.py": {"CXX", "CUDA_HOME", "XDG_CACHE_HOME"},
 }
 
@@ -283,7 +283,7 @@ def test_the_line_budgets_are_counted(tmp_path, monkeypatch, part, room):
         ),
         ("runtime/x.py", "import torch\nfrom minisgl.core.batch import Batch"),
         ("server/x.py", "def f():\n    import transformers"),
-        ("device.py", "def f():\n    import nvtx"),
+        ("device/x.py", "def f():\n    import nvtx"),
         ("engine/x.py", "import os\nenv = {**os.environ, 'A': '1'}"),
         ("csrc/build.py", "import os\nx = os.environ.get('CXX')"),
         ("llm.py", "from minisgl.server.text import T\nfrom minisgl.runtime import worker"),

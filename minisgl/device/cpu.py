@@ -1,11 +1,4 @@
-"""One protocol for where work runs: streams, events, host copies, graphs, memory. CUDA and CPU.
-
-A device has one in-order stream. `submit` enqueues a function on it and returns before the work is
-done: on CUDA the function runs at once and enqueues kernels, on CPU it runs later on the one worker
-thread that is the stream. All torch work of an engine happens inside submitted functions, so that
-both devices see the same order. A function that raises poisons the stream: later ones are skipped,
-and every later event raises the failure when waited for.
-"""
+"""The CPU as a device: one worker thread is its stream, and a graph replays by calling."""
 
 import math
 import os
@@ -15,99 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
 
-T = TypeVar("T")
+from minisgl.device.protocol import Memory, T
+
 CACHE_LINE = 64  # bytes
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes. `used` is this process's share: allocated by torch on CUDA, resident set on CPU."""
-
-    free: int
-    total: int
-    used: int
-
-
-class Event(Protocol):
-    """A point in the stream."""
-
-    def wait(self) -> None:
-        """Block the host until the stream has passed it. RuntimeError when the stream failed."""
-
-    def query(self) -> bool:
-        """Whether the stream has passed it."""
-
-    def seconds_since(self, earlier: Self) -> float:
-        """Device time between two events that have passed."""
-
-
-class Graph(Protocol):
-    """Work that was captured once and is replayed on the same static buffers."""
-
-    def replay(self) -> None: ...
-
-
-class Device(Protocol):
-    """`submit`, `run`, `record`, `memory` and `close` may be called anywhere, the other methods
-    inside the stream only."""
-
-    @property
-    def torch_device(self) -> torch.device: ...
-
-    @property
-    def name(self) -> str:
-        """What a person would call it."""
-
-    def submit(self, function: Callable[..., object], *args: object) -> None:
-        """Enqueue `function(*args)`. RuntimeError after `close`."""
-
-    def run(self, function: Callable[..., T], *args: object) -> T:
-        """Enqueue, wait, and return the result or raise what it raised (which poisons nothing)."""
-
-    def record(self) -> Event:
-        """An event at the stream's present end; inside the stream, at the work under way."""
-
-    def upload(self, array: np.ndarray) -> torch.Tensor:
-        """A device tensor with the array's content; on CPU it shares the array's memory."""
-
-    def download(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A host tensor, valid once an event recorded after this call has passed."""
-
-    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """A zeroed tensor; on CPU its pages are committed at first touch."""
-
-    def capture(self, function: Callable[[], object]) -> Graph:
-        """A graph of what `function` does to static buffers; on CPU the call itself."""
-
-    def memory(self) -> Memory: ...
-
-    def close(self) -> None:
-        """Let the stream finish and stop it. Idempotent."""
-
-
-def pick_device(name: str) -> Device:
-    """The device called "cpu", "cuda", "cuda:N" or "auto" (cuda when there is one).
-
-    ValueError for another name, RuntimeError when CUDA is asked for and absent.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        return CpuDevice()
-    kind, _, index = name.partition(":")
-    if kind != "cuda" or (index and not index.isdigit()):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if not torch.cuda.is_available():
-        raise RuntimeError(f"device is {name!r} but torch sees no CUDA device")
-    return CudaDevice(int(index or 0))
-
-
-# --- CPU -----------------------------------------------------------------------------------------
 
 
 class CpuEvent:
@@ -304,91 +211,3 @@ def _read_cgroup(name: str) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdigit() else None
-
-
-# --- CUDA ----------------------------------------------------------------------------------------
-
-
-class CudaEvent:
-    """A timing event on the device's stream."""
-
-    __slots__ = ("_device", "_event", "_failure")
-
-    def __init__(self, device: "CudaDevice") -> None:
-        self._failure = device._failure
-        self._event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        self._event.record(device.stream)
-
-    def wait(self) -> None:
-        self._event.synchronize()
-        if self._failure is not None:
-            raise RuntimeError(f"the step failed: {self._failure!r}") from self._failure
-
-    def query(self) -> bool:
-        return bool(self._event.query())
-
-    def seconds_since(self, earlier: "CudaEvent") -> float:
-        return float(earlier._event.elapsed_time(self._event)) / 1e3
-
-
-class CudaDevice:
-    """One CUDA device and its compute stream. The host never waits for it but at events."""
-
-    def __init__(self, index: int = 0) -> None:
-        self.torch_device = torch.device("cuda", index)
-        self.stream: Any = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
-        self._graph_pool = torch.cuda.graph_pool_handle()
-        self._failure: BaseException | None = None
-        self._closed = False
-
-    @property
-    def name(self) -> str:
-        return torch.cuda.get_device_name(self.torch_device)
-
-    def submit(self, function: Callable[..., object], *args: object) -> None:
-        if self._closed:
-            raise RuntimeError("the device is closed")
-        if self._failure is not None:
-            return
-        try:
-            self.run(function, *args)
-        except BaseException as failure:  # reported by every later event, as on CPU
-            self._failure = failure
-
-    def run(self, function: Callable[..., T], *args: object) -> T:
-        if self._closed:
-            raise RuntimeError("the device is closed")
-        with torch.cuda.stream(self.stream), torch.inference_mode():
-            return function(*args)
-
-    def record(self) -> CudaEvent:
-        return CudaEvent(self)
-
-    def upload(self, array: np.ndarray) -> torch.Tensor:
-        # The caching host allocator reuses a pinned block only after the copy from it has passed.
-        pinned = torch.from_numpy(array).pin_memory()
-        return pinned.to(self.torch_device, non_blocking=True)
-
-    def download(self, tensor: torch.Tensor) -> torch.Tensor:
-        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return pinned.copy_(tensor, non_blocking=True)
-
-    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(tuple(shape), dtype=dtype, device=self.torch_device)
-
-    def capture(self, function: Callable[[], object]) -> Graph:
-        function()  # compiles kernels and fills the allocator's cache
-        self.stream.synchronize()
-        graph: Any = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._graph_pool, stream=self.stream):
-            function()
-        return graph  # type: ignore[no-any-return]
-
-    def memory(self) -> Memory:
-        free, total = torch.cuda.mem_get_info(self.torch_device)
-        return Memory(free=free, total=total, used=torch.cuda.memory_allocated(self.torch_device))
-
-    def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self.stream.synchronize()

@@ -1,0 +1,83 @@
+"""What a device is: an in-order stream, its events, host copies, graphs and memory.
+
+`submit` enqueues a function on the stream and returns before the work is done: on CUDA the function
+runs at once and enqueues kernels, on CPU it runs later on the one worker thread that is the stream.
+All torch work of an engine happens inside submitted functions, so that both devices see the same
+order. A function that raises poisons the stream: later ones are skipped, and every later event
+raises the failure when waited for.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self, TypeVar
+
+import numpy as np
+import torch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. `used` is this process's share: allocated by torch on CUDA, resident set on CPU."""
+
+    free: int
+    total: int
+    used: int
+
+
+class Event(Protocol):
+    """A point in the stream."""
+
+    def wait(self) -> None:
+        """Block the host until the stream has passed it. RuntimeError when the stream failed."""
+
+    def query(self) -> bool:
+        """Whether the stream has passed it."""
+
+    def seconds_since(self, earlier: Self) -> float:
+        """Device time between two events that have passed."""
+
+
+class Graph(Protocol):
+    """Work that was captured once and is replayed on the same static buffers."""
+
+    def replay(self) -> None: ...
+
+
+class Device(Protocol):
+    """`submit`, `run`, `record`, `memory` and `close` may be called anywhere, the other methods
+    inside the stream only."""
+
+    @property
+    def torch_device(self) -> torch.device: ...
+
+    @property
+    def name(self) -> str:
+        """What a person would call it."""
+
+    def submit(self, function: Callable[..., object], *args: object) -> None:
+        """Enqueue `function(*args)`. RuntimeError after `close`."""
+
+    def run(self, function: Callable[..., T], *args: object) -> T:
+        """Enqueue, wait, and return the result or raise what it raised (which poisons nothing)."""
+
+    def record(self) -> Event:
+        """An event at the stream's present end; inside the stream, at the work under way."""
+
+    def upload(self, array: np.ndarray) -> torch.Tensor:
+        """A device tensor with the array's content; on CPU it shares the array's memory."""
+
+    def download(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A host tensor, valid once an event recorded after this call has passed."""
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A zeroed tensor; on CPU its pages are committed at first touch."""
+
+    def capture(self, function: Callable[[], object]) -> Graph:
+        """A graph of what `function` does to static buffers; on CPU the call itself."""
+
+    def memory(self) -> Memory: ...
+
+    def close(self) -> None:
+        """Let the stream finish and stop it. Idempotent."""
