@@ -4,10 +4,11 @@
     python -m benchmarks.kernels --op decode --device cuda
     python -m benchmarks.kernels --device cpu --out /tmp/kernels
 
-Each workload's result is first compared with an fp32 oracle; only what passes is timed (medians,
-caches cold), beside what a user would pick instead, in the same run. Shares are of the copy and
-matmul rates measured at the start. A CPU gets small shapes. The last line is JSON; with --out,
-kernels.json, kernels.md and two pictures are written there.
+Each result is first compared with an fp32 oracle; only what passes is timed (medians, caches cold),
+beside what a user would pick instead, in the same run. What an implementation refuses or fails at
+is said, and the rest goes on. Shares are of the copy and matmul rates measured at the start. A CPU
+gets small shapes. The last line is JSON; with --out, kernels.json, kernels.md and two pictures are
+written there.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,11 @@ from minisgl.kernels.op import Cost
 Row = dict[str, Any]
 
 
-def time_workload(workload: Workload, setting: Setting, repeats: int) -> list[Row]:
-    """One row per implementation that runs on the device, the reference where none does."""
+def time_workload(
+    workload: Workload, setting: Setting, repeats: int, without: Collection[str] = ()
+) -> tuple[list[Row], list[str]]:
+    """One row per implementation that runs on the device, the reference where none does; and what
+    was wrong with those that have none."""
     op, device = workload.op, setting.device
     arguments = workload.make(setting)
     names = [i.name for i in op.implementations if i.supports(device)] or ["reference"]
@@ -40,18 +45,30 @@ def time_workload(workload: Workload, setting: Setting, repeats: int) -> list[Ro
     num_bytes = workload.num_bytes or cost.bytes
     others = {}
     for name, baseline in workload.rivals.items():
-        call = baseline(arguments)
-        if call is None:
-            continue
         try:
-            others[name] = median_seconds(call, device, repeats)
+            call = baseline(arguments)
+            if call is not None:
+                others[name] = median_seconds(call, device, repeats)
         except RuntimeError as error:  # a backend that refuses the shape; ours are still timed
             print(f"  {op.name} {workload.label}: {name} does not run: {_first_line(error)}")
-    rows = []
+    rows: list[Row] = []
+    wrong: list[str] = []
     for name in names:
-        error = check(workload, name, arguments)
-        function = op.implementation(name)
-        seconds = median_seconds(lambda f=function: f(**arguments), device, repeats)
+        if name in without:
+            continue
+        try:
+            error = check(workload, name, arguments)
+            function = op.implementation(name)
+            seconds = median_seconds(lambda f=function: f(**arguments), device, repeats)
+        except ValueError as refusal:
+            print(f"  {op.name} {workload.label}: {name} refuses, {_first_line(refusal)}")
+            continue
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as failure:  # a wrong result or launch; the others are still timed
+            kind = "" if isinstance(failure, WrongResult) else f"{type(failure).__name__}, "
+            wrong.append(f"{op.name} {workload.label}: {name}: {kind}{_first_line(failure)}")
+            continue
         rows.append(
             {
                 "op": op.name,
@@ -68,7 +85,7 @@ def time_workload(workload: Workload, setting: Setting, repeats: int) -> list[Ro
                 "tags": workload.tags,
             }
         )
-    return rows
+    return rows, wrong
 
 
 def describe(device: torch.device) -> dict[str, str]:
@@ -95,6 +112,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     )
     known = sorted({workload.op.name for workload in workloads(small=True)})
     parser.add_argument("--op", nargs="+", choices=known, help="only these ops")
+    parser.add_argument("--without", nargs="+", default=[], help="not these implementations")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="the GPU if there is one")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--repeats", type=int, default=20, help="calls a median is taken of")
@@ -142,12 +160,16 @@ def run(
             continue
         generator = torch.Generator(device).manual_seed(0)
         try:
-            rows += time_workload(workload, Setting(device, dtype, generator), args.repeats)
-        except WrongResult as error:
-            wrong.append(str(error))
-            print(f"  WRONG: {error}", file=sys.stderr)
+            timed, failed = time_workload(
+                workload, Setting(device, dtype, generator), args.repeats, args.without
+            )
         except torch.OutOfMemoryError as error:
             print(f"  {workload.op.name} {workload.label}: left out, {_first_line(error)}")
+            continue
+        rows += timed
+        wrong += failed
+        for text in failed:
+            print(f"  WRONG: {text}", file=sys.stderr)
     return rows, wrong
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.kernels import report
+from benchmarks.kernels.__main__ import time_workload
 from benchmarks.kernels.check import WrongResult, check
 from benchmarks.kernels.goals import goals
 from benchmarks.kernels.timing import Ceilings
@@ -48,6 +49,34 @@ def test_wrong_kernel_is_not_timed(name, wrong):
             Workload(planted, workload.label, workload.make), "planted", workload.make(_setting())
         )
     assert check(workload, "reference", workload.make(_setting())) < 0.02
+
+
+def fails(*args, **kwargs):
+    raise OSError("planted")
+
+
+def serves_other_shapes(*args, **kwargs):
+    raise ValueError("x must be longer")
+
+
+def test_a_failing_implementation_stops_no_other(capsys):
+    workload = _first("rmsnorm")
+    sys.modules.setdefault(__name__, sys.modules[fails.__module__])
+    listed = [
+        Implementation(name, "cpu", f"{__name__}:{name}")
+        for name in ("fails", "serves_other_shapes", "off_by_a_percent")
+    ]
+    listed.append(Implementation("good", "cpu", "minisgl.kernels.rmsnorm:rmsnorm_reference"))
+    planted = Op("rmsnorm", workload.op.reference, listed)
+    rows, wrong = time_workload(Workload(planted, "shape", workload.make), _setting(), 1)
+    assert [row["implementation"] for row in rows] == ["good"]
+    assert [text.split(": ")[1] for text in wrong] == ["fails", "off_by_a_percent"]
+    assert "serves_other_shapes refuses, x must be longer" in capsys.readouterr().out
+    again, wrong = time_workload(
+        Workload(planted, "shape", workload.make), _setting(), 1, ["fails", "off_by_a_percent"]
+    )
+    assert len(again) == 1
+    assert wrong == []
 
 
 def test_every_workload_has_a_cost_and_passes_its_check():

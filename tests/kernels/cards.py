@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 
 import minisgl.kernels
@@ -28,7 +29,9 @@ def all_ops() -> list[Op]:
 def copied(value: Any, floating: torch.dtype | None = None) -> Any:
     """A deep copy of arguments, floating tensors cast when a dtype is given; layouts are kept."""
     if isinstance(value, torch.Tensor):
-        copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+        copy = torch.empty_strided(
+            value.shape, value.stride(), dtype=value.dtype, device=value.device
+        )
         copy.copy_(value)
         return copy.to(floating) if floating and value.is_floating_point() else copy
     if isinstance(value, dict):
@@ -36,6 +39,22 @@ def copied(value: Any, floating: torch.dtype | None = None) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(copied(item, floating) for item in value)
     return value
+
+
+def refused(name: str, arguments: Values) -> bool:
+    """Whether an implementation that serves part of its op must refuse these arguments."""
+    if name == "tma":
+        return arguments["page_size"] < 16
+    if name == "hopper":
+        q = arguments["q"]
+        return (
+            q.shape[2] != 128
+            or q.dtype == torch.float32
+            or arguments["page_size"] < 16
+            or arguments["window"] is not None
+            or arguments["softcap"] is not None
+        )
+    return False
 
 
 @contextmanager
@@ -86,9 +105,14 @@ def truth(op: Op, arguments: Values) -> dict[str, torch.Tensor]:
 def check(op: Op, name: str, arguments: Values) -> None:
     """Asserts that an implementation is as good as plain PyTorch in the same dtype.
 
-    Its error against float64, largest and root mean square, may be twice the reference's; where
-    the reference is exact, so must it be. Integers are equal.
+    What it does not serve it must refuse. Its error against float64, largest and root mean
+    square, may be twice the reference's; where the reference is exact, so must it be. Integers
+    are equal.
     """
+    if refused(name, arguments):
+        with pytest.raises(ValueError, match=r"^needs |page_size must be"):
+            op.implementation(name)(**arguments)
+        return
     exact = truth(op, arguments)
     plain = outcome(op.reference, copied(arguments))
     with poisoned():

@@ -8,7 +8,6 @@ from minisgl.kernels.op import Case, Op
 from tests.kernels.cards import all_ops, check, tensors
 
 NOT_INTERPRETED = {"hopper"}  # Gluon: only the compile gate and a GPU see it
-REFUSED = {"tma": lambda arguments: arguments["page_size"] < 16}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -40,8 +39,4 @@ def test_case(op: Op, name: str, case: Case, dtype: torch.dtype):
     generator = torch.Generator().manual_seed(0)
     arguments = case.make(torch.device("cpu"), dtype, generator)
     with target(90):
-        if name in REFUSED and REFUSED[name](arguments):
-            with pytest.raises(ValueError, match="page_size must be at least 16"):
-                op.implementation(name)(**arguments)
-        else:
-            check(op, name, arguments)
+        check(op, name, arguments)

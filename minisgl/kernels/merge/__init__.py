@@ -62,9 +62,11 @@ def _case(states: int, tokens: int, heads: int, head_dim: int) -> Case:
     def make(
         device: torch.device, dtype: torch.dtype, generator: torch.Generator
     ) -> dict[str, Any]:
-        parts = torch.randn(states, tokens, heads, head_dim, generator=generator).to(dtype)
-        lse = torch.randn(states, tokens, heads, generator=generator) * 8
-        empty = torch.rand(states, tokens, heads, generator=generator) < 0.3
+        on = generator.device
+        shape = (states, tokens, heads)
+        parts = torch.randn(*shape, head_dim, generator=generator, device=on).to(dtype)
+        lse = torch.randn(shape, generator=generator, device=on) * 8
+        empty = torch.rand(shape, generator=generator, device=on) < 0.3
         empty[:, 0] = True  # nothing at all
         lse.masked_fill_(empty, -torch.inf)
         parts.masked_fill_(empty[..., None], torch.nan)
