@@ -66,6 +66,12 @@ MODULES = (
         twin="tokens are drawn in PyTorch and numpy, which takes ten times longer",
         openmp=True,
     ),
+    Module(
+        name="rank_ops",
+        kind="cpu",
+        sources=("cpu/rank_ops.cpp",),
+        twin="ranks on the CPU add up through gloo's sockets, which takes several times longer",
+    ),
 )
 
 

@@ -42,6 +42,6 @@ class VocabTable:
         return self.comm.all_reduce(rows.masked_fill_(foreign[:, None], 0.0))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden: [N, hidden]. Returns [N, vocab] fp32 on every rank."""
+        """hidden: [N, hidden]. Returns [N, vocab] fp32 on rank 0, elsewhere this rank's columns."""
         logits = linear(hidden, self.weight, wide=True)
-        return self.comm.all_gather(logits)[:, : self.vocab_size]
+        return self.comm.gather(logits)[:, : self.vocab_size]

@@ -179,7 +179,10 @@ class Decoder:
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [N, vocab] fp32 of hidden states [N, hidden], soft-capped where the model is."""
+        """Logits [N, vocab] fp32 of hidden states [N, hidden], soft-capped where the model is.
+
+        Whole on rank 0 only: that is where tokens are drawn.
+        """
         logits = self.head.logits(hidden)
         if self.config.logit_softcap is not None:
             logits = torch.tanh(logits / self.config.logit_softcap) * self.config.logit_softcap

@@ -12,6 +12,7 @@ from minisgl.core.executor import GrammarMasks
 from minisgl.device import Device, Event
 from minisgl.kernels.advance import prepare_inputs
 from minisgl.layers.attention import ForwardInputs
+from minisgl.parallel import Communicator
 from minisgl.runtime.graphs import DecodeGraphs
 from minisgl.runtime.inputs import StepArrays, join, split
 from minisgl.runtime.kv_pool import KVPool
@@ -26,7 +27,7 @@ class Model(Protocol):
         """Hidden states [T, H]; writes this step's KV."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[N, H] -> [N, vocab] fp32."""
+        """[N, H] -> [N, vocab] fp32; of use on rank 0 only."""
 
 
 @dataclass
@@ -56,6 +57,7 @@ class Runner:
         model: Model,
         pool: KVPool,
         rows: RowBuffers,
+        comm: Communicator,
         graphs: DecodeGraphs | None = None,
     ) -> None:
         self._device = device
@@ -63,7 +65,7 @@ class Runner:
         self._pool = pool
         self._rows = rows
         self._graphs = graphs
-        self._sampler = Sampler(device, model.logits, rows)
+        self._sampler = Sampler(device, model.logits, rows, comm)
 
     def forward(self, step: Step) -> None:
         """Upload the step and compute its hidden states."""

@@ -15,6 +15,7 @@ from minisgl.core.request import TokenLogprobs
 from minisgl.device import Device
 from minisgl.kernels.advance import advance_rows
 from minisgl.kernels.sampling import adjust_logits, mask_logits, sample
+from minisgl.parallel import Communicator
 from minisgl.runtime.inputs import LogprobRequest, StepArrays
 from minisgl.runtime.rows import RowBuffers
 
@@ -54,14 +55,19 @@ class Sampled:
 
 
 class Sampler:
-    """Samples the points of a step. `logits` maps hidden [N, H] to [N, V] fp32."""
+    """Samples the points of a step. `logits` maps hidden [N, H] to [N, V] fp32.
+
+    Rank 0 draws; the other ranks take part in the logits, learn the tokens and move on as it does.
+    """
 
     def __init__(
         self,
         device: Device,
         logits: Callable[[torch.Tensor], torch.Tensor],
         rows: RowBuffers,
+        comm: Communicator,
     ) -> None:
+        self._comm = comm
         self._device = device
         self._logits = logits
         self._rows = rows
@@ -92,30 +98,15 @@ class Sampler:
         sampled: Sampled,
     ) -> None:
         rows, device = self._rows, self._device
-        points, point_rows = sent["points"], sent["point_rows"]
+        points = sent["points"]
         n = step.num_points
         logits = self._logits(hidden.index_select(0, points))[:n]
         positions = positions.index_select(0, points[:n]) + 1  # where the new tokens will stand
-        raw = asked = None
-        if step.logprobs:
-            asked = device.upload(_point_index(step.logprobs))
-            raw = logits.index_select(0, asked)
-        if step.adjusts:
-            drafts = _matrix(sent.get("point_drafts"), n, step.max_drafts, points)
-            adjust_logits(
-                logits,
-                point_rows,
-                positions,
-                rows.params,
-                rows.bias_ids,
-                rows.bias_values,
-                rows.counts,
-                drafts,
-            )
-        if masks is not None and masks.indices:
-            bits = np.ascontiguousarray(masks.bits).view(np.int32)
-            mask_logits(logits, device.upload(_mask_index(step, masks)), device.upload(bits))
-        tokens = sample(logits, point_rows, positions, rows.params)
+        if self._comm.rank == 0:
+            tokens = self._draw(step, sent, logits, positions, masks, sampled)
+        else:
+            tokens = points.new_empty(n)
+        tokens = self._comm.broadcast(tokens)
         drafts = _matrix(sent.get("drafts"), len(step.sampling), step.max_drafts, points)
         accepted = advance_rows(
             tokens,
@@ -128,12 +119,47 @@ class Sampler:
             rows.counts,
             rows.counted,
         )
-        sampled.tokens = device.download(tokens)
-        if step.max_drafts:
-            sampled.accepted = device.download(accepted)
+        if self._comm.rank == 0:
+            sampled.tokens = device.download(tokens)
+            if step.max_drafts:
+                sampled.accepted = device.download(accepted)
+
+    def _draw(
+        self,
+        step: StepArrays,
+        sent: Sent,
+        logits: torch.Tensor,
+        positions: torch.Tensor,
+        masks: GrammarMasks | None,
+        sampled: Sampled,
+    ) -> torch.Tensor:
+        """Tokens [N] int32 of logits [N, V], which are adjusted in place."""
+        rows, device = self._rows, self._device
+        point_rows = sent["point_rows"]
+        raw = asked = None
+        if step.logprobs:
+            asked = device.upload(_point_index(step.logprobs))
+            raw = logits.index_select(0, asked)
+        if step.adjusts:
+            drafts = sent.get("point_drafts")
+            adjust_logits(
+                logits,
+                point_rows,
+                positions,
+                rows.params,
+                rows.bias_ids,
+                rows.bias_values,
+                rows.counts,
+                _matrix(drafts, step.num_points, step.max_drafts, point_rows),
+            )
+        if masks is not None and masks.indices:
+            bits = np.ascontiguousarray(masks.bits).view(np.int32)
+            mask_logits(logits, device.upload(_mask_index(step, masks)), device.upload(bits))
+        tokens: torch.Tensor = sample(logits, point_rows, positions, rows.params)
         if raw is not None and asked is not None:
             most = max(request.num_top for request in step.logprobs)
             sampled.logprobs = self._score(raw, tokens.index_select(0, asked), most)
+        return tokens
 
     def _score(self, logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Logprobs:
         """Log-softmax of logits [P, V] at the tokens, and its largest; not computed elsewhere."""
@@ -158,7 +184,8 @@ class Sampler:
         for start in range(0, request.count, block):
             stop = min(start + block, request.count)
             logits = self._logits(hidden[request.first + start : request.first + stop])
-            blocks.append(self._score(logits, targets[start:stop], request.num_top))
+            if self._comm.rank == 0:
+                blocks.append(self._score(logits, targets[start:stop], request.num_top))
         return blocks
 
 

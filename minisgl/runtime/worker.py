@@ -44,6 +44,7 @@ class Worker:
         *,
         eos_token_ids: tuple[int, ...] = (),
         graphs: bool = True,
+        comm: Communicator | None = None,
     ) -> None:
         """Allocates the pool and the rows of `limits`, and warms up."""
         self.device = device
@@ -70,7 +71,7 @@ class Worker:
                 decode = DecodeGraphs(
                     device, model.forward, rows.page_table, pool.layers, limits.page_size, sizes
                 )
-            runner = Runner(device, model, pool, rows, decode)
+            runner = Runner(device, model, pool, rows, comm or Solo(), decode)
             self._warm_up(runner)
             if decode is not None:
                 decode.capture(list if on_cpu else _progress)
@@ -149,6 +150,7 @@ def load_worker(
         _limits(config, plan, max_context, facts.vocab_size),
         eos_token_ids=facts.eos_token_ids,
         graphs=not config.disable_cuda_graph,
+        comm=comm,
     )
     return worker, facts
 

@@ -14,6 +14,7 @@ from minisgl.models.decoder import Decoder
 from minisgl.models.families import find_family
 from minisgl.models.hub import model_directory
 from minisgl.models.loader import checkpoint_name, load_model
+from minisgl.parallel import Solo
 from tests.models.checkpoints import make
 
 CPU = torch.device("cpu")
@@ -128,19 +129,13 @@ def test_names_of_multimodal_and_old_checkpoints() -> None:
 
 
 @dataclass(frozen=True)
-class Rank:
+class Rank(Solo):
     """A communicator that is never asked to communicate."""
-
-    rank: int
-    size: int
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         raise AssertionError
 
-    def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        raise AssertionError
-
-    def broadcast(self, x: torch.Tensor, source: int = 0) -> torch.Tensor:
+    def gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         raise AssertionError
 
 

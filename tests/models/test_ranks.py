@@ -1,8 +1,9 @@
-"""Tensor parallelism: two ranks, here two threads, compute what one does."""
+"""Tensor parallelism: ranks, here threads, compute what one does, with two sums a layer."""
 
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -10,19 +11,18 @@ import torch
 
 from minisgl.models.config import ModelConfig
 from minisgl.models.loader import load_model
-from minisgl.parallel import Solo
-from tests.models.checkpoints import make
+from minisgl.parallel import Solo, share
+from tests.models.checkpoints import CHECKPOINTS, make
 from tests.models.driver import Paged
 
 
 @dataclass(frozen=True)
-class Thread:
-    """One of `size` ranks that meet in shared memory."""
+class Thread(Solo):
+    """One of `size` ranks that meet in shared memory; it counts what is asked of it."""
 
-    rank: int
-    size: int
-    desk: list[torch.Tensor | None]
-    barrier: threading.Barrier
+    desk: list[torch.Tensor | None] = field(default_factory=list)
+    barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
+    calls: Counter[str] = field(default_factory=Counter)
 
     def _exchange(self, x: torch.Tensor) -> list[torch.Tensor]:
         self.desk[self.rank] = x.clone()
@@ -32,31 +32,60 @@ class Thread:
         return everyone
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls["sums"] += 1
         return torch.stack(self._exchange(x)).sum(0)
 
-    def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        return torch.cat(self._exchange(x), dim=dim)
+    def gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        self.calls["gathers"] += 1
+        everyone = self._exchange(x)
+        return torch.cat(everyone, dim=dim) if self.rank == 0 else x
 
-    def broadcast(self, x: torch.Tensor, source: int = 0) -> torch.Tensor:
-        return self._exchange(x)[source]
 
-
-@pytest.mark.parametrize("name", ["llama3-biased-tied", "qwen3-moe", "gemma3"])
-def test_two_ranks_equal_one(name: str, tmp_path: Path) -> None:
-    make(name, tmp_path)  # an odd vocabulary: the last rank holds a padding row
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("llama3-biased-tied", 2),
+        ("llama3-biased-tied", 6),  # three ranks to a key head
+        ("mistral-window", 3),
+        ("qwen2", 6),
+        ("qwen3-yarn-biased", 2),
+        ("qwen3-moe", 2),
+        ("qwen3-moe-mixed", 2),
+        ("gemma2", 6),
+        ("gemma3", 2),
+    ],
+)
+def test_ranks_equal_one(name: str, size: int, tmp_path: Path, monkeypatch) -> None:
+    if name == "mistral-window":
+        monkeypatch.setitem(CHECKPOINTS[name][1], "num_key_value_heads", 3)
+    make(name, tmp_path)  # an odd vocabulary: the last rank holds padding rows
     config = ModelConfig.from_hf(tmp_path)
-    desk: list[torch.Tensor | None] = [None, None]
-    barrier = threading.Barrier(2)
-    comms = [Thread(rank, 2, desk, barrier) for rank in range(2)]
+    desk: list[torch.Tensor | None] = [None] * size
+    barrier = threading.Barrier(size)
+    comms = [Thread(rank, size, True, desk, barrier) for rank in range(size)]
     prompt = {0: torch.randint(3, 211, (30,), generator=torch.manual_seed(3)).tolist()}
 
-    def logits(comm: Solo | Thread) -> torch.Tensor:
+    def logits(comm: Solo) -> torch.Tensor:
         decoder = load_model(
             config, tmp_path, dtype=torch.float32, device=torch.device("cpu"), comm=comm
         )
         return Paged(decoder, 1, 30).prefill(prompt, chunk=11)[0]
 
-    with ThreadPoolExecutor(2) as pool:
-        both = list(pool.map(logits, comms))
-    assert torch.equal(*both)
-    torch.testing.assert_close(both[0], logits(Solo()), atol=1e-4, rtol=0)
+    with ThreadPoolExecutor(size) as pool:
+        parts = list(pool.map(logits, comms))
+    torch.testing.assert_close(parts[0], logits(Solo()), atol=1e-4, rtol=0)
+    steps = 3  # 30 tokens, 11 at a time
+    for comm in comms:
+        assert comm.calls["sums"] == steps * (2 * config.num_layers + 1)  # 1: the embedding
+        assert comm.calls["gathers"] == steps
+
+
+def test_what_cannot_be_shared_is_named() -> None:
+    assert share("heads", 6, Solo(1, 2)) == (3, 3)
+    assert [share("key heads", 2, Solo(r, 6), repeated=True) for r in range(6)] == [
+        (0, 1), (0, 1), (0, 1), (1, 1), (1, 1), (1, 1),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"heads \(6\) cannot be shared equally by 4 ranks"):
+        share("heads", 6, Solo(0, 4))
+    with pytest.raises(ValueError, match=r"key heads \(4\) cannot be shared equally by 6 ranks"):
+        share("key heads", 4, Solo(0, 6), repeated=True)

@@ -12,7 +12,10 @@ import torch
 
 
 class Communicator(Protocol):
-    """Collectives over `size` ranks. Every rank calls the same ones in the same order."""
+    """Collectives over `size` ranks, inside the device's stream.
+
+    Every rank calls the same ones in the same order. They raise RuntimeError when a rank is gone.
+    """
 
     @property
     def rank(self) -> int: ...
@@ -20,14 +23,31 @@ class Communicator(Protocol):
     @property
     def size(self) -> int: ...
 
+    @property
+    def ordered(self) -> bool:
+        """Whether sums are taken in rank order at every size.
+
+        An element's sum is then a function of its addends alone, as batch invariance needs, and
+        not of the shape they travel in.
+        """
+
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of every rank's `x`; may reuse `x`."""
+        """The sum of every rank's `x`, the same to the bit on all of them; may reuse `x`."""
 
-    def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        """Every rank's `x`, joined along `dim` in rank order."""
+    def gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """On rank 0 every rank's `x`, joined along `dim` in rank order; elsewhere `x` itself."""
 
-    def broadcast(self, x: torch.Tensor, source: int = 0) -> torch.Tensor:
-        """`x` of rank `source`; may reuse `x`."""
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        """Rank 0's `x`; may be written into `x`."""
+
+    def check(self) -> None:
+        """RuntimeError if a collective that has ended went wrong without raising (on a GPU)."""
+
+    def abort(self) -> None:
+        """From any thread: end what waits for a rank that is gone. Nothing works afterwards."""
+
+    def close(self) -> None:
+        """Idempotent."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +56,25 @@ class Solo:
 
     rank: int = 0
     size: int = 1
+    ordered: bool = True
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
-    def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    def gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         return x
 
-    def broadcast(self, x: torch.Tensor, source: int = 0) -> torch.Tensor:
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         return x
+
+    def check(self) -> None:
+        pass
+
+    def abort(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def share(what: str, units: int, comm: Communicator, *, repeated: bool = False) -> tuple[int, int]:

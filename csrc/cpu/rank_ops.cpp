@@ -1,0 +1,180 @@
+// Collectives between the processes of one machine, through memory they all map.
+//
+// Every rank has two slots, used in turn. A collective is: write the own slot, publish its number
+// (the epoch), wait until everyone has published it, read the others' slots. Who publishes epoch e
+// has read all it needed of e - 1, and who passes e knows that of everyone: a slot may be written
+// again two epochs later. Sums are taken in rank order, in fp32, so that all ranks hold the same bits.
+// The Python twin is gloo, in minisgl/parallel/torch_group.py.
+
+#include <pybind11/pybind11.h>
+#include <sched.h>
+#include <sys/mman.h>
+#include <time.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "vec.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = std::uintptr_t;
+using Index = std::int64_t;
+
+constexpr int SPINS = 300, YIELDS = 300;  // then short sleeps: ranks may outnumber the cores
+constexpr long NAP = 50'000;              // nanoseconds
+
+struct alignas(128) Line {  // apart, so that no rank's stores disturb another's polling
+    std::atomic<std::uint64_t> value;
+};
+static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
+
+inline void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+double now() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return double(t.tv_sec) + double(t.tv_nsec) * 1e-9;
+}
+
+class Group {
+  public:
+    // Maps `fd`, which must hold bytes_needed(size, slot) zero bytes before the first rank begins.
+    Group(int fd, int rank, int size, Index slot, double timeout)
+        : rank_(rank), size_(size), slot_(slot), timeout_(timeout), bytes_(bytes_needed(size, slot)) {
+        void *base = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+        if (base == MAP_FAILED) throw std::runtime_error("the ranks' shared memory cannot be mapped");
+        lines_ = static_cast<Line *>(base);
+        slots_ = static_cast<char *>(base) + (size + 1) * sizeof(Line);
+    }
+    Group(const Group &) = delete;
+    ~Group() { munmap(lines_, bytes_); }
+
+    static std::size_t bytes_needed(int size, Index slot) {
+        return (size + 1) * sizeof(Line) + 2 * std::size_t(size) * std::size_t(slot);
+    }
+
+    // x[i] = the sum of all ranks' x[i].
+    void all_reduce(Address x, Index count, bool is_bf16) {
+        py::gil_scoped_release release;
+        is_bf16 ? reduce(reinterpret_cast<bf16 *>(x), count) : reduce(reinterpret_cast<float *>(x), count);
+    }
+
+    // On rank 0: out[r * bytes ...] = x of rank r. Elsewhere `out` is not touched.
+    void gather(Address x, Address out, Index bytes) {
+        py::gil_scoped_release release;
+        for (Index i = 0; i < bytes; i += slot_) {
+            const Index n = std::min(slot_, bytes - i);
+            std::memcpy(begin(), reinterpret_cast<const char *>(x) + i, n);
+            meet();
+            for (int r = 0; rank_ == 0 && r < size_; ++r)
+                std::memcpy(reinterpret_cast<char *>(out) + r * bytes + i, slot(r), n);
+        }
+    }
+
+    // x = x of rank 0.
+    void broadcast(Address x, Index bytes) {
+        py::gil_scoped_release release;
+        for (Index i = 0; i < bytes; i += slot_) {
+            const Index n = std::min(slot_, bytes - i);
+            char *own = begin(), *here = reinterpret_cast<char *>(x) + i;
+            if (rank_ == 0) std::memcpy(own, here, n);
+            meet();
+            if (rank_ != 0) std::memcpy(here, slot(0), n);
+        }
+    }
+
+    // From any thread of any rank: everyone who waits, or will, raises.
+    void abort() { lines_[size_].value.store(1, std::memory_order_release); }
+
+  private:
+    char *slot(int rank) const { return slots_ + (2 * rank + Index(epoch_ & 1)) * slot_; }
+
+    char *begin() {
+        ++epoch_;
+        return slot(rank_);
+    }
+
+    void meet() {
+        lines_[rank_].value.store(epoch_, std::memory_order_release);
+        for (int r = 0; r < size_; ++r)
+            if (r != rank_) wait_for(r);
+    }
+
+    void wait_for(int rank) const {
+        double deadline = 0;
+        for (int i = 0;; ++i) {
+            if (lines_[rank].value.load(std::memory_order_acquire) >= epoch_) return;
+            if (lines_[size_].value.load(std::memory_order_relaxed))
+                throw std::runtime_error("a collective was given up: a rank is gone");
+            if (i < SPINS) {
+                pause();
+                continue;
+            }
+            if (deadline == 0) deadline = now() + timeout_;
+            if (now() > deadline)
+                throw std::runtime_error("rank " + std::to_string(rank) + " did not come to a collective within " +
+                                         std::to_string(int(timeout_)) + " s");
+            const timespec nap{0, NAP};
+            i < SPINS + YIELDS ? sched_yield() : nanosleep(&nap, nullptr);
+        }
+    }
+
+    template <class T>
+    void reduce(T *x, Index count) {
+        const Index most = slot_ / Index(sizeof(T));
+        for (Index first = 0; first < count; first += most) {
+            const Index n = std::min(most, count - first);
+            std::memcpy(begin(), x + first, n * sizeof(T));
+            meet();
+            add(x + first, n);
+        }
+    }
+
+    template <class T>
+    void add(T *out, Index n) const {
+        const auto of = [this](int r) { return reinterpret_cast<const T *>(slot(r)); };
+        Index i = 0;
+        for (; i + 16 <= n; i += 16) {
+            f32x16 sum = load16(of(0) + i);
+            for (int r = 1; r < size_; ++r) sum += load16(of(r) + i);
+            store16(out + i, sum);
+        }
+        for (; i < n; ++i) {
+            float sum = to_float(of(0)[i]);
+            for (int r = 1; r < size_; ++r) sum += to_float(of(r)[i]);
+            store(out + i, sum);
+        }
+    }
+
+    const int rank_, size_;
+    const Index slot_;
+    const double timeout_;
+    const std::size_t bytes_;
+    std::uint64_t epoch_ = 0;
+    Line *lines_;  // one per rank: the epoch it has published; then the word that calls all off
+    char *slots_;
+};
+
+}  // namespace
+
+PYBIND11_MODULE(rank_ops, m) {
+    py::class_<Group>(m, "Group")
+        .def(py::init<int, int, int, Index, double>())
+        .def_static("bytes_needed", &Group::bytes_needed)
+        .def("all_reduce", &Group::all_reduce)
+        .def("gather", &Group::gather)
+        .def("broadcast", &Group::broadcast)
+        .def("abort", &Group::abort);
+}

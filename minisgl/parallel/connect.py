@@ -1,0 +1,34 @@
+"""`connect`: the one place that chooses how ranks communicate."""
+
+import torch
+import torch.distributed as dist
+
+from minisgl.kernels.config import batch_invariant
+from minisgl.parallel import Communicator, Solo
+from minisgl.parallel.shared_memory import SharedMemory
+from minisgl.parallel.torch_group import TorchGroup
+
+
+def connect(
+    device: torch.device,
+    rank: int,
+    size: int,
+    *,
+    local_size: int,
+    store: dist.Store | None,
+    shared: int | None,
+    host: str | None = None,
+) -> Communicator:
+    """The communicator of one rank; returns once all have come.
+
+    local_size: ranks per machine. shared: descriptor of memory that ranks on one machine's CPUs
+    map, where they have such. store: where ranks meet that have not, and GPUs. host: this
+    machine's address for the others. In the batch-invariant mode sums are taken in rank order.
+    """
+    if size == 1:
+        return Solo()
+    if shared is not None:
+        return SharedMemory(shared, rank, size)
+    if store is None:
+        raise ValueError("ranks without shared memory need a store to meet at")
+    return TorchGroup(store, rank, size, device, ordered=batch_invariant(), host=host)

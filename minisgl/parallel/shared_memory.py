@@ -1,0 +1,69 @@
+"""`SharedMemory`: ranks on the CPUs of one machine, which meet in memory that all of them map.
+
+The work is done by `rank_ops` (csrc/cpu/rank_ops.cpp); `TorchGroup` is its twin.
+"""
+
+import os
+
+import torch
+
+from minisgl import csrc
+
+SLOT_BYTES = 1 << 18  # what a rank shows at once; twice this is kept per rank
+TIMEOUT = 1800.0  # seconds to wait for a rank that lives: loading may take one far longer
+
+
+def available() -> bool:
+    """Whether the native part is built; its build starts at the first call."""
+    return csrc.load("rank_ops") is not None and hasattr(os, "memfd_create")
+
+
+def create(size: int) -> int:
+    """A descriptor of memory for `size` ranks, to be handed to each. Nameless: it leaves nothing
+    behind, however its users end, and is not bound by the size of /dev/shm."""
+    native = csrc.load("rank_ops", wait=True)
+    assert native is not None
+    fd = os.memfd_create("minisgl-ranks")
+    os.ftruncate(fd, native.Group.bytes_needed(size, SLOT_BYTES))
+    return fd
+
+
+class SharedMemory:
+    """Sums in rank order at every size, in fp32. The caller keeps and closes `fd`."""
+
+    ordered = True
+
+    def __init__(self, fd: int, rank: int, size: int, timeout: float = TIMEOUT) -> None:
+        native = csrc.load("rank_ops", wait=True)
+        if native is None:
+            raise RuntimeError("ranks that share memory need the native module rank_ops")
+        self.rank = rank
+        self.size = size
+        self._group = native.Group(fd, rank, size, SLOT_BYTES, timeout)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype not in (torch.float32, torch.bfloat16):
+            return self.all_reduce(x.float()).to(x.dtype)
+        x = x.contiguous()
+        self._group.all_reduce(x.data_ptr(), x.numel(), x.dtype == torch.bfloat16)
+        return x
+
+    def gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        x = x.contiguous()
+        out = x.new_empty((self.size, *x.shape)) if self.rank == 0 else x
+        self._group.gather(x.data_ptr(), out.data_ptr(), x.numel() * x.element_size())
+        return torch.cat(out.unbind(), dim) if self.rank == 0 else x
+
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        self._group.broadcast(x.data_ptr(), x.numel() * x.element_size())
+        return x
+
+    def check(self) -> None:
+        pass
+
+    def abort(self) -> None:
+        self._group.abort()
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,92 @@
+"""`TorchGroup`: torch's own process groups, NCCL between GPUs and gloo between CPUs."""
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = timedelta(minutes=30)  # as torch's own: a rank may load far longer than another
+
+
+class TorchGroup:
+    """Ranks that meet at `store`, which holds nobody else's keys.
+
+    With `ordered`, sums are taken in rank order from what all ranks send each other; without, by
+    the backend, in an order that depends on the size and the machines.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        device: torch.device,
+        *,
+        ordered: bool = False,
+        host: str | None = None,
+        timeout: timedelta = TIMEOUT,
+    ) -> None:
+        """host: the address of this machine that the others reach; found by its name when None."""
+        self.rank = rank
+        self.size = size
+        self.ordered = ordered
+        self._group = _backend(store, rank, size, device, host, timeout)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        if not self.ordered:
+            self._group.allreduce([x]).wait()
+            return x
+        everyone = [torch.empty_like(x) for _ in range(self.size)]
+        self._group.allgather([everyone], [x]).wait()
+        total = everyone[0].float()
+        for other in everyone[1:]:
+            total += other
+        return total.to(x.dtype)
+
+    def gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        x = x.contiguous()
+        if self.rank != 0:
+            self._group.gather([], [x], dist.GatherOptions()).wait()
+            return x
+        everyone = [torch.empty_like(x) for _ in range(self.size)]
+        self._group.gather([everyone], [x], dist.GatherOptions()).wait()
+        return torch.cat(everyone, dim)
+
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        self._group.broadcast([x], dist.BroadcastOptions()).wait()
+        return x
+
+    def check(self) -> None:
+        pass
+
+    def abort(self) -> None:
+        """Of NCCL. gloo has no such thing, but fails by itself once the others' sockets close."""
+        self._group.abort()
+
+    def close(self) -> None:
+        self._group.shutdown()
+
+
+def _backend(
+    store: dist.Store,
+    rank: int,
+    size: int,
+    device: torch.device,
+    host: str | None,
+    timeout: timedelta,
+) -> Any:
+    """The group itself, of no global registry: a process may have several engines in turn."""
+    if device.type == "cuda":
+        nccl = dist.ProcessGroupNCCL.Options()
+        nccl._timeout = timeout
+        return dist.ProcessGroupNCCL(store, rank, size, nccl)
+    gloo = dist.ProcessGroupGloo._Options()
+    gloo._timeout = timeout
+    if host is None:
+        gloo._devices = [dist.ProcessGroupGloo.create_default_device()]
+    else:
+        gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+    return dist.ProcessGroupGloo(store, rank, size, gloo)

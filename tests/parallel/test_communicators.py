@@ -1,0 +1,162 @@
+"""Every communicator for CPUs keeps the protocol's promises; the ranks here are threads."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from minisgl import csrc
+from minisgl.parallel import Communicator, shared_memory
+from minisgl.parallel.shared_memory import SLOT_BYTES, SharedMemory
+from minisgl.parallel.torch_group import TorchGroup
+
+NATIVE = csrc.load("rank_ops", wait=True)
+KINDS = ["gloo", "gloo-ordered"]
+if NATIVE is not None:
+    KINDS.append("shared")
+needs_native = pytest.mark.skipif(NATIVE is None, reason="no C++ compiler or Python headers")
+Body = Callable[[Communicator], Any]
+
+
+class Ranks:
+    """`size` communicators of one kind; `run` calls a function with each, in a thread of its own"""
+
+    def __init__(self, kind: str, size: int, seconds: float = 60) -> None:
+        self.kind, self.size, self.seconds = kind, size, seconds
+        self.store = dist.HashStore()
+        self.fd = shared_memory.create(size) if kind == "shared" else -1
+        self.pool = ThreadPoolExecutor(size)
+        self.comms = list(self.pool.map(self.join, range(size)))
+
+    def join(self, rank: int) -> Communicator:
+        if self.kind == "shared":
+            return SharedMemory(self.fd, rank, self.size, self.seconds)
+        return TorchGroup(
+            self.store,
+            rank,
+            self.size,
+            torch.device("cpu"),
+            ordered=self.kind == "gloo-ordered",
+            host="127.0.0.1",
+            timeout=timedelta(seconds=self.seconds),
+        )
+
+    def run(self, body: Body) -> list[Any]:
+        return [task.result(60) for task in [self.pool.submit(body, comm) for comm in self.comms]]
+
+    def close(self) -> None:
+        for comm in self.comms:
+            comm.close()
+        self.pool.shutdown()
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+@pytest.fixture(params=[(kind, size) for kind in KINDS for size in (2, 3)], ids=str)
+def ranks(request) -> Iterator[Ranks]:
+    made = Ranks(*request.param)
+    yield made
+    made.close()
+
+
+def inputs(size: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
+    """One tensor per rank, of magnitudes that differ: another order of additions shows."""
+    generator = torch.Generator().manual_seed(len(shape) + size)
+    scales = [10.0 ** (rank % 3 * 2) for rank in range(size)]
+    return [(torch.randn(shape, generator=generator) * scale).to(dtype) for scale in scales]
+
+
+SHAPES = [(1,), (15,), (3, 17), (2, SLOT_BYTES // 8 + 3), (0, 5)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sums_are_right_and_the_same_everywhere(ranks: Ranks, dtype: torch.dtype) -> None:
+    for shape in SHAPES:
+        given = inputs(ranks.size, shape, dtype)
+        sums = ranks.run(lambda comm, given=given: comm.all_reduce(given[comm.rank].clone()))
+        in_order = given[0].float()
+        for x in given[1:]:
+            in_order = in_order + x.float()
+        for total in sums:
+            assert total.dtype == dtype
+            assert torch.equal(total, sums[0])
+            if ranks.comms[0].ordered:
+                assert torch.equal(total, in_order.to(dtype))
+        exact = torch.stack(given).double().sum(0)
+        bound = 4 * torch.finfo(dtype).eps * torch.stack(given).abs().double().sum(0)
+        assert ((sums[0].double() - exact).abs() <= bound).all()
+
+
+def test_rank_0_gathers_and_is_heard(ranks: Ranks) -> None:
+    for shape, dim in [((4, 3), -1), ((2, 5), 0), ((1, SLOT_BYTES // 4 + 1), 1)]:
+        given = inputs(ranks.size, shape, torch.float32)
+        joined = ranks.run(lambda comm, g=given, d=dim: comm.gather(g[comm.rank], d))
+        assert torch.equal(joined[0], torch.cat(given, dim))
+        assert torch.equal(joined[1], given[1])
+        ids = [torch.arange(7, dtype=torch.int32) + 100 * rank for rank in range(ranks.size)]
+        for heard in ranks.run(lambda comm, ids=ids: comm.broadcast(ids[comm.rank].clone())):
+            assert torch.equal(heard, ids[0])
+
+
+def test_a_strided_tensor_is_summed_too(ranks: Ranks) -> None:
+    given = inputs(ranks.size, (6, 5), torch.float32)
+    sums = ranks.run(lambda comm: comm.all_reduce(given[comm.rank].clone().t()))
+    torch.testing.assert_close(sums[0], torch.stack(given).sum(0).t())
+
+
+def test_many_collectives_of_all_kinds_stay_in_step(ranks: Ranks) -> None:
+    def body(comm: Communicator) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(5)
+        seen = []
+        for i in range(60):
+            size = int(torch.randint(1, 2000, (1,), generator=generator))
+            x = torch.full((size,), float(comm.rank + i))
+            if (comm.rank + i) % 7 == 0:
+                time.sleep(0.001)
+            seen += [comm.all_reduce(x.clone()), comm.broadcast(x.clone())]
+            seen.append(comm.gather(x)[:1])
+        return seen
+
+    results = ranks.run(body)
+    n = ranks.size
+    for i in range(60):
+        for seen in results:
+            assert (seen[3 * i] == n * i + n * (n - 1) / 2).all()
+            assert (seen[3 * i + 1] == i).all()
+
+
+@needs_native
+def test_a_wait_is_given_up_when_a_rank_is_gone_or_does_not_come() -> None:
+    ranks = Ranks("shared", 3, seconds=1)
+    said: list[str] = []
+
+    def wait(comm: Communicator) -> None:
+        with pytest.raises(RuntimeError) as caught:
+            comm.all_reduce(torch.ones(4))
+        said.append(str(caught.value))
+
+    waiting = [threading.Thread(target=wait, args=(comm,)) for comm in ranks.comms[:2]]
+    for thread in waiting:
+        thread.start()
+    for thread in waiting:
+        thread.join(30)
+    assert said == ["rank 2 did not come to a collective within 1 s"] * 2
+    ranks.close()
+
+    ranks = Ranks("shared", 3, seconds=600)
+    said.clear()
+    waiting = [threading.Thread(target=wait, args=(comm,)) for comm in ranks.comms[:2]]
+    for thread in waiting:
+        thread.start()
+    ranks.comms[2].abort()
+    for thread in waiting:
+        thread.join(30)
+    assert said == ["a collective was given up: a rank is gone"] * 2
+    ranks.close()
