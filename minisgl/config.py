@@ -38,6 +38,9 @@ class EngineConfig:
     itl_target_ms: float | None = _option(None, "inter-token latency the balanced policy holds")
     disable_radix_cache: bool = _option(False, "share no prefixes between requests")
     disable_overlap_schedule: bool = _option(False, "plan a step only after the last is collected")
+    batch_invariant: bool = _option(
+        False, "compute in fixed orders: a request's tokens do not depend on its batch"
+    )
     disable_cuda_graph: bool = _option(False, "run every step eagerly")
     context_length: int | None = _option(None, "longest sequence; the model's own when absent")
     random_seed: int = _option(0, "seed of dummy weights")

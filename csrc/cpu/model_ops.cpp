@@ -338,7 +338,8 @@ struct Decode {
         constexpr int R = DV <= 8 ? 2 : 1;  // rows of queries in registers
         const Index groups = q_heads / kv_heads, length = lengths[s];
         const Index past = length - width;  // position of the first query
-        const Index first = window ? std::max<Index>(past - window + 1, 0) : 0;
+        // From a multiple of 16, so that a key has the same lane whatever queries come along.
+        const Index first = window ? std::max<Index>(past - window + 1, 0) / 16 * 16 : 0;
         const Index count = std::max<Index>(length - first, 0), padded = (count + 15) / 16 * 16;
         const std::int32_t *pages = page_table + rows[s] * table_stride;
         const Index step = kv_heads * D;

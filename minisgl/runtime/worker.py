@@ -16,6 +16,7 @@ from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import ROPE_SLACK
 from minisgl.models.loader import load_model
 from minisgl.parallel import Communicator, Solo, share
+from minisgl.runtime.fixed_order import FixedOrder, check_fixed_order
 from minisgl.runtime.graphs import DecodeGraphs, padded_sizes
 from minisgl.runtime.inputs import Geometry, pack_step
 from minisgl.runtime.kv_pool import KVPool, KVShape, MemoryPlan, plan_memory
@@ -125,6 +126,8 @@ def load_worker(
             seed=config.random_seed,
         )
     )
+    if config.batch_invariant:
+        check_fixed_order(facts, dtype, device.torch_device)
     weights = sum(w.target.numel() * w.target.element_size() for w in model.weights())
     kv_heads = share("num_key_value_heads", facts.num_kv_heads, comm)[1]
     shape = KVShape(facts.num_layers, kv_heads, facts.head_dim, dtype)
@@ -145,7 +148,7 @@ def load_worker(
     )
     worker = Worker(
         device,
-        model,
+        FixedOrder(model, device.torch_device) if config.batch_invariant else model,
         shape,
         _limits(config, plan, max_context, facts.vocab_size),
         eos_token_ids=facts.eos_token_ids,

@@ -9,6 +9,9 @@ import math
 
 import torch
 
+from minisgl.kernels.config import batch_invariant
+from minisgl.kernels.decode.native import decode_native
+
 _BLOCK = 128  # queries at a time
 
 
@@ -29,7 +32,10 @@ def attention_cpu(
     return_lse: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """See `attention_reference`."""
+    """See `attention_reference`. Under `fixed_order` a query is computed as if it came alone.
+
+    Raises RuntimeError under `fixed_order` where the native ops are missing or do not cover it.
+    """
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:2], dtype=torch.float32) if return_lse else None
@@ -37,6 +43,28 @@ def attention_cpu(
     for s, (row, length) in enumerate(zip(rows.tolist(), seq_lens.tolist(), strict=True)):
         start, end = offsets[s], offsets[s + 1]
         if start == end:
+            continue
+        if batch_invariant():
+            own = slice(start, end)
+            result = decode_native(
+                q[own],
+                k_pool,
+                v_pool,
+                page_table,
+                rows[s : s + 1],
+                seq_lens[s : s + 1],
+                page_size=page_size,
+                scale=scale,
+                width=end - start,
+                window=window,
+                softcap=softcap,
+                return_lse=return_lse,
+                out=out[own],
+            )
+            if result is None:
+                raise RuntimeError("attention in a fixed order on CPU needs the native ops")
+            if lse is not None:
+                lse[own] = result[1]
             continue
         past = length - (end - start)  # position of the first query
         first = 0 if window is None else max(past - window + 1, 0)

@@ -1,9 +1,11 @@
 """Decode attention on CPU: native where it can be, else as chunks of equal length."""
 
+from typing import Any
+
 import torch
 
 from minisgl.kernels.attention.cpu import attention_cpu
-from minisgl.kernels.native import address, model_ops
+from minisgl.kernels.decode.native import decode_native
 
 
 def decode_cpu(
@@ -23,51 +25,16 @@ def decode_cpu(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """See `decode_reference`."""
-    tokens, num_heads, head_dim = q.shape
-    native = model_ops(q, k_pool, v_pool, out)
-    dense = q.stride(1) == head_dim and q.stride(2) == 1 and page_table.stride(1) == 1
-    dense = dense and (out is None or out.is_contiguous())
-    if native is None or not dense or head_dim not in native.DECODE_HEAD_DIMS:
-        offsets = torch.arange(seq_lens.shape[0] + 1, dtype=torch.int32) * width
-        return attention_cpu(
-            q,
-            k_pool,
-            v_pool,
-            page_table,
-            rows,
-            offsets,
-            seq_lens,
-            page_size=page_size,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            return_lse=return_lse,
-            out=out,
-        )
-    if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty(tokens, num_heads, dtype=torch.float32) if return_lse else None
-    native.decode(
-        q.data_ptr(),
-        q.stride(0),
-        k_pool.data_ptr(),
-        v_pool.data_ptr(),
-        page_table.data_ptr(),
-        page_table.stride(0),
-        rows.data_ptr(),
-        seq_lens.data_ptr(),
-        out.data_ptr(),
-        address(lse),
-        seq_lens.shape[0],
-        width,
-        num_heads,
-        k_pool.shape[1],
-        head_dim,
-        page_size,
-        scale,
-        window or 0,
-        softcap or 0.0,
-        q.dtype == torch.bfloat16,
-        torch.get_num_threads(),
-    )
-    return out if lse is None else (out, lse)
+    facts: dict[str, Any] = {
+        "page_size": page_size,
+        "scale": scale,
+        "window": window,
+        "softcap": softcap,
+        "return_lse": return_lse,
+        "out": out,
+    }
+    result = decode_native(q, k_pool, v_pool, page_table, rows, seq_lens, width=width, **facts)
+    if result is not None:
+        return result
+    offsets = torch.arange(seq_lens.shape[0] + 1, dtype=torch.int32) * width
+    return attention_cpu(q, k_pool, v_pool, page_table, rows, offsets, seq_lens, **facts)

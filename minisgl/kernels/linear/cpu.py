@@ -7,6 +7,7 @@ product, which reads the weights as they are; many take PyTorch's, in fp32 where
 import torch
 import torch.nn.functional as F
 
+from minisgl.kernels.config import batch_invariant
 from minisgl.kernels.linear import linear_reference
 from minisgl.kernels.native import address, model_ops
 
@@ -17,13 +18,14 @@ BLOCK = 2**22  # weights widened at a time: they stay in the last cache
 def linear_cpu(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, wide: bool = False
 ) -> torch.Tensor:
-    """See `linear_reference`. Among few rows, one's result does not depend on the others."""
+    """See `linear_reference`. Among few rows, or under `fixed_order`, one's result does not
+    depend on the others."""
     native = model_ops(x, weight, bias)
     if native is None or not weight.is_contiguous():
         return linear_reference(x, weight, bias, wide)
     rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, x.shape[-1]).contiguous()
     n, k = weight.shape
-    if rows.shape[0] >= MANY_ROWS:
+    if rows.shape[0] >= MANY_ROWS and not batch_invariant():
         if x.dtype == torch.float32 or native.BF16_ARITHMETIC:
             return linear_reference(x, weight, bias, wide)
         return _widened(rows, weight, bias, wide).view(*x.shape[:-1], n)
