@@ -9,6 +9,10 @@ from minisgl.kernels.config import fixed_order, target
 from minisgl.kernels.decode.portable import decode_portable, split_count
 from minisgl.kernels.linear.persistent import linear_persistent
 from minisgl.kernels.moe.portable import moe_experts_portable, moe_route_portable
+from minisgl.kernels.op import Case
+from minisgl.kernels.rmsnorm.portable import rmsnorm_portable
+from minisgl.kernels.sampling import sample
+from minisgl.kernels.sampling.portable import sample_portable
 
 CPU = torch.device("cpu")
 
@@ -85,6 +89,25 @@ def test_experts_over_batches():
         part = slice(start, end)
         got = moe_experts_portable(x[part], gate_up, down, weights[part], ids[part])
         assert torch.equal(got, whole[part])
+
+
+def test_norms_over_batches():
+    generator = torch.Generator().manual_seed(0)
+    x, residual = torch.randn(2, 37, 130, generator=generator)
+    weight = torch.randn(130, generator=generator)
+    whole = rmsnorm_portable(x, weight, 1e-6, residual)
+    for start, end in ((0, 1), (36, 37), (5, 30)):
+        part = rmsnorm_portable(x[start:end], weight, 1e-6, residual[start:end])
+        assert all(torch.equal(a, b[start:end]) for a, b in zip(part, whole, strict=True))
+
+
+@pytest.mark.parametrize("case", sample.cases, ids=lambda case: case.label)
+def test_samples_over_batches(case: Case):
+    given = case.make(CPU, torch.float32, torch.Generator().manual_seed(1))
+    whole = sample_portable(**given)
+    for n in range(0, len(whole), 3):
+        rows = {name: given[name][n : n + 1] for name in ("logits", "rows", "positions")}
+        assert torch.equal(sample_portable(**given | rows), whole[n : n + 1])
 
 
 def test_split_counts_depend_on_shapes_alone():
