@@ -8,6 +8,8 @@ import msgspec
 
 from minisgl.core.request import SamplingParams, TokenLogprobs
 
+MAX_CASCADE_GROUPS = 16  # of a batch: a captured launch covers this many, whatever there are
+
 
 class Chunk(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """What one sequence computes in one step: tokens [start, start + length).
@@ -56,7 +58,10 @@ class CopyJob(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
 
 class CascadeGroup(msgspec.Struct, frozen=True, gc=False, array_like=True):
-    """Decode chunks [first, first + count) of the batch share their first `num_pages` pages."""
+    """Decode chunks [first, first + count) of the batch share their first `num_pages` pages.
+
+    All tokens of those pages are computed before this step, so every query of it sees them.
+    """
 
     first: int
     count: int

@@ -26,6 +26,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     batch_policy: BatchPolicy = "balanced"
     itl_target_ms: float | None = None  # held by the balanced policy
     disable_radix_cache: bool = False
+    cascade_min_shared_tokens: int | None = None  # a group must save this many reads; None: none
     lpm_ageing: float = 256.0  # cached tokens that one second of waiting is worth under `lpm`
     max_passed: int = 64  # admissions that may pass a waiting sequence that does not fit
     scan_limit: int = 32  # waiting sequences tried in a plan that do not fit
@@ -42,6 +43,9 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("chunked_prefill_size", "max_passed", "scan_limit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        least = self.cascade_min_shared_tokens
+        if least is not None and least < 1:
+            raise ValueError(f"cascade_min_shared_tokens must be at least 1, got {least}")
         if self.itl_target_ms is not None and self.itl_target_ms <= 0:
             raise ValueError(f"itl_target_ms must be greater than 0, got {self.itl_target_ms}")
         if self.lpm_ageing <= 0:

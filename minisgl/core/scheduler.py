@@ -12,9 +12,11 @@ from time import monotonic
 import msgspec
 
 from minisgl.core.batch import Batch, Chunk, RowSetup, StepOutput
+from minisgl.core.cascade import PrefixGroups
 from minisgl.core.costmodel import CostModel, StepWork
 from minisgl.core.executor import Limits
-from minisgl.core.kvcache import Commit, KVCache
+from minisgl.core.kvcache import KVCache
+from minisgl.core.plan import Plan, PlannedStep
 from minisgl.core.policy import SchedulerConfig, StepLoad, TokenBudget, WaitingQueue
 from minisgl.core.request import Delta, FinishReason, Request, TokenLogprobs
 from minisgl.core.sequence import (
@@ -52,45 +54,6 @@ class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
     num_finished: int
 
 
-class _Step:
-    """A planned step: what `update` needs of it."""
-
-    __slots__ = ("batch", "commits", "sequences", "work")
-
-    def __init__(
-        self, batch: Batch, sequences: list[Sequence], commits: list[Commit], work: StepWork
-    ) -> None:
-        self.batch = batch
-        self.sequences = sequences  # aligned with batch.chunks
-        self.commits = commits
-        self.work = work
-
-
-class _Plan:
-    """The plan under way."""
-
-    __slots__ = (
-        "chunks",
-        "num_context",
-        "num_pairs",
-        "num_sampled",
-        "num_tokens",
-        "sequences",
-        "setups",
-        "short_of_pages",
-    )
-
-    def __init__(self) -> None:
-        self.chunks: list[Chunk] = []
-        self.sequences: list[Sequence] = []
-        self.setups: list[RowSetup] = []
-        self.num_tokens = 0
-        self.num_pairs = 0  # of attention
-        self.num_context = 0  # KV positions read
-        self.num_sampled = 0
-        self.short_of_pages = False  # then nobody new is admitted
-
-
 class Scheduler:
     """Continuous batching over paged, prefix-shared KV.
 
@@ -117,13 +80,18 @@ class Scheduler:
         self._cache = KVCache(
             limits.num_pages, limits.page_size, radix=not config.disable_radix_cache
         )
+        self._prefixes: PrefixGroups | None = None
+        if config.cascade_min_shared_tokens is not None and not config.disable_radix_cache:
+            self._prefixes = PrefixGroups(
+                self._cache.pool.pages_for(config.cascade_min_shared_tokens)
+            )
         self._budget = TokenBudget(config, cost_model)
         self._waiting = WaitingQueue(config.schedule_policy, config.lpm_ageing)
         self._running: list[Sequence] = []  # in service order
         self._rows = list(range(limits.max_rows - 1, -1, -1))
         self._requests: dict[str, list[Sequence]] = {}  # unended choices
         self._returning = 0  # pages that ended or preempted ones in flight will give back
-        self._steps: deque[_Step] = deque()  # planned, not updated
+        self._steps: deque[PlannedStep] = deque()  # planned, not updated
         self._next_uid = 0
         self._num_steps = 0
         self._num_prompt_tokens = 0
@@ -186,7 +154,7 @@ class Scheduler:
     def plan(self) -> Batch | None:
         """The next step, or None when there is nothing to compute before the next update."""
         self._cache.begin()
-        plan = _Plan()
+        plan = Plan()
         prefilling = self._plan_decode(plan)
         num_decode = len(plan.chunks)
         if prefilling or (self._waiting and self._rows):
@@ -194,13 +162,13 @@ class Scheduler:
         copies, commits = self._cache.finish()
         if not plan.chunks:
             return None
-        batch = Batch(self._num_steps, plan.chunks, num_decode, plan.setups, copies)
+        batch = Batch(self._num_steps, plan.chunks, num_decode, plan.setups, copies, plan.groups)
         self._num_steps += 1
         work = StepWork(plan.num_tokens, plan.num_pairs, plan.num_context, plan.num_sampled)
-        self._steps.append(_Step(batch, plan.sequences, commits, work))
+        self._steps.append(PlannedStep(batch, plan.sequences, commits, work))
         return batch
 
-    def _plan_decode(self, plan: _Plan) -> list[Sequence]:
+    def _plan_decode(self, plan: Plan) -> list[Sequence]:
         """Plan all sequences whose next input is on the device; returns those with prompt left."""
         prefilling = []
         chunks, planned, drafter = plan.chunks, plan.sequences, self._drafter
@@ -236,9 +204,13 @@ class Scheduler:
             num_context += end
         plan.num_tokens = plan.num_sampled = num_tokens
         plan.num_pairs = plan.num_context = num_context
+        if self._prefixes is not None:
+            plan.sequences, plan.chunks, plan.groups = self._prefixes.arrange(planned, chunks)
+            again = sum((group.count - 1) * group.num_pages for group in plan.groups)
+            plan.num_context -= again * self.limits.page_size
         return prefilling
 
-    def _plan_prefill(self, plan: _Plan, prefilling: list[Sequence]) -> None:
+    def _plan_prefill(self, plan: Plan, prefilling: list[Sequence]) -> None:
         """Divide the step's prompt tokens: first to prompts under way, then to new sequences."""
         prefilling = [seq for seq in prefilling if seq.status is RUNNING]
         start = prefilling[0].num_computed if prefilling else 0
@@ -250,7 +222,7 @@ class Scheduler:
         if self._waiting and self._rows and left > 0 and not plan.short_of_pages:
             self._admit(plan, left)
 
-    def _admit(self, plan: _Plan, left: int) -> None:
+    def _admit(self, plan: Plan, left: int) -> None:
         """Start waiting sequences. One that does not fit is passed by, but not for ever."""
         config = self.config
         tries = min(len(self._rows), left) + config.scan_limit
@@ -303,7 +275,7 @@ class Scheduler:
         tokens = seq.token_ids(0, seq.num_tokens) if needs_tokens else []
         return RowSetup(seq.uid, seq.epoch, seq.row, seq.choice, len(seq.prompt), params, tokens)
 
-    def _add_prefill(self, plan: _Plan, seq: Sequence, left: int) -> int:
+    def _add_prefill(self, plan: Plan, seq: Sequence, left: int) -> int:
         """Plan up to `left` of a sequence's prompt tokens; returns how many."""
         start = seq.num_computed
         stop = min(start + left, seq.num_fed)
@@ -326,11 +298,13 @@ class Scheduler:
         plan.num_context += stop
         plan.num_sampled += samples
         self._num_prompt_tokens += count
+        if samples and self._prefixes is not None:
+            self._prefixes.join(seq.uid, seq.pages[: stop // self.limits.page_size])
         return count
 
     # ---- memory pressure --------------------------------------------------------------------
 
-    def _grow(self, plan: _Plan, seq: Sequence, num_tokens: int) -> bool:
+    def _grow(self, plan: Plan, seq: Sequence, num_tokens: int) -> bool:
         """Pages for `num_tokens` tokens, if need be taken from the sequence served last.
 
         False: this sequence sits out the step, since the pages it waits for are on their way
@@ -356,6 +330,8 @@ class Scheduler:
         self._leave(seq)
 
     def _leave(self, seq: Sequence) -> None:
+        if self._prefixes is not None:
+            self._prefixes.leave(seq.uid)
         if seq.in_flight:
             seq.num_returning = self._cache.pool.num_returning(seq.pages)
             self._returning += seq.num_returning
@@ -446,7 +422,7 @@ class Scheduler:
                 self._settle(seq)
         return deltas
 
-    def _take_step(self, batch: Batch) -> _Step:
+    def _take_step(self, batch: Batch) -> PlannedStep:
         if not self._steps or self._steps[0].batch.step != batch.step:
             expected = self._steps[0].batch.step if self._steps else "none"
             raise ValueError(f"step {batch.step} is not the oldest in flight ({expected})")

@@ -97,6 +97,7 @@ class HashExecutor:
         self.rows: dict[int, Row] = {}
         self.epochs: set[tuple[int, int]] = set()
         self.queue: deque[Batch] = deque()
+        self.num_grouped = 0  # chunks whose first pages were read for a whole group
 
     def dispatch(self, batch: Batch) -> None:
         chunks, size = batch.chunks, self.limits.page_size
@@ -139,6 +140,7 @@ class HashExecutor:
             row = self.rows[chunk.row]
             assert (row.setup.uid, row.setup.epoch) == (chunk.uid, chunk.epoch), "a stale row"
             row.table[chunk.page_index : chunk.page_index + len(chunk.pages)] = chunk.pages
+        self._check_groups(batch)
         ids = {chunk.uid: self._inputs(chunk) for chunk in batch.chunks}
         written: set[tuple[int, int]] = set()
         for chunk in self.random.sample(batch.chunks, len(batch.chunks)):
@@ -159,6 +161,22 @@ class HashExecutor:
             row.length += len(new) if chunk.samples and not chunk.token_ids else chunk.length
         seconds = self.random.uniform(0.001, 0.01)
         return StepOutput(batch.step, tokens, logprobs, prompt_logprobs, seconds)
+
+    def _check_groups(self, batch: Batch) -> None:
+        """The device's own tables agree that a group's first pages are the same and filled."""
+        end = 0
+        for group in batch.cascade_groups:
+            assert group.first >= end, "cascade groups overlap"
+            end = group.first + group.count
+            assert end <= batch.num_decode, "a cascade group of other than decode chunks"
+            assert group.count > 1
+            assert group.num_pages > 0
+            rows = [self.rows[chunk.row] for chunk in batch.chunks[group.first : end]]
+            pages = rows[0].table[: group.num_pages]
+            assert all(row.table[: group.num_pages] == pages for row in rows), "other pages"
+            shared = group.num_pages * self.limits.page_size
+            assert all(shared <= row.length for row in rows), "a query would not see all keys"
+            self.num_grouped += group.count
 
     def _inputs(self, chunk: Chunk) -> list[int]:
         row = self.rows[chunk.row]
@@ -282,6 +300,7 @@ class Trial:
             itl_target_ms=target,
             disable_radix_cache=random.random() < 0.1,
             max_passed=random.choice([1, 64]),
+            cascade_min_shared_tokens=random.choice([None, 1, 1, 9]),
         )
         cost_model = None
         if target is not None or random.random() < 0.2:

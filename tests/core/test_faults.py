@@ -6,6 +6,7 @@ import textwrap
 
 import pytest
 
+from minisgl.core.cascade import PrefixGroups
 from minisgl.core.kvcache import KVCache
 from minisgl.core.pages import PagePool
 from minisgl.core.radix import RadixTree
@@ -184,6 +185,18 @@ FAULTS = {
         "accept",
         "enumerate(new, 1)",
         "[(len(new), self.output.extend(new[:-1]) or new[-1])]",
+    ),
+    "cascade groups are not put together": (
+        PrefixGroups,
+        "arrange",
+        "return list(pick(sequences)), list(pick(chunks)), self._groups",
+        "return sequences, chunks, self._groups",
+    ),
+    "cascade groups of a step are used in the next": (
+        PrefixGroups,
+        "arrange",
+        "self._chosen and sequences != self._arranged",
+        "False",
     ),
     "min_tokens is ignored": (
         Sequence,

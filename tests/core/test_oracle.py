@@ -17,18 +17,21 @@ SHARDS = 8
 
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_random_traces(shard):
-    hits = preemptions = 0
+    hits = preemptions = grouped = 0
     for seed in range(shard, TRIALS, SHARDS):
         try:
-            stats = run_trial(seed).scheduler.stats()
+            trial = run_trial(seed)
         except Exception as error:
             error.add_note(f"in the trace of seed {seed}")
             raise
+        stats = trial.scheduler.stats()
         hits += stats.num_hit_tokens
         preemptions += stats.num_preemptions
+        grouped += trial.executor.num_grouped
     # The traces are worth running only while they reach what they are about.
     assert hits > 5 * TRIALS / SHARDS
     assert preemptions > 0.1 * TRIALS / SHARDS
+    assert grouped > TRIALS / SHARDS
 
 
 @settings(
