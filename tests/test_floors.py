@@ -25,13 +25,14 @@ BUDGETS = {"kernels/": 6_000, "all but kernels/": 10_000}
 
 # Room (a folder or file of minisgl/) -> what it may import from the package besides itself:
 # rooms, or single modules of a room.
-BASE = {"log", "config", "csrc"}
+BASE = {"log", "config", "csrc", "child"}
 DEVICE = BASE | {"device", "kernels"}
 PLANS = {"core.batch", "core.request", "core.executor", "core.grammar"}  # data and protocols
 FLOORS: dict[str, set[str]] = {
     "__init__": {"llm", "core.request"},  # by name, at first use
     "log": set(),
     "csrc": {"log"},
+    "child": set(),
     "config": {"log"},
     "core": BASE,
     "device": BASE,
@@ -53,7 +54,7 @@ PACKAGES: dict[str, set[str]] = {
     **{package: {"server", "serve"} for package in HTTP},
     "triton": {"kernels", "device"},
 }
-STDLIB_ONLY = {"log", "csrc", "config", "__init__"}
+STDLIB_ONLY = {"log", "csrc", "config", "child", "__init__"}
 LATE_ONLY = {"transformers", "nvtx", "cuda"}  # optional at run time: inside functions only
 NEVER = {"pickle", "cloudpickle", "dill", "shelve", "marshal"}  # these run what they read
 NEVER_CALLED = {"load": "torch", "send_pyobj": None, "recv_pyobj": None}  # pickle inside
