@@ -25,8 +25,10 @@
 
 #ifdef __CUDACC__
 #define MINISGL_RANKS_FN __host__ __device__ __forceinline__
+#define MINISGL_RANKS_ROLLED _Pragma("unroll 1")  // a release store is a fence: code, not speed
 #else
 #define MINISGL_RANKS_FN inline
+#define MINISGL_RANKS_ROLLED
 #endif
 
 namespace minisgl::all_reduce {
@@ -98,6 +100,7 @@ MINISGL_RANKS_FN void wait_for(Machine &m, const Ranks &ranks, const uint32_t *f
         if (now - begin > ranks.timeout_ns) {
             // Also ends what the peers wait for; the host reads the word when it collects the step.
             const uint32_t code = fault_code(ranks.rank, peer);
+            MINISGL_RANKS_ROLLED
             for (int r = 0; r < ranks.size; ++r) m.store_release(&ranks.signals[r]->fault, code);
             m.report(code);
             return;
@@ -112,8 +115,10 @@ template <class Machine>
 MINISGL_RANKS_FN void meet(Machine &m, const Ranks &ranks, int meeting, uint32_t epoch) {
     m.sync();
     Signal &own = *ranks.signals[ranks.rank];
+    MINISGL_RANKS_ROLLED
     for (int peer = m.lane(); peer < ranks.size; peer += m.lanes())
         m.store_release(&ranks.signals[peer]->flag[meeting][m.block()][ranks.rank], epoch);
+    MINISGL_RANKS_ROLLED
     for (int peer = m.lane(); peer < ranks.size; peer += m.lanes())
         wait_for(m, ranks, &own.flag[meeting][m.block()][peer], epoch, peer);
     m.sync();

@@ -72,6 +72,12 @@ MODULES = (
         sources=("cpu/rank_ops.cpp",),
         twin="ranks on the CPU add up through gloo's sockets, which takes several times longer",
     ),
+    Module(
+        name="all_reduce",
+        kind="cuda",
+        sources=("cuda/all_reduce.cu", "cuda/all_reduce_module.cpp"),
+        twin="ranks on several GPUs add up through NCCL, which takes longer at decode sizes",
+    ),
 )
 
 
