@@ -110,7 +110,7 @@ class Attention:
         slices: AttentionSlices,
         kv: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
-        """x: [T, hidden]; kv: this layer's pools. Returns [T, hidden]."""
+        """x: [T, hidden]; kv: this layer's pools. Returns this rank's part of [T, hidden]."""
         q = self._prepare(self.qkv(x), inputs, kv)
         attended = torch.empty_like(q)
         facts = {

@@ -23,7 +23,8 @@ class DecoderLayer:
     """x + attention(norm x), then x + feed_forward(norm x), each normalised after too in Gemma.
 
     The sum is taken by the norm that follows it, so a layer takes and returns what has been added
-    up (`residual`) and what is still to be added (`x`).
+    up (`residual`) and what is still to be added (`x`). A block's output is in parts, one on each
+    rank; the norm that follows adds them up too.
     """
 
     def __init__(
@@ -33,9 +34,9 @@ class DecoderLayer:
         prefix = f"model.layers.{index}"
         names = config.family.norms
 
-        def norm(name: str, size: int) -> RMSNorm:
-            unit_offset = config.family.norm_unit_offset
-            return RMSNorm(f"{prefix}.{name}", size, config.norm_eps, unit_offset, at)
+        def norm(name: str, size: int, of_parts: bool = False) -> RMSNorm:
+            unit_offset, eps = config.family.norm_unit_offset, config.norm_eps
+            return RMSNorm(f"{prefix}.{name}", size, eps, unit_offset, at, of_parts=of_parts)
 
         def hidden_norm(name: str | None) -> RMSNorm | None:
             return None if name is None else norm(name, config.hidden_size)
@@ -46,7 +47,8 @@ class DecoderLayer:
                 norm("self_attn.q_norm", config.head_dim),
                 norm("self_attn.k_norm", config.head_dim),
             )
-        self.attention_norm = norm(names.attention, config.hidden_size)
+        self.comm = at.comm
+        self.attention_norm = norm(names.attention, config.hidden_size, names.mlp_out is None)
         self.attention = Attention(
             f"{prefix}.self_attn",
             config.hidden_size,
@@ -63,7 +65,7 @@ class DecoderLayer:
             at=at,
         )
         self.attention_out_norm = hidden_norm(names.attention_out)
-        self.mlp_norm = norm(names.mlp, config.hidden_size)
+        self.mlp_norm = norm(names.mlp, config.hidden_size, names.attention_out is None)
         self.mlp = _feed_forward(config, index, f"{prefix}.mlp", at)
         self.mlp_out_norm = hidden_norm(names.mlp_out)
 
@@ -94,11 +96,11 @@ class DecoderLayer:
             x, residual = self.attention_norm.add(x, residual)
         x = self.attention(x, inputs, slices, kv)
         if self.attention_out_norm is not None:
-            x = self.attention_out_norm(x)
+            x = self.attention_out_norm(self.comm.all_reduce(x))
         x, residual = self.mlp_norm.add(x, residual)
         x = self.mlp(x)
         if self.mlp_out_norm is not None:
-            x = self.mlp_out_norm(x)
+            x = self.mlp_out_norm(self.comm.all_reduce(x))
         return x, residual
 
 
@@ -141,8 +143,14 @@ class Decoder:
             DecoderLayer(config, index, tables[layer.rope], at)
             for index, layer in enumerate(config.layers)
         ]
-        unit_offset = config.family.norm_unit_offset
-        self.norm = RMSNorm("model.norm", config.hidden_size, config.norm_eps, unit_offset, at)
+        self.norm = RMSNorm(
+            "model.norm",
+            config.hidden_size,
+            config.norm_eps,
+            config.family.norm_unit_offset,
+            at,
+            of_parts=config.family.norms.mlp_out is None,
+        )
         self.head = self.embedding
         if not config.tied_embeddings:
             self.head = VocabTable("lm_head", config.vocab_size, config.hidden_size, at)

@@ -10,6 +10,8 @@ from typing import Protocol
 
 import torch
 
+from minisgl.kernels.rmsnorm import rmsnorm
+
 
 class Communicator(Protocol):
     """Collectives over `size` ranks, inside the device's stream.
@@ -34,6 +36,19 @@ class Communicator(Protocol):
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of every rank's `x`, the same to the bit on all of them; may reuse `x`."""
 
+    def all_reduce_norm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        unit_offset: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`rmsnorm` of the sum of every rank's `x` and the residual, which is alike on all.
+
+        x, residual: [T, H]; weight: [H]. Returns (normalised sum, sum); may reuse `x`.
+        """
+
     def gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """On rank 0 every rank's `x`, joined along `dim` in rank order; elsewhere `x` itself."""
 
@@ -50,8 +65,22 @@ class Communicator(Protocol):
         """Idempotent."""
 
 
+class SumThenNorm:
+    """`all_reduce_norm` of a communicator that has no kernel for both at once."""
+
+    def all_reduce_norm(
+        self: Communicator,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        unit_offset: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return rmsnorm(self.all_reduce(x), weight, eps, residual, unit_offset)  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True)
-class Solo:
+class Solo(SumThenNorm):
     """The communicator of one rank: nothing to say, nobody to say it to."""
 
     rank: int = 0

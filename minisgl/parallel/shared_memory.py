@@ -8,6 +8,7 @@ import os
 import torch
 
 from minisgl import csrc
+from minisgl.parallel import SumThenNorm
 
 SLOT_BYTES = 1 << 18  # what a rank shows at once; twice this is kept per rank
 TIMEOUT = 1800.0  # seconds to wait for a rank that lives: loading may take one far longer
@@ -28,7 +29,7 @@ def create(size: int) -> int:
     return fd
 
 
-class SharedMemory:
+class SharedMemory(SumThenNorm):
     """Sums in rank order at every size, in fp32. The caller keeps and closes `fd`."""
 
     ordered = True

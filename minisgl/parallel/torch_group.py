@@ -6,10 +6,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from minisgl.parallel import SumThenNorm
+
 TIMEOUT = timedelta(minutes=30)  # as torch's own: a rank may load far longer than another
 
 
-class TorchGroup:
+class TorchGroup(SumThenNorm):
     """Ranks that meet at `store`, which holds nobody else's keys.
 
     With `ordered`, sums are taken in rank order from what all ranks send each other; without, by

@@ -73,6 +73,10 @@ def inputs(size: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.
     return [(torch.randn(shape, generator=generator) * scale).to(dtype) for scale in scales]
 
 
+def eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
 SHAPES = [(1,), (15,), (3, 17), (2, SLOT_BYTES // 8 + 3), (0, 5)]
 
 
@@ -90,8 +94,27 @@ def test_sums_are_right_and_the_same_everywhere(ranks: Ranks, dtype: torch.dtype
             if ranks.comms[0].ordered:
                 assert torch.equal(total, in_order.to(dtype))
         exact = torch.stack(given).double().sum(0)
-        bound = 4 * torch.finfo(dtype).eps * torch.stack(given).abs().double().sum(0)
+        bound = 4 * eps(dtype) * torch.stack(given).abs().double().sum(0)
         assert ((sums[0].double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_a_norm_of_the_sum_is_the_norm_of_the_sum(ranks: Ranks, unit_offset: bool) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        given = inputs(ranks.size, (5, 72), dtype)
+        residual, weight = inputs(2, (5, 72), dtype)[1], inputs(2, (72,), dtype)[0]
+        both = ranks.run(
+            lambda comm, g=given, r=residual, w=weight: comm.all_reduce_norm(
+                g[comm.rank].clone(), r, w, 1e-5, unit_offset
+            )
+        )
+        total = ranks.run(lambda comm, g=given: comm.all_reduce(g[comm.rank].clone()))[0] + residual
+        scale = torch.rsqrt(total.double().square().mean(-1, keepdim=True) + 1e-5)
+        exact = total.double() * scale * (weight.double() + unit_offset)
+        for normed, summed in both:
+            assert torch.equal(summed, total)
+            assert torch.equal(normed, both[0][0])
+            torch.testing.assert_close(normed.double(), exact, atol=0, rtol=4 * eps(dtype))
 
 
 def test_rank_0_gathers_and_is_heard(ranks: Ranks) -> None:
