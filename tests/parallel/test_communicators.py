@@ -100,6 +100,7 @@ def test_sums_are_right_and_the_same_everywhere(ranks: Ranks, dtype: torch.dtype
 
 @pytest.mark.parametrize("unit_offset", [False, True])
 def test_a_norm_of_the_sum_is_the_norm_of_the_sum(ranks: Ranks, unit_offset: bool) -> None:
+    csrc.load("model_ops", wait=True)  # or ranks, threads here, would differ in who finds it built
     for dtype in (torch.float32, torch.bfloat16):
         given = inputs(ranks.size, (5, 72), dtype)
         residual, weight = inputs(2, (5, 72), dtype)[1], inputs(2, (72,), dtype)[0]
