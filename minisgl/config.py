@@ -15,6 +15,7 @@ SchedulePolicy = Literal["fcfs", "lpm", "priority"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 BatchPolicy = Literal["balanced", "prefill-first", "decode-first"]
 PAGE_SIZES = (1, 16, 32, 64)
+CUDA_GRAPH_MAX_BS = 256  # beyond, a step's kernels take longer than launching them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,9 @@ class EngineConfig:
         False, "compute in fixed orders: a request's tokens do not depend on its batch"
     )
     disable_cuda_graph: bool = _option(False, "run every step eagerly")
+    cuda_graph_max_bs: int | None = _option(
+        None, f"largest decode batch with a CUDA graph; {CUDA_GRAPH_MAX_BS} when absent"
+    )
     context_length: int | None = _option(None, "longest sequence; the model's own when absent")
     random_seed: int = _option(0, "seed of dummy weights")
     log_level: LogLevel = _option("info", "what is logged to stderr")
@@ -54,13 +58,15 @@ class EngineConfig:
         if self.device not in ("auto", "cpu", "cuda") and not self.device.startswith("cuda:"):
             raise ValueError(f"device must be auto, cpu, cuda or cuda:<index>, got {self.device!r}")
         _require_at_least(self, 1, "tp_size", "max_running_requests", "chunked_prefill_size")
-        _require_at_least(self, 1, "max_total_tokens", "context_length")
+        _require_at_least(self, 1, "max_total_tokens", "context_length", "cuda_graph_max_bs")
         _require_at_least(self, 0, "random_seed")
         _require_above_zero(self, "mem_fraction_static", "itl_target_ms")
         if self.itl_target_ms is not None and self.batch_policy != "balanced":
             raise ValueError(f"itl_target_ms needs batch_policy balanced, got {self.batch_policy}")
         if self.schedule_policy == "lpm" and self.disable_radix_cache:
             raise ValueError("schedule_policy lpm needs the radix cache, got disable_radix_cache")
+        if self.disable_cuda_graph and self.cuda_graph_max_bs is not None:
+            raise ValueError("cuda_graph_max_bs needs CUDA graphs, got disable_cuda_graph")
         share = self.mem_fraction_static
         if share > 1:
             raise ValueError(f"mem_fraction_static must be at most 1, got {share}")

@@ -131,11 +131,18 @@ class CpuDevice:
             self.submit(_Always(lambda: event._pass(self._failure)))
         return event
 
-    def upload(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array)
+    def upload(self, array: np.ndarray, out: torch.Tensor | None = None) -> torch.Tensor:
+        source = torch.from_numpy(array)
+        return source if out is None else out[: len(array)].copy_(source)
 
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
+        return tensor.clone()
+
+    def landed(self) -> CpuEvent:
+        return self.record()
+
+    def await_downloads(self) -> None:
+        """They are copied at once."""
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         # numpy's zeros are calloc's: untouched pages cost nothing, torch's are written.

@@ -1,23 +1,32 @@
-"""One CUDA device: its compute stream, events and graphs."""
+"""One CUDA device: a stream that computes, one that copies results, events, graphs, pinned rings.
 
+The host waits for the device at events only. Uploads run in the stream of the computation, whose
+order they need; downloads in one of their own, so that the next step does not wait for them.
+"""
+
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from minisgl.device.pinned import PinnedRing
 from minisgl.device.protocol import Graph, Memory, T
+
+UPLOAD_BYTES = 32 * 2**20
+DOWNLOAD_BYTES = 16 * 2**20
 
 
 class CudaEvent:
-    """A timing event on the device's stream."""
+    """A timing event on one of the device's streams."""
 
-    __slots__ = ("_device", "_event", "_failure")
+    __slots__ = ("_event", "_failure")
 
-    def __init__(self, device: "CudaDevice") -> None:
-        self._failure = device._failure
+    def __init__(self, stream: Any, failure: BaseException | None) -> None:
+        self._failure = failure
         self._event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        self._event.record(device.stream)
+        self._event.record(stream)
 
     def wait(self) -> None:
         self._event.synchronize()
@@ -30,13 +39,20 @@ class CudaEvent:
     def seconds_since(self, earlier: "CudaEvent") -> float:
         return float(earlier._event.elapsed_time(self._event)) / 1e3
 
+    def hold(self, stream: Any) -> None:
+        """Hold `stream`, not the host, until the event has passed."""
+        stream.wait_event(self._event)
+
 
 class CudaDevice:
-    """One CUDA device and its compute stream. The host never waits for it but at events."""
+    """One CUDA device. One thread uses it."""
 
     def __init__(self, index: int = 0) -> None:
         self.torch_device = torch.device("cuda", index)
         self.stream: Any = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        self._copies: Any = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        self._uploads = _pinned(UPLOAD_BYTES)
+        self._downloads = _pinned(DOWNLOAD_BYTES)
         self._graph_pool = torch.cuda.graph_pool_handle()
         self._failure: BaseException | None = None
         self._closed = False
@@ -62,16 +78,42 @@ class CudaDevice:
             return function(*args)
 
     def record(self) -> CudaEvent:
-        return CudaEvent(self)
+        return CudaEvent(self.stream, self._failure)
 
-    def upload(self, array: np.ndarray) -> torch.Tensor:
-        # The caching host allocator reuses a pinned block only after the copy from it has passed.
-        pinned = torch.from_numpy(array).pin_memory()
-        return pinned.to(self.torch_device, non_blocking=True)
+    def landed(self) -> CudaEvent:
+        self.record().hold(self._copies)
+        return CudaEvent(self._copies, self._failure)
+
+    def await_downloads(self) -> None:
+        self.stream.wait_stream(self._copies)
+
+    def upload(self, array: np.ndarray, out: torch.Tensor | None = None) -> torch.Tensor:
+        source = torch.from_numpy(array)
+        pinned = self._uploads.take(tuple(source.shape), source.dtype)
+        held = pinned is not None
+        if pinned is None:
+            # More than the ring has room for. torch keeps such a block until the copy has passed.
+            pinned = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+        np.copyto(pinned.numpy(), array)
+        if out is None:
+            out = torch.empty(source.shape, dtype=source.dtype, device=self.torch_device)
+        target = out[: len(array)].copy_(pinned, non_blocking=True)
+        if held:
+            self._uploads.hold(self.record().query)
+        return target
 
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
-        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return pinned.copy_(tensor, non_blocking=True)
+        pinned = self._downloads.take(tuple(tensor.shape), tensor.dtype)
+        if pinned is None:
+            pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        else:
+            reader = weakref.ref(pinned)
+            self._downloads.hold(lambda: reader() is None)
+        self.record().hold(self._copies)
+        with torch.cuda.stream(self._copies):
+            pinned.copy_(tensor, non_blocking=True)
+        tensor.record_stream(self._copies)
+        return pinned
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(tuple(shape), dtype=dtype, device=self.torch_device)
@@ -80,8 +122,10 @@ class CudaDevice:
         function()  # compiles kernels and fills the allocator's cache
         self.stream.synchronize()
         graph: Any = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._graph_pool, stream=self.stream):
-            function()
+        # Not `torch.cuda.graph`, which empties the allocator's cache at every capture.
+        graph.capture_begin(pool=self._graph_pool, capture_error_mode="thread_local")
+        function()
+        graph.capture_end()
         return graph  # type: ignore[no-any-return]
 
     def memory(self) -> Memory:
@@ -92,3 +136,8 @@ class CudaDevice:
         if not self._closed:
             self._closed = True
             self.stream.synchronize()
+            self._copies.synchronize()
+
+
+def _pinned(size: int) -> PinnedRing:
+    return PinnedRing(torch.empty(size, dtype=torch.uint8, pin_memory=True))

@@ -46,8 +46,8 @@ class Graph(Protocol):
 
 
 class Device(Protocol):
-    """`submit`, `run`, `record`, `memory` and `close` may be called anywhere, the other methods
-    inside the stream only."""
+    """`submit`, `run`, `record`, `landed`, `memory` and `close` may be called anywhere, the other
+    methods inside the stream only."""
 
     @property
     def torch_device(self) -> torch.device: ...
@@ -65,11 +65,20 @@ class Device(Protocol):
     def record(self) -> Event:
         """An event at the stream's present end; inside the stream, at the work under way."""
 
-    def upload(self, array: np.ndarray) -> torch.Tensor:
-        """A device tensor with the array's content; on CPU it shares the array's memory."""
+    def upload(self, array: np.ndarray, out: torch.Tensor | None = None) -> torch.Tensor:
+        """A device tensor with the array's content: the first entries of `out`, if that is given.
+
+        Without `out`, on CPU, it shares the array's memory. RuntimeError where `out` is too small.
+        """
 
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A host tensor, valid once an event recorded after this call has passed."""
+        """A copy on the host, valid once the next `landed` has passed."""
+
+    def landed(self) -> Event:
+        """Like `record`, and all downloads so far are on the host."""
+
+    def await_downloads(self) -> None:
+        """Hold the stream until downloads so far are done: what they read may be overwritten."""
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A zeroed tensor; on CPU its pages are committed at first touch."""

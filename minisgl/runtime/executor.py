@@ -60,7 +60,7 @@ class LocalExecutor:
         device = self._worker.device
         if flight.step is not None:
             device.submit(self._worker.runner.sample, flight.step, masks)
-        flight.done = device.record()
+        flight.done = device.landed()
 
     def collect(self) -> StepOutput:
         if not self._flights or self._flights[0].done is None:
@@ -87,16 +87,12 @@ def _read(step: Step) -> StepOutput:
     token_ids: list[list[int]] = [[] for _ in chunks]
     logprobs: dict[int, list[TokenLogprobs]] = {}
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
-    if sampled.tokens is not None:
-        tokens = sampled.tokens.tolist()
-        if sampled.accepted is None:
-            for i, first in zip(arrays.sampling, arrays.first_points, strict=True):
-                token_ids[i] = [tokens[first]]
-        else:
-            accepted = sampled.accepted.tolist()
-            spans = zip(arrays.sampling, arrays.first_points, accepted, strict=True)
-            for i, first, count in spans:
-                token_ids[i] = tokens[first : first + count + 1]
+    if sampled.drawn is not None:
+        drawn = sampled.drawn.tolist()
+        accepted = drawn[arrays.num_points :] or [0] * len(arrays.sampling)
+        spans = zip(arrays.sampling, arrays.first_points, accepted, strict=False)
+        for i, first, count in spans:  # what lies behind belongs to padding
+            token_ids[i] = drawn[first : first + count + 1]
     if sampled.logprobs is not None:
         first = 0
         for request in arrays.logprobs:

@@ -1,37 +1,92 @@
-"""Captured forward passes of decode-only steps, one per padded number of sequences.
+"""Decode steps as two captured halves: token ids to hidden states, and those to the next tokens.
 
-All sizes share one set of static input buffers: a smaller graph uses their first entries. On CPU a
-replay calls the forward function on the same buffers.
+The host may fill grammar masks between the two, while the first one runs. There is a pair for every
+padded number of sequences and every width (tokens per sequence: 1 + drafts). All work on one set of
+static buffers, of which a smaller graph uses the first entries; a step's one upload fills `staging`
+and nothing else is needed to replay it. A sequence with fewer tokens than the width is padded.
+
+On a device without graphs a replay calls the captured function on the same buffers.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from minisgl.core.executor import GrammarMasks
 from minisgl.device import Device, Graph
+from minisgl.kernels.advance import prepare_inputs
 from minisgl.layers.attention import ForwardInputs
+from minisgl.runtime.inputs import PENDING, StepArrays, decode_words, pack_masks
+from minisgl.runtime.kv_pool import KVPool
+from minisgl.runtime.rows import RowBuffers
+from minisgl.runtime.sampler import Masks, Points, Sampler, Shaping
+
+STAGING_SLACK = 2**16  # words for what a step sends besides: page-table patches, copy jobs, setups
 
 Forward = Callable[[ForwardInputs], torch.Tensor]
+Progress = Callable[[Sequence[int]], Iterable[int]]
 
 
-def padded_sizes(max_sequences: int) -> tuple[int, ...]:
-    """1, 2, 4, 8, 16, 24 and so on, up to at least `max_sequences`."""
-    sizes = [1, 2, 4, *range(8, max_sequences + 8, 8)]
-    return tuple(
-        size for size, below in zip(sizes, [0, *sizes[:-1]], strict=True) if below < max_sequences
-    )
+def padded_sizes(most: int) -> tuple[int, ...]:
+    """1, 2, 4, 8, 16, 24 and so on, up to at least `most`."""
+    sizes = [1, 2, 4, *range(8, most + 8, 8)]
+    return tuple(size for size, below in zip(sizes, [0, *sizes[:-1]], strict=True) if below < most)
+
+
+class StaticBuffers:
+    """What every decode graph reads and writes. Made inside the stream, never moved."""
+
+    def __init__(
+        self, device: Device, rows: RowBuffers, decode_sizes: Mapping[int, Sequence[int]]
+    ) -> None:
+        """decode_sizes: by width, the numbers of sequences."""
+        most = max(sizes[-1] for sizes in decode_sizes.values())
+        tokens = max(sizes[-1] * width for width, sizes in decode_sizes.items())
+        vocab = rows.counts.shape[1]
+        self.mask_words = -(-vocab // 32)
+        self.staging = device.zeros((self.staging_words(decode_sizes),), torch.int32)
+        self.masks = device.zeros((tokens * (1 + self.mask_words),), torch.int32)
+        self.input_ids = device.zeros((tokens,), torch.int32)
+        self.positions = device.zeros((tokens,), torch.int64)
+        self.slot_mapping = device.zeros((tokens,), torch.int64)
+        self.seq_lens = device.zeros((most,), torch.int32)
+        self.sampled = device.zeros((tokens + most,), torch.int32)  # tokens, then drafts accepted
+
+    @staticmethod
+    def staging_words(decode_sizes: Mapping[int, Sequence[int]]) -> int:
+        """Words of `staging`."""
+        return STAGING_SLACK + max(
+            sum(decode_words(sizes[-1], width)) + sizes[-1] * width
+            for width, sizes in decode_sizes.items()
+        )
+
+
+@dataclass(frozen=True)
+class _Views:
+    """The static buffers as the graphs of one size see them."""
+
+    inputs: ForwardInputs
+    token_ids: torch.Tensor  # [size * width]
+    starts: torch.Tensor  # [size]
+    num_tokens: torch.Tensor  # [size]
+    sequences: torch.Tensor  # [size * width]
+    masks: Masks  # of every point
+    sampled: torch.Tensor  # [size * width] tokens, and [size] accepted drafts if the width is > 1
 
 
 class DecodeGraphs:
-    """Graphs for steps of `sizes` sequences with `width` tokens each. Used inside the stream."""
+    """The graphs of steps with `width` tokens per sequence. Used inside the stream."""
 
     def __init__(
         self,
         device: Device,
         forward: Forward,
-        page_table: torch.Tensor,
-        kv: Sequence[tuple[torch.Tensor, torch.Tensor]],
-        page_size: int,
+        sampler: Sampler,
+        pool: KVPool,
+        rows: RowBuffers,
+        buffers: StaticBuffers,
         sizes: Sequence[int],
         width: int = 1,
     ) -> None:
@@ -39,49 +94,153 @@ class DecodeGraphs:
         self.width = width
         self._device = device
         self._forward = forward
-        self._graphs: dict[int, Graph] = {}
+        self._sampler = sampler
+        self._pool = pool
+        self._rows = rows
+        self._buffers = buffers
+        self._views: dict[int, _Views] = {}
+        self._graphs: dict[tuple[int, Shaping | None], Graph] = {}  # None: the forward half
         self._hidden: dict[int, torch.Tensor] = {}
-        most = self.sizes[-1]
-        input_ids = device.zeros((most * width,), torch.int32)
-        positions = device.zeros((most * width,), torch.int64)
-        slot_mapping = device.zeros((most * width,), torch.int64)
-        seq_lens = device.zeros((most,), torch.int32)
-        rows = device.zeros((most,), torch.int32)
-        offsets = torch.arange(most + 1, dtype=torch.int32, device=device.torch_device) * width
-        slot_mapping.fill_(-1)
-        self.inputs = {
-            size: ForwardInputs(
-                input_ids=input_ids[: size * width],
-                positions=positions[: size * width],
-                cu_seqlens_q=offsets[: size + 1],
-                seq_lens=seq_lens[:size],
-                rows=rows[:size],
-                page_table=page_table,
-                slot_mapping=slot_mapping[: size * width],
-                kv=kv,
-                page_size=page_size,
-                num_decode=size,
-                decode_width=width,
-            )
-            for size in self.sizes
-        }
+        most, on = self.sizes[-1], device.torch_device
+        self._offsets = torch.arange(most + 1, dtype=torch.int32, device=on) * width
+        nth = torch.arange(width, dtype=torch.int32, device=on)
+        every = torch.arange(most, dtype=torch.int32, device=on)
+        self._sequences = every[:, None].expand(most, width).reshape(-1)
+        self._nth = nth[1:]  # [K], each draft's place
+        self._earlier = nth[:-1] < nth[:, None]  # [width, K], whether a draft is before a point
 
-    def capture(self, progress: Callable[[Sequence[int]], Iterable[int]] = list) -> None:
-        """Capture every size, the largest first, so that smaller ones reuse its memory.
+    def capture(self, progress: Progress = list) -> None:
+        """Capture every half, the largest first, so that smaller ones reuse its memory.
 
         `progress` wraps the sizes to show how far it is.
         """
         for size in progress(self.sizes[::-1]):
-            self._graphs[size] = self._device.capture(self._call(size))
+            views = self._views_of(size)
+            views.token_ids.zero_()
+            views.inputs.rows.fill_(self._rows.padding)
+            views.starts.zero_()
+            views.num_tokens.zero_()
+            views.masks.indices.fill_(-1)
+            for half in (None, *Shaping):
+                self._graph(size, half)
 
-    def _call(self, size: int) -> Callable[[], None]:
-        def call() -> None:
-            self._hidden[size] = self._forward(self.inputs[size])
+    def forward(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Replay the first half on what lies in `staging`.
 
-        return call
+        Returns hidden states [size * width, H] and positions [size * width] int64, both overwritten
+        by a later replay.
+        """
+        self._graph(size, None).replay()
+        return self._hidden[size], self._views_of(size).inputs.positions
 
-    def replay(self, size: int) -> torch.Tensor:
-        """Hidden states [size * width, H] of what lies in `inputs[size]`; overwritten by the next
-        replay of any size."""
-        self._graphs[size].replay()
-        return self._hidden[size]
+    def sample(self, step: StepArrays, masks: GrammarMasks | None) -> torch.Tensor:
+        """Replay the second half, which moves the rows on.
+
+        Returns tokens [size * width] int32, one behind every token of the step, and where the width
+        is more than 1, accepted drafts [size] after them; overwritten by the next such replay.
+        """
+        size = step.num_sequences
+        shaping = Shaping.ADJUSTED if step.adjusts else Shaping.PLAIN
+        if masks is not None and masks.indices:
+            shaping = Shaping.MASKED
+            packed = pack_masks(step, masks, size * self.width)
+            self._device.upload(packed, self._buffers.masks)
+        self._device.await_downloads()
+        self._graph(size, shaping).replay()
+        return self._views_of(size).sampled
+
+    def points(self, size: int) -> Points:
+        """Every token of the step in `staging` as a point, drafts as they were computed."""
+        views = self._views_of(size)
+        inputs, width = views.inputs, self.width
+        rows = inputs.rows
+        if width == 1:
+            drafts = before = rows.new_empty((size, 0))
+        else:
+            ids = inputs.input_ids.view(size, width)[:, 1:]
+            drafts = torch.where(self._nth < views.num_tokens[:, None], ids, PENDING)
+            before = torch.where(self._earlier, drafts[:, None], PENDING).flatten(0, 1)
+            rows = rows.index_select(0, views.sequences)
+        return Points(
+            tokens=None,
+            rows=rows,
+            first=inputs.cu_seqlens_q[:-1],
+            sequence_rows=inputs.rows,
+            drafts=drafts,
+            before=before,
+        )
+
+    def _graph(self, size: int, half: Shaping | None) -> Graph:
+        graph = self._graphs.get((size, half))
+        if graph is None:  # while capturing, or on a device where that costs nothing
+            call = partial(self._call_forward, size)
+            if half is not None:
+                call = partial(self._call_sampling, size, half)
+            graph = self._graphs[size, half] = self._device.capture(call)
+        return graph
+
+    def _call_forward(self, size: int) -> None:
+        views = self._views_of(size)
+        inputs, rows = views.inputs, self._rows
+        prepare_inputs(
+            inputs.input_ids,
+            inputs.positions,
+            inputs.slot_mapping,
+            inputs.seq_lens,
+            views.token_ids,
+            views.sequences,
+            inputs.cu_seqlens_q,
+            inputs.rows,
+            views.starts,
+            views.num_tokens,
+            rows.last,
+            rows.lengths,
+            rows.page_table,
+            inputs.page_size,
+        )
+        self._hidden[size] = self._forward(inputs)
+
+    def _call_sampling(self, size: int, shaping: Shaping) -> None:
+        views = self._views_of(size)
+        tokens, accepted, _ = self._sampler.draw(
+            self._hidden[size], views.inputs.positions, self.points(size), shaping, views.masks
+        )
+        if self.width == 1:
+            views.sampled.copy_(tokens)
+        else:
+            torch.cat([tokens, accepted], out=views.sampled)
+
+    def _views_of(self, size: int) -> _Views:
+        views = self._views.get(size)
+        if views is None:
+            views = self._views[size] = self._make_views(size)
+        return views
+
+    def _make_views(self, size: int) -> _Views:
+        buffers, width = self._buffers, self.width
+        tokens = size * width
+        lengths = decode_words(size, width)
+        packed = buffers.staging[: sum(lengths)]
+        token_ids, rows, starts, num_tokens = packed.split(lengths)  # type: ignore[no-untyped-call]
+        indices, bits = buffers.masks[: tokens * (1 + buffers.mask_words)].tensor_split((tokens,))
+        return _Views(
+            inputs=ForwardInputs(
+                input_ids=buffers.input_ids[:tokens],
+                positions=buffers.positions[:tokens],
+                cu_seqlens_q=self._offsets[: size + 1],
+                seq_lens=buffers.seq_lens[:size],
+                rows=rows,
+                page_table=self._rows.page_table,
+                slot_mapping=buffers.slot_mapping[:tokens],
+                kv=self._pool.layers,
+                page_size=self._pool.page_size,
+                num_decode=size,
+                decode_width=width,
+            ),
+            token_ids=token_ids,
+            starts=starts,
+            num_tokens=num_tokens,
+            sequences=self._sequences[:tokens],
+            masks=Masks(indices, bits.view(tokens, buffers.mask_words)),
+            sampled=buffers.sampled[: tokens if width == 1 else tokens + size],
+        )

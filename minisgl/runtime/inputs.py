@@ -1,17 +1,20 @@
 """A `Batch` as arrays: everything the device needs for one step, in one host-to-device copy.
 
 Runs on the planning thread, in numpy. What the host does not know (the last sampled id, positions
-behind unread drafts) is filled in on the device by `prepare_inputs`, from per-row state.
+behind unread drafts) is filled in on the device by `prepare_inputs`, from per-row state. A step has
+one of two layouts: that of a decode graph, where everything but the rows' own facts is constant, or
+a ragged one, where sequences have any number of tokens.
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from minisgl.core.batch import Batch, Chunk
+from minisgl.core.executor import GrammarMasks
 from minisgl.runtime.rows import ADJUSTS, LOGPROBS, PROMPT_LOGPROBS, HostRows, Sections
 
 PENDING = -1  # a token id still on the device; a start position known only there
@@ -24,25 +27,32 @@ class Geometry:
     page_table_width: int  # entries of a row
     padding_row: int
     token_multiple: int = 1  # T and N are padded to half of it or its multiples; 1 = not padded
-    decode_sizes: tuple[int, ...] = ()  # sequences of the decode graphs, ascending
+    # Decode graphs: by tokens per sequence, the numbers of sequences there are graphs for, rising.
+    decode_sizes: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    staging: int = 0  # int32 words that a step of a decode graph may send
 
-    def padding(self, num_decode: int, width: int, num_tokens: int, decode_only: bool) -> int:
-        """Tokens to add to a step."""
-        if decode_only and self.decode_sizes and num_decode <= self.decode_sizes[-1]:
-            size = self.decode_sizes[bisect_left(self.decode_sizes, num_decode)]
-            return (size - num_decode) * width
-        return padded_size(num_tokens, self.token_multiple) - num_tokens
+    def graph_for(self, num_sequences: int, width: int) -> tuple[int, int] | None:
+        """(size, width) of the smallest graph that holds so many sequences of `width` tokens."""
+        for own, sizes in sorted(self.decode_sizes.items()):
+            if own >= width and num_sequences <= sizes[-1]:
+                return sizes[bisect_left(sizes, num_sequences)], own
+        return None
+
+
+def decode_words(size: int, width: int) -> tuple[int, int, int, int]:
+    """Lengths of what a decode graph's step sends first, one after another: token_ids, then rows,
+    starts and num_tokens of its sequences."""
+    return size * width, size, size, size
 
 
 @dataclass
 class LogprobRequest:
-    """Points of one chunk, or prompt positions, whose log-probabilities are asked for."""
+    """Points of one chunk, or its prompt positions, whose log-probabilities are asked for."""
 
     chunk: int
     first: int  # point, or token of the step
     count: int
     num_top: int
-    targets: np.ndarray | None = None  # int32, the prompt token after each position
 
 
 @dataclass
@@ -55,7 +65,8 @@ class StepArrays:
     num_sequences: int  # S
     num_decode: int  # sequences of the decode slice, padding included
     decode_width: int
-    max_seqlen_q: int
+    max_seqlen_q: int = 1
+    replays: bool = False  # whether it is laid out for a decode graph
     num_points: int = 0  # N
     max_drafts: int = 0  # K
     sampling: Sequence[int] = ()  # [M] the chunks that sample
@@ -75,9 +86,9 @@ def padded_size(count: int, multiple: int) -> int:
 def pack_step(batch: Batch, host: HostRows, geometry: Geometry) -> StepArrays:
     """Lay out `batch`; remembers its setups in `host`. ValueError for a batch that is malformed.
 
-    The sections: token_ids, sequences [T]; offsets [S + 1]; rows, starts, num_tokens [S];
-    points [N padded], point_rows [N]; first, sampled_rows [M]; drafts [M * K] and point_drafts
-    [N * K] where there are drafts; copies [J * 3]; patch_index, patch_page; those of the setups.
+    The sections: those of `_pack_decode` or `_pack_ragged`; asked [P], points whose
+    log-probabilities are asked for, and targets, prompt tokens likewise; copies [J * 3];
+    patch_index, patch_page; those of the setups.
     """
     chunks = batch.chunks
     if not chunks:
@@ -88,8 +99,74 @@ def pack_step(batch: Batch, host: HostRows, geometry: Geometry) -> StepArrays:
         sections["copies"] = np.array(jobs, np.int32).ravel()
     sections |= _pack_patches(chunks, geometry.page_table_width)
 
-    chunk_rows = np.array([chunk.row for chunk in chunks], np.int32)
+    rows = np.array([chunk.row for chunk in chunks], np.int32)
     lengths = np.array([chunk.length for chunk in chunks], np.int32)
+    graph = None
+    if batch.num_decode == len(chunks) and all(chunk.samples for chunk in chunks):
+        graph = geometry.graph_for(len(chunks), int(lengths.max()))
+        if graph is not None:
+            others = sum(map(len, sections.values())) + len(chunks) * graph[1]  # asked, at most
+            if sum(decode_words(*graph)) + others > geometry.staging:
+                graph = None
+    if graph is None:
+        step, offsets = _pack_ragged(batch, rows, lengths, geometry, sections)
+    else:
+        step, offsets = _pack_decode(batch, rows, lengths, *graph, geometry, sections)
+    _pack_logprobs(step, host, rows, offsets)
+    return step
+
+
+def _pack_decode(
+    batch: Batch,
+    chunk_rows: np.ndarray,
+    lengths: np.ndarray,
+    size: int,
+    width: int,
+    geometry: Geometry,
+    others: Sections,
+) -> tuple[StepArrays, np.ndarray]:
+    """The layout of a decode graph: `size` sequences of `width` tokens, every token a point.
+
+    One section, decode: the words of `decode_words`. Also returns where each chunk's tokens begin.
+    """
+    chunks = batch.chunks
+    count = len(chunks)
+    packed = np.zeros(sum(decode_words(size, width)), np.int32)
+    token_ids, rows, starts, num_tokens = np.split(packed, np.cumsum(decode_words(size, width))[:3])
+    token_ids[: count * width], starts[:count] = _token_ids(chunks, count, width)
+    rows[:count], rows[count:] = chunk_rows, geometry.padding_row
+    num_tokens[:count] = lengths
+    offsets = np.arange(count, dtype=np.int32) * width
+    step = StepArrays(
+        batch=batch,
+        sections={"decode": packed} | others,
+        num_tokens=size * width,
+        num_sequences=size,
+        num_decode=size,
+        decode_width=width,
+        replays=True,
+        num_points=size * width,
+        max_drafts=width - 1,
+        sampling=range(count),
+        first_points=offsets.tolist(),
+    )
+    return step, offsets
+
+
+def _pack_ragged(
+    batch: Batch,
+    chunk_rows: np.ndarray,
+    lengths: np.ndarray,
+    geometry: Geometry,
+    sections: Sections,
+) -> tuple[StepArrays, np.ndarray]:
+    """The layout of any other step; decode chunks are padded to the longest of them.
+
+    Sections: token_ids, sequences [T]; offsets [S + 1]; rows, starts, num_tokens [S]; points
+    [N padded], point_rows [N]; first, sampled_rows [M]; drafts [M * K] and point_drafts [N * K]
+    where there are drafts. Also returns where each chunk's tokens begin.
+    """
+    chunks = batch.chunks
     num_decode = batch.num_decode
     width = int(lengths[:num_decode].max()) if num_decode else 1
     widths = lengths.copy()
@@ -98,7 +175,7 @@ def pack_step(batch: Batch, host: HostRows, geometry: Geometry) -> StepArrays:
     token_ids, starts = _token_ids(chunks, num_decode, width)
     chunk_offsets = np.cumsum(widths, dtype=np.int32) - widths
     rows, own = chunk_rows, lengths
-    padding = geometry.padding(num_decode, width, total, num_decode == len(chunks))
+    padding = padded_size(total, geometry.token_multiple) - total
     if padding:
         # Empty sequences at the end of the decode slice, or one at the very end.
         fits = num_decode > 0 and padding % width == 0
@@ -140,8 +217,7 @@ def pack_step(batch: Batch, host: HostRows, geometry: Geometry) -> StepArrays:
     if len(sampling):
         ends = (chunk_offsets + lengths)[sampling]
         _pack_points(step, sampling, chunk_rows[sampling], ends, geometry.token_multiple)
-    _pack_logprobs(step, host, chunk_rows, chunk_offsets)
-    return step
+    return step, chunk_offsets
 
 
 def _token_ids(chunks: list[Chunk], num_decode: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -229,14 +305,36 @@ def _pack_logprobs(
         if flags[i] & LOGPROBS:
             num_top = host.setups[chunks[i].row].params.logprobs or 0
             step.logprobs.append(LogprobRequest(i, first, 1 + len(chunks[i].drafts), num_top))
+    targets: list[int] = []
     for i in np.flatnonzero(flags & PROMPT_LOGPROBS).tolist():
         chunk, setup = chunks[i], host.setups[chunks[i].row]
         end = min(chunk.start + chunk.length, setup.prompt_length - 1)
         num_top = setup.params.prompt_logprobs or 0
         if chunk.start < setup.prompt_length:
-            targets = np.array(setup.token_ids[chunk.start + 1 : end + 1], np.int32)
+            targets += setup.token_ids[chunk.start + 1 : end + 1]
             first = int(chunk_offsets[i])
-            step.prompt_logprobs.append(LogprobRequest(i, first, len(targets), num_top, targets))
+            step.prompt_logprobs.append(LogprobRequest(i, first, end - chunk.start, num_top))
+    if step.logprobs:
+        spans = [np.arange(r.first, r.first + r.count, dtype=np.int32) for r in step.logprobs]
+        step.sections["asked"] = np.concatenate(spans)
+    if step.prompt_logprobs:
+        step.sections["targets"] = np.array(targets, np.int32)
+
+
+def pack_masks(step: StepArrays, masks: GrammarMasks, places: int) -> np.ndarray:
+    """`places` indices, -1 after the masks' own points, then the masks' bits: int32 words.
+
+    A chunk's masks are for its points, in order.
+    """
+    count, words = masks.bits.shape
+    packed = np.empty(places + count * words, np.int32)
+    next_point = dict(zip(step.sampling, step.first_points, strict=True))
+    for i, chunk in enumerate(masks.indices):
+        packed[i] = next_point[chunk]
+        next_point[chunk] += 1
+    packed[count:places] = -1
+    packed[places:] = np.ascontiguousarray(masks.bits).view(np.int32).ravel()
+    return packed
 
 
 def join(sections: Sections) -> np.ndarray:

@@ -74,8 +74,8 @@ class RowBuffers:
             self.bias_values.view(-1)[sent["bias_index"]] = values
         if "count_rows" in sent:
             counts = self.counts.view(-1)
-            self.counts[sent["count_rows"]] = 0
-            counts[sent["prompt_index"]] = SEEN_IN_PROMPT
+            self.counts.index_fill_(0, sent["count_rows"].long(), 0)
+            counts.index_fill_(0, sent["prompt_index"].long(), SEEN_IN_PROMPT)
             output = sent["output_index"]
             counts.index_add_(0, output, torch.ones_like(output))
 

@@ -3,6 +3,7 @@
 A step costs one host-to-device copy, a handful of small ops around the model, and no host sync.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,12 +13,11 @@ from minisgl.core.executor import GrammarMasks
 from minisgl.device import Device, Event
 from minisgl.kernels.advance import prepare_inputs
 from minisgl.layers.attention import ForwardInputs
-from minisgl.parallel import Communicator
-from minisgl.runtime.graphs import DecodeGraphs
+from minisgl.runtime.graphs import DecodeGraphs, StaticBuffers
 from minisgl.runtime.inputs import StepArrays, join, split
 from minisgl.runtime.kv_pool import KVPool
 from minisgl.runtime.rows import RowBuffers
-from minisgl.runtime.sampler import Sampled, Sampler, Sent
+from minisgl.runtime.sampler import Points, Sampled, Sampler, Sent
 
 
 class Model(Protocol):
@@ -49,7 +49,7 @@ class Step:
 
 
 class Runner:
-    """One rank's model and buffers. Without `graphs` every step runs eagerly."""
+    """One rank's model and buffers. Steps laid out for `graphs`, by width, are replayed by them."""
 
     def __init__(
         self,
@@ -57,26 +57,78 @@ class Runner:
         model: Model,
         pool: KVPool,
         rows: RowBuffers,
-        comm: Communicator,
-        graphs: DecodeGraphs | None = None,
+        sampler: Sampler,
+        graphs: Mapping[int, DecodeGraphs] | None = None,
+        buffers: StaticBuffers | None = None,
     ) -> None:
+        """buffers: those of the graphs, where there are any."""
         self._device = device
         self._model = model
         self._pool = pool
         self._rows = rows
-        self._graphs = graphs
-        self._sampler = Sampler(device, model.logits, rows, comm)
+        self._sampler = sampler
+        self._graphs = graphs or {}
+        self._staging = None if buffers is None else buffers.staging
 
     def forward(self, step: Step) -> None:
         """Upload the step and compute its hidden states."""
         arrays = step.arrays
         step.events.append(self._device.record())
-        sent = step.sent = split(arrays.sections, self._device.upload(join(arrays.sections)))
-        self._rows.apply(sent)
-        if "copies" in sent:
-            self._pool.copy(sent["copies"].view(-1, 3))
-        graph = self._graph_for(arrays)
-        inputs = self._eager_inputs(arrays, sent) if graph is None else graph
+        staging = self._staging if arrays.replays else None
+        sent = self._device.upload(join(arrays.sections), staging)
+        step.sent = split(arrays.sections, sent)
+        self._rows.apply(step.sent)
+        if "copies" in step.sent:
+            self._pool.copy(step.sent["copies"].view(-1, 3))
+        if arrays.replays:
+            graphs = self._graphs[arrays.decode_width]
+            step.hidden, step.positions = graphs.forward(arrays.num_sequences)
+        else:
+            inputs = self._inputs(arrays, step.sent)
+            step.hidden, step.positions = self._model.forward(inputs), inputs.positions
+        step.events.append(self._device.record())
+
+    def sample(self, step: Step, masks: GrammarMasks | None) -> None:
+        """Sample the step's points and move its rows on."""
+        arrays, device = step.arrays, self._device
+        assert step.hidden is not None
+        assert step.positions is not None
+        step.events.append(device.record())
+        graphs = self._graphs[arrays.decode_width] if arrays.replays else None
+        if graphs is not None and not (arrays.logprobs or arrays.prompt_logprobs):
+            drawn = graphs.sample(arrays, masks)
+            if self._sampler.draws:
+                step.sampled.drawn = device.download(drawn)
+        else:
+            points = None
+            if graphs is not None:
+                points = graphs.points(arrays.num_sequences)
+            elif arrays.num_points:
+                points = Points.of(arrays, step.sent)
+            step.sampled = self._sampler(
+                arrays, step.sent, step.hidden, step.positions, points, masks
+            )
+        step.hidden = step.positions = None
+        step.sent = {}
+        step.events.append(device.record())
+
+    def _inputs(self, step: StepArrays, sent: Sent) -> ForwardInputs:
+        """A ragged step's, in memory of its own."""
+        device, tokens = self._device.torch_device, step.num_tokens
+        inputs = ForwardInputs(
+            input_ids=torch.empty(tokens, dtype=torch.int32, device=device),
+            positions=torch.empty(tokens, dtype=torch.int64, device=device),
+            cu_seqlens_q=sent["offsets"],
+            seq_lens=torch.empty(step.num_sequences, dtype=torch.int32, device=device),
+            rows=sent["rows"],
+            page_table=self._rows.page_table,
+            slot_mapping=torch.empty(tokens, dtype=torch.int64, device=device),
+            kv=self._pool.layers,
+            page_size=self._pool.page_size,
+            num_decode=step.num_decode,
+            decode_width=step.decode_width,
+            max_seqlen_q=step.max_seqlen_q,
+        )
         prepare_inputs(
             inputs.input_ids,
             inputs.positions,
@@ -93,44 +145,4 @@ class Runner:
             self._rows.page_table,
             self._pool.page_size,
         )
-        step.positions = inputs.positions
-        if graph is not None and self._graphs is not None:
-            inputs.rows.copy_(sent["rows"])
-            step.hidden = self._graphs.replay(arrays.num_sequences)
-        else:
-            step.hidden = self._model.forward(inputs)
-        step.events.append(self._device.record())
-
-    def sample(self, step: Step, masks: GrammarMasks | None) -> None:
-        """Sample the step's points and move its rows on."""
-        assert step.hidden is not None
-        assert step.positions is not None
-        step.events.append(self._device.record())
-        step.sampled = self._sampler(step.arrays, step.sent, step.hidden, step.positions, masks)
-        step.hidden = step.positions = None
-        step.sent = {}
-        step.events.append(self._device.record())
-
-    def _graph_for(self, step: StepArrays) -> ForwardInputs | None:
-        graphs = self._graphs
-        decode_only = step.num_decode == step.num_sequences
-        if graphs is None or not decode_only or step.decode_width != graphs.width:
-            return None
-        return graphs.inputs.get(step.num_sequences)
-
-    def _eager_inputs(self, step: StepArrays, sent: Sent) -> ForwardInputs:
-        device, tokens = self._device.torch_device, step.num_tokens
-        return ForwardInputs(
-            input_ids=torch.empty(tokens, dtype=torch.int32, device=device),
-            positions=torch.empty(tokens, dtype=torch.int64, device=device),
-            cu_seqlens_q=sent["offsets"],
-            seq_lens=torch.empty(step.num_sequences, dtype=torch.int32, device=device),
-            rows=sent["rows"],
-            page_table=self._rows.page_table,
-            slot_mapping=torch.empty(tokens, dtype=torch.int64, device=device),
-            kv=self._pool.layers,
-            page_size=self._pool.page_size,
-            num_decode=step.num_decode,
-            decode_width=step.decode_width,
-            max_seqlen_q=step.max_seqlen_q,
-        )
+        return inputs

@@ -6,8 +6,8 @@ temperature and filters.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum
 
-import numpy as np
 import torch
 
 from minisgl.core.executor import GrammarMasks
@@ -16,7 +16,7 @@ from minisgl.device import Device
 from minisgl.kernels.advance import advance_rows
 from minisgl.kernels.sampling import adjust_logits, mask_logits, sample
 from minisgl.parallel import Communicator
-from minisgl.runtime.inputs import LogprobRequest, StepArrays
+from minisgl.runtime.inputs import LogprobRequest, StepArrays, pack_masks
 from minisgl.runtime.rows import RowBuffers
 
 BLOCK_BYTES = 64 * 2**20  # logits held at once for prompt log-probabilities
@@ -48,10 +48,55 @@ class Logprobs:
 class Sampled:
     """What a step sampled, on the host once its event has passed."""
 
-    tokens: torch.Tensor | None = None  # [N] int32
-    accepted: torch.Tensor | None = None  # [M] int32, drafts accepted; None without drafts
+    # [N] int32 tokens and, in a step with drafts, how many each of M sequences accepted, [M].
+    drawn: torch.Tensor | None = None
     logprobs: Logprobs | None = None  # at the points of the step's requests, one after another
     prompt_logprobs: list[list[Logprobs]] = field(default_factory=list)  # blocks, by request
+
+
+class Shaping(Enum):
+    """What happens to logits before the draw; each does what those before it do.
+
+    Decode graphs have one sampling half for each: the first costs nothing where nothing is asked.
+    """
+
+    PLAIN = 0
+    ADJUSTED = 1  # penalties, biases and bans
+    MASKED = 2  # grammar masks
+
+
+@dataclass(frozen=True)
+class Points:
+    """Where a step samples: N points of M sequences, each one's 1 + drafts points together."""
+
+    tokens: torch.Tensor | None  # [N padded] int32, those of the step's tokens; None = all of them
+    rows: torch.Tensor  # [N] int32
+    first: torch.Tensor  # [M] int32, where each sequence's points begin
+    sequence_rows: torch.Tensor  # [M] int32
+    drafts: torch.Tensor  # [M, K] int32, PENDING after a sequence's own
+    before: torch.Tensor  # [N, K] int32, the drafts before each point
+
+    @classmethod
+    def of(cls, step: StepArrays, sent: Sent) -> "Points":
+        """Those of a ragged step."""
+        points, count, k = sent["points"], len(step.sampling), step.max_drafts
+        none = points.new_empty((0,))
+        return cls(
+            tokens=points,
+            rows=sent["point_rows"],
+            first=sent["first"],
+            sequence_rows=sent["sampled_rows"],
+            drafts=sent.get("drafts", none).view(count, k),
+            before=sent.get("point_drafts", none).view(step.num_points, k),
+        )
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Grammar masks on the device, as `mask_logits` takes them."""
+
+    indices: torch.Tensor  # [M] int32, points; -1 = none
+    bits: torch.Tensor  # [M, ceil(V / 32)] int32
 
 
 class Sampler:
@@ -67,6 +112,7 @@ class Sampler:
         rows: RowBuffers,
         comm: Communicator,
     ) -> None:
+        self.draws = comm.rank == 0
         self._comm = comm
         self._device = device
         self._logits = logits
@@ -78,87 +124,101 @@ class Sampler:
         sent: Sent,
         hidden: torch.Tensor,
         positions: torch.Tensor,
+        points: Points | None,
         masks: GrammarMasks | None,
     ) -> Sampled:
-        """hidden: [T, H]; positions: [T] int64 of the step's tokens."""
-        sampled = Sampled()
+        """hidden: [T, H]; positions: [T] int64 of the step's tokens; points: None for no points."""
+        device, sampled = self._device, Sampled()
+        first = 0
         for request in step.prompt_logprobs:
-            sampled.prompt_logprobs.append(self._prompt_logprobs(request, hidden))
-        if step.num_points:
-            self._sample(step, sent, hidden, positions, masks, sampled)
+            targets = sent["targets"][first : first + request.count]
+            first += request.count
+            sampled.prompt_logprobs.append(self._prompt_logprobs(request, targets, hidden))
+        if points is None:
+            return sampled
+        shaping = Shaping.ADJUSTED if step.adjusts else Shaping.PLAIN
+        on_device = None
+        if masks is not None and masks.indices:
+            shaping = Shaping.MASKED
+            words = masks.bits.shape[1]
+            packed = device.upload(pack_masks(step, masks, len(masks.indices)))
+            index, bits = packed.tensor_split((len(masks.indices),))
+            on_device = Masks(index, bits.view(-1, words))
+        asked = sent.get("asked")
+        tokens, accepted, raw = self.draw(hidden, positions, points, shaping, on_device, asked)
+        if not self.draws:
+            return sampled
+        drawn = torch.cat([tokens, accepted]) if step.max_drafts else tokens
+        sampled.drawn = device.download(drawn)
+        if raw is not None and asked is not None:
+            most = max(request.num_top for request in step.logprobs)
+            sampled.logprobs = self._score(raw, tokens.index_select(0, asked), most)
         return sampled
 
-    def _sample(
+    def draw(
         self,
-        step: StepArrays,
-        sent: Sent,
         hidden: torch.Tensor,
         positions: torch.Tensor,
-        masks: GrammarMasks | None,
-        sampled: Sampled,
-    ) -> None:
-        rows, device = self._rows, self._device
-        points = sent["points"]
-        n = step.num_points
-        logits = self._logits(hidden.index_select(0, points))[:n]
-        positions = positions.index_select(0, points[:n]) + 1  # where the new tokens will stand
-        if self._comm.rank == 0:
-            tokens = self._draw(step, sent, logits, positions, masks, sampled)
+        points: Points,
+        shaping: Shaping,
+        masks: Masks | None = None,
+        asked: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Tokens [N] int32, drafts accepted [M] int32, and the raw logits of the points `asked`.
+
+        Moves the rows on. Reads nothing on the host: a decode graph captures it.
+        """
+        rows, count = self._rows, len(points.rows)
+        if points.tokens is not None:
+            hidden = hidden.index_select(0, points.tokens)
+            positions = positions.index_select(0, points.tokens[:count])
+        logits = self._logits(hidden)[:count]
+        positions = positions + 1  # where the new tokens will stand
+        raw = None
+        if self.draws:
+            raw = None if asked is None else logits.index_select(0, asked)
+            tokens = self._choose(logits, positions, points, shaping, masks)
         else:
-            tokens = points.new_empty(n)
+            tokens = points.rows.new_empty(count)
         tokens = self._comm.broadcast(tokens)
-        drafts = _matrix(sent.get("drafts"), len(step.sampling), step.max_drafts, points)
         accepted = advance_rows(
             tokens,
-            sent["first"],
-            sent["sampled_rows"],
-            drafts,
+            points.first,
+            points.sequence_rows,
+            points.drafts,
             positions,
             rows.last,
             rows.lengths,
             rows.counts,
             rows.counted,
         )
-        if self._comm.rank == 0:
-            sampled.tokens = device.download(tokens)
-            if step.max_drafts:
-                sampled.accepted = device.download(accepted)
+        return tokens, accepted, raw
 
-    def _draw(
+    def _choose(
         self,
-        step: StepArrays,
-        sent: Sent,
         logits: torch.Tensor,
         positions: torch.Tensor,
-        masks: GrammarMasks | None,
-        sampled: Sampled,
+        points: Points,
+        shaping: Shaping,
+        masks: Masks | None,
     ) -> torch.Tensor:
         """Tokens [N] int32 of logits [N, V], which are adjusted in place."""
-        rows, device = self._rows, self._device
-        point_rows = sent["point_rows"]
-        raw = asked = None
-        if step.logprobs:
-            asked = device.upload(_point_index(step.logprobs))
-            raw = logits.index_select(0, asked)
-        if step.adjusts:
-            drafts = sent.get("point_drafts")
+        rows = self._rows
+        if shaping is not Shaping.PLAIN:
             adjust_logits(
                 logits,
-                point_rows,
+                points.rows,
                 positions,
                 rows.params,
                 rows.bias_ids,
                 rows.bias_values,
                 rows.counts,
-                _matrix(drafts, step.num_points, step.max_drafts, point_rows),
+                points.before,
             )
-        if masks is not None and masks.indices:
-            bits = np.ascontiguousarray(masks.bits).view(np.int32)
-            mask_logits(logits, device.upload(_mask_index(step, masks)), device.upload(bits))
-        tokens: torch.Tensor = sample(logits, point_rows, positions, rows.params)
-        if raw is not None and asked is not None:
-            most = max(request.num_top for request in step.logprobs)
-            sampled.logprobs = self._score(raw, tokens.index_select(0, asked), most)
+        if shaping is Shaping.MASKED:
+            assert masks is not None
+            mask_logits(logits, masks.indices, masks.bits)
+        tokens: torch.Tensor = sample(logits, points.rows, positions, rows.params)
         return tokens
 
     def _score(self, logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Logprobs:
@@ -174,35 +234,16 @@ class Sampler:
             top_logprobs=download(top.values - total[:, None]),
         )
 
-    def _prompt_logprobs(self, request: LogprobRequest, hidden: torch.Tensor) -> list[Logprobs]:
+    def _prompt_logprobs(
+        self, request: LogprobRequest, targets: torch.Tensor, hidden: torch.Tensor
+    ) -> list[Logprobs]:
         """In blocks: the logits of a whole prompt are never held at once."""
-        assert request.targets is not None
-        targets = self._device.upload(request.targets)
         vocab = self._rows.counts.shape[1]
         block = max(1, BLOCK_BYTES // (vocab * 4))
         blocks = []
         for start in range(0, request.count, block):
             stop = min(start + block, request.count)
             logits = self._logits(hidden[request.first + start : request.first + stop])
-            if self._comm.rank == 0:
+            if self.draws:
                 blocks.append(self._score(logits, targets[start:stop], request.num_top))
         return blocks
-
-
-def _matrix(flat: torch.Tensor | None, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
-    return like.new_empty((rows, 0)) if flat is None else flat.view(rows, columns)
-
-
-def _point_index(requests: list[LogprobRequest]) -> np.ndarray:
-    spans = [np.arange(r.first, r.first + r.count, dtype=np.int32) for r in requests]
-    return np.concatenate(spans)
-
-
-def _mask_index(step: StepArrays, masks: GrammarMasks) -> np.ndarray:
-    """The point of each mask: a chunk's masks are for its points, in order."""
-    next_point = dict(zip(step.sampling, step.first_points, strict=True))
-    index = np.empty(len(masks.indices), np.int32)
-    for i, chunk in enumerate(masks.indices):
-        index[i] = next_point[chunk]
-        next_point[chunk] += 1
-    return index

@@ -1,12 +1,13 @@
 """`Worker`: one rank's device, model, memory and runner, built and warmed up."""
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from minisgl.config import EngineConfig
+from minisgl.config import CUDA_GRAPH_MAX_BS, EngineConfig
 from minisgl.core.batch import Batch, Chunk, RowSetup
 from minisgl.core.executor import Limits
 from minisgl.core.request import SamplingParams
@@ -17,11 +18,12 @@ from minisgl.models.decoder import ROPE_SLACK
 from minisgl.models.loader import load_model
 from minisgl.parallel import Communicator, Solo, share
 from minisgl.runtime.fixed_order import FixedOrder, check_fixed_order
-from minisgl.runtime.graphs import DecodeGraphs, padded_sizes
+from minisgl.runtime.graphs import DecodeGraphs, StaticBuffers, padded_sizes
 from minisgl.runtime.inputs import Geometry, pack_step
 from minisgl.runtime.kv_pool import KVPool, KVShape, MemoryPlan, plan_memory
 from minisgl.runtime.rows import HostRows, RowBuffers
 from minisgl.runtime.runner import Model, Runner, Step
+from minisgl.runtime.sampler import Sampler
 
 log = get_logger(__name__)
 
@@ -46,37 +48,45 @@ class Worker:
         eos_token_ids: tuple[int, ...] = (),
         graphs: bool = True,
         comm: Communicator | None = None,
+        graph_max_sequences: int = CUDA_GRAPH_MAX_BS,
+        graph_widths: Sequence[int] = (1,),
     ) -> None:
-        """Allocates the pool and the rows of `limits`, and warms up."""
+        """Allocates the pool and the rows of `limits`, warms up and captures decode graphs.
+
+        graph_widths: the tokens per sequence, 1 + drafts, for which there are graphs.
+        """
         self.device = device
         self.limits = limits
         self.dtype = shape.dtype
         dtype, on_cpu = shape.dtype, device.torch_device.type == "cpu"
         multiple = FP32_CPU_ROWS if on_cpu and dtype == torch.float32 else 1
-        sizes: tuple[int, ...] = ()
+        most = min(limits.max_rows, graph_max_sequences)
+        decode_sizes = {}
         if graphs:
-            # Padding costs time on CPU, where any size replays at once.
-            unpadded = on_cpu and multiple == 1
-            most = limits.max_rows
-            sizes = tuple(range(1, most + 1)) if unpadded else padded_sizes(max(most, 4))
-            sizes = tuple(size for size in sizes if size >= multiple // 2)
+            decode_sizes = {width: _sizes(most, width, on_cpu, multiple) for width in graph_widths}
         max_pages = -(-(limits.max_context + ROPE_SLACK) // limits.page_size)
-        self.geometry = Geometry(max_pages, limits.max_rows, multiple, sizes)
+        staging = StaticBuffers.staging_words(decode_sizes) if graphs else 0
+        self.geometry = Geometry(max_pages, limits.max_rows, multiple, decode_sizes, staging)
         self.host_rows = HostRows(limits.max_rows, limits.vocab_size, eos_token_ids)
 
         def build() -> Runner:
             pool = KVPool(device, shape, limits.num_pages, limits.page_size)
             rows = RowBuffers.allocate(device, limits.max_rows, max_pages, limits.vocab_size)
-            decode = None
-            if sizes:
-                decode = DecodeGraphs(
-                    device, model.forward, rows.page_table, pool.layers, limits.page_size, sizes
+            sampler = Sampler(device, model.logits, rows, comm or Solo())
+            self._warm_up(Runner(device, model, pool, rows, sampler))
+            if not graphs:
+                return Runner(device, model, pool, rows, sampler)
+            buffers = StaticBuffers(device, rows, decode_sizes)
+            by_width = {
+                width: DecodeGraphs(
+                    device, model.forward, sampler, pool, rows, buffers, sizes, width
                 )
-            runner = Runner(device, model, pool, rows, comm or Solo(), decode)
-            self._warm_up(runner)
-            if decode is not None:
-                decode.capture(list if on_cpu else _progress)
-            return runner
+                for width, sizes in decode_sizes.items()
+            }
+            if not on_cpu:
+                for decode in by_width.values():
+                    decode.capture(_progress)
+            return Runner(device, model, pool, rows, sampler, by_width, buffers)
 
         self.runner = device.run(build)
 
@@ -84,7 +94,7 @@ class Worker:
         """Run a prompt chunk and a mixed step on the padding row, so that kernels are ready."""
         row, page = self.limits.max_rows, [0]
         host = HostRows(self.limits.max_rows, self.limits.vocab_size, ())
-        params = SamplingParams(seed=0)
+        params = SamplingParams(seed=0, temperature=0.0)  # padding is sampled at the least cost
         setup = RowSetup(0, 0, row, 0, 1, params, [])
         prompt = Chunk(0, 0, row, 0, 1, [0], 0, page, True)
         decode = Chunk(0, 0, row, 1 % self.limits.page_size, 1, [], 0, [], True)
@@ -154,6 +164,7 @@ def load_worker(
         eos_token_ids=facts.eos_token_ids,
         graphs=not config.disable_cuda_graph,
         comm=comm,
+        graph_max_sequences=config.cuda_graph_max_bs or CUDA_GRAPH_MAX_BS,
     )
     return worker, facts
 
@@ -182,6 +193,20 @@ def _workspace_bytes(facts: ModelConfig, tokens: int, dtype: torch.dtype, ranks:
 def _logits_bytes(vocab: int, rows: int) -> int:
     """Logits in fp32 and three temporaries of the sampler of that size."""
     return 4 * rows * vocab * 4
+
+
+def _sizes(most: int, width: int, on_cpu: bool, multiple: int) -> tuple[int, ...]:
+    """Numbers of sequences with a decode graph of `width`, up to at least `most`.
+
+    A CPU needs no padding, where any size replays at once, but that to `multiple`.
+    """
+    if multiple == 1:
+        return tuple(range(1, most + 1)) if on_cpu else padded_sizes(most)
+    step, half = multiple // math.gcd(multiple, width), multiple // 2
+    sizes = range(step, most + step, step)
+    if half % width:
+        return tuple(sizes)
+    return (half // width, *(size for size in sizes if half // width < most))
 
 
 def _progress(sizes: Sequence[int]) -> Iterable[int]:

@@ -29,6 +29,12 @@ from minisgl.config import EngineConfig, ServerConfig
             ValueError,
             "schedule_policy lpm needs the radix cache",
         ),
+        ({"cuda_graph_max_bs": 0}, ValueError, "cuda_graph_max_bs must be at least 1, got 0"),
+        (
+            {"cuda_graph_max_bs": 8, "disable_cuda_graph": True},
+            ValueError,
+            "cuda_graph_max_bs needs CUDA graphs, got disable_cuda_graph",
+        ),
         ({"disable_radix_cache": "no"}, TypeError, "disable_radix_cache must be bool"),
         ({"log_level": "loud"}, ValueError, "log_level must be one of"),
         ({"model": 3}, TypeError, "model must be str or None, got 3 (int)"),

@@ -1,7 +1,7 @@
 """A tiny random Qwen3 behind a real executor, driven by the real scheduler, and its judge."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -57,13 +57,24 @@ def make_executor(
     max_rows: int = 8,
     max_context: int = 128,
     graphs: bool = True,
+    graph_widths: Sequence[int] = (1,),
+    graph_max_sequences: int = 256,
     dtype: torch.dtype = torch.float32,
 ) -> LocalExecutor:
     model = model or tiny_decoder(dtype)
     limits = Limits(num_pages, page_size, max_rows, max_context, VOCAB)
     shape = KVShape(2, 2, 16, dtype)
     device = CpuDevice(num_threads=1)
-    worker = Worker(device, model, shape, limits, eos_token_ids=EOS, graphs=graphs)
+    worker = Worker(
+        device,
+        model,
+        shape,
+        limits,
+        eos_token_ids=EOS,
+        graphs=graphs,
+        graph_widths=graph_widths,
+        graph_max_sequences=graph_max_sequences,
+    )
     return LocalExecutor(worker)
 
 

@@ -12,7 +12,16 @@ from minisgl.core.batch import Batch, Chunk, RowSetup
 from minisgl.core.request import SamplingParams
 from minisgl.device import CpuDevice
 from minisgl.kernels.advance import advance_rows, prepare_inputs
-from minisgl.runtime.inputs import PENDING, Geometry, join, pack_step, padded_size, split
+from minisgl.runtime.inputs import (
+    PENDING,
+    Geometry,
+    StepArrays,
+    decode_words,
+    join,
+    pack_step,
+    padded_size,
+    split,
+)
 from minisgl.runtime.rows import HostRows, RowBuffers
 
 ROWS, PAGES, VOCAB = 9, 6, 50
@@ -65,8 +74,9 @@ def batches(draw: st.DrawFn) -> tuple[World, Batch, Geometry]:
             world.table[row, first + offset] = page
         chunks.append(Chunk(index, 0, row, start, length, ids, first, pages, samples, drafts))
     multiple = draw(st.sampled_from([1, 8]))
-    sizes = draw(st.sampled_from([(), (1, 2, 4, 8)]))
-    geometry = Geometry(PAGES, ROWS, multiple, sizes)
+    sizes = draw(st.sampled_from([{}, {1: (1, 2, 4, 8)}, {1: (1, 4), 3: (2, 4)}]))
+    staging = draw(st.sampled_from([70, 10_000]))
+    geometry = Geometry(PAGES, ROWS, multiple, sizes, staging)
     return world, Batch(7, chunks, num_decode), geometry
 
 
@@ -88,6 +98,8 @@ def test_inputs_say_what_the_batch_says(case: tuple[World, Batch, Geometry]):
     positions = torch.full((tokens,), -7, dtype=torch.int64)
     slots = torch.full((tokens,), -7, dtype=torch.int64)
     seq_lens = torch.full((sequences,), -7, dtype=torch.int32)
+    if step.replays:
+        sent |= decode_constants(step, sent["decode"])
     sections = ("token_ids", "sequences", "offsets", "rows", "starts", "num_tokens")
     prepare_inputs(
         ids,
@@ -102,6 +114,22 @@ def test_inputs_say_what_the_batch_says(case: tuple[World, Batch, Geometry]):
     )
     offsets, sent_rows = sent["offsets"].tolist(), sent["rows"].tolist()
     assert offsets[-1] == tokens
+
+    # A decode graph is taken where there is one for such a step, and the step fits its staging.
+    longest = max(chunk.length for chunk in batch.chunks)
+    fitting = [
+        (own, size)
+        for own, sizes in geometry.decode_sizes.items()
+        for size in sizes
+        if own >= longest and size >= len(batch.chunks)
+    ]
+    if step.replays:
+        assert batch.num_decode == len(batch.chunks)
+        assert (step.decode_width, sequences) == min(fitting)
+        assert len(join(step.sections)) <= geometry.staging
+        assert next(iter(step.sections)) == "decode"
+    elif batch.num_decode == len(batch.chunks) and fitting:
+        assert geometry.staging == 70
 
     # Every chunk's own tokens, in the batch's order, are where its sequence is.
     width = step.decode_width
@@ -122,8 +150,15 @@ def test_inputs_say_what_the_batch_says(case: tuple[World, Batch, Geometry]):
         assert (slots[at + len(fed) : at + padded] == -1).all()
         if chunk.samples:
             points += range(at + len(fed) - 1 - len(chunk.drafts), at + len(fed))
-    assert sent.get("points", torch.empty(0)).tolist()[: step.num_points] == points
-    assert step.num_points == len(points)
+    if step.replays:  # every token is a point, and each chunk's first one its first
+        sampled = (chunk for i, chunk in enumerate(batch.chunks) if i in step.sampling)
+        spans = zip(step.first_points, sampled, strict=True)
+        assert points == [first + n for first, chunk in spans for n in range(chunk.length)]
+        assert step.num_points == tokens
+        assert step.max_drafts == step.decode_width - 1
+    else:
+        assert sent.get("points", torch.empty(0)).tolist()[: step.num_points] == points
+        assert step.num_points == len(points)
 
     # The rest is padding.
     for sequence in set(range(sequences)) - set(order):
@@ -133,10 +168,20 @@ def test_inputs_say_what_the_batch_says(case: tuple[World, Batch, Geometry]):
     assert all(offsets[s + 1] - offsets[s] == width for s in range(step.num_decode))
     chunk_widths = np.diff(offsets[step.num_decode :])
     assert step.max_seqlen_q == (chunk_widths.max() if len(chunk_widths) else 1)
-    if batch.num_decode == len(batch.chunks) and geometry.decode_sizes:
-        assert sequences in geometry.decode_sizes
-    elif geometry.token_multiple == 8:
+    if geometry.token_multiple == 8 and not step.replays:
         assert tokens == 4 or tokens % 8 == 0
+
+
+def decode_constants(step: StepArrays, packed: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The sections of a decode graph's step by name, with those that never change."""
+    size, width = step.num_sequences, step.decode_width
+    lengths = decode_words(size, width)
+    assert len(packed) == sum(lengths)
+    names = ("token_ids", "rows", "starts", "num_tokens")
+    return dict(zip(names, packed.split(lengths), strict=True)) | {
+        "sequences": torch.tensor([s for s in range(size) for _ in range(width)]).int(),
+        "offsets": torch.tensor([s * width for s in range(size + 1)]).int(),
+    }
 
 
 @pytest.mark.parametrize(
@@ -200,9 +245,9 @@ def test_prompt_logprob_targets_are_the_next_prompt_tokens():
         # Padding follows the decode slice, so the chunk's first token has moved.
         at = step.sections["offsets"].tolist()[step.num_decode]
         assert request.first == at
-        assert request.targets is not None
-        assert request.count == len(request.targets)
-        found += request.targets.tolist()
+        targets = step.sections["targets"].tolist()
+        assert request.count == len(targets)
+        found += targets
     assert found == prompt[1:]
 
 
