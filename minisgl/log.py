@@ -31,3 +31,8 @@ def configure(level: str = "info", process: str = "") -> None:
     root.addHandler(handler)
     root.setLevel(number)
     root.propagate = False
+
+
+def shows_progress() -> bool:
+    """Whether a progress bar is welcome: stderr is a terminal and the level is info or lower."""
+    return sys.stderr.isatty() and logging.getLogger(ROOT_LOGGER).isEnabledFor(logging.INFO)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 FACTORY = "minisgl.build:build_engine"
 BACKLOG = 2048
+STOPS = (signal.SIGTERM, signal.SIGINT)
 KEEP_ALIVE = 60  # seconds an idle connection stays open: longer than clients keep theirs
 ENGINE_GRACE = 10  # seconds an engine gets to report the end of a drain, before it is cut off
 
@@ -116,6 +117,9 @@ def read_flags(
 
 
 def main(args: Sequence[str] | None = None) -> int:
+    early: list[int] = []  # signals to stop that came before the server could act on them
+    for number in STOPS:
+        signal.signal(number, lambda number, _: early.append(number))
     parser = flags_parser(ServerConfig, "minisgl.serve", "Serve a model over OpenAI's API.")
     config, _ = read_flags(parser, ServerConfig, args)
     configure(config.log_level, "server")
@@ -125,6 +129,9 @@ def main(args: Sequence[str] | None = None) -> int:
         reason = f"cannot listen on {config.host}:{config.port}: {error.strerror or error}"
         print(f"minisgl.serve: {reason}", file=sys.stderr)
         return 1
+    if early:
+        listening.close()
+        return 0
     from minisgl.engine.process import EngineProcess
 
     process = EngineProcess(FACTORY, config)
@@ -132,7 +139,7 @@ def main(args: Sequence[str] | None = None) -> int:
         import uvloop  # imported here, with what follows, while the engine loads
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_serve(config, process, listening))
+            return runner.run(_serve(config, process, listening, early))
     finally:
         process.close()
         listening.close()
@@ -143,7 +150,9 @@ def _listen(config: ServerConfig) -> socket.socket:
     return socket.create_server((config.host, config.port), family=family, backlog=BACKLOG)
 
 
-async def _serve(config: ServerConfig, process: "EngineProcess", listening: socket.socket) -> int:
+async def _serve(
+    config: ServerConfig, process: "EngineProcess", listening: socket.socket, early: list[int]
+) -> int:
     import uvicorn
 
     from minisgl.engine.client import EngineDeadError, ProcessClient
@@ -176,8 +185,10 @@ async def _serve(config: ServerConfig, process: "EngineProcess", listening: sock
         http.should_exit = True
         closing.append(asyncio.create_task(client.close(config.drain_timeout)))
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOPS:
         asyncio.get_running_loop().add_signal_handler(number, stop)
+    if early:
+        stop()
 
     async def until_failure() -> str:
         """Open the API when the engine is ready; returns why it cannot go on, if so."""

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from minisgl.layers.weights import Placement, Weight
-from minisgl.log import get_logger
+from minisgl.log import get_logger, shows_progress
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
 from minisgl.models.families import Family
@@ -85,9 +85,14 @@ def checkpoint_name(family: Family, name: str, tied: bool) -> str | None:
 def _fill_from_files(decoder: Decoder, files: list[Path]) -> None:
     config = decoder.config
     wanted = {weight.name: weight for weight in decoder.weights()}
-    total = len(wanted)
     unknown: list[str] = []
-    with tqdm(total=total, desc="loading weights", unit="tensor", leave=False) as progress:
+    with tqdm(
+        total=len(wanted),
+        desc="loading weights",
+        unit="tensor",
+        leave=False,
+        disable=not shows_progress(),
+    ) as progress:
         for file in files:
             with safe_open(file, framework="pt") as tensors:
                 for stored in tensors.keys():  # noqa: SIM118 (the file is not a mapping)

@@ -12,7 +12,7 @@ from minisgl.core.batch import Batch, Chunk, RowSetup
 from minisgl.core.executor import Limits
 from minisgl.core.request import SamplingParams
 from minisgl.device import Device
-from minisgl.log import get_logger
+from minisgl.log import get_logger, shows_progress
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import ROPE_SLACK
 from minisgl.models.loader import load_model
@@ -210,5 +210,8 @@ def _sizes(most: int, width: int, on_cpu: bool, multiple: int) -> tuple[int, ...
 
 
 def _progress(sizes: Sequence[int]) -> Iterable[int]:
-    bar: Iterable[int] = tqdm(sizes, desc="capturing graphs", unit="graph", leave=False)
+    hidden = not shows_progress()
+    bar: Iterable[int] = tqdm(
+        sizes, desc="capturing graphs", unit="size", leave=False, disable=hidden
+    )
     return bar

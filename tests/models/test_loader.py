@@ -1,6 +1,8 @@
 """Checkpoints: sharded, misshapen, incomplete, pickled, random; and shared over ranks."""
 
+import io
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minisgl.layers.weights import Placement
+from minisgl.log import ROOT_LOGGER
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
 from minisgl.models.families import find_family
@@ -93,6 +96,22 @@ def test_pickles_are_refused(checkpoint: Path) -> None:
     (checkpoint / "pytorch_model.bin").write_bytes(b"\x80")
     with pytest.raises(ValueError, match=r"pickle checkpoints \(pytorch_model\.bin\)"):
         load(checkpoint)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("level", ["info", "warning"])
+def test_a_bar_is_shown_on_a_terminal_and_where_the_level_allows(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool, level: str
+) -> None:
+    shown = io.StringIO()
+    shown.isatty = lambda: terminal  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stderr", shown)
+    logger = logging.getLogger(ROOT_LOGGER)
+    monkeypatch.setattr(logger, "level", logging.getLevelNamesMapping()[level.upper()])
+    logger.manager._clear_cache()  # what it thinks is enabled
+    load(checkpoint)
+    logger.manager._clear_cache()
+    assert ("loading weights" in shown.getvalue()) == (terminal and level == "info")
 
 
 def test_dtype_conversion(checkpoint: Path) -> None:

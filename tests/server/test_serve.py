@@ -309,6 +309,36 @@ def test_sigterm_while_the_model_loads_exits_0(model):
         assert server.wait_exit() == 0, server.output
 
 
+EARLY = """
+import os, signal, sys
+from minisgl import serve
+from minisgl.engine import process
+
+def stop_after(owner, name):
+    then = getattr(owner, name)
+    def call(*args, **options):
+        result = then(*args, **options)
+        os.kill(os.getpid(), signal.{signal})
+        return result
+    setattr(owner, name, call)
+
+stop_after({where})
+sys.exit(serve.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    "where", ['serve, "_listen"', 'process.EngineProcess, "__init__"', 'serve.asyncio, "Runner"']
+)
+def test_a_stop_before_the_server_listens_exits_0(model, where, name):
+    command = [sys.executable, "-c", EARLY.format(where=where, signal=name)]
+    command += [f"--model={model}", "--load-format=dummy", "--device=cpu", "--port=0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_drain_that_takes_too_long_is_cut_with_an_error(model):
     server = Served(f"--model={model}", "--drain-timeout=0.3", module="tests.server.slow_engine")
     with contextlib.closing(server):
