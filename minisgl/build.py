@@ -11,8 +11,10 @@ from pathlib import Path
 from minisgl.config import EngineConfig
 from minisgl.core.costmodel import DEVICES, CostModel, DeviceFacts, ModelFacts
 from minisgl.core.executor import Executor
+from minisgl.core.ngram import NGramProposer
 from minisgl.core.policy import SchedulerConfig
 from minisgl.core.scheduler import Scheduler
+from minisgl.core.speculation import Speculation
 from minisgl.device import Device, pick_device
 from minisgl.engine.engine import Engine
 from minisgl.engine.messages import EngineInfo
@@ -47,6 +49,10 @@ def build_engine(config: EngineConfig) -> Engine:
     """A ready engine. Call it on the thread that will own the engine."""
     built = _build(config)
     limits = built.executor.limits
+    ngram = NGramProposer(config.speculative_ngram_min, config.speculative_ngram_max)
+    speculation = None
+    if config.speculative_algorithm == "ngram":
+        speculation = Speculation(ngram, config.speculative_num_draft_tokens)
     scheduler = Scheduler(
         limits,
         SchedulerConfig(
@@ -60,7 +66,9 @@ def build_engine(config: EngineConfig) -> Engine:
         CostModel(
             ModelFacts(**built.facts.cost_facts(built.executor.dtype)), _device_facts(built.device)
         ),
+        speculation=speculation,
     )
+    ngram.continuation = scheduler.continuation
     info = EngineInfo(
         model=config.model or "minisgl-tiny",
         model_path=str(built.path),

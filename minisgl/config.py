@@ -14,8 +14,10 @@ LoadFormat = Literal["auto", "dummy"]
 SchedulePolicy = Literal["fcfs", "lpm", "priority"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 BatchPolicy = Literal["balanced", "prefill-first", "decode-first"]
+SpeculativeAlgorithm = Literal["none", "ngram"]
 PAGE_SIZES = (1, 16, 32, 64)
 CUDA_GRAPH_MAX_BS = 256  # beyond, a step's kernels take longer than launching them
+MAX_DRAFT_TOKENS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,12 @@ class EngineConfig:
         None, f"largest decode batch with a CUDA graph; {CUDA_GRAPH_MAX_BS} when absent"
     )
     context_length: int | None = _option(None, "longest sequence; the model's own when absent")
+    speculative_algorithm: SpeculativeAlgorithm = _option(
+        "none", "how drafts are proposed: by ngram lookup, or not at all"
+    )
+    speculative_num_draft_tokens: int = _option(4, "tokens drafted before a verification, at most")
+    speculative_ngram_min: int = _option(2, "shortest run of tokens that ngram looks up")
+    speculative_ngram_max: int = _option(4, "longest run of tokens that ngram looks up")
     random_seed: int = _option(0, "seed of dummy weights")
     log_level: LogLevel = _option("info", "what is logged to stderr")
 
@@ -70,6 +78,7 @@ class EngineConfig:
         share = self.mem_fraction_static
         if share > 1:
             raise ValueError(f"mem_fraction_static must be at most 1, got {share}")
+        _check_speculation(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +112,21 @@ def _check_type(name: str, annotation: Any, value: object) -> None:
         return
     kinds = " or ".join("None" if kind is NoneType else kind.__name__ for kind in allowed)
     raise TypeError(f"{name} must be {kinds}, got {value!r} ({type(value).__name__})")
+
+
+def _check_speculation(config: EngineConfig) -> None:
+    _require_at_least(config, 1, "speculative_num_draft_tokens", "speculative_ngram_min")
+    most = config.speculative_num_draft_tokens
+    if most > MAX_DRAFT_TOKENS:
+        raise ValueError(
+            f"speculative_num_draft_tokens must be at most {MAX_DRAFT_TOKENS}, got {most}"
+        )
+    shortest, longest = config.speculative_ngram_min, config.speculative_ngram_max
+    if longest < shortest:
+        raise ValueError(
+            f"speculative_ngram_max must be at least speculative_ngram_min ({shortest}), "
+            f"got {longest}"
+        )
 
 
 def _require_at_least(config: EngineConfig, limit: int, *names: str) -> None:

@@ -18,7 +18,8 @@ class Chunk(msgspec.Struct, frozen=True, gc=False, array_like=True):
     still on the device, followed by `drafts`. `pages` replace the row's page-table entries from
     index `page_index` on (empty when nothing changed). `samples` is true when the chunk reaches
     the sequence's last token, so that its logits yield the next one; with k drafts the k + 1 last
-    positions are verified. Where earlier drafts are unread, `start` is the host's lower bound.
+    positions are verified; drafts of -1 are proposed on the device, by the draft model. Where
+    earlier drafts are unread, `start` is the host's lower bound.
     """
 
     uid: int
@@ -69,7 +70,11 @@ class CascadeGroup(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
 
 class Batch(msgspec.Struct, frozen=True, gc=False, array_like=True):
-    """The plan of one step. Order on the device: setups, copies, writes of new KV, reads."""
+    """The plan of one step. Order on the device: setups, copies, writes of new KV, reads.
+
+    `draft_chunks` are computed by the draft model alone, before it proposes: tokens of sequences
+    that its own KV, on the same pages, lacks.
+    """
 
     step: int
     chunks: list[Chunk]
@@ -77,6 +82,7 @@ class Batch(msgspec.Struct, frozen=True, gc=False, array_like=True):
     setups: list[RowSetup] = []
     copies: list[CopyJob] = []
     cascade_groups: list[CascadeGroup] = []
+    draft_chunks: list[Chunk] = []
 
     @property
     def num_tokens(self) -> int:

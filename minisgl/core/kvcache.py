@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from minisgl.core.batch import CopyJob
 from minisgl.core.pages import PagePool
 from minisgl.core.radix import RadixTree
@@ -38,12 +40,16 @@ class KVCache:
     readable by the next step. In their own plan they are *fresh*, and not yet to be matched.
     """
 
-    def __init__(self, num_pages: int, page_size: int, *, radix: bool = True) -> None:
+    def __init__(
+        self, num_pages: int, page_size: int, *, radix: bool = True, drafts: bool = False
+    ) -> None:
         self.pool = PagePool(num_pages, page_size)
         self.tree = RadixTree(self.pool)
         self.page_size = page_size
         self.version = 0  # of the tree; matches of an older one may be stale
         self._radix = radix
+        # Leading slots of each page that hold the draft model's KV, if there is one.
+        self._drafted = np.zeros(num_pages, np.int32) if drafts else None
         self._fresh: set[int] = set()
         self._commits: list[Commit] = []
         self._copies: list[CopyJob] = []
@@ -95,13 +101,17 @@ class KVCache:
             held = match.pages if match.source is None else [*match.pages, match.source]
             self._drop(held)
             return False
-        sequence.pages = match.pages + pool.take(need)
+        sequence.pages = match.pages + self._take(need)
+        sequence.num_drafted = self._num_drafted(sequence.pages, match.num_tokens)
         sequence.capacity = len(sequence.pages) * self.page_size
         sequence.num_patched = 0
         sequence.num_computed = match.num_tokens
         if match.source is not None:
             target = sequence.pages[len(match.pages)]
             self._copies.append(CopyJob(match.source, target, match.num_copied))
+            if self._drafted is not None:
+                self._drafted[target] = min(self._drafted[match.source], match.num_copied)
+                sequence.num_drafted = self._num_drafted(sequence.pages, match.num_tokens)
         return True
 
     def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -110,7 +120,7 @@ class KVCache:
         if need > 0:
             if not self._make_room(need):
                 return False
-            sequence.pages += self.pool.take(need)
+            sequence.pages += self._take(need)
             sequence.capacity = len(sequence.pages) * self.page_size
         return True
 
@@ -137,6 +147,24 @@ class KVCache:
         self._fresh.update(sequence.pages[len(canonical) : whole])
         self._commits.append(Commit(namespace, tokens, len(canonical) * self.page_size))
 
+    def note_drafted(self, sequence: Sequence) -> None:
+        """The draft model has computed, or will before the next plan's step, what is counted."""
+        if self._drafted is not None:
+            count = sequence.num_drafted
+            pages = np.array(sequence.pages[: self.pool.pages_for(count)], np.intp)
+            slots = np.minimum(count - self.page_size * np.arange(len(pages)), self.page_size)
+            self._drafted[pages] = np.maximum(self._drafted[pages], slots)
+
+    def forget_drafted(self) -> None:
+        """A step failed: nothing of the draft model's KV on cached pages is relied on any more."""
+        if self._drafted is not None:
+            self._drafted[:] = 0
+
+    def continuation(self, sequence: Sequence, path: list[int], count: int) -> list[int]:
+        """Up to `count` tokens that follow those of `sequence` and then `path` in the tree."""
+        tokens = np.concatenate((sequence.tokens(sequence.num_tokens), np.array(path, np.int32)))
+        return self.tree.continuation(sequence.request.cache_salt, tokens, count)
+
     def revoke(self, commit: Commit) -> None:
         """Take out of the tree what a failed step should have written, and all that follows it."""
         self.tree.remove(commit.namespace, commit.tokens, commit.start)
@@ -148,6 +176,8 @@ class KVCache:
         Everything it computed is cached first, to the token, unless it failed.
         """
         computed = min(sequence.num_computed, sequence.num_tokens)
+        if sequence.keeps_pages:
+            self.note_drafted(sequence)
         pages, sequence.pages = sequence.pages, []
         sequence.capacity = 0
         if self._radix and sequence.keeps_pages and computed:
@@ -168,8 +198,25 @@ class KVCache:
         if changed:
             self.pool.hold([canonical[i] for i in changed])
             sequence.pages[: len(canonical)] = canonical
+            sequence.num_drafted = self._num_drafted(sequence.pages, sequence.num_drafted)
             sequence.num_patched = min(sequence.num_patched, changed[0])
             self._drop([old[i] for i in changed])
+
+    def _take(self, count: int) -> list[int]:
+        pages = self.pool.take(count)
+        if self._drafted is not None:
+            self._drafted[pages] = 0
+        return pages
+
+    def _num_drafted(self, pages: list[int], most: int) -> int:
+        """Of the first `most` tokens, those before the first slot that the draft model lacks."""
+        if self._drafted is None:
+            return 0
+        slots = self._drafted[pages[: self.pool.pages_for(most)]]
+        short = np.flatnonzero(slots < self.page_size)
+        if not len(short):
+            return most
+        return min(int(short[0]) * self.page_size + int(slots[short[0]]), most)
 
     def _make_room(self, count: int) -> bool:
         missing = count - self.pool.num_free

@@ -70,6 +70,21 @@ class RadixTree:
         pages += child.pages[:whole]
         return pages, (child.pages[whole] if rest else None), rest
 
+    def continuation(self, namespace: str, tokens: Tokens, count: int) -> list[int]:
+        """Up to `count` tokens with which a run in the tree goes on after `tokens`."""
+        root = self._roots.get(namespace)
+        if root is None:
+            return []
+        node, done, _, child, inside = self._walk(root, tokens)
+        if child is not None:
+            if done + inside < len(tokens):
+                return []
+            return child.key[inside : inside + count].tolist()
+        if done < len(tokens) or not node.children:
+            return []
+        latest = max(node.children, key=attrgetter("used"))
+        return latest.key[:count].tolist()
+
     def insert(self, namespace: str, tokens: Tokens, pages: list[int]) -> None:
         """Store `tokens` with their `pages`; what is there already stays as it is.
 

@@ -117,6 +117,7 @@ class Delta(msgspec.Struct, frozen=True, gc=False, array_like=True):
     `finish_reason` is None while the choice runs. `stop_token_id` names the token that ended it;
     that token is the last of `token_ids`. `prompt_logprobs` come once, with the first tokens, and
     hold one entry per prompt token but the first. `error` says why when the reason is "error".
+    Accepted drafts are among `token_ids`, rejected ones are not.
     """
 
     request_id: str
@@ -128,6 +129,8 @@ class Delta(msgspec.Struct, frozen=True, gc=False, array_like=True):
     prompt_logprobs: list[TokenLogprobs] | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+    num_accepted_drafts: int = 0
+    num_rejected_drafts: int = 0
 
 
 def _as_pairs(bias: object) -> tuple[tuple[int, float], ...]:

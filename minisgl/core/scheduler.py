@@ -9,8 +9,6 @@ from collections import deque
 from collections.abc import Callable
 from time import monotonic
 
-import msgspec
-
 from minisgl.core.batch import Batch, Chunk, RowSetup, StepOutput
 from minisgl.core.cascade import PrefixGroups
 from minisgl.core.costmodel import CostModel, StepWork
@@ -27,31 +25,11 @@ from minisgl.core.sequence import (
     Sequence,
     make_sequences,
 )
-
-# Proposes the tokens that may follow those a sequence holds and has pending; [] for none. It is
-# asked for every decoding sequence in every plan.
-Drafter = Callable[[Sequence], list[int]]
+from minisgl.core.speculation import Speculation
+from minisgl.core.stats import SchedulerStats
 
 NONE: list[int] = []  # shared by all chunks that have nothing to say; never changed
 NO_LOGPROBS: list[TokenLogprobs] = []
-
-
-class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the scheduler stands, and what it has done since it began."""
-
-    num_running: int
-    num_waiting: int
-    num_pages: int
-    num_free_pages: int
-    num_cached_pages: int  # in the radix tree, shared with sequences or not
-    num_idle_pages: int  # in the radix tree alone: evictable
-    num_steps: int
-    num_prompt_tokens: int  # computed, recomputed ones included
-    num_output_tokens: int
-    num_queried_tokens: int  # of prompts looked up in the cache
-    num_hit_tokens: int  # of those, found
-    num_preemptions: int
-    num_finished: int
 
 
 class Scheduler:
@@ -68,7 +46,7 @@ class Scheduler:
         eos_token_ids: frozenset[int] | set[int] | tuple[int, ...] = (),
         cost_model: CostModel | None = None,
         clock: Callable[[], float] = monotonic,
-        drafter: Drafter | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         config = config or SchedulerConfig()
         self.limits = limits
@@ -76,9 +54,12 @@ class Scheduler:
         self.cost_model = cost_model
         self._eos = frozenset(eos_token_ids)
         self._clock = clock
-        self._drafter = drafter
+        self._speculation = speculation
         self._cache = KVCache(
-            limits.num_pages, limits.page_size, radix=not config.disable_radix_cache
+            limits.num_pages,
+            limits.page_size,
+            radix=not config.disable_radix_cache,
+            drafts=speculation is not None and speculation.on_device,
         )
         self._prefixes: PrefixGroups | None = None
         if config.cascade_min_shared_tokens is not None and not config.disable_radix_cache:
@@ -126,13 +107,17 @@ class Scheduler:
         ]
         return [self._end(sequence, "abort") for sequence in ended]
 
+    def continuation(self, sequence: Sequence, path: list[int], count: int) -> list[int]:
+        """Up to `count` cached tokens that follow a sequence's and then `path`."""
+        return self._cache.continuation(sequence, path, count)
+
     @property
     def has_work(self) -> bool:
         """Whether anything is unfinished: requests, or steps in flight."""
         return bool(self._requests or self._steps)
 
     def stats(self) -> SchedulerStats:
-        pool = self._cache.pool
+        pool, speculation = self._cache.pool, self._speculation
         return SchedulerStats(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
@@ -147,6 +132,9 @@ class Scheduler:
             num_hit_tokens=self._num_hit,
             num_preemptions=self._num_preemptions,
             num_finished=self._num_finished,
+            num_drafts=0 if speculation is None else speculation.num_drafts,
+            num_accepted_drafts=0 if speculation is None else speculation.num_accepted,
+            draft_gain=1.0 if speculation is None else speculation.gain,
         )
 
     # ---- plans out --------------------------------------------------------------------------
@@ -162,7 +150,20 @@ class Scheduler:
         copies, commits = self._cache.finish()
         if not plan.chunks:
             return None
-        batch = Batch(self._num_steps, plan.chunks, num_decode, plan.setups, copies, plan.groups)
+        draft_chunks = []
+        if self._speculation is not None:
+            for seq, chunk in self._speculation.finish():
+                self._cache.note_drafted(seq)
+                draft_chunks.append(chunk)
+        batch = Batch(
+            self._num_steps,
+            plan.chunks,
+            num_decode,
+            plan.setups,
+            copies,
+            plan.groups,
+            draft_chunks=draft_chunks,
+        )
         self._num_steps += 1
         work = StepWork(plan.num_tokens, plan.num_pairs, plan.num_context, plan.num_sampled)
         self._steps.append(PlannedStep(batch, plan.sequences, commits, work))
@@ -171,7 +172,8 @@ class Scheduler:
     def _plan_decode(self, plan: Plan) -> list[Sequence]:
         """Plan all sequences whose next input is on the device; returns those with prompt left."""
         prefilling = []
-        chunks, planned, drafter = plan.chunks, plan.sequences, self._drafter
+        chunks, planned, speculation = plan.chunks, plan.sequences, self._speculation
+        drafting = speculation is not None and speculation.begin(len(self._running))
         num_tokens = num_context = 0
         for seq in tuple(self._running):
             start = seq.num_computed
@@ -181,13 +183,17 @@ class Scheduler:
             ahead = seq.num_tokens + seq.num_pending + seq.num_slack
             if ahead >= seq.limit or seq.status is not RUNNING:
                 continue
-            drafts = NONE if drafter is None else drafter(seq)[: seq.limit - ahead - 1]
             end = start + seq.num_slack + 1
-            if end + len(drafts) > seq.capacity:
-                if drafts and not self._cache.reserve(seq, end + len(drafts)):
+            if end > seq.capacity and not self._grow(plan, seq, end):
+                continue
+            drafts = NONE
+            if drafting:
+                assert speculation is not None
+                drafts = speculation.propose(seq, seq.limit - ahead - 1)
+                if not self._cache.reserve(seq, end + len(drafts)):
                     drafts = NONE
-                if end > seq.capacity and not self._grow(plan, seq, end):
-                    continue
+                if drafts:
+                    speculation.planned(seq, start)
             first, pages = seq.num_patched, NONE
             if first < len(seq.pages):
                 pages, seq.num_patched = seq.pages[first:], len(seq.pages)
@@ -281,6 +287,8 @@ class Scheduler:
         stop = min(start + left, seq.num_fed)
         samples = stop == seq.num_fed
         self._cache.commit(seq, start, stop)
+        if self._speculation is not None:
+            self._speculation.follow(seq, stop)
         first, pages = seq.num_patched, NONE
         if first < len(seq.pages):
             pages, seq.num_patched = seq.pages[first:], len(seq.pages)
@@ -362,6 +370,8 @@ class Scheduler:
             raise ValueError(f"output of step {output.step} does not fit step {batch.step}")
         if self.cost_model is not None:
             self.cost_model.observe(step.work, output.seconds)
+        if self._speculation is not None:
+            self._speculation.observe(batch, output)
         deltas = []
         for index, (seq, chunk) in enumerate(zip(step.sequences, batch.chunks, strict=True)):
             seq.in_flight -= 1
@@ -378,12 +388,16 @@ class Scheduler:
         """Append a chunk's sampled tokens up to the sequence's end."""
         new = output.token_ids[index]
         seq.num_pending -= 1
-        if chunk.drafts:
-            seq.num_computed += len(new) - 1
-            seq.num_slack -= len(chunk.drafts)
+        num_drafts, num_accepted = len(chunk.drafts), len(new) - 1
         if not 1 <= len(new) <= chunk.length:
             raise ValueError(f"step {output.step}, chunk {index}: {len(new)} tokens sampled")
+        if num_drafts:
+            seq.num_computed += num_accepted
+            seq.num_slack -= num_drafts
+            if self._speculation is not None:
+                self._speculation.take(seq, num_drafts, num_accepted)
         new, reason, stopped_by = seq.accept(new)
+        num_accepted = min(num_accepted, len(new))
         self._num_output_tokens += len(new)
         logprobs = output.logprobs[index][: len(new)] if index in output.logprobs else None
         prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, None
@@ -398,6 +412,8 @@ class Scheduler:
             logprobs,
             prompt_logprobs,
             seq.num_cached,
+            num_accepted_drafts=num_accepted,
+            num_rejected_drafts=num_drafts - num_accepted if num_drafts else 0,
         )
 
     def fail(self, batch: Batch, error: str = "the step failed") -> list[Delta]:
@@ -412,6 +428,7 @@ class Scheduler:
         self._steps.remove(step)
         for commit in step.commits:
             self._cache.revoke(commit)
+        self._cache.forget_drafted()
         deltas = []
         for seq in step.sequences:
             seq.in_flight -= 1

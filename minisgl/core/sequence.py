@@ -60,6 +60,10 @@ class Sequence:
     num_fed: int = 0  # held when it took its row; later inputs are the device's own samples
 
     num_cached: int = 0  # prompt tokens found in the cache when it first ran
+    num_drafted: int = 0  # tokens before it have KV of the draft model
+    drafts_tried: float = 0.0  # of late, up to the first that was wrong
+    drafts_accepted: float = 0.0
+    memo: object = None  # what the proposer remembers of it
     preemptions: int = 0
     times_passed: int = 0  # admissions of others while it did not fit
     keeps_pages: bool = True  # whether its pages are cached when it ends

@@ -4,7 +4,7 @@ import msgspec
 
 from minisgl.core.executor import Limits
 from minisgl.core.request import Delta, Request
-from minisgl.core.scheduler import SchedulerStats
+from minisgl.core.stats import SchedulerStats
 
 
 class EngineInfo(msgspec.Struct, frozen=True):

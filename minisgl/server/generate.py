@@ -39,10 +39,14 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int = 0
+    accepted_drafts: int = 0
+    rejected_drafts: int = 0
     cached: dict[int, int] = field(default_factory=dict)  # prompt tokens found in the cache
 
     def add(self, request: int, delta: Delta, num_tokens: int) -> None:
         self.completion_tokens += num_tokens
+        self.accepted_drafts += min(delta.num_accepted_drafts, num_tokens)
+        self.rejected_drafts += delta.num_rejected_drafts
         # Further choices of a request find the first one's prompt in the cache; that is no hit.
         known = self.cached.get(request, delta.num_cached_tokens)
         self.cached[request] = min(known, delta.num_cached_tokens)

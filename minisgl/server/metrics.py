@@ -20,11 +20,14 @@ _GAUGES = {
     "num_waiting": ("minisgl_waiting_sequences", "Sequences that wait for a row or for pages"),
     "num_pages": ("minisgl_kv_pages", "Pages of the KV pool"),
     "num_free_pages": ("minisgl_kv_pages_free", "Pages that nobody holds"),
+    "draft_gain": ("minisgl_draft_gain", "Tokens a second against those without drafts"),
     "num_idle_pages": ("minisgl_kv_pages_idle", "Pages held by the prefix cache alone"),
 }
 _COUNTERS = {
     "num_queried_tokens": ("minisgl_cache_queried_tokens", "Prompt tokens looked up in the cache"),
     "num_hit_tokens": ("minisgl_cache_hit_tokens", "Prompt tokens found in the cache"),
+    "num_drafts": ("minisgl_draft_tokens", "Draft tokens verified"),
+    "num_accepted_drafts": ("minisgl_accepted_draft_tokens", "Draft tokens accepted"),
     "num_preemptions": ("minisgl_preemptions", "Sequences put back to be recomputed"),
 }
 

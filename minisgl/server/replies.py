@@ -207,9 +207,15 @@ class Reply:
 
 
 def usage_json(usage: Usage) -> Json:
-    return {
+    made = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
+    if usage.accepted_drafts or usage.rejected_drafts:
+        made["completion_tokens_details"] = {
+            "accepted_prediction_tokens": usage.accepted_drafts,
+            "rejected_prediction_tokens": usage.rejected_drafts,
+        }
+    return made

@@ -10,13 +10,17 @@ from collections import deque
 from dataclasses import dataclass, field
 from random import Random
 
+import msgspec
+
 from minisgl.core.batch import Batch, Chunk, RowSetup, StepOutput
 from minisgl.core.costmodel import CostModel, DeviceFacts, ModelFacts
 from minisgl.core.executor import Limits
+from minisgl.core.ngram import NGramProposer
 from minisgl.core.policy import SchedulerConfig
 from minisgl.core.request import Delta, Request, SamplingParams, TokenLogprobs
 from minisgl.core.scheduler import Scheduler
 from minisgl.core.sequence import Sequence
+from minisgl.core.speculation import PENDING, Speculation, propose_on_device
 
 VOCAB = 23
 EOS = 0
@@ -83,17 +87,23 @@ class Row:
     table: list[int]
     length: int = 0
     last: int = POISON
+    previous: int = POISON  # the token before it
     held: list[int] = field(default_factory=list)
 
 
 class HashExecutor:
     """Runs batches over the hash-chain model, and refuses whatever hardware could not run."""
 
-    def __init__(self, limits: Limits, random: Random, salts: dict[int, str]) -> None:
+    def __init__(
+        self, limits: Limits, random: Random, salts: dict[int, str], share_right: float = 0.5
+    ) -> None:
         self.limits = limits
         self.random = random
+        self.share_right = share_right  # of the draft model's proposals
         self.salts = salts  # of each sequence, by uid
         self.kv = [[POISON] * limits.page_size for _ in range(limits.num_pages)]
+        self.draft_kv = [[POISON] * limits.page_size for _ in range(limits.num_pages)]
+        self.num_proposed = 0
         self.rows: dict[int, Row] = {}
         self.epochs: set[tuple[int, int]] = set()
         self.queue: deque[Batch] = deque()
@@ -133,14 +143,28 @@ class HashExecutor:
             table = [POISON] * (self.limits.max_context + 1)
             self.rows[setup.row] = Row(setup, table, held=list(setup.token_ids))
         for job in self.random.sample(batch.copies, len(batch.copies)):
-            source, target = self.kv[job.source], self.kv[job.target]
-            assert POISON not in source[: job.num_tokens], "a copy of unwritten slots"
-            target[:] = source[: job.num_tokens] + [POISON] * (len(target) - job.num_tokens)
+            assert POISON not in self.kv[job.source][: job.num_tokens], "unwritten slots are copied"
+            for pool in (self.kv, self.draft_kv):
+                rest = [POISON] * (self.limits.page_size - job.num_tokens)
+                pool[job.target] = pool[job.source][: job.num_tokens] + rest
         for chunk in batch.chunks:
             row = self.rows[chunk.row]
             assert (row.setup.uid, row.setup.epoch) == (chunk.uid, chunk.epoch), "a stale row"
             row.table[chunk.page_index : chunk.page_index + len(chunk.pages)] = chunk.pages
         self._check_groups(batch)
+        for chunk in self.random.sample(batch.draft_chunks, len(batch.draft_chunks)):
+            row = self.rows[chunk.row]
+            assert (row.setup.uid, row.setup.epoch) == (chunk.uid, chunk.epoch), "a stale row"
+            assert len(chunk.token_ids) == chunk.length > 0
+            self._draft(chunk, chunk.start, chunk.token_ids)
+        proposed = {c.uid: self._propose(c) for c in batch.chunks if PENDING in c.drafts}
+        batch = msgspec.structs.replace(
+            batch,
+            chunks=[
+                msgspec.structs.replace(c, drafts=proposed.get(c.uid, c.drafts))
+                for c in batch.chunks
+            ],
+        )
         ids = {chunk.uid: self._inputs(chunk) for chunk in batch.chunks}
         written: set[tuple[int, int]] = set()
         for chunk in self.random.sample(batch.chunks, len(batch.chunks)):
@@ -201,6 +225,38 @@ class HashExecutor:
         assert value != POISON, "an unwritten slot is read"
         return value
 
+    def _draft(self, chunk: Chunk, start: int, token_ids: list[int]) -> None:
+        """The draft model computes tokens from `start` on, after KV that must all be right."""
+        row, value = self.rows[chunk.row], first_kv(self.salts[chunk.uid])
+        for position in range(start):
+            page, offset = self._slot(row, position)
+            drafted, value = self.draft_kv[page][offset], self.kv[page][offset]
+            assert drafted == value != POISON, "a hole is read"
+        for position, token in enumerate(token_ids, start):
+            page, offset = self._slot(row, position)
+            value = self.draft_kv[page][offset] = extend(value, token)
+
+    def _propose(self, chunk: Chunk) -> list[int]:
+        """Drafts, right or not, whose own KV but the last one's is left behind."""
+        row = self.rows[chunk.row]
+        assert chunk.drafts == [PENDING] * len(chunk.drafts)
+        self._draft(chunk, row.length - 1, [row.previous, row.last])
+        value = extend(self._read(row, row.length - 1), row.last)
+        kv = [self._read(row, position) for position in range(row.length)] + [value]
+        drafts: list[int] = []
+        for index in range(len(chunk.drafts)):
+            held = [*row.held, *drafts] if row.setup.params.needs_counts else None
+            token = next_token(kv, row.setup.choice, held)
+            if self.random.random() >= self.share_right:
+                token = self.random.randrange(VOCAB)
+            drafts.append(token)
+            kv.append(extend(kv[-1], token))
+            if index < len(chunk.drafts) - 1:
+                page, offset = self._slot(row, row.length + 1 + index)
+                self.draft_kv[page][offset] = kv[-1]
+        self.num_proposed += len(drafts)
+        return drafts
+
     def _write(self, chunk: Chunk, ids: list[int], written: set[tuple[int, int]]) -> None:
         row = self.rows[chunk.row]
         start = row.length
@@ -226,7 +282,7 @@ class HashExecutor:
             if index == len(chunk.drafts) or chunk.drafts[index] != token:
                 break
             kv.append(self._read(row, known + index))
-        row.last = new[-1]
+        row.last, row.previous = new[-1], [*ids, *new][len(ids) - len(chunk.drafts) + len(new) - 2]
         return new
 
 
@@ -237,10 +293,34 @@ def logprob_of(token: int) -> TokenLogprobs:
 # ---- the driver -----------------------------------------------------------------------------
 
 
+class Fickle(Speculation):
+    """Drafts in some steps and not in others, and lets the draft model follow prompts or not."""
+
+    def __init__(self, random: Random, *args, **facts) -> None:
+        super().__init__(*args, **facts)
+        self.random, self.steady = random, random.choice([0.5, 0.9, 1.0])
+
+    def begin(self, num_sequences: int) -> bool:
+        super().begin(num_sequences)
+        self._follows = self.random.random() < self.steady
+        return self.random.random() < self.steady
+
+
+def make_speculation(random: Random, chunk_size: int) -> Speculation:
+    kind = random.choice(["oracle", "ngram", "device", "device", "adaptive"])
+    count = random.randrange(1, 5)
+    if kind == "oracle":
+        return Speculation(make_drafter(random, random.random()), count, adaptive=False)
+    if kind == "ngram":
+        return Speculation(NGramProposer(1, random.randrange(1, 4)), count, adaptive=False)
+    kinds = {"device": Fickle, "adaptive": lambda _, *args, **facts: Speculation(*args, **facts)}
+    return kinds[kind](random, propose_on_device, count, on_device=True, chunk_size=chunk_size)
+
+
 def make_drafter(random: Random, share_right: float):
     """Proposes up to three tokens, right ones or not, pending tokens or not."""
 
-    def drafter(sequence: Sequence) -> list[int]:
+    def drafter(sequence: Sequence, most: int) -> list[int]:
         if random.random() < 0.3:
             return []
         request, held = sequence.request, sequence.token_ids(0, sequence.num_tokens)
@@ -254,7 +334,7 @@ def make_drafter(random: Random, share_right: float):
             wrong = first_draft or len(drafts) > sequence.num_pending
             wrong = wrong and random.random() >= share_right
             drafts.append(random.randrange(VOCAB) if wrong else right)
-        return drafts[sequence.num_pending :]
+        return drafts[sequence.num_pending :][:most]
 
     return drafter
 
@@ -305,13 +385,15 @@ class Trial:
         cost_model = None
         if target is not None or random.random() < 0.2:
             cost_model = CostModel(TINY_MODEL, DeviceFacts(1e6, 1e6, 1e-3))
-        drafter = make_drafter(random, random.random()) if random.random() < 0.4 else None
+        speculation = None
+        if random.random() < 0.4:
+            speculation = make_speculation(random, config.chunked_prefill_size)
         self.time = 0.0
         self.scheduler = Scheduler(
-            self.limits, config, (EOS,), cost_model, lambda: self.time, drafter
+            self.limits, config, (EOS,), cost_model, lambda: self.time, speculation
         )
         self.salts: dict[int, str] = {}
-        self.executor = HashExecutor(self.limits, random, self.salts)
+        self.executor = HashExecutor(self.limits, random, self.salts, random.random())
         self.requests: dict[str, Request] = {}
         self.said: dict[tuple[str, int], list[int]] = {}
         self.ends: dict[tuple[str, int], str] = {}

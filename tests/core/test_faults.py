@@ -12,6 +12,7 @@ from minisgl.core.pages import PagePool
 from minisgl.core.radix import RadixTree
 from minisgl.core.scheduler import Scheduler
 from minisgl.core.sequence import Sequence
+from minisgl.core.speculation import Speculation
 from tests.core.oracle import run_trial
 
 MOST_TRIALS = 1500
@@ -159,14 +160,44 @@ FAULTS = {
     "rejected drafts count as computed": (
         Scheduler,
         "_take_tokens",
-        "len(new) - 1",
-        "len(chunk.drafts)",
+        "seq.num_computed += num_accepted",
+        "seq.num_computed += num_drafts",
     ),
     "unread drafts get no pages": (
         Scheduler,
         "_plan_decode",
         "end = start + seq.num_slack + 1",
         "end = start + 1",
+    ),
+    "drafts that were rejected count as the draft model's": (
+        Speculation,
+        "take",
+        "seq.num_drafted += num_accepted",
+        "seq.num_drafted += num_drafts",
+    ),
+    "the draft model's own last proposal counts as computed": (
+        Speculation,
+        "planned",
+        "seq.num_drafted = start",
+        "seq.num_drafted = start + 1",
+    ),
+    "a page keeps the mark of what the draft model computed for another": (
+        KVCache,
+        "_take",
+        "self._drafted[pages] = 0",
+        "pass",
+    ),
+    "a copied page counts as the draft model's, whatever its source": (
+        KVCache,
+        "attach",
+        "min(self._drafted[match.source], match.num_copied)",
+        "match.num_copied",
+    ),
+    "a prefix hit counts as the draft model's": (
+        KVCache,
+        "_num_drafted",
+        "self._drafted is None",
+        "True: return most\n    if False",
     ),
     "a step is planned past the known end": (
         Scheduler,

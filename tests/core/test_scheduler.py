@@ -7,15 +7,16 @@ from minisgl.core.executor import Limits
 from minisgl.core.policy import SchedulerConfig
 from minisgl.core.request import Delta, Request, SamplingParams, TokenLogprobs
 from minisgl.core.scheduler import Scheduler
+from minisgl.core.speculation import Speculation
 
 EOS = 0
 
 
 def make(
-    num_pages=32, page_size=4, max_rows=8, max_context=512, drafter=None, **config
+    num_pages=32, page_size=4, max_rows=8, max_context=512, speculation=None, **config
 ) -> Scheduler:
     limits = Limits(num_pages, page_size, max_rows, max_context, 1000)
-    return Scheduler(limits, SchedulerConfig(**config), (EOS,), drafter=drafter)
+    return Scheduler(limits, SchedulerConfig(**config), (EOS,), speculation=speculation)
 
 
 def ask(prompt, name="r", salt="", priority=0, **params) -> Request:
@@ -151,7 +152,8 @@ def test_an_end_known_by_count_is_not_planned_past():
 
 
 def test_accepted_drafts_after_a_stop_are_dropped():
-    scheduler = make(drafter=lambda sequence: [5, EOS, 6] if not sequence.num_pending else [])
+    propose = Speculation(lambda seq, _: [] if seq.num_pending else [5, EOS, 6], 3, adaptive=False)
+    scheduler = make(speculation=propose)
     scheduler.add(ask([1, 2, 3]))
     step(scheduler)
     batch = scheduler.plan()
@@ -162,7 +164,7 @@ def test_accepted_drafts_after_a_stop_are_dropped():
 
 
 def test_drafts_never_reach_past_the_end():
-    scheduler = make(drafter=lambda sequence: [5] * 10)
+    scheduler = make(speculation=Speculation(lambda _, n: [5] * n, 10, adaptive=False))
     scheduler.add(ask([1, 2, 3], max_tokens=4))
     step(scheduler)
     assert scheduler.plan().chunks[0].drafts == [5, 5]

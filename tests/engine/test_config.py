@@ -37,6 +37,17 @@ from minisgl.config import EngineConfig, ServerConfig
         ),
         ({"disable_radix_cache": "no"}, TypeError, "disable_radix_cache must be bool"),
         ({"log_level": "loud"}, ValueError, "log_level must be one of"),
+        (
+            {"speculative_num_draft_tokens": 17},
+            ValueError,
+            "speculative_num_draft_tokens must be at most 16, got 17",
+        ),
+        ({"speculative_ngram_min": 0}, ValueError, "speculative_ngram_min must be at least 1"),
+        (
+            {"speculative_ngram_min": 5},
+            ValueError,
+            "speculative_ngram_max must be at least speculative_ngram_min (5), got 4",
+        ),
         ({"model": 3}, TypeError, "model must be str or None, got 3 (int)"),
     ],
 )

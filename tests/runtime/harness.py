@@ -12,6 +12,7 @@ from minisgl.core.executor import GrammarMasks, Limits
 from minisgl.core.policy import SchedulerConfig
 from minisgl.core.request import Delta, Request, SamplingParams, TokenLogprobs
 from minisgl.core.scheduler import Scheduler
+from minisgl.core.speculation import Speculation
 from minisgl.device import CpuDevice
 from minisgl.layers.attention import ForwardInputs
 from minisgl.models.config import ModelConfig
@@ -109,12 +110,12 @@ def serve(
     *,
     overlap: bool = True,
     config: SchedulerConfig | None = None,
-    drafter: Callable | None = None,
+    speculation: Speculation | None = None,
     masks: Masks | None = None,
     arrive: int = 1,
 ) -> Served:
     """Serve requests, `arrive` more of them before every plan."""
-    scheduler = Scheduler(executor.limits, config, EOS, drafter=drafter)
+    scheduler = Scheduler(executor.limits, config, EOS, speculation=speculation)
     served = Served({}, scheduler, [], [])
     waiting, flying = deque(requests), deque[Batch]()
     while waiting or scheduler.has_work:

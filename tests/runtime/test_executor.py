@@ -9,6 +9,7 @@ from minisgl.core.batch import Batch, Chunk, RowSetup
 from minisgl.core.executor import GrammarMasks
 from minisgl.core.policy import SchedulerConfig
 from minisgl.core.request import Request, SamplingParams
+from minisgl.core.speculation import Speculation
 from minisgl.runtime.executor import LocalExecutor
 from minisgl.runtime.sampler import Sampler
 from tests.runtime.harness import (
@@ -104,19 +105,19 @@ class Drafter:
     def __init__(self, known: dict[str, list[int]], count: int, spoil: int) -> None:
         self.known, self.count, self.spoil, self.calls = known, count, spoil, 0
 
-    def __call__(self, sequence) -> list[int]:
+    def __call__(self, sequence, most: int) -> list[int]:
         self.calls += 1
         known = self.known[sequence.request.id, sequence.choice]
         done = len(sequence.output)
         drafts = known[done : done + self.calls % (self.count + 1)]
         if self.spoil and self.calls % self.spoil == 0:
             drafts = [(token + 1) % VOCAB for token in drafts]
-        return drafts
+        return drafts[:most]
 
 
 @pytest.mark.parametrize("graph_widths", [(1,), (4,), (1, 2, 4)])
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("spoil", [0, 1, 3])
+@pytest.mark.parametrize("spoil", [0, 1, 5])
 def test_drafts_never_change_the_output(executors, overlap, spoil, graph_widths):
     """Penalties, seeds, log-probabilities: verified text equals plain sampling's, token by token.
 
@@ -127,7 +128,10 @@ def test_drafts_never_change_the_output(executors, overlap, spoil, graph_widths)
     plain = serve(executors(graphs=False), requests)
     executor = executors(graph_widths=graph_widths)
     drafter = Drafter(plain.tokens, 3, spoil)
-    drafted = serve(executor, requests, overlap=overlap, drafter=drafter, config=SMALL_STEPS)
+    speculation = Speculation(drafter, 3, adaptive=False)
+    drafted = serve(
+        executor, requests, overlap=overlap, speculation=speculation, config=SMALL_STEPS
+    )
     assert drafted.tokens == plain.tokens
     for key, result in drafted.results.items():
         ids = [entry.token_id for entry in result.logprobs]

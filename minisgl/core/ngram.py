@@ -1,0 +1,100 @@
+"""Drafts without a second model: what followed the last few tokens where they stood before.
+
+Prompt lookup (Saxena, "Prompt Lookup Decoding", 2023): the longest run of tokens that ends the
+text and occurs earlier in it, the latest occurrence first, is taken to go on as it did there.
+Where the text itself says nothing, the radix tree may: a prompt asked before has its answer there.
+"""
+
+from collections.abc import Callable
+
+from minisgl.core.sequence import Sequence
+
+# The cached tokens that follow a sequence's tokens and these guesses, at most so many of them.
+Continuation = Callable[[Sequence, list[int], int], list[int]]
+
+
+class _Text:
+    """One sequence's tokens, indexed, and what was foreseen when it was last planned."""
+
+    __slots__ = ("after", "drafts", "lead", "num_known", "num_output", "tokens")
+
+    def __init__(self, prompt: list[int], sizes: range) -> None:
+        self.tokens = list(prompt)
+        self.num_output = 0
+        # By size: a run of tokens -> the position after its latest occurrence, which holds one.
+        self.after: dict[int, dict[tuple[int, ...], int]] = {}
+        for size in sizes:
+            last = max(len(prompt) - size, 0)
+            runs = zip(*(prompt[i : last + i] for i in range(size)), strict=True)
+            self.after[size] = dict(zip(runs, range(size, size + last), strict=True))
+        self.num_known = 0  # tokens then; they would go on with `lead`, then `drafts`
+        self.lead: list[int] = []
+        self.drafts: list[int] = []
+
+    def extend(self, output: list[int]) -> None:
+        """Take in the tokens of `output` that are new."""
+        tokens = self.tokens
+        for token in output[self.num_output :]:
+            end = len(tokens)
+            for size, after in self.after.items():
+                if end >= size:
+                    after[tuple(tokens[end - size :])] = end
+            tokens.append(token)
+        self.num_output = len(output)
+
+    def in_flight(self) -> list[int]:
+        """The drafts being verified, if what they follow has come true."""
+        known, lead = self.num_known, self.lead
+        if self.tokens[known:] != lead:
+            return []
+        return self.drafts
+
+    def foresee(self, path: list[int], count: int) -> list[int]:
+        """The `count` tokens after the text and `path`, or [] where no run of tokens says."""
+        tokens = self.tokens
+        known = len(tokens)
+        tokens += path  # and then what is foreseen: a period goes on for ever
+        for size in sorted(self.after, reverse=True):
+            position = self.after[size].get(tuple(tokens[-size:]))
+            if position is not None:
+                start = len(tokens)
+                for index in range(position, position + count):
+                    tokens.append(tokens[index])
+                found = tokens[start:]
+                break
+        else:
+            found = []
+        del tokens[known:]
+        return found
+
+
+class NGramProposer:
+    """Proposes by the runs of `min_match` to `max_match` tokens of a sequence.
+
+    While a step is unread, its drafts and one token after them are foreseen too, and the proposal
+    starts there. A wrong guess costs acceptance, nothing else.
+    """
+
+    def __init__(self, min_match: int, max_match: int) -> None:
+        """ValueError: matches that are not at least 1 and in order."""
+        if not 1 <= min_match <= max_match:
+            raise ValueError(
+                f"the smallest match must be at least 1 and at most the largest ({max_match}), "
+                f"got {min_match}"
+            )
+        self._sizes = range(min_match, max_match + 1)
+        self.continuation: Continuation | None = None  # set by whoever has a radix tree
+
+    def __call__(self, sequence: Sequence, count: int) -> list[int]:
+        text = sequence.memo
+        if not isinstance(text, _Text):
+            text = sequence.memo = _Text(sequence.request.prompt_token_ids, self._sizes)
+        text.extend(sequence.output)
+        pending = sequence.num_pending
+        path = text.in_flight() if pending else []
+        found = text.foresee(path, pending + count)
+        if not found and self.continuation is not None:
+            found = self.continuation(sequence, path, pending + count)
+        text.num_known = len(text.tokens)
+        text.lead, text.drafts = path + found[:pending], found[pending:]
+        return text.drafts

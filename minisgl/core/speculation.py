@@ -1,0 +1,253 @@
+"""Speculation as the scheduler sees it: how many drafts each sequence gets, and whether it pays.
+
+A proposer names tokens that may follow; one step of the target verifies them all, and keeps those
+that it would have sampled itself (Leviathan et al., "Fast Inference from Transformers via
+Speculative Decoding", 2023, with noise shared instead of rejection). With each draft accepted with
+probability p, k drafts give 1 + p + ... + p^k tokens a step.
+
+A draft model keeps KV of its own, on the target's pages. What it has not computed of a sequence,
+because nothing was drafted meanwhile or a cached prefix came without, is counted and caught up by
+draft chunks before it proposes again.
+"""
+
+from collections.abc import Callable
+
+from minisgl.core.batch import Batch, Chunk, StepOutput
+from minisgl.core.sequence import Sequence
+
+PENDING = -1  # a draft that only the device knows
+NONE: list[int] = []
+
+# Names up to so many tokens that may follow those a sequence holds and has pending.
+Proposer = Callable[[Sequence, int], list[int]]
+
+RATE = 0.1  # of moving averages
+FEW = 4  # measured steps with drafts from which on they are judged
+FEW_TOKENS = 24  # and so many sequences in them together
+HOPELESS = 1.25  # the gain, were every draft accepted, that is judged at once
+REFRESH = 256  # steps after which a plain one is measured again
+PROBE_AFTER = 128  # steps after which drafting is tried anew where it did not pay; doubles
+PROBE_MOST = 8192
+PROBE_TOKENS = 256  # of catching up in a step then
+RETRY_AFTER = 32  # plans after which a sequence without luck gets a draft again
+PRIOR = 4.0  # drafts that the common acceptance counts for in a sequence's own
+FORGETTING = 0.97  # of a sequence's drafts, per step
+
+
+def propose_on_device(sequence: Sequence, count: int) -> list[int]:
+    """The proposer of a draft model: what it proposes is known on the device."""
+    return [PENDING] * count
+
+
+class _Load:
+    """What drafting costs and gains at one number of decoding sequences (a power of two)."""
+
+    def __init__(self) -> None:
+        self.plain = 0.0  # seconds of a step without drafts
+        self.pays = True  # until measured
+        self._num_plain = 0
+        self._turns = 0  # steps since `pays` changed, or a plain step was measured on purpose
+        self._patience = PROBE_AFTER
+        self._forget()
+
+    def _forget(self) -> None:
+        self.slowdown = 1.0  # of a step with drafts, against a plain one
+        self.tokens = 1.0  # that a sequence gets from it
+        self.drafts = 0.0  # the most of a sequence in it
+        self._num_drafted = 0
+
+    @property
+    def gain(self) -> float:
+        """Tokens per second with drafts, against those without."""
+        return self.tokens / self.slowdown
+
+    @property
+    def cost(self) -> float:
+        """What one more draft for every sequence adds to a step, as a share of a plain one."""
+        if self._num_drafted < FEW:
+            return 0.0
+        return max(self.slowdown - 1.0, 0.0) / self.drafts
+
+    def turn(self) -> bool:
+        """A step begins: whether it may draft."""
+        self._turns += 1
+        if self._num_plain < 2:
+            return False
+        if self.pays:
+            return self._turns < REFRESH
+        if self._turns == self._patience:
+            self._forget()
+        return self._turns >= self._patience
+
+    def observe(self, seconds: float, count: int, num_drafts: int, tokens: float) -> None:
+        """A step of `count` sequences decoding, of so many drafts at most and tokens on average."""
+        if not num_drafts:
+            self._num_plain += 1
+            self.plain = _average(self.plain, seconds, self._num_plain)
+            if self.pays:
+                self._turns %= REFRESH
+            return
+        if not self.plain:
+            return
+        self._num_drafted += 1
+        n = self._num_drafted
+        self.slowdown = _average(self.slowdown, seconds / self.plain, n)
+        self.drafts = _average(self.drafts, num_drafts, n)
+        self.tokens = _average(self.tokens, tokens, n)
+        hopeless = n > 1 and (1.0 + self.drafts) / self.slowdown < HOPELESS
+        if hopeless or (n >= FEW and n * count >= FEW_TOKENS):
+            self.judge(self.gain >= 1.0)
+
+    def judge(self, pays: bool) -> None:
+        """Measured: whether to draft at this load. A refusal holds the longer the more follow."""
+        if pays:
+            self._patience = PROBE_AFTER
+        elif not self.pays:
+            self._patience = min(self._patience * 2, PROBE_MOST)
+        if not (pays and self.pays):
+            self._turns = 0
+        self.pays = pays
+
+
+def _average(before: float, value: float, count: int) -> float:
+    """A moving average that starts as a mean; a single stray value counts three times at most."""
+    if count > 3:
+        value = min(value, 3.0 * before)
+    return before + max(RATE, 1.0 / count) * (value - before)
+
+
+class Speculation:
+    """Asks `proposer` for up to `num_draft_tokens` drafts for each sequence in each step.
+
+    `on_device` is a draft model: at most `chunk_size` tokens a step are computed by it beside the
+    proposals. With `adaptive`, a sequence gets as many drafts as pay by its measured acceptance,
+    and none do where steps of that many sequences are measured to gain nothing.
+    """
+
+    def __init__(
+        self,
+        proposer: Proposer,
+        num_draft_tokens: int,
+        *,
+        on_device: bool = False,
+        adaptive: bool = True,
+        chunk_size: int = 2048,
+    ) -> None:
+        self.on_device = on_device
+        self.num_drafts = 0  # verified
+        self.num_accepted = 0  # of those
+        self._proposer = proposer
+        self._most = num_draft_tokens
+        self._adaptive = adaptive
+        self._chunk_size = chunk_size
+        self._loads: dict[int, _Load] = {}
+        self._load = _Load()
+        self._acceptance = 0.75  # of all sequences, until measured
+        self._turns = 0
+        self._retries = False  # whether this step is one to try sequences without luck again
+        self._chunks: list[tuple[Sequence, Chunk]] = []
+        self._left = 0  # tokens that may still be caught up in this plan
+        self._follows = True  # whether prompts go through the draft model too
+
+    @property
+    def gain(self) -> float:
+        """Tokens per second against those without drafts, as measured at the present load."""
+        return self._load.gain if self._load.pays else 1.0
+
+    def begin(self, num_sequences: int) -> bool:
+        """A plan begins; whether its `num_sequences` decoding sequences may have drafts."""
+        self._chunks = []
+        self._left = self._chunk_size
+        if not self._adaptive:
+            return True
+        bucket = num_sequences.bit_length()
+        if bucket not in self._loads:
+            self._loads[bucket] = _Load()
+        load = self._load = self._loads[bucket]
+        may = load.turn()
+        if may and load.pays and not self._best_count(self._acceptance):
+            load.judge(False)
+            may = False
+        self._retries = self._turns % RETRY_AFTER == 0
+        self._turns += 1
+        self._follows = load.pays
+        if may and not load.pays:
+            self._left = PROBE_TOKENS
+        return may
+
+    def propose(self, seq: Sequence, most: int) -> list[int]:
+        """Up to `most` drafts for a decoding sequence."""
+        count = min(self._count(seq) if self._adaptive else self._most, most)
+        if count <= 0:
+            return NONE
+        if self.on_device and not self._catch_up(seq, seq.num_computed - 1):
+            return NONE
+        return self._proposer(seq, count)
+
+    def follow(self, seq: Sequence, stop: int) -> None:
+        """The target computes a sequence's prompt up to `stop`: so does the draft model."""
+        if self.on_device and self._follows:
+            self._catch_up(seq, stop)
+
+    def finish(self) -> list[tuple[Sequence, Chunk]]:
+        """A plan is complete: what the draft model computes before it proposes."""
+        return self._chunks
+
+    def planned(self, seq: Sequence, start: int) -> None:
+        """Drafts of a sequence, after its tokens [0, start], are in the plan."""
+        seq.num_drafted = start
+
+    def take(self, seq: Sequence, num_drafts: int, num_accepted: int) -> None:
+        """Drafts of a sequence have been verified."""
+        if self.on_device:
+            # The token after the last accepted one is the next proposal's to compute.
+            seq.num_drafted += num_accepted
+        self.num_drafts += num_drafts
+        self.num_accepted += num_accepted
+        tried = num_accepted + (num_accepted < num_drafts)
+        seq.drafts_tried = FORGETTING * seq.drafts_tried + tried
+        seq.drafts_accepted = FORGETTING * seq.drafts_accepted + num_accepted
+        self._acceptance += 0.01 * tried * (num_accepted / tried - self._acceptance)
+
+    def observe(self, batch: Batch, output: StepOutput) -> None:
+        """Learn from a step's measured time, if it did nothing but decode."""
+        count = batch.num_decode
+        if batch.draft_chunks or count != len(batch.chunks) or output.seconds <= 0.0:
+            return
+        load = self._loads.get(count.bit_length())
+        if load is not None:
+            num_drafts = max(len(chunk.drafts) for chunk in batch.chunks)
+            load.observe(output.seconds, count, num_drafts, sum(map(len, output.token_ids)) / count)
+
+    def _count(self, seq: Sequence) -> int:
+        """A sequence's number of drafts by its acceptance, of which all tell something."""
+        accepted = seq.drafts_accepted + PRIOR * self._acceptance
+        count = self._best_count(accepted / (seq.drafts_tried + PRIOR))
+        return max(count, int(self._retries))
+
+    def _best_count(self, p: float) -> int:
+        """The number of drafts with the most tokens per second, at acceptance `p`."""
+        cost = self._load.cost
+        best, count, tokens, reached = 1.0, 0, 1.0, 1.0
+        for k in range(1, self._most + 1):
+            reached *= p
+            tokens += reached
+            if tokens / (1.0 + cost * k) > best:
+                best, count = tokens / (1.0 + cost * k), k
+        return count
+
+    def _catch_up(self, seq: Sequence, stop: int) -> bool:
+        """Let the draft model compute a sequence's tokens up to `stop`; False: not all yet."""
+        start = seq.num_drafted
+        if start >= stop:
+            return True
+        count = min(stop - start, self._left)
+        if count < stop - start and not self._follows:
+            return False  # a probe is not worth a long chunk
+        if count > 0:
+            ids = seq.token_ids(start, start + count)
+            chunk = Chunk(seq.uid, seq.epoch, seq.row, start, count, ids, 0, NONE, False)
+            self._chunks.append((seq, chunk))
+            self._left -= count
+            seq.num_drafted = start + count
+        return seq.num_drafted == stop

@@ -1,0 +1,24 @@
+"""The scheduler's figures, in plain numbers: they cross the process border."""
+
+import msgspec
+
+
+class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the scheduler stands, and what it has done since it began."""
+
+    num_running: int
+    num_waiting: int
+    num_pages: int
+    num_free_pages: int
+    num_cached_pages: int  # in the radix tree, shared with sequences or not
+    num_idle_pages: int  # in the radix tree alone: evictable
+    num_steps: int
+    num_prompt_tokens: int  # computed, recomputed ones included
+    num_output_tokens: int
+    num_queried_tokens: int  # of prompts looked up in the cache
+    num_hit_tokens: int  # of those, found
+    num_preemptions: int
+    num_finished: int
+    num_drafts: int  # verified
+    num_accepted_drafts: int
+    draft_gain: float  # tokens per second against those without drafts, as measured at this load

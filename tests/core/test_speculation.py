@@ -1,0 +1,241 @@
+"""N-gram proposals, and how many drafts a sequence gets by what steps cost and drafts bring."""
+
+from random import Random
+
+import pytest
+
+from minisgl.core.batch import Batch, Chunk, StepOutput
+from minisgl.core.executor import Limits
+from minisgl.core.ngram import NGramProposer
+from minisgl.core.request import Request, SamplingParams
+from minisgl.core.scheduler import Scheduler
+from minisgl.core.sequence import Sequence, make_sequences
+from minisgl.core.speculation import PENDING, Speculation, propose_on_device
+
+LIMITS = Limits(8000, 4, 64, 4000, 1000)
+
+
+def sequence_of(prompt: list[int], output: tuple[int, ...] = ()) -> Sequence:
+    request = Request("r", prompt, SamplingParams(max_tokens=500))
+    (sequence,) = make_sequences(request, LIMITS, frozenset(), 0, 0.0)
+    for token in output:
+        sequence.accept([token])
+    return sequence
+
+
+# ---- n-grams ----------------------------------------------------------------------------------
+
+
+def brute_force(tokens: list[int], smallest: int, largest: int, count: int) -> list[int]:
+    """The latest earlier occurrence of the longest suffix, searched for from the end."""
+    for size in range(min(largest, len(tokens) - 1), smallest - 1, -1):
+        for end in range(len(tokens) - 1, size - 1, -1):
+            if tokens[end - size : end] == tokens[len(tokens) - size :]:
+                grown = list(tokens)
+                for index in range(end, end + count):
+                    grown.append(grown[index])
+                return grown[len(tokens) :]
+    return []
+
+
+@pytest.mark.parametrize("smallest", [1, 2])
+@pytest.mark.parametrize("alphabet", [2, 5])
+def test_the_index_finds_what_a_search_finds(smallest, alphabet):
+    random = Random(smallest * 10 + alphabet)
+    for _ in range(150):
+        prompt = [random.randrange(alphabet) for _ in range(random.randrange(1, 12))]
+        sequence, proposer = sequence_of(prompt), NGramProposer(smallest, 4)
+        for _ in range(random.randrange(15)):
+            for _ in range(random.randrange(1, 4)):
+                sequence.accept([random.randrange(alphabet)])
+            held = prompt + sequence.output
+            assert proposer(sequence, 3) == brute_force(held, smallest, 4, 3)
+
+
+def test_the_unread_token_is_foreseen():
+    sequence = sequence_of([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2])
+    sequence.num_pending = 1  # 3, if all goes well
+    proposer = NGramProposer(2, 3)
+    assert proposer(sequence, 2) == [4, 5]
+    sequence.accept([3])  # read; 4, 5 and one more are in flight
+    assert proposer(sequence, 2) == [7, 8]
+    sequence.accept([4, 5, 6])
+    assert proposer(sequence, 2) == [1, 2]
+
+
+def test_after_a_wrong_guess_the_drafts_in_flight_are_not_built_upon():
+    sequence = sequence_of([1, 2, 3, 4, 5, 6, 7, 8, 9, 7, 8, 1, 2])
+    sequence.num_pending = 1
+    proposer = NGramProposer(2, 3)
+    assert proposer(sequence, 2) == [4, 5]
+    sequence.accept([7])  # and not 3: 4 and 5 will be refused
+    assert proposer(sequence, 2) == []
+    sequence.accept([8])
+    assert proposer(sequence, 2) == [2, 7]  # 1 is pending
+
+
+def test_where_the_text_is_silent_the_cache_may_speak():
+    """The same prompt again: its answer lies in the radix tree."""
+    proposer = NGramProposer(2, 4)
+    scheduler = Scheduler(LIMITS, speculation=Speculation(proposer, 3, adaptive=False))
+    answer = [11, 12, 13, 14, 15, 16, 17, 18, 19]
+
+    def ask(name: str) -> int:
+        scheduler.add(Request(name, [1, 2, 3, 4, 5], SamplingParams(max_tokens=9)))
+        steps, said = 0, []
+        while scheduler.has_work:
+            batch, steps = scheduler.plan(), steps + 1
+            (chunk,) = batch.chunks
+            right = answer[len(said) : len(said) + len(chunk.drafts) + 1]
+            new = right[:1]
+            for draft, token in zip(chunk.drafts, right, strict=False):
+                if draft != token:
+                    break
+                new = right[: len(new) + 1]
+            (delta,) = scheduler.update(batch, StepOutput(batch.step, [new]))
+            said += delta.token_ids
+        assert said == answer
+        return steps
+
+    assert ask("first") == 9
+    assert ask("silent") == 9
+    proposer.continuation = scheduler.continuation
+    assert ask("again") == 3
+    stats = scheduler.stats()
+    assert stats.num_accepted_drafts == stats.num_drafts == 6
+
+
+# ---- how many ---------------------------------------------------------------------------------
+
+
+class Simulated:
+    """Decoding sequences whose drafts are right with `share`, in steps of `seconds(width)`."""
+
+    def __init__(self, share: float, seconds, count: int = 4, *, on_device: bool = False) -> None:
+        self.random, self.share, self.seconds = Random(0), share, seconds
+        proposer = propose_on_device if on_device else lambda sequence, most: [7] * most
+        self.speculation = Speculation(proposer, 4, on_device=on_device)
+        self.scheduler = Scheduler(LIMITS, speculation=self.speculation)
+        for index in range(count):
+            params = SamplingParams(max_tokens=3500, ignore_eos=True)
+            self.scheduler.add(Request(str(index), [index + 1], params))
+        self.clock = 0.0
+        self.said = 0
+        self.widths: list[int] = []
+
+    def run(self, steps: int) -> "Simulated":
+        for _ in range(steps):
+            batch = self.scheduler.plan()
+            new = [self._verify(chunk) for chunk in batch.chunks]
+            self.widths.append(max(chunk.length for chunk in batch.chunks))
+            seconds = self.seconds(self.widths[-1]) * self.random.uniform(0.9, 1.1)
+            self.clock += seconds
+            self.said += sum(map(len, new))
+            self.scheduler.update(batch, StepOutput(batch.step, new, seconds=seconds))
+        return self
+
+    def _verify(self, chunk: Chunk) -> list[int]:
+        new = [5] * chunk.samples
+        for _ in chunk.drafts:
+            if self.random.random() >= self.share:
+                break
+            new.append(5)
+        return new
+
+
+def flat(width: int) -> float:
+    return 0.010 + 0.0002 * width
+
+
+def steep(width: int) -> float:
+    return 0.010 * width
+
+
+def test_drafts_that_cost_nothing_are_used_to_the_full():
+    run = Simulated(0.9, flat).run(200)
+    assert run.widths[-20:].count(5) >= 18
+    assert run.scheduler.stats().draft_gain > 3.0
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_where_they_cost_more_than_they_bring_nothing_is_drafted(on_device):
+    """Probes included, a loaded server loses next to nothing."""
+    run = Simulated(0.8, steep, on_device=on_device).run(350)
+    assert run.widths[-250:].count(1) > 230
+    assert run.scheduler.stats().draft_gain == 1.0
+    plain = 350 * 4 / (350 * steep(1))
+    assert run.said / run.clock > 0.9 * plain
+
+
+def test_drafting_comes_back_when_it_pays_again():
+    run = Simulated(0.9, steep, count=1).run(60)
+    assert run.widths[-20:].count(1) >= 18
+    run.seconds = flat
+    run.run(160)
+    assert run.widths[-10:].count(5) >= 8
+
+
+def test_a_sequence_gets_as_many_as_its_acceptance_is_worth():
+    def costly(width: int) -> float:
+        return 0.010 * (1 + 0.12 * (width - 1))
+
+    lucky, middling, hopeless = (
+        Simulated(share, costly, count=1).run(150) for share in (0.95, 0.5, 0.02)
+    )
+
+    def mean(run: Simulated) -> float:
+        return sum(run.widths[-50:]) / 50
+
+    assert mean(lucky) > 4.5
+    assert 1.5 < mean(middling) < 4.0
+    assert mean(hopeless) < 1.5
+
+
+def test_sequences_of_one_batch_differ():
+    run = Simulated(0.0, flat, count=2)
+    lucky = run.scheduler._running
+
+    def verify(chunk: Chunk) -> list[int]:
+        return [5] * (chunk.length if chunk.uid == 0 else 1) if chunk.samples else []
+
+    run._verify = verify
+    run.run(150)
+    assert len(lucky) == 2
+    batch = run.scheduler.plan()
+    drafts = {chunk.uid: len(chunk.drafts) for chunk in batch.chunks}
+    assert drafts[0] == 4
+    assert drafts[1] <= 1
+
+
+# ---- the draft model's holes ------------------------------------------------------------------
+
+
+def decode(speculation: Speculation, scheduler: Scheduler) -> Batch:
+    batch = scheduler.plan()
+    new = [[5] for _ in batch.chunks]
+    scheduler.update(batch, StepOutput(batch.step, new))
+    return batch
+
+
+def test_what_was_decoded_without_drafts_is_caught_up_before_the_next_proposal():
+    speculation = Speculation(propose_on_device, 2, on_device=True, adaptive=False, chunk_size=8)
+    scheduler = Scheduler(LIMITS, speculation=speculation)
+    scheduler.add(Request("r", list(range(1, 7)), SamplingParams(max_tokens=100)))
+    batch = decode(speculation, scheduler)
+    ((chunk,),) = (batch.draft_chunks,)  # the prompt goes through the draft model beside it
+    assert (chunk.start, chunk.token_ids, chunk.samples) == (0, [1, 2, 3, 4, 5, 6], False)
+    begin, speculation.begin = speculation.begin, lambda count: bool(begin(count)) and False
+    for _ in range(14):
+        batch = decode(speculation, scheduler)
+        assert not batch.draft_chunks
+        assert not batch.chunks[0].drafts
+    speculation.begin = begin
+    first, second, third = (decode(speculation, scheduler) for _ in range(3))
+    assert [(c.start, c.length) for c in first.draft_chunks] == [(6, 8)]  # as many as fit
+    assert first.chunks[0].drafts == []
+    assert [(c.start, c.length) for c in second.draft_chunks] == [(14, 6)]
+    assert second.draft_chunks[0].token_ids == [5] * 6
+    assert second.chunks[0].drafts == [PENDING] * 2
+    assert second.chunks[0].start == 21  # its proposal begins one token before
+    assert not third.draft_chunks
+    assert third.chunks[0].drafts == [PENDING] * 2
