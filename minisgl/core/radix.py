@@ -79,11 +79,11 @@ class RadixTree:
         if child is not None:
             if done + inside < len(tokens):
                 return []
-            return child.key[inside : inside + count].tolist()
+            return list[int](child.key[inside : inside + count].tolist())
         if done < len(tokens) or not node.children:
             return []
         latest = max(node.children, key=attrgetter("used"))
-        return latest.key[:count].tolist()
+        return list[int](latest.key[:count].tolist())
 
     def insert(self, namespace: str, tokens: Tokens, pages: list[int]) -> None:
         """Store `tokens` with their `pages`; what is there already stays as it is.
