@@ -11,7 +11,8 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not gpu" --durations=5
 # mypy --strict: the pure core, the engine, the native loader and every protocol.
 TYPED := $(wildcard minisgl/__init__.py minisgl/core minisgl/engine minisgl/csrc minisgl/log.py \
-	minisgl/child.py minisgl/config.py minisgl/device minisgl/parallel/__init__.py minisgl/kernels/op.py)
+	minisgl/child.py minisgl/config.py minisgl/trace.py minisgl/device minisgl/parallel/__init__.py \
+	minisgl/kernels/op.py)
 
 # $(call stage,name,command): says what runs, and how long it took.
 define stage

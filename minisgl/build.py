@@ -78,7 +78,13 @@ def build_engine(config: EngineConfig) -> Engine:
         eos_token_ids=list(built.facts.eos_token_ids),
         limits=limits,
     )
-    return Engine(scheduler, built.executor, info, overlap=not config.disable_overlap_schedule)
+    return Engine(
+        scheduler,
+        built.executor,
+        info,
+        overlap=not config.disable_overlap_schedule,
+        profile_dir=config.profile_dir,
+    )
 
 
 def _build(config: EngineConfig) -> _Built:
@@ -100,7 +106,8 @@ def _build(config: EngineConfig) -> _Built:
         device.close()
         raise
     log.info("model %s is ready after %.1f s", path.name, time.perf_counter() - started)
-    return _Built(LocalExecutor(worker), facts, path, device)
+    executor = LocalExecutor(worker, trace_details=config.profile_dir is not None)
+    return _Built(executor, facts, path, device)
 
 
 def _say_device(config: EngineConfig, device: Device) -> None:

@@ -20,6 +20,7 @@ from minisgl.log import configure
 from minisgl.serve import flags_parser, read_flags
 
 HELP = "Ctrl-C stops an answer, /reset forgets the conversation, /exit or Ctrl-D ends."
+HELP_PROFILE = "/profile starts a profile; the next /profile ends and writes it."
 
 Conversation = list[dict[str, str]]
 
@@ -39,6 +40,9 @@ class Partner(Protocol):
 
     def answer(self, messages: Conversation) -> Generator[str, None, None]:
         """The pieces of an answer. Raises ValueError or RuntimeError saying why there is none."""
+
+    def profile(self) -> str:
+        """Start a profile or end the one that runs; what came of it. ValueError: why not."""
 
 
 class RemotePartner:
@@ -73,6 +77,9 @@ class RemotePartner:
                 for choice in chunk["choices"]:
                     yield choice["delta"].get("content") or ""
 
+    def profile(self) -> str:
+        raise ValueError("a server is profiled by POST /profile/start and /profile/stop")
+
     def _request(self, method: str, path: str, body: Any) -> http.client.HTTPResponse:
         secure = self._url.scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
@@ -104,11 +111,20 @@ class LocalPartner:
         self._params = SamplingParams(
             temperature=options.temperature, max_tokens=options.max_tokens
         )
+        self._profiling = False
 
     def answer(self, messages: Conversation) -> Generator[str, None, None]:
         prompt = self._llm.tokenizer.encode_chat(messages)
         with closing(self._llm.stream(prompt, self._params)) as pieces:
             yield from pieces
+
+    def profile(self) -> str:
+        if self._profiling:
+            self._profiling = False
+            return "\n".join(self._llm.stop_profile())
+        directory = self._llm.start_profile()
+        self._profiling = True
+        return f"profiling into {directory} until the next /profile"
 
     def __enter__(self) -> "LocalPartner":
         return self
@@ -131,6 +147,11 @@ def converse(partner: Partner, system: str | None) -> None:
             return
         if said == "/reset":
             messages = list(start)
+        elif said == "/profile":
+            try:
+                print(partner.profile())
+            except ValueError as error:
+                print(f"minisgl.chat: {error}", file=sys.stderr)
         elif said:
             answer = _show(partner, [*messages, {"role": "user", "content": said}])
             if answer is not None:
@@ -174,6 +195,8 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"minisgl.chat: {error}", file=sys.stderr)
         return 1
     print(HELP)
+    if config.profile_dir is not None:
+        print(HELP_PROFILE)
     with partner as ready:
         converse(ready, options.system)
     return 0

@@ -56,6 +56,7 @@ class EngineConfig:
     speculative_ngram_min: int = _option(2, "shortest run of tokens that ngram looks up")
     speculative_ngram_max: int = _option(4, "longest run of tokens that ngram looks up")
     random_seed: int = _option(0, "seed of dummy weights")
+    profile_dir: str | None = _option(None, "folder of profiler traces; start and stop by request")
     log_level: LogLevel = _option("info", "what is logged to stderr")
 
     def __post_init__(self) -> None:
@@ -67,6 +68,8 @@ class EngineConfig:
             raise ValueError(f"device must be auto, cpu, cuda or cuda:<index>, got {self.device!r}")
         _require_at_least(self, 1, "tp_size", "max_running_requests", "chunked_prefill_size")
         _require_at_least(self, 1, "max_total_tokens", "context_length", "cuda_graph_max_bs")
+        if self.profile_dir == "":
+            raise ValueError("profile_dir must name a folder, got ''")
         _require_at_least(self, 0, "random_seed")
         _require_above_zero(self, "mem_fraction_static", "itl_target_ms")
         if self.itl_target_ms is not None and self.batch_policy != "balanced":

@@ -318,6 +318,21 @@ class LLM:
             self._drop([collector])
         return collector.output
 
+    def start_profile(self, num_steps: int | None = None, *, traces: bool = True) -> str:
+        """Profile the next `num_steps` steps, or all until `stop_profile`; returns the directory
+        that the files will be in, a new one below the option `profile_dir`. Without `traces` there
+        is the step timeline alone, and steps are as fast as ever.
+
+        ValueError, naming the field, where there is no profile_dir or a profile is running already.
+        """
+        self._require_open()
+        return self._engine.start_profile(num_steps, traces=traces)
+
+    def stop_profile(self) -> list[str]:
+        """End the profile; returns its files: the step timeline, then a trace of each rank."""
+        self._require_open()
+        return self._engine.stop_profile()
+
     def close(self) -> None:
         """Release the device. Idempotent."""
         if not self._closed:
@@ -331,12 +346,15 @@ class LLM:
         self.close()
 
     def _submit(self, prompt: Prompt, params: SamplingParams) -> _Collector:
-        if self._closed:
-            raise RuntimeError("this LLM is closed")
+        self._require_open()
         collector = self._edge.collector(prompt, params)
         self._engine.add(collector.request)
         self._running[collector.request.id] = collector
         return collector
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this LLM is closed")
 
     def _step(self) -> list[_Collector]:
         """Advance the engine; return the requests that have ended."""
@@ -432,6 +450,16 @@ class AsyncLLM:
             async for collector in news:
                 while collector.fresh:
                     yield collector.fresh.popleft()
+
+    async def start_profile(self, num_steps: int | None = None, *, traces: bool = True) -> str:
+        """As `LLM.start_profile`."""
+        client, _ = await self._connected()
+        return await client.start_profile(num_steps, traces=traces)
+
+    async def stop_profile(self) -> list[str]:
+        """As `LLM.stop_profile`."""
+        client, _ = await self._connected()
+        return await client.stop_profile()
 
     async def close(self, drain_timeout: float = 0.0) -> None:
         """Finish what runs within `drain_timeout` seconds, then end the process. Idempotent."""

@@ -26,22 +26,23 @@ BUDGETS = {"kernels/": 6_000, "all but kernels/": 10_000}
 # Room (a folder or file of minisgl/) -> what it may import from the package besides itself:
 # rooms, or single modules of a room.
 BASE = {"log", "config", "csrc", "child"}
-DEVICE = BASE | {"device", "kernels"}
+DEVICE = BASE | {"device", "kernels", "trace"}
 PLANS = {"core.batch", "core.request", "core.executor", "core.grammar"}  # data and protocols
 FLOORS: dict[str, set[str]] = {
     "__init__": {"llm", "core.request"},  # by name, at first use
     "log": set(),
+    "trace": set(),
     "csrc": {"log"},
     "child": set(),
     "config": {"log"},
     "core": BASE,
     "device": BASE,
-    "kernels": BASE | {"device"},
+    "kernels": BASE | {"device", "trace"},
     "parallel": DEVICE,
     "layers": DEVICE | {"parallel"},
     "models": DEVICE | {"parallel", "layers"},
     "runtime": DEVICE | {"parallel", "layers", "models"} | PLANS,
-    "engine": BASE | {"core"},
+    "engine": BASE | {"core", "trace"},
     "server": BASE | {"engine.client", "core.request"},
     "build": DEVICE | {"parallel", "layers", "models", "runtime", "engine", "core"},
 }
@@ -53,6 +54,7 @@ PURE = {"numpy", "msgspec"}
 PACKAGES: dict[str, set[str]] = {
     **{package: {"server", "serve"} for package in HTTP},
     "triton": {"kernels", "device"},
+    "nvtx": {"trace"},
 }
 STDLIB_ONLY = {"log", "csrc", "config", "child", "__init__"}
 LATE_ONLY = {"transformers", "nvtx", "cuda"}  # optional at run time: inside functions only
@@ -232,6 +234,8 @@ PLANTED = [
     ("engine/x.py", "import uvicorn", "may not import uvicorn"),
     ("llm.py", "def f():\n    import fastapi", "may not import fastapi"),
     ("layers/x.py", "import triton.language as tl", "may not import triton"),
+    ("engine/x.py", "def f():\n    import nvtx", "may not import nvtx"),
+    ("core/x.py", "from minisgl.trace import span", "core may not import minisgl.trace"),
     ("server/x.py", "import transformers", "transformers is optional"),
     ("kernels/x.py", "from cuda.bindings import driver", "cuda is optional"),
     ("csrc/x.py", "import numpy", "standard library only"),
@@ -284,7 +288,7 @@ def test_the_line_budgets_are_counted(tmp_path, monkeypatch, part, room):
         ),
         ("runtime/x.py", "import torch\nfrom minisgl.core.batch import Batch"),
         ("server/x.py", "def f():\n    import transformers"),
-        ("device/x.py", "def f():\n    import nvtx"),
+        ("trace.py", "def f():\n    import nvtx"),
         ("engine/x.py", "import os\nenv = {**os.environ, 'A': '1'}"),
         ("csrc/build.py", "import os\nx = os.environ.get('CXX')"),
         ("llm.py", "from minisgl.server.text import T\nfrom minisgl.runtime import worker"),

@@ -94,7 +94,9 @@ class StepOutput(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
     `token_ids[i]` are the tokens accepted for chunk i: empty when it does not sample, otherwise
     the matching drafts and the one token after them. `logprobs[i]` and `prompt_logprobs[i]` exist
-    only for chunks that asked for them. `seconds` is the step's time on the device.
+    only for chunks that asked for them. `seconds` is the step's time on the device. `spans` exist
+    while a profile runs: when the device began and ended the forward pass, then the sampling, in
+    seconds of this machine's `time.perf_counter`.
     """
 
     step: int
@@ -102,3 +104,4 @@ class StepOutput(msgspec.Struct, frozen=True, gc=False, array_like=True):
     logprobs: dict[int, list[TokenLogprobs]] = {}
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
     seconds: float = 0.0
+    spans: list[tuple[float, float]] = []

@@ -48,5 +48,17 @@ class Executor(Protocol):
         Raises RuntimeError when the step failed; the executor is then unusable.
         """
 
+    def start_profile(self, *, traces: bool) -> None:
+        """Fill `StepOutput.spans` from now on, and with `traces` record one on every rank.
+
+        Nothing may be in flight.
+        """
+
+    def stop_profile(self, directory: str) -> list[str]:
+        """End what `start_profile` began; returns the trace files written: one for each rank.
+
+        Nothing may be in flight. Raises OSError when a file cannot be written.
+        """
+
     def close(self) -> None:
         """Release the device. Idempotent."""

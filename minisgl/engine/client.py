@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from typing import Literal, Protocol
 
@@ -28,9 +29,12 @@ from minisgl.engine.messages import (
     Failed,
     FromEngine,
     News,
+    Profiled,
     Ready,
     Rejected,
+    StartProfile,
     Status,
+    StopProfile,
     Submit,
     ToEngine,
 )
@@ -84,6 +88,20 @@ class EngineClient(Protocol):
     def stats(self) -> EngineStats | None:
         """The counters last reported, at most about a second old; None before the first."""
 
+    async def start_profile(self, num_steps: int | None = None, *, traces: bool = True) -> str:
+        """Profile the next `num_steps` steps, or all until `stop_profile`; returns the directory
+        that the files will be in. Without `traces` there is the step timeline alone.
+
+        Raises ValueError, naming the field, where there is no profile_dir, a profile is running
+        already or `num_steps` is below 1; EngineDeadError when there is no engine to do it.
+        """
+
+    async def stop_profile(self) -> list[str]:
+        """End the profile; returns its files: the step timeline, then a trace of each rank.
+
+        Raises ValueError where none is running or its files cannot be written.
+        """
+
     async def failed(self) -> str:
         """Wait until the engine has died without being asked to; return why."""
 
@@ -108,6 +126,7 @@ class _Client(ABC):
         self._started: asyncio.Future[EngineInfo] = self._loop.create_future()
         self._died: asyncio.Future[str] = self._loop.create_future()
         self._streams: dict[str, _Stream] = {}
+        self._profiles: deque[asyncio.Future[list[str]]] = deque()  # asked for, in order
         self._closing = False
         self._last: Status | None = None
         self._heard = time.monotonic()
@@ -147,13 +166,16 @@ class _Client(ABC):
             return Health("stuck", f"the engine loop has made no progress for {silence:.1f} s")
         return Health("ready")
 
-    async def submit(self, request: Request) -> AsyncGenerator[Delta, None]:
-        if request.id in self._streams:
-            raise ValueError(f"request id {request.id!r} is already in use")
+    def _require_engine(self) -> None:
         if self._died.done():
             raise EngineDeadError(self._died.result())
         if self._closing or not self._started.done():
             raise EngineDeadError(self.health().reason)
+
+    async def submit(self, request: Request) -> AsyncGenerator[Delta, None]:
+        if request.id in self._streams:
+            raise ValueError(f"request id {request.id!r} is already in use")
+        self._require_engine()
         stream = self._streams[request.id] = _Stream(request.params.n)
         try:
             self._send(Submit(request))
@@ -171,6 +193,20 @@ class _Client(ABC):
             del self._streams[request.id]
             if stream.open:
                 self._send(Abort(request.id, None))
+
+    async def start_profile(self, num_steps: int | None = None, *, traces: bool = True) -> str:
+        (directory,) = await self._profile(StartProfile(num_steps, traces))
+        return directory
+
+    async def stop_profile(self) -> list[str]:
+        return await self._profile(StopProfile())
+
+    async def _profile(self, question: StartProfile | StopProfile) -> list[str]:
+        self._require_engine()
+        answer: asyncio.Future[list[str]] = self._loop.create_future()
+        self._profiles.append(answer)
+        self._send(question)
+        return await answer
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
         stream = self._streams.get(request_id)
@@ -191,6 +227,8 @@ class _Client(ABC):
                 self._route(request_id, message)
             case Status():
                 self._last = message
+            case Profiled(paths, refusal):
+                self._profiled(paths, refusal)
             case Ready(info):
                 self._started.set_result(info)
             case Failed(reason):
@@ -199,6 +237,15 @@ class _Client(ABC):
     def _route(self, request_id: str, item: Delta | Rejected) -> None:
         if stream := self._streams.get(request_id):
             stream.queue.put_nowait(item)
+
+    def _profiled(self, paths: list[str], refusal: str | None) -> None:
+        answer = self._profiles.popleft()
+        if answer.done():  # cancelled: whoever asked has gone
+            return
+        if refusal is None:
+            answer.set_result(paths)
+        else:
+            answer.set_exception(ValueError(refusal))
 
     def _fail(self, reason: str) -> None:
         """The engine is gone: everyone who waits for it hears so."""
@@ -209,6 +256,9 @@ class _Client(ABC):
         if not self._started.done():
             self._started.set_exception(EngineDeadError(reason))
             self._started.exception()  # retrieved: no warning when nobody waits for readiness
+        for answer in self._profiles:
+            if not answer.done():
+                answer.set_exception(EngineDeadError(reason))
         for request_id, stream in self._streams.items():
             for choice in stream.open:
                 delta = Delta(request_id, choice, [], finish_reason="error", error=reason)

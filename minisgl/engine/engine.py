@@ -12,6 +12,7 @@ from minisgl.core.grammar import Grammar, GrammarBackend
 from minisgl.core.request import Delta, Request
 from minisgl.core.scheduler import Scheduler
 from minisgl.engine.messages import EngineInfo, EngineStats
+from minisgl.engine.profile import Profiler
 from minisgl.log import get_logger
 
 log = get_logger(__name__)
@@ -33,6 +34,7 @@ class Engine:
         *,
         overlap: bool = True,
         grammar_backend: GrammarBackend | None = None,
+        profile_dir: str | None = None,
     ) -> None:
         self.info = info
         self.failure: str | None = None  # why the engine stopped, once it has
@@ -47,6 +49,8 @@ class Engine:
         self._uids: dict[tuple[str, int], int] = {}  # of the same, by request and choice
         self._steps = self._tokens = self._output_tokens = 0
         self._busy_seconds = self._longest_step = 0.0
+        self._next_step = 0
+        self._profiler = Profiler(profile_dir, executor, info)
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError when it can never be served, naming what is wrong."""
@@ -81,7 +85,10 @@ class Engine:
         if self.failure is None and self._scheduler.has_work:
             started = time.perf_counter()
             try:
-                self._advance()
+                with self._profiler.span("step", self._next_step):
+                    self._advance()
+                if self._profiler.complete(self._next_step):
+                    self._write_profile()
             except Exception as error:
                 self._fail(error)
             seconds = time.perf_counter() - started
@@ -100,34 +107,88 @@ class Engine:
             self._scheduler.stats(),
         )
 
+    def start_profile(self, num_steps: int | None = None, *, traces: bool = True) -> str:
+        """Profile the next `num_steps` steps, or all until `stop_profile`; returns the directory
+        that the files will be in. Without `traces` there is the step timeline alone, and steps
+        are as fast as ever.
+
+        Raises ValueError, naming the field, where there is no profile_dir, it cannot be written, a
+        profile is running already or `num_steps` is below 1; RuntimeError when the engine has
+        stopped.
+        """
+        self._settle(running=False)
+        return self._profiler.start(self._next_step, num_steps, traces)
+
+    def stop_profile(self) -> list[str]:
+        """End the profile; returns its files: the step timeline, then a trace of each rank.
+
+        Raises ValueError where no profile is running or its files cannot be written, RuntimeError
+        when the engine has stopped.
+        """
+        self._settle(running=True)
+        return self._profiler.stop()
+
     def close(self) -> None:
-        """Release the device. Idempotent; requests still running are dropped."""
+        """Release the device. Idempotent; requests still running are dropped.
+
+        A profile that is still running is written first.
+        """
+        if self._profiler.running:
+            self._write_profile()
         self._executor.close()
 
+    def _write_profile(self) -> None:
+        """Stop a profile that nobody waits for. One that cannot be written is no reason to end."""
+        try:
+            log.info("profile written: %s", ", ".join(self.stop_profile()))
+        except (ValueError, RuntimeError) as error:
+            log.error("the profile is lost: %s", error)
+
+    def _settle(self, *, running: bool) -> None:
+        """Let what is in flight finish, for a profile to start or stop between steps."""
+        if self.failure is not None:
+            raise RuntimeError(f"the engine has stopped: {self.failure}")
+        self._profiler.check(running=running)
+        try:
+            self._collect(down_to=0)
+        except Exception as error:
+            self._fail(error)
+            raise RuntimeError(f"the engine has stopped: {self.failure}") from error
+
     def _advance(self) -> None:
-        batch = self._scheduler.plan()
+        span, step = self._profiler.span, self._next_step
+        with span("plan", step):
+            batch = self._scheduler.plan()
         if batch is None:  # nothing can be planned before what is in flight is known
             if not self._in_flight:
                 raise RuntimeError("the scheduler has unfinished requests but plans no step")
             self._collect(down_to=0)
             return
-        self._executor.dispatch(batch)
-        if self._grammars and any(map(self._grammar_of, batch.chunks)):
+        self._next_step = batch.step + 1
+        constrained = bool(self._grammars) and any(map(self._grammar_of, batch.chunks))
+        with span("dispatch", step):
+            self._executor.dispatch(batch)
+            if not constrained:
+                self._executor.sample(step)
+        if constrained:
             # The masks need the tokens of every step before; the forward runs meanwhile.
             self._collect(down_to=0)
-            self._executor.sample(batch.step, self._masks(batch))
-        else:
-            self._executor.sample(batch.step)
+            with span("masks", step):
+                self._executor.sample(step, self._masks(batch))
         self._in_flight.append(batch)
         self._collect(down_to=self._depth)
 
     def _collect(self, down_to: int) -> None:
         while len(self._in_flight) > down_to:
-            output = self._executor.collect()
+            step = self._in_flight[0].step
+            with self._profiler.span("collect", step):
+                output = self._executor.collect()
             batch = self._in_flight.popleft()
+            self._profiler.collected(batch, output)
             self._steps += 1
             self._tokens += batch.num_tokens
-            self._take(self._scheduler.update(batch, output))
+            with self._profiler.span("update", step):
+                self._take(self._scheduler.update(batch, output))
 
     def _take(self, deltas: list[Delta]) -> None:
         """Advance what follows a sequence by its news, and keep the news for `step`."""

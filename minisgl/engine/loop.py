@@ -10,9 +10,12 @@ from minisgl.engine.messages import (
     Failed,
     FromEngine,
     News,
+    Profiled,
     Ready,
     Rejected,
+    StartProfile,
     Status,
+    StopProfile,
     Submit,
     ToEngine,
 )
@@ -86,6 +89,17 @@ class _Loop:
                 self._engine.abort(request_id, choice)
             case Drain(timeout):
                 self._deadline = time.monotonic() + timeout
+            case StartProfile(num_steps, traces):
+                self._profile(lambda: [self._engine.start_profile(num_steps, traces=traces)])
+            case StopProfile():
+                self._profile(self._engine.stop_profile)
+
+    def _profile(self, change: Callable[[], list[str]]) -> None:
+        try:
+            answer = Profiled(change())
+        except (ValueError, RuntimeError) as error:
+            answer = Profiled([], str(error))
+        self._send(answer)
 
     def _report(self, busy: bool) -> None:
         now = time.monotonic()

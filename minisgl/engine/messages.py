@@ -47,7 +47,18 @@ class Drain(msgspec.Struct, frozen=True, array_like=True, tag="drain"):
     timeout: float
 
 
-ToEngine = Submit | Abort | Drain
+class StartProfile(msgspec.Struct, frozen=True, array_like=True, tag="start_profile"):
+    """Profile the next `num_steps` steps, or until `StopProfile`. Answered by one `Profiled`."""
+
+    num_steps: int | None
+    traces: bool
+
+
+class StopProfile(msgspec.Struct, frozen=True, array_like=True, tag="stop_profile"):
+    """Answered by one `Profiled`; the answers come in the order of the questions."""
+
+
+ToEngine = Submit | Abort | Drain | StartProfile | StopProfile
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
@@ -80,4 +91,14 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
     reason: str
 
 
-FromEngine = Ready | News | Rejected | Status | Failed
+class Profiled(msgspec.Struct, frozen=True, array_like=True, tag="profiled"):
+    """The directory of a profile that has started, or the files of one that has stopped.
+
+    With a `refusal`, which says why, neither happened.
+    """
+
+    paths: list[str]
+    refusal: str | None = None
+
+
+FromEngine = Ready | News | Rejected | Status | Profiled | Failed

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from minisgl.trace import detail, detailed
+
 _forced: ContextVar[Mapping[str, str] | None] = ContextVar("forced_implementations", default=None)
 
 
@@ -69,11 +71,14 @@ class Op:
 
     def __call__(self, first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         forced = _forced.get()
-        if forced is not None and self.name in forced:
-            return self.implementation(forced[self.name])(first, *args, **kwargs)
         function = self._chosen.get(first.device)
-        if function is None:
+        if forced is not None and self.name in forced:
+            function = self.implementation(forced[self.name])
+        elif function is None:
             function = self._chosen[first.device] = self.choose(first.device)
+        if detailed():
+            with detail(self.name):
+                return function(first, *args, **kwargs)
         return function(first, *args, **kwargs)
 
     def choose(self, device: torch.device) -> Callable[..., Any]:

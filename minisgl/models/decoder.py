@@ -14,6 +14,7 @@ from minisgl.layers.norm import RMSNorm
 from minisgl.layers.rotary import Rope
 from minisgl.layers.weights import Placement, Weight
 from minisgl.models.config import ModelConfig
+from minisgl.trace import detail
 
 # Rotary tables reach this far past the context: drafts and a step in flight may run over its end.
 ROPE_SLACK = 256
@@ -30,6 +31,7 @@ class DecoderLayer:
     def __init__(
         self, config: ModelConfig, index: int, cos_sin: torch.Tensor, at: Placement
     ) -> None:
+        self.name = f"layer {index}"
         layer = config.layers[index]
         prefix = f"model.layers.{index}"
         names = config.family.norms
@@ -182,7 +184,8 @@ class Decoder:
         residual = None
         slices = AttentionSlices.of(inputs)
         for layer, kv in zip(self.layers, inputs.kv, strict=True):
-            x, residual = layer(x, residual, inputs, slices, kv)
+            with detail(layer.name):
+                x, residual = layer(x, residual, inputs, slices, kv)
         return self.norm(x) if residual is None else self.norm.add(x, residual)[0]
 
     @torch.inference_mode()

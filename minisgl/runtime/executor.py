@@ -10,6 +10,7 @@ from minisgl.core.executor import GrammarMasks, Limits
 from minisgl.core.request import TokenLogprobs
 from minisgl.device import Event
 from minisgl.runtime.inputs import pack_step
+from minisgl.runtime.profiler import RankProfiler
 from minisgl.runtime.runner import Step
 from minisgl.runtime.worker import Worker
 
@@ -29,8 +30,10 @@ class LocalExecutor:
     A step that fails, be it a malformed batch or an error in a kernel, is reported by `collect`.
     """
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, *, trace_details: bool = False) -> None:
+        """`trace_details`: an attached NVTX tool is told of layers and ops too."""
         self._worker = worker
+        self._profiler = RankProfiler(worker.device, details=trace_details)
         self._flights: deque[_Flight] = deque()
 
     @property
@@ -69,7 +72,13 @@ class LocalExecutor:
         assert flight.done is not None
         flight.done.wait()
         assert flight.step is not None  # a step that was not packed has failed the stream
-        return _read(flight.step)
+        return _read(flight.step, self._profiler.spans(flight.step.events))
+
+    def start_profile(self, *, traces: bool) -> None:
+        self._profiler.start(traces=traces)
+
+    def stop_profile(self, directory: str) -> list[str]:
+        return self._profiler.stop(directory)
 
     def close(self) -> None:
         self._flights.clear()
@@ -80,7 +89,7 @@ def _fail(failure: Exception) -> None:
     raise failure
 
 
-def _read(step: Step) -> StepOutput:
+def _read(step: Step, device_spans: list[tuple[float, float]]) -> StepOutput:
     """The output of a step whose last event has passed."""
     arrays, sampled = step.arrays, step.sampled
     chunks = arrays.batch.chunks
@@ -112,6 +121,7 @@ def _read(step: Step) -> StepOutput:
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         seconds=step.seconds,
+        spans=device_spans,
     )
 
 

@@ -18,6 +18,7 @@ from minisgl.runtime.inputs import StepArrays, join, split
 from minisgl.runtime.kv_pool import KVPool
 from minisgl.runtime.rows import RowBuffers
 from minisgl.runtime.sampler import Points, Sampled, Sampler, Sent
+from minisgl.trace import span
 
 
 class Model(Protocol):
@@ -72,8 +73,13 @@ class Runner:
 
     def forward(self, step: Step) -> None:
         """Upload the step and compute its hidden states."""
-        arrays = step.arrays
         step.events.append(self._device.record())
+        with span("forward"):
+            self._forward(step)
+        step.events.append(self._device.record())
+
+    def _forward(self, step: Step) -> None:
+        arrays = step.arrays
         staging = self._staging if arrays.replays else None
         sent = self._device.upload(join(arrays.sections), staging)
         step.sent = split(arrays.sections, sent)
@@ -86,14 +92,18 @@ class Runner:
         else:
             inputs = self._inputs(arrays, step.sent)
             step.hidden, step.positions = self._model.forward(inputs), inputs.positions
-        step.events.append(self._device.record())
 
     def sample(self, step: Step, masks: GrammarMasks | None) -> None:
         """Sample the step's points and move its rows on."""
+        step.events.append(self._device.record())
+        with span("sample"):
+            self._sample(step, masks)
+        step.events.append(self._device.record())
+
+    def _sample(self, step: Step, masks: GrammarMasks | None) -> None:
         arrays, device = step.arrays, self._device
         assert step.hidden is not None
         assert step.positions is not None
-        step.events.append(device.record())
         graphs = self._graphs[arrays.decode_width] if arrays.replays else None
         if graphs is not None and not (arrays.logprobs or arrays.prompt_logprobs):
             drawn = graphs.sample(arrays, masks)
@@ -110,7 +120,6 @@ class Runner:
             )
         step.hidden = step.positions = None
         step.sent = {}
-        step.events.append(device.record())
 
     def _inputs(self, step: StepArrays, sent: Sent) -> ForwardInputs:
         """A ragged step's, in memory of its own."""

@@ -1,8 +1,9 @@
 """The HTTP server: OpenAI's endpoints, health, metrics. A client that hangs up aborts its call."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import aclosing, suppress
+import re
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from contextlib import aclosing, contextmanager, suppress
 from typing import Any, TypeVar
 
 import msgspec
@@ -11,9 +12,9 @@ from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from minisgl.engine.client import EngineClient
+from minisgl.engine.client import EngineClient, EngineDeadError
 from minisgl.log import get_logger
-from minisgl.server.body import ApiError
+from minisgl.server.body import ApiError, read
 from minisgl.server.generate import Generation, Part, engine_failed
 from minisgl.server.metrics import CallClock, Metrics
 from minisgl.server.openai import Call, ServedModel, parse_chat, parse_completion, unknown_model
@@ -26,6 +27,17 @@ T = TypeVar("T")
 Parse = Callable[[bytes, ServedModel], Call]
 
 logger = get_logger(__name__)
+
+
+class ProfileBody(msgspec.Struct):
+    """What /profile/start takes, if it is given a body."""
+
+    num_steps: int | None = None
+    traces: bool = True
+
+
+class NoBody(msgspec.Struct):
+    """A body without fields."""
 
 
 class Api:
@@ -42,6 +54,8 @@ class Api:
         self.app.add_api_route("/v1/models/{name:path}", self.model_by_name, methods=["GET"])
         self.app.add_api_route("/health", self.health, methods=["GET"])
         self.app.add_api_route("/metrics", self.metrics_text, methods=["GET"])
+        self.app.add_api_route("/profile/start", self.start_profile, methods=["POST"])
+        self.app.add_api_route("/profile/stop", self.stop_profile, methods=["POST"])
         self.app.add_exception_handler(ApiError, _api_error)
         self.app.add_exception_handler(HTTPException, _http_error)
         self.app.add_exception_handler(Exception, _unexpected_error)
@@ -74,6 +88,19 @@ class Api:
 
     async def metrics_text(self) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def start_profile(self, request: Request) -> Response:
+        self._served()
+        asked = read(await _read_body(request) or b"{}", ProfileBody, {})
+        with _profile_errors():
+            directory = await self._engine.start_profile(asked.num_steps, traces=asked.traces)
+            return _json({"directory": directory})
+
+    async def stop_profile(self, request: Request) -> Response:
+        self._served()
+        read(await _read_body(request) or b"{}", NoBody, {})
+        with _profile_errors():
+            return _json({"files": await self._engine.stop_profile()})
 
     def _served(self) -> ServedModel:
         if self._model is None:
@@ -220,6 +247,17 @@ async def _read_body(request: Request) -> bytes:
         message = f"the body must have at most {MAX_BODY_BYTES} bytes, got {length}"
         raise ApiError(message, status=413, code="body_too_large")
     return b"".join(chunks)
+
+
+@contextmanager
+def _profile_errors() -> Generator[None, None, None]:
+    try:
+        yield
+    except ValueError as error:
+        field = re.match(r"\w+", str(error))
+        raise ApiError(str(error), param=field and field[0]) from error
+    except EngineDeadError as error:
+        raise engine_failed(str(error), 503) from error
 
 
 def _model_json(model: ServedModel) -> dict[str, Any]:

@@ -11,7 +11,9 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from minisgl.config import EngineConfig
@@ -73,6 +75,7 @@ class FakeExecutor:
         self.calls: list[str] = []  # what was asked, in order
         self.most_in_flight = 0
         self.closed = False
+        self.profiling = self.traces = False
         self._kv = np.zeros((limits.num_pages, limits.page_size), dtype=np.uint64)
         self._rows: dict[int, _Row] = {}
         self._queue: deque[tuple[Batch, GrammarMasks | None]] = deque()
@@ -95,11 +98,28 @@ class FakeExecutor:
     def collect(self) -> StepOutput:
         batch, masks = self._queue.popleft()
         self.calls.append(f"collect {batch.step}")
+        begin = time.perf_counter()
         if self.seconds:
             time.sleep(self.seconds)
         if self.fail_at is not None and batch.step >= self.fail_at:
             raise RuntimeError(f"step {batch.step} hit a planted fault")
-        return self._run(batch, masks)
+        output = self._run(batch, masks)
+        if not self.profiling:
+            return output
+        middle, end = time.perf_counter(), time.perf_counter()
+        return msgspec.structs.replace(output, spans=[(begin, middle), (middle, end)])
+
+    def start_profile(self, *, traces: bool) -> None:
+        assert not self._queue, "a profile starts with a step in flight"
+        self.profiling, self.traces = True, traces
+
+    def stop_profile(self, directory: str) -> list[str]:
+        assert not self._queue, "a profile ends with a step in flight"
+        self.profiling = False
+        paths = [Path(directory, "rank0.trace.json")] if self.traces else []
+        for path in paths:
+            path.write_text("{}")
+        return list(map(str, paths))
 
     def close(self) -> None:
         self.closed = True
@@ -152,13 +172,21 @@ def make_engine(
     grammar_backend: GrammarBackend | None = None,
     fail_at: int | None = None,
     seconds: float = 0.0,
+    profile_dir: str | None = None,
 ) -> Engine:
     """An engine over a `FakeExecutor`, which it shows as `engine.executor`."""
     limits = Limits(num_pages, page_size, max_rows=16, max_context=context, vocab_size=VOCAB)
     executor = FakeExecutor(limits, fail_at=fail_at, seconds=seconds)
     scheduler = Scheduler(limits, SchedulerConfig(chunked_prefill_size=48), (EOS,))
     info = EngineInfo("fake", "", "Fake", "float32", "cpu", [EOS], limits)
-    engine = Engine(scheduler, executor, info, overlap=overlap, grammar_backend=grammar_backend)
+    engine = Engine(
+        scheduler,
+        executor,
+        info,
+        overlap=overlap,
+        grammar_backend=grammar_backend,
+        profile_dir=profile_dir,
+    )
     engine.executor = executor  # type: ignore[attr-defined]
     return engine
 
@@ -172,4 +200,8 @@ def build(config: EngineConfig) -> Engine:
         print("planted: last words", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGSEGV)
     fail_at = int(planted["fail_at"]) if "fail_at" in planted else None
-    return make_engine(fail_at=fail_at, seconds=float(planted.get("seconds", 0)))
+    return make_engine(
+        fail_at=fail_at,
+        seconds=float(planted.get("seconds", 0)),
+        profile_dir=config.profile_dir,
+    )

@@ -63,6 +63,7 @@ class FakeEngine:
         self.requests: list[Request] = []
         self.aborted: list[tuple[str, int | None]] = []
         self.running: set[str] = set()
+        self.profiles: list[tuple[int | None, bool] | None] = []  # started (how), or stopped
 
     def ids(self, request: Request) -> tuple[list[int], bool]:
         """The tokens of a choice, and whether the last is the end of turn."""
@@ -127,6 +128,21 @@ class FakeEngine:
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
         self.aborted.append((request_id, choice))
+
+    def _profile(self, what: tuple[int | None, bool] | None) -> None:
+        if self.refusal:
+            raise ValueError(self.refusal)
+        if self.dead:
+            raise EngineDeadError(self.dead)
+        self.profiles.append(what)
+
+    async def start_profile(self, num_steps: int | None = None, *, traces: bool = True) -> str:
+        self._profile((num_steps, traces))
+        return "/profiles/1"
+
+    async def stop_profile(self) -> list[str]:
+        self._profile(None)
+        return ["/profiles/1/timeline.json"]
 
     def health(self) -> Health:
         return self.state

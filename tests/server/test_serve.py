@@ -65,6 +65,7 @@ VALUES = {
     "schedule_policy": "lpm",
     "batch_policy": "decode-first",
     "log_level": "warning",
+    "profile_dir": "profiles-here",
     "host": "::1",
     "served_model_name": "x",
 }

@@ -1,0 +1,96 @@
+"""Named ranges of time, for profilers: NVTX (domain "minisgl") or whatever a thread records with.
+
+Coarse ranges are the parts of a step: step, plan, dispatch, patch, forward, sample, collect,
+update. Details are layers and ops, and exist only in a thread that was given a recorder. Without
+a recorder and without an attached tool a range is one shared object that does nothing.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+from functools import cache, wraps
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Range = AbstractContextManager[Any]
+Recorder = Callable[[str], Range]
+
+NOTHING: Range = nullcontext()
+# A context is a thread's own: engines of one process do not record for each other.
+_recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
+
+
+class _NvtxRange:
+    """Pushes and pops one range; NVTX keeps a stack per thread, so it can be shared and nested."""
+
+    __slots__ = ("_attributes", "_domain")
+
+    def __init__(self, domain: Any, name: str) -> None:
+        self._domain = domain
+        self._attributes = domain.get_event_attributes(name)
+
+    def __enter__(self) -> None:
+        self._domain.push_range(self._attributes)
+
+    def __exit__(self, *error: object) -> None:
+        self._domain.pop_range()
+
+
+@cache
+def _nvtx_domain() -> Any:
+    """The domain, or None where no tool is attached (to a process it attaches at start)."""
+    try:
+        import nvtx
+    except ModuleNotFoundError:  # only ranges need it
+        return None
+    domain = nvtx.get_domain("minisgl")
+    return domain if isinstance(domain, nvtx.Domain) else None
+
+
+@cache
+def nvtx_range(name: str) -> Range:
+    """A reusable NVTX range, or one that does nothing where no tool is attached."""
+    domain = _nvtx_domain()
+    return NOTHING if domain is None else _NvtxRange(domain, name)
+
+
+def span(name: str) -> Range:
+    """The range of a part of a step."""
+    record = _recorder.get()
+    return nvtx_range(name) if record is None else record(name)
+
+
+def spanned(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates a function whose calls are parts of a step."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            with span(name):
+                return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def detailed() -> bool:
+    """Whether this thread records layers and ops."""
+    return _recorder.get() is not None
+
+
+def detail(name: str) -> Range:
+    """The range of a layer or an op."""
+    record = _recorder.get()
+    return NOTHING if record is None else record(name)
+
+
+def record_with(recorder: Recorder | None) -> None:
+    """Have this thread's ranges, details too, recorded by `recorder`; None: coarse NVTX only."""
+    _recorder.set(recorder)
+
+
+def record_details() -> None:
+    """Have this thread's details recorded by NVTX too, if a tool is attached."""
+    record_with(None if _nvtx_domain() is None else nvtx_range)
