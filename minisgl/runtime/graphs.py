@@ -8,7 +8,7 @@ and nothing else is needed to replay it. A sequence with fewer tokens than the w
 On a device without graphs a replay calls the captured function on the same buffers.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,49 +18,29 @@ from minisgl.core.executor import GrammarMasks
 from minisgl.device import Device, Graph
 from minisgl.kernels.advance import prepare_inputs
 from minisgl.layers.attention import ForwardInputs
+from minisgl.runtime.footprint import GraphSizes, mask_words
 from minisgl.runtime.inputs import PENDING, StepArrays, decode_words, pack_masks
 from minisgl.runtime.kv_pool import KVPool
 from minisgl.runtime.rows import RowBuffers
 from minisgl.runtime.sampler import Masks, Points, Sampler, Shaping
 
-STAGING_SLACK = 2**16  # words for what a step sends besides: page-table patches, copy jobs, setups
-
 Forward = Callable[[ForwardInputs], torch.Tensor]
 Progress = Callable[[Sequence[int]], Iterable[int]]
-
-
-def padded_sizes(most: int) -> tuple[int, ...]:
-    """1, 2, 4, 8, 16, 24 and so on, up to at least `most`."""
-    sizes = [1, 2, 4, *range(8, most + 8, 8)]
-    return tuple(size for size, below in zip(sizes, [0, *sizes[:-1]], strict=True) if below < most)
 
 
 class StaticBuffers:
     """What every decode graph reads and writes. Made inside the stream, never moved."""
 
-    def __init__(
-        self, device: Device, rows: RowBuffers, decode_sizes: Mapping[int, Sequence[int]]
-    ) -> None:
-        """decode_sizes: by width, the numbers of sequences."""
-        most = max(sizes[-1] for sizes in decode_sizes.values())
-        tokens = max(sizes[-1] * width for width, sizes in decode_sizes.items())
-        vocab = rows.counts.shape[1]
-        self.mask_words = -(-vocab // 32)
-        self.staging = device.zeros((self.staging_words(decode_sizes),), torch.int32)
+    def __init__(self, device: Device, vocab: int, sizes: GraphSizes) -> None:
+        tokens, sequences = sizes.max_tokens, sizes.max_sequences
+        self.mask_words = mask_words(vocab)
+        self.staging = device.zeros((sizes.staging_words,), torch.int32)
         self.masks = device.zeros((tokens * (1 + self.mask_words),), torch.int32)
         self.input_ids = device.zeros((tokens,), torch.int32)
         self.positions = device.zeros((tokens,), torch.int64)
         self.slot_mapping = device.zeros((tokens,), torch.int64)
-        self.seq_lens = device.zeros((most,), torch.int32)
-        self.sampled = device.zeros((tokens + most,), torch.int32)  # tokens, then drafts accepted
-
-    @staticmethod
-    def staging_words(decode_sizes: Mapping[int, Sequence[int]]) -> int:
-        """Words of `staging`."""
-        return STAGING_SLACK + max(
-            sum(decode_words(sizes[-1], width)) + sizes[-1] * width
-            for width, sizes in decode_sizes.items()
-        )
+        self.seq_lens = device.zeros((sequences,), torch.int32)
+        self.sampled = device.zeros((tokens + sequences,), torch.int32)  # then drafts accepted
 
 
 @dataclass(frozen=True)

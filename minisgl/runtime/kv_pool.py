@@ -37,6 +37,7 @@ class MemoryPlan:
     workspace: int
     logits: int
     counts: int
+    graphs: int
     kv: int
     num_pages: int
     page_size: int
@@ -48,7 +49,7 @@ class MemoryPlan:
 
     def table(self) -> str:
         """One line per purpose, in MiB, for the log."""
-        purposes = ("weights", "workspace", "logits", "counts", "kv", "budget")
+        purposes = ("weights", "workspace", "logits", "counts", "graphs", "kv", "budget")
         lines = [f"  {name:<10} {getattr(self, name) / 2**20:>10.1f} MiB" for name in purposes]
         pages = f"{self.num_pages} pages of {self.page_size} tokens"
         return "\n".join(["memory plan:", *lines[:-1], f"  {pages}", lines[-1]])
@@ -63,6 +64,7 @@ def plan_memory(
     workspace: int,
     logits: int,
     counts: int,
+    graphs: int,
     page_size: int,
     max_context: int,
     mem_fraction_static: float,
@@ -76,7 +78,7 @@ def plan_memory(
     or the stated pool does not.
     """
     budget = int((memory.free + weights) * mem_fraction_static)
-    left = budget - weights - workspace - logits - counts
+    left = budget - weights - workspace - logits - counts - graphs
     page_bytes = shape.bytes_per_token * page_size
     if max_total_tokens is not None:
         num_pages = max_total_tokens // page_size
@@ -98,13 +100,14 @@ def plan_memory(
             raise ValueError(
                 f"no memory is left for KV: mem_fraction_static {mem_fraction_static} gives "
                 f"{budget / 2**20:.0f} MiB, of which {(budget - left) / 2**20:.0f} MiB are taken "
-                f"by weights, workspace, logits and counts; a page needs {page_bytes} bytes"
+                f"by weights, workspace, logits, counts and graphs; a page needs {page_bytes} bytes"
             )
     plan = MemoryPlan(
         weights=weights,
         workspace=workspace,
         logits=logits,
         counts=counts,
+        graphs=graphs,
         kv=num_pages * page_bytes,
         num_pages=num_pages,
         page_size=page_size,
@@ -119,6 +122,19 @@ def plan_memory(
             max_context,
         )
     return plan
+
+
+def check_graphs(plan: MemoryPlan, taken: int) -> None:
+    """Say what capturing took beside the plan; a warning when it is more."""
+    if taken > plan.graphs:
+        log.warning(
+            "decode graphs take %.0f MiB, planned were %.0f: lower mem_fraction_static if memory "
+            "runs out",
+            taken / 2**20,
+            plan.graphs / 2**20,
+        )
+    elif taken:
+        log.info("decode graphs take %.0f of %.0f MiB", taken / 2**20, plan.graphs / 2**20)
 
 
 class KVPool:

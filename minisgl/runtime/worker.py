@@ -1,6 +1,5 @@
 """`Worker`: one rank's device, model, memory and runner, built and warmed up."""
 
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -18,12 +17,14 @@ from minisgl.models.decoder import ROPE_SLACK
 from minisgl.models.loader import load_model
 from minisgl.parallel import Communicator, Solo, share
 from minisgl.runtime.fixed_order import FixedOrder, check_fixed_order
-from minisgl.runtime.graphs import DecodeGraphs, StaticBuffers, padded_sizes
+from minisgl.runtime.footprint import GraphSizes, logits_bytes, workspace_bytes
+from minisgl.runtime.graphs import DecodeGraphs, StaticBuffers
 from minisgl.runtime.inputs import Geometry, pack_step
-from minisgl.runtime.kv_pool import KVPool, KVShape, MemoryPlan, plan_memory
+from minisgl.runtime.kv_pool import KVPool, KVShape, MemoryPlan, check_graphs, plan_memory
 from minisgl.runtime.rows import HostRows, RowBuffers
 from minisgl.runtime.runner import Model, Runner, Step
 from minisgl.runtime.sampler import Sampler
+from minisgl.runtime.startup import Stages
 
 log = get_logger(__name__)
 
@@ -46,46 +47,49 @@ class Worker:
         limits: Limits,
         *,
         eos_token_ids: tuple[int, ...] = (),
-        graphs: bool = True,
+        graphs: GraphSizes | None = None,
         comm: Communicator | None = None,
-        graph_max_sequences: int = CUDA_GRAPH_MAX_BS,
-        graph_widths: Sequence[int] = (1,),
+        stages: Stages | None = None,
     ) -> None:
-        """Allocates the pool and the rows of `limits`, warms up and captures decode graphs.
+        """Allocates the pool and the rows of `limits`, warms up and captures `graphs`.
 
-        graph_widths: the tokens per sequence, 1 + drafts, for which there are graphs.
+        stages: where the time this takes is noted.
         """
         self.device = device
         self.limits = limits
         self.dtype = shape.dtype
-        dtype, on_cpu = shape.dtype, device.torch_device.type == "cpu"
-        multiple = FP32_CPU_ROWS if on_cpu and dtype == torch.float32 else 1
-        most = min(limits.max_rows, graph_max_sequences)
-        decode_sizes = {}
-        if graphs:
-            decode_sizes = {width: _sizes(most, width, on_cpu, multiple) for width in graph_widths}
+        self.graph_bytes = 0  # what capturing took
+        graphs, stages = graphs or GraphSizes({}), stages or Stages()
+        on_cpu = device.torch_device.type == "cpu"
         max_pages = -(-(limits.max_context + ROPE_SLACK) // limits.page_size)
-        staging = StaticBuffers.staging_words(decode_sizes) if graphs else 0
-        self.geometry = Geometry(max_pages, limits.max_rows, multiple, decode_sizes, staging)
+        self.geometry = Geometry(
+            max_pages,
+            limits.max_rows,
+            token_multiple(shape.dtype, on_cpu),
+            graphs.by_width,
+            graphs.staging_words,
+        )
         self.host_rows = HostRows(limits.max_rows, limits.vocab_size, eos_token_ids)
 
         def build() -> Runner:
-            pool = KVPool(device, shape, limits.num_pages, limits.page_size)
-            rows = RowBuffers.allocate(device, limits.max_rows, max_pages, limits.vocab_size)
-            sampler = Sampler(device, model.logits, rows, comm or Solo())
-            self._warm_up(Runner(device, model, pool, rows, sampler))
-            if not graphs:
+            with stages.stage("warm up"):
+                pool = KVPool(device, shape, limits.num_pages, limits.page_size)
+                rows = RowBuffers.allocate(device, limits.max_rows, max_pages, limits.vocab_size)
+                sampler = Sampler(device, model.logits, rows, comm or Solo())
+                self._warm_up(Runner(device, model, pool, rows, sampler))
+            if not graphs.by_width:
                 return Runner(device, model, pool, rows, sampler)
-            buffers = StaticBuffers(device, rows, decode_sizes)
+            free = device.memory().free
+            buffers = StaticBuffers(device, limits.vocab_size, graphs)
             by_width = {
-                width: DecodeGraphs(
-                    device, model.forward, sampler, pool, rows, buffers, sizes, width
-                )
-                for width, sizes in decode_sizes.items()
+                width: DecodeGraphs(device, model.forward, sampler, pool, rows, buffers, own, width)
+                for width, own in graphs.by_width.items()
             }
-            if not on_cpu:
-                for decode in by_width.values():
-                    decode.capture(_progress)
+            if not on_cpu:  # where it costs nothing, graphs are made when they are first needed
+                with stages.stage("capture graphs"):
+                    for decode in by_width.values():
+                        decode.capture(_progress)
+                self.graph_bytes = free - device.memory().free
             return Runner(device, model, pool, rows, sampler, by_width, buffers)
 
         self.runner = device.run(build)
@@ -116,7 +120,7 @@ def load_worker(
 
     Raises ValueError naming the field for a context or a pool that cannot be.
     """
-    comm = comm or Solo()
+    comm, stages = comm or Solo(), Stages()
     facts = ModelConfig.from_hf(path)
     on_cpu = device.torch_device.type == "cpu"
     dtype = facts.dtype if config.dtype == "auto" else DTYPES[config.dtype]
@@ -125,48 +129,77 @@ def load_worker(
         raise ValueError(
             f"context_length must be at most the model's {facts.max_context}, got {max_context}"
         )
-    model = device.run(
-        lambda: load_model(
-            facts,
-            path,
-            dtype=dtype,
-            device=device.torch_device,
-            load_format=config.load_format,
-            comm=comm,
-            seed=config.random_seed,
+    with stages.stage("load weights"):
+        model = device.run(
+            lambda: load_model(
+                facts,
+                path,
+                dtype=dtype,
+                device=device.torch_device,
+                load_format=config.load_format,
+                comm=comm,
+                seed=config.random_seed,
+            )
         )
-    )
     if config.batch_invariant:
         check_fixed_order(facts, dtype, device.torch_device)
-    weights = sum(w.target.numel() * w.target.element_size() for w in model.weights())
-    kv_heads = share("num_key_value_heads", facts.num_kv_heads, comm)[1]
-    shape = KVShape(facts.num_layers, kv_heads, facts.head_dim, dtype)
-    plan = plan_memory(
-        device.memory(),
-        shape,
-        on_cpu=on_cpu,
-        weights=weights,
-        workspace=_workspace_bytes(
-            facts, config.chunked_prefill_size + config.max_running_requests, dtype, comm.size
-        ),
-        logits=_logits_bytes(facts.vocab_size, config.max_running_requests),
-        counts=RowBuffers.counts_bytes(config.max_running_requests, facts.vocab_size),
-        page_size=config.page_size,
-        max_context=max_context,
-        mem_fraction_static=config.mem_fraction_static,
-        max_total_tokens=config.max_total_tokens,
-    )
+    with stages.stage("plan memory"):
+        weights = sum(w.target.numel() * w.target.element_size() for w in model.weights())
+        kv_heads = share("num_key_value_heads", facts.num_kv_heads, comm)[1]
+        shape = KVShape(facts.num_layers, kv_heads, facts.head_dim, dtype)
+        max_rows, vocab = config.max_running_requests, facts.vocab_size
+        graphs = _graph_sizes(config, dtype, on_cpu)
+        graph_bytes = graphs.static_bytes(vocab)
+        if not on_cpu:
+            graph_bytes += graphs.captured_bytes(facts, dtype, comm.size)
+        plan = plan_memory(
+            device.memory(),
+            shape,
+            on_cpu=on_cpu,
+            weights=weights,
+            workspace=workspace_bytes(
+                facts, config.chunked_prefill_size + max_rows, dtype, comm.size
+            ),
+            logits=logits_bytes(vocab, max_rows),
+            counts=RowBuffers.counts_bytes(max_rows, vocab),
+            graphs=graph_bytes,
+            page_size=config.page_size,
+            max_context=max_context,
+            mem_fraction_static=config.mem_fraction_static,
+            max_total_tokens=config.max_total_tokens,
+        )
     worker = Worker(
         device,
         FixedOrder(model, device.torch_device) if config.batch_invariant else model,
         shape,
-        _limits(config, plan, max_context, facts.vocab_size),
+        _limits(config, plan, max_context, vocab),
         eos_token_ids=facts.eos_token_ids,
-        graphs=not config.disable_cuda_graph,
+        graphs=graphs,
         comm=comm,
-        graph_max_sequences=config.cuda_graph_max_bs or CUDA_GRAPH_MAX_BS,
+        stages=stages,
     )
+    check_graphs(plan, worker.graph_bytes)
+    if comm.rank == 0:
+        log.info("%s", stages.table())
     return worker, facts
+
+
+def token_multiple(dtype: torch.dtype, on_cpu: bool) -> int:
+    """Steps have half as many tokens, or a multiple of it; 1 = any number."""
+    return FP32_CPU_ROWS if on_cpu and dtype == torch.float32 else 1
+
+
+def _graph_sizes(config: EngineConfig, dtype: torch.dtype, on_cpu: bool) -> GraphSizes:
+    """With drafts, graphs for one token and for all drafts there may be: what has fewer is padded,
+    but on a CPU, where every width is at hand."""
+    if config.disable_cuda_graph:
+        return GraphSizes({})
+    most = min(config.max_running_requests, config.cuda_graph_max_bs or CUDA_GRAPH_MAX_BS)
+    widths: Sequence[int] = (1,)
+    if config.speculative_algorithm != "none":
+        longest = 1 + config.speculative_num_draft_tokens
+        widths = range(1, longest + 1) if on_cpu else (1, longest)
+    return GraphSizes.of(most, widths, on_cpu, token_multiple(dtype, on_cpu))
 
 
 def _limits(config: EngineConfig, plan: MemoryPlan, max_context: int, vocab: int) -> Limits:
@@ -177,36 +210,6 @@ def _limits(config: EngineConfig, plan: MemoryPlan, max_context: int, vocab: int
         max_context=max_context,
         vocab_size=vocab,
     )
-
-
-def _workspace_bytes(facts: ModelConfig, tokens: int, dtype: torch.dtype, ranks: int) -> int:
-    """Activations that live at once in one layer: residual, normed, qkv and attention, gate-up."""
-    heads = (2 * facts.num_heads + 2 * facts.num_kv_heads) * facts.head_dim
-    inner = max(
-        facts.inner_size,
-        *((layer.moe.inner_size * layer.moe.top_k) if layer.moe else 0 for layer in facts.layers),
-    )
-    per_token = 4 * facts.hidden_size + (heads + 3 * inner) // ranks
-    return tokens * per_token * dtype.itemsize
-
-
-def _logits_bytes(vocab: int, rows: int) -> int:
-    """Logits in fp32 and three temporaries of the sampler of that size."""
-    return 4 * rows * vocab * 4
-
-
-def _sizes(most: int, width: int, on_cpu: bool, multiple: int) -> tuple[int, ...]:
-    """Numbers of sequences with a decode graph of `width`, up to at least `most`.
-
-    A CPU needs no padding, where any size replays at once, but that to `multiple`.
-    """
-    if multiple == 1:
-        return tuple(range(1, most + 1)) if on_cpu else padded_sizes(most)
-    step, half = multiple // math.gcd(multiple, width), multiple // 2
-    sizes = range(step, most + step, step)
-    if half % width:
-        return tuple(sizes)
-    return (half // width, *(size for size in sizes if half // width < most))
 
 
 def _progress(sizes: Sequence[int]) -> Iterable[int]:

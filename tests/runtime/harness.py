@@ -19,8 +19,9 @@ from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
 from minisgl.models.loader import load_model
 from minisgl.runtime.executor import LocalExecutor
+from minisgl.runtime.footprint import GraphSizes
 from minisgl.runtime.kv_pool import KVShape
-from minisgl.runtime.worker import Worker
+from minisgl.runtime.worker import Worker, token_multiple
 from tests.runtime import oracle
 
 VOCAB = 61
@@ -66,16 +67,11 @@ def make_executor(
     limits = Limits(num_pages, page_size, max_rows, max_context, VOCAB)
     shape = KVShape(2, 2, 16, dtype)
     device = CpuDevice(num_threads=1)
-    worker = Worker(
-        device,
-        model,
-        shape,
-        limits,
-        eos_token_ids=EOS,
-        graphs=graphs,
-        graph_widths=graph_widths,
-        graph_max_sequences=graph_max_sequences,
-    )
+    sizes = GraphSizes({})
+    if graphs:
+        most = min(max_rows, graph_max_sequences)
+        sizes = GraphSizes.of(most, graph_widths, True, token_multiple(dtype, True))
+    worker = Worker(device, model, shape, limits, eos_token_ids=EOS, graphs=sizes)
     return LocalExecutor(worker)
 
 

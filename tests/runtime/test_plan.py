@@ -2,6 +2,8 @@
 
 import json
 import logging
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,27 @@ from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch, Chunk, RowSetup
 from minisgl.core.request import SamplingParams
 from minisgl.device import CpuDevice, Memory
+from minisgl.models.config import ModelConfig
 from minisgl.runtime.executor import LocalExecutor
-from minisgl.runtime.graphs import padded_sizes
-from minisgl.runtime.kv_pool import CPU_BYTES, CPU_TOKENS, KVPool, KVShape, MemoryPlan, plan_memory
+from minisgl.runtime.footprint import (
+    NODE_BYTES,
+    NODES_PER_LAYER,
+    OTHER_NODES,
+    GraphSizes,
+    padded_sizes,
+    workspace_bytes,
+)
+from minisgl.runtime.kv_pool import (
+    CPU_BYTES,
+    CPU_TOKENS,
+    KVPool,
+    KVShape,
+    MemoryPlan,
+    check_graphs,
+    plan_memory,
+)
 from minisgl.runtime.rows import RowBuffers
+from minisgl.runtime.startup import Stages
 from minisgl.runtime.worker import load_worker
 
 MIB = 2**20
@@ -28,6 +47,7 @@ def plan(free: int, **changes) -> MemoryPlan:
         "workspace": 20 * MIB,
         "logits": 7 * MIB,
         "counts": 3 * MIB,
+        "graphs": 11 * MIB,
         "page_size": 16,
         "max_context": 64,
         "mem_fraction_static": 0.5,
@@ -39,14 +59,14 @@ def plan(free: int, **changes) -> MemoryPlan:
 def test_what_is_left_becomes_pages():
     made = plan(300 * MIB)
     page = 16 * 3 * 2 * 2 * 32 * 2
-    left = (300 + 100) * MIB // 2 - 130 * MIB
+    left = (300 + 100) * MIB // 2 - 141 * MIB
     assert SHAPE.bytes_per_token * 16 == page
     assert made.num_pages == left // page
     assert made.kv == made.num_pages * page
-    total = made.weights + made.workspace + made.logits + made.counts + made.kv
+    total = made.weights + made.workspace + made.logits + made.counts + made.graphs + made.kv
     assert made.budget - page < total <= made.budget
     assert made.num_tokens == made.num_pages * 16
-    for amount in ("100.0", "20.0", "7.0", "3.0", f"{made.kv / MIB:.1f}"):
+    for amount in ("100.0", "20.0", "7.0", "3.0", "11.0", f"{made.kv / MIB:.1f}"):
         assert f"{amount} MiB" in made.table()
 
 
@@ -59,12 +79,13 @@ def test_the_cpu_default_is_modest():
     made = plan(300_000 * MIB, on_cpu=True)
     assert made.num_tokens == CPU_TOKENS
     large = KVShape(80, 8, 128, torch.float32)
-    facts = {"weights": 0, "workspace": 0, "logits": 0, "counts": 0, "page_size": 16}
+    facts = {"weights": 0, "workspace": 0, "logits": 0, "counts": 0, "graphs": 0}
     memory = Memory(2**40, 2**41, 0)
     limited = plan_memory(
         memory,
         large,
         on_cpu=True,
+        page_size=16,
         max_context=64,
         mem_fraction_static=0.9,
         max_total_tokens=None,
@@ -80,13 +101,13 @@ def test_the_cpu_default_is_modest():
         (
             100 * MIB,
             {},
-            "no memory is left for KV: mem_fraction_static 0.5 gives 100 MiB, of which 130",
+            "no memory is left for KV: mem_fraction_static 0.5 gives 100 MiB, of which 141",
         ),
         (300 * MIB, {"max_total_tokens": 15}, r"at least page_size \(16\), got 15"),
         (
             300 * MIB,
             {"max_total_tokens": 10**6},
-            "max_total_tokens 1000000 needs 732 MiB .* 70 MiB",
+            "max_total_tokens 1000000 needs 732 MiB .* 59 MiB",
         ),
     ],
 )
@@ -171,6 +192,8 @@ def test_a_worker_follows_its_config(model: Path, caplog):
         assert facts.eos_token_ids == (3, 7)
         assert executor.dtype == torch.bfloat16
         assert "memory plan" in caplog.text
+        for stage in ("load weights", "plan memory", "warm up", "total"):
+            assert re.search(rf"^  {stage} +\d+\.\d\d s$", caplog.text, re.M), stage
         assert "12 pages of 16 tokens" in caplog.text
         setup = RowSetup(0, 0, 0, 0, 2, SamplingParams(temperature=0.0), [])
         executor.dispatch(Batch(0, [Chunk(0, 0, 0, 0, 2, [5, 6], 0, [0], True)], 0, [setup]))
@@ -209,3 +232,53 @@ def test_dtype_and_context_may_be_chosen(model: Path):
         assert worker.geometry.token_multiple == 8
     finally:
         device.close()
+
+
+def test_graphs_are_planned_by_what_they_hold():
+    """Twice the graphs take more, and the parts are what they are said to be."""
+    facts = ModelConfig.from_dict(CONFIG)
+    few, many = (GraphSizes.of(most, (1,), False, 1) for most in (8, 256))
+    words = -(-131 // 32)
+    assert many.by_width[1][-1] == many.max_tokens == many.max_sequences == 256
+    masks = 4 * 256 * (1 + words)
+    assert masks < many.static_bytes(131) < masks + 4 * many.staging_words + 12_000
+    grown = many.captured_bytes(facts, torch.bfloat16, 1) - few.captured_bytes(
+        facts, torch.bfloat16, 1
+    )
+    more = len(many.by_width[1]) - len(few.by_width[1])
+    hidden = 2 * 32 * (sum(many.by_width[1]) - sum(few.by_width[1]))
+    logits = 2 * 4 * 131 * (256 - 8)
+    workspace = workspace_bytes(facts, 256, torch.bfloat16, 1)
+    workspace -= workspace_bytes(facts, 8, torch.bfloat16, 1)
+    nodes = facts.num_layers * NODES_PER_LAYER + OTHER_NODES
+    assert grown == hidden + logits + workspace + more * nodes * NODE_BYTES
+    drafts = GraphSizes.of(8, (1, 5), False, 1)
+    assert drafts.max_tokens == 40
+    assert drafts.static_bytes(131) > few.static_bytes(131)
+    assert GraphSizes({}).static_bytes(131) == 0
+
+
+@pytest.mark.parametrize(("taken", "level"), [(10 * MIB, "INFO"), (12 * MIB, "WARNING")])
+def test_what_graphs_took_is_compared_with_the_plan(caplog, taken: int, level: str):
+    with caplog.at_level(logging.INFO, "minisgl"):
+        check_graphs(plan(300 * MIB), taken)
+    last = caplog.records[-1]
+    assert last.levelname == level
+    assert f"{taken // MIB}" in last.getMessage()
+    assert "11" in last.getMessage()
+
+
+def test_stages_of_a_start_are_timed_and_shown():
+    stages = Stages()
+    for seconds in (0.01, 0.02):
+        with stages.stage("wait"):
+            time.sleep(seconds)
+    with stages.stage("load"), stages.stage("inner"):
+        pass
+    assert list(stages.seconds) == ["wait", "inner", "load"]
+    assert stages.seconds["wait"] >= 0.03
+    lines = stages.table().splitlines()
+    assert [line.split()[0] for line in lines] == ["start-up:", "wait", "inner", "load", "total"]
+    with pytest.raises(KeyError), stages.stage("fails"):
+        raise KeyError
+    assert "fails" in stages.seconds
