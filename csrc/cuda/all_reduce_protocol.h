@@ -98,11 +98,10 @@ MINISGL_RANKS_FN void wait_for(Machine &m, const Ranks &ranks, const uint32_t *f
             return;
         }
         if (now - begin > ranks.timeout_ns) {
-            // Also ends what the peers wait for; the host reads the word when it collects the step.
+            // Also ends what the peers wait for.
             const uint32_t code = fault_code(ranks.rank, peer);
             MINISGL_RANKS_ROLLED
             for (int r = 0; r < ranks.size; ++r) m.store_release(&ranks.signals[r]->fault, code);
-            m.report(code);
             return;
         }
     }
@@ -136,7 +135,11 @@ MINISGL_RANKS_FN void all_reduce(Machine &m, const Ranks &ranks) {
         m.reduce(half);
         meet(m, ranks, 1, epoch);
     }
+    // A rank that gave up says so before its next flag, so what it spoils is not taken for a sum.
+    // The value is needed last: the load costs no time.
+    const uint32_t fault = m.lane() == 0 ? m.load_relaxed(&own.fault) : 0;
     m.finish(half);
+    if (fault != 0) m.report(fault);
     // Every thread read the old epoch before the first meeting's sync; the next kernel reads this.
     if (m.lane() == 0) own.epoch[m.block()] = epoch;
 }

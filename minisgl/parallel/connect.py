@@ -5,6 +5,7 @@ import torch.distributed as dist
 
 from minisgl.kernels.config import batch_invariant
 from minisgl.parallel import Communicator, Solo
+from minisgl.parallel.peer_memory import connect_peers
 from minisgl.parallel.shared_memory import SharedMemory
 from minisgl.parallel.torch_group import TorchGroup
 
@@ -31,4 +32,7 @@ def connect(
         return SharedMemory(shared, rank, size)
     if store is None:
         raise ValueError("ranks without shared memory need a store to meet at")
-    return TorchGroup(store, rank, size, device, ordered=batch_invariant(), host=host)
+    group = TorchGroup(store, rank, size, device, ordered=batch_invariant(), host=host)
+    if device.type != "cuda" or local_size != size:
+        return group
+    return connect_peers(group, dist.PrefixStore("peer_memory", store), device)

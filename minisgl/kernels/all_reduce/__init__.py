@@ -1,0 +1,98 @@
+"""All-reduce between the GPUs of one machine, alone or with what follows it in a decoder.
+
+    y = x_0 + x_1 + ... + x_(R-1)          fp32 in rank order, rounded once to the dtype
+    s = y + residual                        rounded: the new residual
+    z = rmsnorm(s) * w                      as in `kernels/rmsnorm`
+
+The kernels are in csrc/cuda/all_reduce.cu, their protocol, and why it is right, in
+all_reduce_protocol.h beside it. A *path* is how the data travels: every rank reads all others
+(one-shot: fewest meetings), each rank sums its share for all (two-shot: fewest bytes), or the
+switch sums (multimem: NVLink SHARP; its own order of additions). One-shot and two-shot sums are
+equal to the bit, so a call's size may choose between them in every mode.
+
+The sizes at which paths take turns follow published measurements (docs/KERNELS.md); on a machine
+with several GPUs `python -m benchmarks.all_reduce` measures them.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+
+from minisgl.kernels.op import Cost
+
+KB, MB = 1 << 10, 1 << 20
+CAPACITY = 8 * MB  # bytes of one call; each rank holds two halves of it
+
+
+class Path(IntEnum):
+    """As in all_reduce_protocol.h."""
+
+    ONE_SHOT = 0
+    TWO_SHOT = 1
+    MULTIMEM = 2
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest calls, in bytes, that each path should take; above all of them NCCL is faster."""
+
+    one_shot: int
+    two_shot: int
+    multimem: int  # where the devices have it; it takes what is too large for one-shot
+
+
+LIMITS = {  # by number of ranks, at most
+    2: Limits(one_shot=8 * MB, two_shot=0, multimem=0),
+    4: Limits(one_shot=512 * KB, two_shot=8 * MB, multimem=8 * MB),
+    8: Limits(one_shot=256 * KB, two_shot=8 * MB, multimem=8 * MB),
+}
+
+
+def choose(num_bytes: int, ranks: int, *, multimem: bool, ordered: bool) -> Path | None:
+    """How a call of `num_bytes` should travel; None: by NCCL.
+
+    With `ordered` the sum is taken in rank order at every size, so never by NCCL or the switch;
+    what exceeds the capacity is cut in pieces.
+    """
+    limits = LIMITS[min(most for most in LIMITS if ranks <= most)]
+    if num_bytes <= limits.one_shot:
+        return Path.ONE_SHOT
+    if ordered:
+        return Path.TWO_SHOT
+    if multimem and num_bytes <= limits.multimem:
+        return Path.MULTIMEM
+    return Path.TWO_SHOT if num_bytes <= limits.two_shot else None
+
+
+def all_reduce_reference(parts: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks of parts [R, ...], in rank order. Returns [...] in parts' dtype."""
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part.float()
+    return total.to(parts.dtype)
+
+
+def all_reduce_norm_reference(
+    parts: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    unit_offset: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """parts: [R, T, H]; residual: [T, H]; weight: [H]. Returns (normalised sum, sum), [T, H]."""
+    total = all_reduce_reference(parts) + residual
+    wide = total.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    scaled = wide * (weight.float() + 1.0 if unit_offset else weight.float())
+    return scaled.to(parts.dtype), total
+
+
+def all_reduce_cost(num_bytes: int, ranks: int, path: Path) -> Cost:
+    """Bytes that one rank receives from others (or from the switch), and additions that it does."""
+    share = num_bytes // ranks
+    if path is Path.ONE_SHOT:
+        return Cost(bytes=(ranks - 1) * num_bytes, flops=(ranks - 1) * num_bytes // 2)
+    if path is Path.TWO_SHOT:
+        return Cost(bytes=2 * (ranks - 1) * share, flops=(ranks - 1) * share // 2)
+    return Cost(bytes=share + num_bytes, flops=0)

@@ -1,0 +1,256 @@
+"""`PeerMemory`: GPUs of one machine that add up in each other's memory, by our own kernels.
+
+What the kernels do not take, and everything that is no sum, goes to the `TorchGroup` beside them.
+"""
+
+import os
+import socket
+from collections.abc import Callable
+from contextlib import ExitStack
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from minisgl.kernels.all_reduce.memory import (
+    HostWord,
+    MappedBuffer,
+    PeerBuffer,
+    check_peer_access,
+    runtime_call,
+)
+from minisgl.kernels.all_reduce.multicast import (
+    Multicast,
+    listen,
+    receive_descriptor,
+    send_descriptor,
+    supports_multicast,
+)
+from minisgl.kernels.all_reduce.peers import BLOCKS, Peers, Segment, native_module
+from minisgl.kernels.rmsnorm import rmsnorm
+from minisgl.log import get_logger
+from minisgl.parallel import Communicator
+from minisgl.parallel.torch_group import TorchGroup
+
+log = get_logger(__name__)
+
+PARTING = timedelta(seconds=2)  # that a closing rank waits for the others
+TIMEOUT = 1800.0  # seconds a kernel waits for a peer that lives: loading may take one far longer
+
+
+class PeerMemory:
+    """One rank of several GPUs. `close` gives back `resources`; all ranks are to call it."""
+
+    def __init__(self, group: Communicator, peers: Peers, resources: ExitStack) -> None:
+        self.rank = group.rank
+        self.size = group.size
+        self.ordered = group.ordered
+        self._group = group
+        self._peers = peers
+        self._resources = resources
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        total = self._peers.all_reduce(x)
+        return self._group.all_reduce(x) if total is None else total
+
+    def all_reduce_norm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        unit_offset: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        both = self._peers.all_reduce_norm(x, residual, weight, eps, unit_offset)
+        if both is None:
+            return rmsnorm(self.all_reduce(x), weight, eps, residual, unit_offset)  # type: ignore[no-any-return]
+        return both
+
+    def gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        return self._group.gather(x, dim)
+
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        return self._group.broadcast(x)
+
+    def check(self) -> None:
+        self._peers.check()
+        self._group.check()
+
+    def abort(self) -> None:
+        self._peers.abort()
+        self._group.abort()
+
+    def close(self) -> None:
+        self._resources.close()
+        self._group.close()
+
+
+class Refused(RuntimeError):
+    """A step did not succeed on some rank, which is named."""
+
+
+class Council:
+    """Steps that ranks take together: each sees what all have answered, or all see a refusal."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
+        self._store = store
+        self.rank = rank
+        self.size = size
+
+    def step(self, name: str, action: Callable[[], bytes | None]) -> list[bytes]:
+        """What `action` returned on every rank. Refused, on every rank, if it raised on any."""
+        try:
+            answer = b"+" + (action() or b"")
+        except Exception as error:  # of any library below: the others must hear of it
+            answer = b"-" + (str(error) or repr(error)).encode()
+        self._store.set(f"{name}/{self.rank}", answer)
+        answers = [self._store.get(f"{name}/{rank}") for rank in range(self.size)]
+        for rank, told in enumerate(answers):
+            if told[:1] != b"+":
+                raise Refused(f"rank {rank}: {told[1:].decode(errors='replace')}")
+        return [told[1:] for told in answers]
+
+    def part(self) -> None:
+        """Wait until every rank has come here, but not long: one may be gone."""
+        try:
+            self._store.set(f"part/{self.rank}", b"")
+            self._store.wait([f"part/{rank}" for rank in range(self.size)], PARTING)
+        except RuntimeError as error:
+            log.debug("not all ranks came to close their memory: %s", error)
+
+
+def connect_peers(
+    group: TorchGroup, store: dist.Store, device: torch.device, timeout: float = TIMEOUT
+) -> Communicator:
+    """`group` with sums through peer memory, or `group` itself where that cannot be (logged).
+
+    store: with no keys of others. Every rank of the group calls this; all are on one machine, and
+    each has its device as the current one. timeout: seconds a kernel waits for a peer.
+    """
+    council = Council(store, group.rank, group.size)
+    resources = ExitStack()
+    try:
+        peers = open_peers(council, resources, device, ordered=group.ordered, timeout=timeout)
+    except Refused as refusal:
+        resources.close()
+        if group.rank == 0:
+            log.warning("all-reduce by NCCL alone, slower at decode sizes: %s", refusal)
+        return group
+    return PeerMemory(group, peers, resources)
+
+
+def open_peers(
+    council: Council,
+    resources: ExitStack,
+    device: torch.device,
+    *,
+    ordered: bool,
+    timeout: float,
+    blocks: int = BLOCKS,
+) -> Peers:
+    """This rank's end, with memory mapped on all ranks. Refused, on all, where it cannot be."""
+    index, rank = device.index, council.rank
+    addresses = [0] * council.size
+    ends: list[Peers] = []
+
+    def prepare() -> bytes:
+        most = native_module(device).MAX_RANKS
+        if council.size > most:
+            raise ValueError(f"there may be {most} ranks, got {council.size}")
+        return str(index).encode()
+
+    devices = [int(told) for told in council.step("device", prepare)]
+    native = native_module(device)
+    segment = Segment(native.SIGNAL_BYTES)
+
+    def allocate() -> bytes:
+        runtime_call("cudaSetDevice", index)
+        check_peer_access(index, devices)
+        buffer = PeerBuffer(segment.num_bytes)
+        resources.callback(buffer.close)
+        addresses[rank] = buffer.address
+        return buffer.handle()
+
+    handles = council.step("allocate", allocate)
+    resources.callback(council.part)  # closed in reverse: nobody frees what a peer has mapped
+
+    def map_peers() -> None:
+        for peer, handle in enumerate(handles):
+            if peer != rank:
+                mapped = MappedBuffer(handle)
+                resources.callback(mapped.close)
+                addresses[peer] = mapped.address
+
+    council.step("map", map_peers)
+    multicast = None if ordered else _open_multicast(council, resources, index, segment)
+
+    def finish() -> None:
+        word = HostWord()
+        resources.callback(word.close)
+        resources.callback(torch.cuda.synchronize, device)
+        ends.append(
+            Peers(
+                native,
+                rank,
+                addresses,
+                word,
+                stream=lambda: torch.cuda.current_stream(device).cuda_stream,
+                segment=segment,
+                multicast=multicast,
+                ordered=ordered,
+                blocks=blocks,
+                timeout=timeout,
+            )
+        )
+
+    council.step("finish", finish)
+    return ends[0]
+
+
+def _open_multicast(
+    council: Council, resources: ExitStack, index: int, segment: Segment
+) -> tuple[int, int] | None:
+    """(address of all replicas, of this rank's); None where the devices have no multicast."""
+    made: list[Multicast] = []
+
+    def begin() -> None:
+        if not supports_multicast(index):
+            raise RuntimeError(f"GPU {index} has no multicast")
+        made.append(Multicast(index, council.size, 2 * segment.half_bytes))
+        resources.callback(made[0].close)
+
+    try:
+        council.step("multicast", begin)
+        with ExitStack() as passing:
+            _pass_object(council, made[0], passing)
+        council.step("join", made[0].join)
+        council.step("bind", made[0].bind)
+    except Refused as refusal:
+        log.debug("no sums by the switch: %s", refusal)
+        return None
+    return made[0].address, made[0].replica
+
+
+def _pass_object(council: Council, multicast: Multicast, passing: ExitStack) -> None:
+    """From rank 0, which creates it, to the others."""
+    servers: list[tuple[socket.socket, int]] = []
+
+    def create() -> bytes:
+        if council.rank != 0:
+            return b""
+        descriptor = multicast.create()
+        passing.callback(os.close, descriptor)
+        server, name = listen()
+        passing.enter_context(server)
+        servers.append((server, descriptor))
+        return name
+
+    name = council.step("object", create)[0]
+
+    def hand_over() -> None:
+        if council.rank == 0:
+            send_descriptor(*servers[0], council.size - 1)
+        else:
+            multicast.receive(receive_descriptor(name))
+
+    council.step("descriptor", hand_over)
