@@ -36,6 +36,10 @@ class Executor(Protocol):
     @property
     def limits(self) -> Limits: ...
 
+    @property
+    def compilations(self) -> int:
+        """Kernels that had to be compiled since it was ready: each one made requests wait."""
+
     def dispatch(self, batch: Batch) -> None:
         """Enqueue the forward pass of `batch`."""
 

@@ -105,6 +105,7 @@ class Engine:
             self._busy_seconds,
             self._longest_step,
             self._scheduler.stats(),
+            self._executor.compilations,
         )
 
     def start_profile(self, num_steps: int | None = None, *, traces: bool = True) -> str:

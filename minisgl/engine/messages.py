@@ -28,6 +28,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     busy_seconds: float  # spent inside `Engine.step`
     longest_step: float  # seconds
     scheduler: SchedulerStats
+    compilations: int = 0  # kernels compiled since it was ready: each one made requests wait
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):

@@ -41,6 +41,10 @@ class LocalExecutor:
         return self._worker.limits
 
     @property
+    def compilations(self) -> int:
+        return self._worker.compilations
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of weights, activations and KV."""
         return self._worker.dtype

@@ -1,6 +1,6 @@
 """`Worker`: one rank's device, model, memory and runner, built and warmed up."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -50,10 +50,12 @@ class Worker:
         graphs: GraphSizes | None = None,
         comm: Communicator | None = None,
         stages: Stages | None = None,
+        compiled: Callable[[], int] = lambda: 0,
     ) -> None:
         """Allocates the pool and the rows of `limits`, warms up and captures `graphs`.
 
-        stages: where the time this takes is noted.
+        stages: where the time this takes is noted. compiled: how many kernels this process has
+        compiled so far.
         """
         self.device = device
         self.limits = limits
@@ -93,6 +95,12 @@ class Worker:
             return Runner(device, model, pool, rows, sampler, by_width, buffers)
 
         self.runner = device.run(build)
+        self._compiled, self._compiled_at_start = compiled, compiled()
+
+    @property
+    def compilations(self) -> int:
+        """Kernels compiled since this was ready."""
+        return self._compiled() - self._compiled_at_start
 
     def _warm_up(self, runner: Runner) -> None:
         """Run a prompt chunk and a mixed step on the padding row, so that kernels are ready."""

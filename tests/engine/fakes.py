@@ -75,6 +75,7 @@ class FakeExecutor:
         self.calls: list[str] = []  # what was asked, in order
         self.most_in_flight = 0
         self.closed = False
+        self.compilations = 0
         self.profiling = self.traces = False
         self._kv = np.zeros((limits.num_pages, limits.page_size), dtype=np.uint64)
         self._rows: dict[int, _Row] = {}

@@ -63,7 +63,9 @@ def test_tokens_are_the_models_own_in_any_batch(overlap, page_size, pages):
     for request in requests:
         for choice in range(2):
             assert tokens[request.id, choice] == expected(request, choice)
+    engine.executor.compilations = 3
     stats = engine.stats()
+    assert stats.compilations == 3
     assert stats.output_tokens == sum(map(len, tokens.values()))
     assert stats.scheduler.num_hit_tokens > 0
     assert (stats.scheduler.num_preemptions > 0) == (pages == 12)

@@ -2,12 +2,16 @@
 
 import numpy as np
 import pytest
+import torch
 
 from minisgl.core.batch import Batch
-from minisgl.core.executor import GrammarMasks
+from minisgl.core.executor import GrammarMasks, Limits
 from minisgl.core.request import Request, SamplingParams
+from minisgl.device import CpuDevice
 from minisgl.runtime.executor import LocalExecutor
+from minisgl.runtime.kv_pool import KVShape
 from minisgl.runtime.sampler import Shaping
+from minisgl.runtime.worker import Worker
 from tests.runtime.harness import VOCAB, make_executor, mixed_requests, serve, tiny_decoder
 
 
@@ -89,6 +93,22 @@ def test_fp32_graphs_have_sizes_that_treat_rows_alike(executors, width, sizes):
     found = executor._worker.geometry.decode_sizes[width]
     assert found == sizes
     assert all(size * width == 4 or size * width % 8 == 0 for size in found)
+
+
+def test_compilations_count_from_when_it_was_ready(model):
+    compiled = [7]
+    worker = Worker(
+        CpuDevice(num_threads=1),
+        model,
+        KVShape(2, 2, 16, torch.float32),
+        Limits(4, 16, 2, 32, VOCAB),
+        compiled=lambda: compiled[0],
+    )
+    executor = LocalExecutor(worker)
+    assert executor.compilations == 0
+    compiled[0] += 2
+    assert executor.compilations == 2
+    executor.close()
 
 
 def test_nothing_moves_once_it_is_captured(model, executors):

@@ -64,6 +64,8 @@ VALUES = {
     "page_size": 32,
     "schedule_policy": "lpm",
     "batch_policy": "decode-first",
+    "speculative_algorithm": "ngram",
+    "speculative_ngram_min": 3,
     "log_level": "warning",
     "profile_dir": "profiles-here",
     "host": "::1",
@@ -267,6 +269,12 @@ def eventually_running(url, count):
             return True
         time.sleep(0.1)
     return False
+
+
+def test_nothing_is_compiled_while_serving(served, client):
+    chat(client)
+    text = httpx.get(f"{served.wait_ready()}/metrics").text
+    assert re.search(r"^minisgl_compilations_after_ready_total 0\.0$", text, re.M)
 
 
 def test_a_port_in_use_is_said_at_once(model, served):
