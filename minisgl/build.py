@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from minisgl.config import EngineConfig
 from minisgl.core.costmodel import DEVICES, CostModel, DeviceFacts, ModelFacts
 from minisgl.core.executor import Executor
@@ -22,6 +24,8 @@ from minisgl.log import get_logger
 from minisgl.models.config import ModelConfig
 from minisgl.models.hub import model_directory
 from minisgl.runtime.executor import LocalExecutor, plan_on_one_thread
+from minisgl.runtime.node import run_node
+from minisgl.runtime.ranks import ParallelExecutor, load_ranks
 from minisgl.runtime.worker import load_worker
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny"
@@ -31,7 +35,7 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class _Built:
-    executor: LocalExecutor
+    executor: LocalExecutor | ParallelExecutor
     facts: ModelConfig
     path: Path
     device: Device
@@ -64,7 +68,8 @@ def build_engine(config: EngineConfig) -> Engine:
         ),
         built.facts.eos_token_ids,
         CostModel(
-            ModelFacts(**built.facts.cost_facts(built.executor.dtype)), _device_facts(built.device)
+            ModelFacts(**built.facts.cost_facts(built.executor.dtype)),
+            _device_facts(built.device, config.tp_size),
         ),
         speculation=speculation,
     )
@@ -74,7 +79,7 @@ def build_engine(config: EngineConfig) -> Engine:
         model_path=str(built.path),
         architecture=built.facts.architecture,
         dtype=str(built.executor.dtype).removeprefix("torch."),
-        device=built.device.name,
+        device=("" if config.tp_size == 1 else f"{config.tp_size} x ") + built.device.name,
         eos_token_ids=list(built.facts.eos_token_ids),
         limits=limits,
     )
@@ -87,26 +92,40 @@ def build_engine(config: EngineConfig) -> Engine:
     )
 
 
+def run_ranks(config: EngineConfig) -> None:
+    """On a node other than 0: run its ranks until node 0 stops them; errors as of `run_node`."""
+    run_node(config, _model_path(config))
+
+
+def _model_path(config: EngineConfig) -> Path:
+    if config.model is None:
+        return BUNDLED_MODEL
+    return model_directory(config.model, weights=config.load_format != "dummy")
+
+
 def _build(config: EngineConfig) -> _Built:
-    if config.tp_size != 1:
+    if config.node_rank != 0:
         raise ValueError(
-            f"tp_size must be 1, got {config.tp_size}: there is no tensor parallelism yet"
+            f"node_rank must be 0 where the engine is, got {config.node_rank}; "
+            "`python -m minisgl.serve` runs the ranks of other nodes"
         )
     started = time.perf_counter()
-    path = BUNDLED_MODEL
-    if config.model is not None:
-        path = model_directory(config.model, weights=config.load_format != "dummy")
-    device = pick_device(config.device)
+    path = _model_path(config)
+    device = pick_device(config.device, of=config.tp_size // config.nnodes)
     try:
         _say_device(config, device)
         if device.torch_device.type == "cpu":
             plan_on_one_thread()
-        worker, facts = load_worker(config, path, device)
+        executor: LocalExecutor | ParallelExecutor
+        if config.tp_size == 1:
+            worker, facts = load_worker(config, path, device)
+            executor = LocalExecutor(worker, trace_details=config.profile_dir is not None)
+        else:
+            executor, facts = load_ranks(config, path, device)
     except BaseException:
         device.close()
         raise
     log.info("model %s is ready after %.1f s", path.name, time.perf_counter() - started)
-    executor = LocalExecutor(worker, trace_details=config.profile_dir is not None)
     return _Built(executor, facts, path, device)
 
 
@@ -117,10 +136,11 @@ def _say_device(config: EngineConfig, device: Device) -> None:
     log.info("running on %s%s", device.name, why)
 
 
-def _device_facts(device: Device) -> DeviceFacts:
-    """A known GPU's data sheet, else a middling one's: measured steps correct it."""
+def _device_facts(device: Device, ranks: int) -> DeviceFacts:
+    """A known GPU's data sheet, else a middling one's, `ranks` times; measured steps correct it."""
     if device.torch_device.type == "cpu":
         return DEVICES["cpu"]
     name = device.name.lower().replace(" ", "")
     known = sorted((key for key in DEVICES if key in name), key=len)  # "l40s" before "l4"
-    return DEVICES[known[-1]] if known else DEVICES["a100"]
+    one = DEVICES[known[-1]] if known else DEVICES["a100"]
+    return msgspec.structs.replace(one, flops=ranks * one.flops, bandwidth=ranks * one.bandwidth)

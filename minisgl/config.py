@@ -31,6 +31,9 @@ class EngineConfig:
     device: str = _option("auto", "cuda, cpu, or auto: cuda when there is one")
     load_format: LoadFormat = _option("auto", "auto reads safetensors, dummy fills random weights")
     tp_size: int = _option(1, "tensor-parallel ranks", aliases=("--tp",))
+    nnodes: int = _option(1, "machines that share the ranks equally")
+    node_rank: int = _option(0, "which of them this is; 0 serves, the others run their ranks")
+    dist_init_addr: str | None = _option(None, "host:port of node 0, where the nodes meet")
     page_size: int = _option(16, "tokens per KV page: 1, 16, 32 or 64")
     mem_fraction_static: float = _option(0.9, "share of free device memory for weights and KV")
     max_total_tokens: int | None = _option(None, "KV pool size in tokens; measured when absent")
@@ -66,7 +69,8 @@ class EngineConfig:
             raise ValueError(f"page_size must be one of {list(PAGE_SIZES)}, got {self.page_size}")
         if self.device not in ("auto", "cpu", "cuda") and not self.device.startswith("cuda:"):
             raise ValueError(f"device must be auto, cpu, cuda or cuda:<index>, got {self.device!r}")
-        _require_at_least(self, 1, "tp_size", "max_running_requests", "chunked_prefill_size")
+        _check_nodes(self)
+        _require_at_least(self, 1, "max_running_requests", "chunked_prefill_size")
         _require_at_least(self, 1, "max_total_tokens", "context_length", "cuda_graph_max_bs")
         if self.profile_dir == "":
             raise ValueError("profile_dir must name a folder, got ''")
@@ -129,6 +133,29 @@ def _check_speculation(config: EngineConfig) -> None:
         raise ValueError(
             f"speculative_ngram_max must be at least speculative_ngram_min ({shortest}), "
             f"got {longest}"
+        )
+
+
+def _check_nodes(config: EngineConfig) -> None:
+    """Raises ValueError where the ranks cannot be laid out as asked."""
+    _require_at_least(config, 1, "tp_size", "nnodes")
+    _require_at_least(config, 0, "node_rank")
+    size, nodes, address = config.tp_size, config.nnodes, config.dist_init_addr
+    if size % nodes:
+        raise ValueError(f"tp_size must be a multiple of nnodes ({nodes}), got {size}")
+    if config.node_rank >= nodes:
+        raise ValueError(f"node_rank must be below nnodes ({nodes}), got {config.node_rank}")
+    if (address is None) != (nodes == 1):
+        need = "must be host:port of node 0 where nnodes is above 1"
+        raise ValueError(f"dist_init_addr {need}, and only there; got {address} with {nodes}")
+    if address is not None:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise ValueError(f"dist_init_addr must be host:port, got {address!r}")
+    if size > 1 and config.device.startswith("cuda:"):
+        raise ValueError(
+            f"device must be auto, cpu or cuda where tp_size is above 1 (each rank takes a GPU of "
+            f"its own), got {config.device!r}"
         )
 
 

@@ -122,6 +122,8 @@ def main(args: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda number, _: early.append(number))
     parser = flags_parser(ServerConfig, "minisgl.serve", "Serve a model over OpenAI's API.")
     config, _ = read_flags(parser, ServerConfig, args)
+    if config.node_rank != 0:
+        return _run_ranks(config)
     configure(config.log_level, "server")
     try:
         listening = _listen(config)
@@ -143,6 +145,22 @@ def main(args: Sequence[str] | None = None) -> int:
     finally:
         process.close()
         listening.close()
+
+
+def _run_ranks(config: ServerConfig) -> int:
+    """What a node other than 0 does: nothing is served from there."""
+    configure(config.log_level, f"node {config.node_rank}")
+    from minisgl.build import run_ranks
+
+    facts = {item.name: getattr(config, item.name) for item in fields(EngineConfig)}
+    try:
+        run_ranks(EngineConfig(**facts))
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"minisgl.serve: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 def _listen(config: ServerConfig) -> socket.socket:

@@ -64,5 +64,8 @@ class Executor(Protocol):
         Nothing may be in flight. Raises OSError when a file cannot be written.
         """
 
+    def check(self) -> None:
+        """Raises RuntimeError when nothing can run any more, though no step was asked for."""
+
     def close(self) -> None:
         """Release the device. Idempotent."""

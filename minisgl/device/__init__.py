@@ -2,25 +2,32 @@
 
 import torch
 
-from minisgl.device.cpu import CpuDevice
+from minisgl.device.cpu import CpuDevice, default_num_threads
 from minisgl.device.cuda import CudaDevice
 from minisgl.device.protocol import Device, Event, Graph, Memory
 
 __all__ = ["CpuDevice", "CudaDevice", "Device", "Event", "Graph", "Memory", "pick_device"]
 
 
-def pick_device(name: str) -> Device:
+def pick_device(name: str, *, index: int = 0, of: int = 1) -> Device:
     """The device called "cpu", "cuda", "cuda:N" or "auto" (cuda when there is one).
 
-    ValueError for another name, RuntimeError when CUDA is asked for and absent.
+    For the `index`-th of `of` processes that work together on this machine: each has a GPU of its
+    own, or its share of the cores. ValueError for another name or more processes than GPUs,
+    RuntimeError when CUDA is asked for and absent.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
-        return CpuDevice()
-    kind, _, index = name.partition(":")
-    if kind != "cuda" or (index and not index.isdigit()):
+        return CpuDevice(num_threads=default_num_threads(of))
+    kind, _, number = name.partition(":")
+    if kind != "cuda" or (number and not number.isdigit()):
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if not torch.cuda.is_available():
         raise RuntimeError(f"device is {name!r} but torch sees no CUDA device")
-    return CudaDevice(int(index or 0))
+    if of > torch.cuda.device_count():
+        raise ValueError(
+            f"tp_size must be at most the {torch.cuda.device_count()} GPUs that each machine "
+            f"shows, got {of} ranks on this one"
+        )
+    return CudaDevice(int(number or index))

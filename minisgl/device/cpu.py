@@ -183,8 +183,9 @@ class _Always:
         self.call()
 
 
-def default_num_threads() -> int:
-    """OMP_NUM_THREADS if set, else the physical cores this process may use, within its quota."""
+def default_num_threads(processes: int = 1) -> int:
+    """OMP_NUM_THREADS if set, else a share of the physical cores this process may use, within its
+    quota: as large a share as everyone's of `processes` that work at the same time."""
     stated = os.environ.get("OMP_NUM_THREADS", "")
     if stated.isdigit() and int(stated) > 0:
         return int(stated)
@@ -197,9 +198,10 @@ def default_num_threads() -> int:
         cores.add(siblings.read_text().strip() if siblings.exists() else str(cpu))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return len(cores) if quota == "max" else max(1, min(len(cores), int(quota) // int(period)))
+        count = len(cores) if quota == "max" else min(len(cores), int(quota) // int(period))
     except (OSError, ValueError):
-        return len(cores)
+        count = len(cores)
+    return max(1, count // processes)
 
 
 def _read_kilobytes(path: str) -> dict[str, int]:

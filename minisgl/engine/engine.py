@@ -82,6 +82,7 @@ class Engine:
 
         A step that fails ends every request with an error, and the engine: see `failure`.
         """
+        self._check()
         if self.failure is None and self._scheduler.has_work:
             started = time.perf_counter()
             try:
@@ -155,6 +156,14 @@ class Engine:
         except Exception as error:
             self._fail(error)
             raise RuntimeError(f"the engine has stopped: {self.failure}") from error
+
+    def _check(self) -> None:
+        """Notice what ended the executor, even while there is nothing to do."""
+        if self.failure is None:
+            try:
+                self._executor.check()
+            except RuntimeError as error:
+                self._fail(error)
 
     def _advance(self) -> None:
         span, step = self._profiler.span, self._next_step

@@ -155,6 +155,14 @@ def _some(names: list[str]) -> str:
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
 
 
+def check_shares(config: ModelConfig, ranks: int) -> None:
+    """Raises ValueError where `ranks` ranks cannot share the model. Allocates nothing."""
+    try:
+        Decoder(config, Placement(torch.float32, torch.device("meta"), Solo(0, ranks)))
+    except ValueError as error:
+        raise ValueError(f"tp_size must divide what ranks share, got {ranks}: {error}") from error
+
+
 def shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """(name, shape) of every weight in a whole checkpoint, without allocating any."""
     at = Placement(torch.float32, torch.device("meta"), Solo())

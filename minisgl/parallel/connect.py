@@ -3,7 +3,6 @@
 import torch
 import torch.distributed as dist
 
-from minisgl.kernels.config import batch_invariant
 from minisgl.parallel import Communicator, Solo
 from minisgl.parallel.peer_memory import connect_peers
 from minisgl.parallel.shared_memory import SharedMemory
@@ -18,13 +17,14 @@ def connect(
     local_size: int,
     store: dist.Store | None,
     shared: int | None,
+    ordered: bool,
     host: str | None = None,
 ) -> Communicator:
     """The communicator of one rank; returns once all have come.
 
     local_size: ranks per machine. shared: descriptor of memory that ranks on one machine's CPUs
     map, where they have such. store: where ranks meet that have not, and GPUs. host: this
-    machine's address for the others. In the batch-invariant mode sums are taken in rank order.
+    machine's address for the others. ordered: sums must be taken in rank order at every size.
     """
     if size == 1:
         return Solo()
@@ -32,7 +32,7 @@ def connect(
         return SharedMemory(shared, rank, size)
     if store is None:
         raise ValueError("ranks without shared memory need a store to meet at")
-    group = TorchGroup(store, rank, size, device, ordered=batch_invariant(), host=host)
+    group = TorchGroup(store, rank, size, device, ordered=ordered, host=host)
     if device.type != "cuda" or local_size != size:
         return group
     return connect_peers(group, dist.PrefixStore("peer_memory", store), device)

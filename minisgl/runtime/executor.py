@@ -30,10 +30,10 @@ class LocalExecutor:
     A step that fails, be it a malformed batch or an error in a kernel, is reported by `collect`.
     """
 
-    def __init__(self, worker: Worker, *, trace_details: bool = False) -> None:
+    def __init__(self, worker: Worker, *, rank: int = 0, trace_details: bool = False) -> None:
         """`trace_details`: an attached NVTX tool is told of layers and ops too."""
         self._worker = worker
-        self._profiler = RankProfiler(worker.device, details=trace_details)
+        self._profiler = RankProfiler(worker.device, rank, details=trace_details)
         self._flights: deque[_Flight] = deque()
 
     @property
@@ -83,6 +83,9 @@ class LocalExecutor:
 
     def stop_profile(self, directory: str) -> list[str]:
         return self._profiler.stop(directory)
+
+    def check(self) -> None:
+        pass  # what fails here fails in a step
 
     def close(self) -> None:
         self._flights.clear()

@@ -13,6 +13,8 @@ from minisgl.core.executor import GrammarMasks
 from minisgl.device import Device, Event
 from minisgl.kernels.advance import prepare_inputs
 from minisgl.layers.attention import ForwardInputs
+from minisgl.parallel import Communicator
+from minisgl.runtime.agreement import compare_ranks
 from minisgl.runtime.graphs import DecodeGraphs, StaticBuffers
 from minisgl.runtime.inputs import StepArrays, join, split
 from minisgl.runtime.kv_pool import KVPool
@@ -61,8 +63,10 @@ class Runner:
         sampler: Sampler,
         graphs: Mapping[int, DecodeGraphs] | None = None,
         buffers: StaticBuffers | None = None,
+        *,
+        compare: Communicator | None = None,
     ) -> None:
-        """buffers: those of the graphs, where there are any."""
+        """buffers: those of the graphs, where there are any. compare: each step, between ranks."""
         self._device = device
         self._model = model
         self._pool = pool
@@ -70,6 +74,7 @@ class Runner:
         self._sampler = sampler
         self._graphs = graphs or {}
         self._staging = None if buffers is None else buffers.staging
+        self._compare = compare
 
     def forward(self, step: Step) -> None:
         """Upload the step and compute its hidden states."""
@@ -92,6 +97,8 @@ class Runner:
         else:
             inputs = self._inputs(arrays, step.sent)
             step.hidden, step.positions = self._model.forward(inputs), inputs.positions
+        if self._compare is not None:
+            compare_ranks(self._compare, arrays, step.hidden)
 
     def sample(self, step: Step, masks: GrammarMasks | None) -> None:
         """Sample the step's points and move its rows on."""

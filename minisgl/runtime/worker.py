@@ -15,12 +15,13 @@ from minisgl.log import get_logger, shows_progress
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import ROPE_SLACK
 from minisgl.models.loader import load_model
-from minisgl.parallel import Communicator, Solo, share
+from minisgl.parallel import Communicator, Solo
+from minisgl.runtime.agreement import fewest, share_of_memory
 from minisgl.runtime.fixed_order import FixedOrder, check_fixed_order
 from minisgl.runtime.footprint import GraphSizes, logits_bytes, workspace_bytes
 from minisgl.runtime.graphs import DecodeGraphs, StaticBuffers
 from minisgl.runtime.inputs import Geometry, pack_step
-from minisgl.runtime.kv_pool import KVPool, KVShape, MemoryPlan, check_graphs, plan_memory
+from minisgl.runtime.kv_pool import KVPool, KVShape, check_graphs, plan_memory
 from minisgl.runtime.rows import HostRows, RowBuffers
 from minisgl.runtime.runner import Model, Runner, Step
 from minisgl.runtime.sampler import Sampler
@@ -51,11 +52,12 @@ class Worker:
         comm: Communicator | None = None,
         stages: Stages | None = None,
         compiled: Callable[[], int] = lambda: 0,
+        compare: bool = False,
     ) -> None:
         """Allocates the pool and the rows of `limits`, warms up and captures `graphs`.
 
         stages: where the time this takes is noted. compiled: how many kernels this process has
-        compiled so far.
+        compiled so far. compare: every step checks that all ranks of `comm` compute the same.
         """
         self.device = device
         self.limits = limits
@@ -79,8 +81,9 @@ class Worker:
                 rows = RowBuffers.allocate(device, limits.max_rows, max_pages, limits.vocab_size)
                 sampler = Sampler(device, model.logits, rows, comm or Solo())
                 self._warm_up(Runner(device, model, pool, rows, sampler))
+            between = comm if compare else None
             if not graphs.by_width:
-                return Runner(device, model, pool, rows, sampler)
+                return Runner(device, model, pool, rows, sampler, compare=between)
             free = device.memory().free
             buffers = StaticBuffers(device, limits.vocab_size, graphs)
             by_width = {
@@ -92,7 +95,7 @@ class Worker:
                     for decode in by_width.values():
                         decode.capture(_progress)
                 self.graph_bytes = free - device.memory().free
-            return Runner(device, model, pool, rows, sampler, by_width, buffers)
+            return Runner(device, model, pool, rows, sampler, by_width, buffers, compare=between)
 
         self.runner = device.run(build)
         self._compiled, self._compiled_at_start = compiled, compiled()
@@ -153,15 +156,14 @@ def load_worker(
         check_fixed_order(facts, dtype, device.torch_device)
     with stages.stage("plan memory"):
         weights = sum(w.target.numel() * w.target.element_size() for w in model.weights())
-        kv_heads = share("num_key_value_heads", facts.num_kv_heads, comm)[1]
-        shape = KVShape(facts.num_layers, kv_heads, facts.head_dim, dtype)
+        shape = KVShape(facts.num_layers, model.num_kv_heads, facts.head_dim, dtype)
         max_rows, vocab = config.max_running_requests, facts.vocab_size
         graphs = _graph_sizes(config, dtype, on_cpu)
         graph_bytes = graphs.static_bytes(vocab)
         if not on_cpu:
             graph_bytes += graphs.captured_bytes(facts, dtype, comm.size)
         plan = plan_memory(
-            device.memory(),
+            device.run(share_of_memory, comm, device, config.tp_size // config.nnodes),
             shape,
             on_cpu=on_cpu,
             weights=weights,
@@ -180,11 +182,18 @@ def load_worker(
         device,
         FixedOrder(model, device.torch_device) if config.batch_invariant else model,
         shape,
-        _limits(config, plan, max_context, vocab),
+        Limits(
+            num_pages=device.run(fewest, comm, device, plan.num_pages),
+            page_size=plan.page_size,
+            max_rows=max_rows,
+            max_context=max_context,
+            vocab_size=vocab,
+        ),
         eos_token_ids=facts.eos_token_ids,
         graphs=graphs,
         comm=comm,
         stages=stages,
+        compare=config.log_level == "debug" and comm.size > 1,
     )
     check_graphs(plan, worker.graph_bytes)
     if comm.rank == 0:
@@ -208,16 +217,6 @@ def _graph_sizes(config: EngineConfig, dtype: torch.dtype, on_cpu: bool) -> Grap
         longest = 1 + config.speculative_num_draft_tokens
         widths = range(1, longest + 1) if on_cpu else (1, longest)
     return GraphSizes.of(most, widths, on_cpu, token_multiple(dtype, on_cpu))
-
-
-def _limits(config: EngineConfig, plan: MemoryPlan, max_context: int, vocab: int) -> Limits:
-    return Limits(
-        num_pages=plan.num_pages,
-        page_size=plan.page_size,
-        max_rows=config.max_running_requests,
-        max_context=max_context,
-        vocab_size=vocab,
-    )
 
 
 def _progress(sizes: Sequence[int]) -> Iterable[int]:

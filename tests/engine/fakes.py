@@ -122,6 +122,9 @@ class FakeExecutor:
             path.write_text("{}")
         return list(map(str, paths))
 
+    def check(self) -> None:
+        pass
+
     def close(self) -> None:
         self.closed = True
 

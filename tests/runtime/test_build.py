@@ -49,7 +49,11 @@ def test_an_engine_serves_and_says_what_it_is(config: EngineConfig, caplog):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tp_size": 2}, "tp_size must be 1, got 2"),
+        ({"tp_size": 3}, r"tp_size must divide .*, got 3: .*q_proj \(4\) cannot"),
+        (
+            {"tp_size": 2, "nnodes": 2, "node_rank": 1, "dist_init_addr": "a:1"},
+            "node_rank must be 0",
+        ),
         ({"context_length": 1000}, "context_length must be at most"),
         ({"model": "/no/such/model/anywhere"}, "model"),
     ],

@@ -60,7 +60,8 @@ VALUES = {
     "dtype": "float32",
     "device": "cpu",
     "load_format": "dummy",
-    "tp_size": 1,
+    "tp_size": 4,
+    "dist_init_addr": "a:1",
     "page_size": 32,
     "schedule_policy": "lpm",
     "batch_policy": "decode-first",
@@ -73,6 +74,14 @@ VALUES = {
 }
 
 
+# What a field cannot be given without.
+WITH = {
+    "nnodes": ("--tp-size=7", "--dist-init-addr=a:1"),
+    "node_rank": ("--tp-size=8", "--nnodes=8", "--dist-init-addr=a:1"),
+    "dist_init_addr": ("--tp-size=2", "--nnodes=2"),
+}
+
+
 @pytest.mark.parametrize("item", fields(ServerConfig), ids=lambda item: item.name)
 def test_every_field_has_a_flag(item):
     flag = "--" + item.name.replace("_", "-")
@@ -80,8 +89,9 @@ def test_every_field_has_a_flag(item):
         assert getattr(parse(flag), item.name) is True
         return
     value = VALUES.get(item.name, 0.5 if "float" in str(item.type) else 7)
-    assert getattr(parse(flag, str(value)), item.name) == value
-    assert getattr(parse(f"{flag}={value}"), item.name) == value
+    others = WITH.get(item.name, ())
+    assert getattr(parse(flag, str(value), *others), item.name) == value
+    assert getattr(parse(f"{flag}={value}", *others), item.name) == value
 
 
 def test_aliases():

@@ -1,0 +1,135 @@
+"""What rank 0 and the others say to each other, and the stream sockets that carry it as msgpack.
+
+Rank 0 plans: it sends every batch, and when to sample it. The others answer when they are ready
+and when they fail. A connection that ends says the same on both sides: who was there is gone.
+"""
+
+import socket
+import struct
+
+import msgspec
+
+from minisgl.config import EngineConfig
+from minisgl.core.batch import Batch
+
+_LENGTH = struct.Struct("<I")
+
+
+class Dispatch(msgspec.Struct, frozen=True, array_like=True, tag="dispatch"):
+    batch: Batch
+
+
+class Sample(msgspec.Struct, frozen=True, array_like=True, tag="sample"):
+    step: int
+
+
+class StartProfile(msgspec.Struct, frozen=True, array_like=True, tag="start_profile"):
+    traces: bool
+
+
+class StopProfile(msgspec.Struct, frozen=True, array_like=True, tag="stop_profile"):
+    directory: str
+
+
+class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
+    """Finish what was sent, then end."""
+
+
+class Arrived(msgspec.Struct, frozen=True, array_like=True, tag="arrived"):
+    """The rank runs, and is about to meet the others."""
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
+    """The rank has loaded and is warm."""
+
+
+class Profiled(msgspec.Struct, frozen=True, array_like=True, tag="profiled"):
+    """The trace files that the rank wrote, or why it could not."""
+
+    files: list[str]
+    error: str | None = None
+
+
+class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
+    """The rank cannot go on. Its last message."""
+
+    reason: str
+
+
+ToRank = Dispatch | Sample | StartProfile | StopProfile | Stop
+FromRank = Arrived | Ready | Profiled | Failed
+
+
+class Boot(msgspec.Struct, frozen=True):
+    """What a rank's process is started with; descriptors are open in it."""
+
+    config: EngineConfig
+    path: str  # of the model
+    rank: int
+    channel: int | None = None  # a connected socket; None where rank 0 is on another node
+    shared: int | None = None  # the memory that all ranks map, where they share a machine's CPUs
+    port: int | None = None  # of rank 0's store on this machine, where no address was stated
+
+
+class Channel:
+    """Whole messages over a connected stream socket. OSError or EOFError when it has ended."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        self._socket = connected
+        self._received = bytearray()
+        if connected.family != socket.AF_UNIX:
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _notice_dead_machines(connected)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    @property
+    def host(self) -> str:
+        """The address of this end."""
+        return str(self._socket.getsockname()[0])
+
+    def send(self, message: bytes) -> None:
+        self._socket.sendall(_LENGTH.pack(len(message)) + message)
+
+    def receive(self, timeout: float | None = None) -> bytes | None:
+        """The next message; None when none has come in whole within `timeout` seconds."""
+        self._socket.settimeout(timeout)
+        try:
+            while (message := self._next()) is None:
+                if not (data := self._socket.recv(1 << 16)):
+                    raise EOFError("the other side is gone")
+                self._received += data
+        except TimeoutError:
+            return None
+        finally:
+            self._socket.settimeout(None)
+        return message
+
+    def _next(self) -> bytes | None:
+        if len(self._received) < _LENGTH.size:
+            return None
+        end = _LENGTH.size + _LENGTH.unpack_from(self._received)[0]
+        if len(self._received) < end:
+            return None
+        message = bytes(self._received[_LENGTH.size : end])
+        del self._received[:end]
+        return message
+
+    def shut(self) -> None:
+        """End the connection for both sides; whoever waits for it learns so."""
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return  # it has ended already
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _notice_dead_machines(connected: socket.socket) -> None:
+    """Within some ten seconds: a machine that loses power closes no connection."""
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):
+            connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

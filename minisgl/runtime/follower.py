@@ -1,0 +1,133 @@
+"""A rank other than 0: its process, which loads its part of the model and replays rank 0's batches.
+
+It re-derives nothing: the batches are rank 0's, and the tokens reach it on the device.
+"""
+
+import contextlib
+import os
+import socket
+import sys
+from pathlib import Path
+
+import msgspec
+import torch.distributed as dist
+
+from minisgl.child import read_boot
+from minisgl.device import pick_device
+from minisgl.log import configure, get_logger
+from minisgl.runtime.channel import (
+    Arrived,
+    Boot,
+    Channel,
+    Dispatch,
+    Failed,
+    FromRank,
+    Profiled,
+    Ready,
+    Sample,
+    StartProfile,
+    Stop,
+    StopProfile,
+    ToRank,
+)
+from minisgl.runtime.executor import LocalExecutor, plan_on_one_thread
+from minisgl.runtime.meeting import call, meet, open_store
+from minisgl.runtime.worker import load_worker
+
+IDLE_SECONDS = 1.0  # without a message; then the last step is looked at too
+
+log = get_logger(__name__)
+
+
+def follow(boot: Boot, channel: Channel, store: dist.Store | None) -> None:
+    """Load, and do as rank 0 does until it says stop. Raises what goes wrong, and EOFError or
+    OSError when rank 0 is gone."""
+    config = boot.config
+    local_size = config.tp_size // config.nnodes
+    device = pick_device(config.device, index=boot.rank % local_size, of=local_size)
+    if device.torch_device.type == "cpu":
+        plan_on_one_thread()
+    _say(channel, Arrived())
+    host = channel.host if boot.channel is None else None
+    comm = meet(config, device, boot.rank, store=store, shared=boot.shared, host=host)
+    worker, _ = load_worker(config, Path(boot.path), device, comm)
+    details = config.profile_dir is not None
+    executor = LocalExecutor(worker, rank=boot.rank, trace_details=details)
+    _say(channel, Ready())
+    _replay(executor, channel)
+    executor.close()
+    comm.close()
+
+
+def _replay(executor: LocalExecutor, channel: Channel) -> None:
+    """One step stays in flight, as on rank 0: the next is packed while it runs."""
+    decode = msgspec.msgpack.Decoder(ToRank).decode
+    in_flight = 0
+    while True:
+        data = channel.receive(IDLE_SECONDS)
+        match None if data is None else decode(data):
+            case Dispatch(batch):
+                executor.dispatch(batch)
+            case Sample(step):
+                executor.sample(step)
+                in_flight += 1
+            case StartProfile(traces):
+                in_flight = _collect(executor, in_flight, down_to=0)
+                executor.start_profile(traces=traces)
+            case StopProfile(directory):
+                in_flight = _collect(executor, in_flight, down_to=0)
+                _say(channel, _stop_profile(executor, directory))
+            case Stop():
+                return
+        in_flight = _collect(executor, in_flight, down_to=0 if data is None else 1)
+
+
+def _collect(executor: LocalExecutor, in_flight: int, down_to: int) -> int:
+    """How many steps are in flight afterwards."""
+    while in_flight > down_to:
+        executor.collect()
+        in_flight -= 1
+    return in_flight
+
+
+def _stop_profile(executor: LocalExecutor, directory: str) -> Profiled:
+    try:
+        return Profiled(executor.stop_profile(directory))
+    except OSError as error:
+        return Profiled([], str(error))
+
+
+def _say(channel: Channel, message: FromRank) -> None:
+    channel.send(msgspec.msgpack.encode(message))
+
+
+def _open_channel(boot: Boot, store: dist.Store | None) -> Channel:
+    if boot.channel is not None:
+        return Channel(socket.socket(fileno=boot.channel))
+    assert store is not None
+    return call(store.get("channel").decode(), boot.rank, store.get("key").decode())
+
+
+def main() -> int:
+    boot = msgspec.msgpack.decode(read_boot(), type=Boot)
+    level = boot.config.log_level
+    configure("warning" if level == "info" else level, f"rank {boot.rank}")  # rank 0 says it all
+    store = None if boot.shared is not None else open_store(boot.config, port=boot.port)
+    channel = _open_channel(boot, store)
+    try:
+        follow(boot, channel, store)
+    except EOFError:
+        log.error("rank 0 is gone")
+    except Exception as error:
+        log.exception("rank %d failed", boot.rank)
+        with contextlib.suppress(OSError):
+            _say(channel, Failed(f"{type(error).__name__}: {error}"))
+    else:
+        return 0
+    return 1
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # at once: a stream may hang in a collective that will never end

@@ -1,0 +1,355 @@
+"""Rank 0's side of tensor parallelism: the other ranks' processes, and the executor over all."""
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from selectors import EVENT_READ, DefaultSelector
+from typing import TypeVar
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from minisgl.child import Child
+from minisgl.config import EngineConfig
+from minisgl.core.batch import Batch, StepOutput
+from minisgl.core.executor import GrammarMasks, Limits
+from minisgl.device import Device
+from minisgl.log import get_logger
+from minisgl.models.config import ModelConfig
+from minisgl.models.loader import check_shares
+from minisgl.parallel import Communicator, shared_memory
+from minisgl.runtime.channel import (
+    Arrived,
+    Boot,
+    Channel,
+    Dispatch,
+    Failed,
+    FromRank,
+    Profiled,
+    Ready,
+    Sample,
+    StartProfile,
+    Stop,
+    StopProfile,
+    ToRank,
+)
+from minisgl.runtime.executor import LocalExecutor
+from minisgl.runtime.meeting import RENDEZVOUS_SECONDS, Listener, meet, open_store, split_address
+from minisgl.runtime.worker import load_worker
+
+EXIT_GRACE = 5.0  # seconds a rank gets to leave when told to, before it is killed
+LAST_WORDS = 2.0  # seconds within which the end of a rank is known, once its work has failed
+
+Said = TypeVar("Said", Arrived, Ready, Profiled)
+
+log = get_logger(__name__)
+
+
+class Ranks:
+    """All ranks but 0: started, watched, told what to do. If one fails, all of them end.
+
+    `failure` then says why. Methods are for the thread that plans.
+    """
+
+    def __init__(self, config: EngineConfig, path: Path, device: Device) -> None:
+        """Starts the processes of this machine and waits for those of other nodes, who load while
+        the caller does. RuntimeError when one ends or does not come."""
+        self.failure: str | None = None
+        self._comm: Communicator | None = None
+        self._size = config.tp_size
+        self._closing = False
+        self._children: dict[int, Child] = {}
+        self._channels: dict[int, Channel] = {}
+        self._said: dict[type, dict[int, FromRank]] = {Arrived: {}, Ready: {}, Profiled: {}}
+        self._changed = threading.Condition()
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._watching: threading.Thread | None = None
+        self._shared: int | None = None
+        try:
+            on_cpu = device.torch_device.type == "cpu"
+            if on_cpu and config.nnodes == 1 and shared_memory.available():
+                self._shared = shared_memory.create(self._size)
+            store = None if self._shared is not None else open_store(config, serve=True)
+            self._start_children(config, path, store)
+            if config.nnodes > 1:
+                assert store is not None
+                self._admit(config, store)
+            self._watching = threading.Thread(target=self._watch, name="ranks", daemon=True)
+            self._watching.start()
+            if store is not None:  # to meet blocks, so nobody may be missing
+                self._wait_for(Arrived)
+            self._comm = meet(config, device, 0, store=store, shared=self._shared)
+        except BaseException:
+            self.end()
+            self.close()
+            raise
+
+    @property
+    def comm(self) -> Communicator:
+        assert self._comm is not None
+        return self._comm
+
+    def wait_ready(self) -> None:
+        """Wait until every rank has loaded. RuntimeError when one fails instead."""
+        self._wait_for(Ready)
+
+    def wait_profiled(self) -> list[str]:
+        """The trace files of every rank, which were told to stop their profiles. OSError when one
+        could not be written."""
+        answers = self._wait_for(Profiled)
+        for answer in answers:
+            if answer.error is not None:
+                raise OSError(answer.error)
+        return [file for answer in answers for file in answer.files]
+
+    def send(self, message: ToRank) -> None:
+        """To every rank. RuntimeError when one has failed."""
+        self.check()
+        data = self._encode(message)
+        try:
+            for channel in self._channels.values():
+                channel.send(data)
+        except OSError as error:
+            raise self.explain(error) from error
+
+    def check(self) -> None:
+        """Raises RuntimeError when a rank has failed."""
+        if self.failure is not None:
+            raise RuntimeError(self.failure)
+
+    def explain(self, error: Exception) -> Exception:
+        """What to raise for an error of rank 0: the failure of another rank, if that is behind it.
+
+        Whoever waits for a rank may learn of its end before its watcher does.
+        """
+        if not isinstance(error, RuntimeError | OSError):
+            return error
+        with self._changed:
+            self._changed.wait_for(lambda: self.failure is not None, LAST_WORDS)
+        return error if self.failure is None else RuntimeError(self.failure)
+
+    def end(self) -> None:
+        """End all ranks at once, whatever they do; the communicator fails. Idempotent."""
+        self._closing = True
+        self._end_all()
+
+    def close(self) -> None:
+        """End all ranks when they have done what they were sent, and free everything.
+
+        Idempotent. Nothing may use the communicator any longer.
+        """
+        if not self._closing and self.failure is None:
+            self._closing = True
+            stop = self._encode(Stop())
+            for channel in self._channels.values():
+                with contextlib.suppress(OSError):  # gone already, which is what was wanted
+                    channel.send(stop)
+        self._closing = True
+        deadline = time.monotonic() + EXIT_GRACE
+        for child in self._children.values():
+            child.wait(max(0.0, deadline - time.monotonic()))
+            child.close()
+        if self._watching is not None:
+            self._watching.join(max(0.0, deadline - time.monotonic()))
+        self._end_all()
+        if self._watching is not None:
+            self._watching.join()
+        for channel in self._channels.values():
+            channel.close()
+        if self._comm is not None:
+            self._comm.close()
+        if self._shared is not None:
+            os.close(self._shared)
+            self._shared = None
+
+    def _start_children(self, config: EngineConfig, path: Path, store: dist.Store | None) -> None:
+        port = store.port if isinstance(store, dist.TCPStore) else None
+        for rank in range(1, self._size // config.nnodes):
+            ours, theirs = socket.socketpair()
+            self._channels[rank] = Channel(ours)
+            with theirs:
+                boot = Boot(config, str(path), rank, theirs.fileno(), self._shared, port)
+                self._children[rank] = start_rank(boot)
+
+    def _admit(self, config: EngineConfig, store: dist.Store) -> None:
+        """Let the ranks of the other nodes in."""
+        missing = set(range(self._size)) - {0} - set(self._channels)
+        listener = Listener(split_address(str(config.dist_init_addr))[0])
+        try:
+            store.set("config", self._encode(config))
+            store.set("key", listener.key)
+            store.set("channel", listener.address)
+            deadline = time.monotonic() + RENDEZVOUS_SECONDS
+            log.info(
+                "waiting for %d ranks of other nodes at %s", len(missing), config.dist_init_addr
+            )
+            while missing:
+                if (came := listener.accept(timeout=0.5)) is not None and came[0] in missing:
+                    rank, channel = came
+                    missing.discard(rank)
+                    self._channels[rank] = channel
+                for rank, child in self._children.items():
+                    if child.wait(0):
+                        raise RuntimeError(child.exit_reason(f"rank {rank}"))
+                if time.monotonic() > deadline:
+                    raise RuntimeError(
+                        f"ranks {sorted(missing)} did not come to {config.dist_init_addr} within "
+                        f"{RENDEZVOUS_SECONDS} s: is each node started, with its own node_rank?"
+                    )
+        finally:
+            listener.close()
+
+    def _wait_for(self, kind: type[Said]) -> list[Said]:
+        """The next such message of every rank, in order."""
+
+        def all_said() -> bool:
+            return self.failure is not None or len(self._said[kind]) == self._size - 1
+
+        with self._changed:
+            self._changed.wait_for(all_said)
+            said, self._said[kind] = self._said[kind], {}
+        self.check()
+        return [said[rank] for rank in sorted(said)]  # type: ignore[misc]
+
+    def _watch(self) -> None:
+        """Hear what the ranks say until all have gone. A thread of its own."""
+        decode = msgspec.msgpack.Decoder(FromRank).decode
+        with DefaultSelector() as selector:
+            for rank, channel in self._channels.items():
+                selector.register(channel, EVENT_READ, rank)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    rank = key.data
+                    try:
+                        data = self._channels[rank].receive()
+                        assert data is not None
+                        message = decode(data)
+                    except (OSError, EOFError):
+                        selector.unregister(key.fileobj)
+                        if not self._closing:
+                            self._fail(self._how_it_ended(rank))
+                        continue
+                    if isinstance(message, Failed):
+                        self._fail(f"rank {rank} failed: {message.reason}")
+                    elif type(message) in self._said:
+                        with self._changed:
+                            self._said[type(message)][rank] = message
+                            self._changed.notify_all()
+
+    def _how_it_ended(self, rank: int) -> str:
+        child = self._children.get(rank)
+        if child is None:
+            return f"rank {rank}, on another node, is gone; its own log may say why"
+        if child.wait(LAST_WORDS):
+            return child.exit_reason(f"rank {rank}")
+        return f"rank {rank} closed its connection"
+
+    def _fail(self, reason: str) -> None:
+        with self._changed:
+            if self.failure is not None or self._closing:
+                return
+            self.failure = reason
+            self._changed.notify_all()
+        log.error("%s; the other ranks end too", reason)
+        self._end_all()
+
+    def _end_all(self) -> None:
+        """Nobody waits any longer, and nobody lives on."""
+        if self._comm is not None:
+            self._comm.abort()
+        for child in self._children.values():
+            child.kill()
+        for channel in self._channels.values():
+            channel.shut()
+
+
+class ParallelExecutor:
+    """The engine's `Executor` over all ranks: whatever the local one is told, they are told too."""
+
+    def __init__(self, local: LocalExecutor, ranks: Ranks) -> None:
+        self._local = local
+        self._ranks = ranks
+        self._broken = False
+
+    @property
+    def limits(self) -> Limits:
+        return self._local.limits
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._local.dtype
+
+    @property
+    def compilations(self) -> int:
+        return self._local.compilations
+
+    def dispatch(self, batch: Batch) -> None:
+        self._ranks.send(Dispatch(batch))
+        self._local.dispatch(batch)
+
+    def sample(self, step: int, masks: GrammarMasks | None = None) -> None:
+        self._ranks.send(Sample(step))  # the masks stay here: only rank 0 draws
+        self._local.sample(step, masks)
+
+    def collect(self) -> StepOutput:
+        try:
+            output = self._local.collect()
+            self._ranks.comm.check()
+        except Exception as error:
+            self._broken = True
+            raise self._ranks.explain(error) from error
+        return output
+
+    def check(self) -> None:
+        self._ranks.check()
+
+    def start_profile(self, *, traces: bool) -> None:
+        self._ranks.send(StartProfile(traces))
+        self._local.start_profile(traces=traces)
+
+    def stop_profile(self, directory: str) -> list[str]:
+        self._ranks.send(StopProfile(directory))
+        try:
+            own = self._local.stop_profile(directory)
+        finally:
+            others = self._ranks.wait_profiled()
+        return own + others
+
+    def close(self) -> None:
+        if self._broken:  # the others may wait for a step that will never come
+            self._ranks.end()
+        self._local.close()
+        self._ranks.close()
+
+
+def load_ranks(
+    config: EngineConfig, path: Path, device: Device
+) -> tuple[ParallelExecutor, ModelConfig]:
+    """Start all ranks and load the model into them; `device` is rank 0's.
+
+    Raises ValueError naming the field for what cannot be, RuntimeError when a rank fails.
+    """
+    check_shares(ModelConfig.from_hf(path), config.tp_size)
+    ranks = Ranks(config, path, device)
+    try:
+        worker, facts = load_worker(config, path, device, ranks.comm)
+        ranks.wait_ready()
+    except BaseException as error:
+        reason = ranks.explain(error) if isinstance(error, Exception) else error
+        ranks.end()
+        ranks.close()
+        if reason is error:
+            raise
+        raise reason from error
+    local = LocalExecutor(worker, trace_details=config.profile_dir is not None)
+    return ParallelExecutor(local, ranks), facts
+
+
+def start_rank(boot: Boot) -> Child:
+    """The process of one rank."""
+    fds = [fd for fd in (boot.channel, boot.shared) if fd is not None]
+    return Child("minisgl.runtime.follower", msgspec.msgpack.encode(boot), fds)
