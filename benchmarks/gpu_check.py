@@ -45,13 +45,14 @@ TESTS = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu
 KERNELS = ("-m", "benchmarks.kernels", "--device", "{device}")
 STAGES = (
     Stage("build", ("-m", "minisgl.csrc", "build"), 60, ("pybind11", "ninja")),
-    Stage("tests", (*TESTS, "-n", "8", "-k", "not hopper"), 140, ("pytest", "xdist", "triton")),
-    Stage("kernels", (*KERNELS, "--out", "{out}", "--without", "hopper"), 190, ("triton",)),
+    Stage("tests", (*TESTS, "-n", "8", "-k", "not hopper"), 130, ("pytest", "xdist", "triton")),
+    Stage("kernels", (*KERNELS, "--out", "{out}", "--without", "hopper"), 180, ("triton",)),
     # No interpreter has run the Gluon kernel: should it hang, it takes nothing else with it.
     Stage("hopper-tests", (*TESTS, "-k", "hopper"), 30, ("pytest", "triton")),
     Stage(
         "hopper", (*KERNELS, "--op", "attention", "--without", "portable", "tma"), 40, ("triton",)
     ),
+    Stage("all-reduce", ("-m", "benchmarks.all_reduce", "--device", "{device}"), 25, ENGINE),
     Stage("overlap", ("-m", "benchmarks.overlap", "--device", "{device}"), 50, ENGINE),
     Stage(
         "offline",

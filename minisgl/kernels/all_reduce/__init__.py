@@ -10,7 +10,7 @@ all_reduce_protocol.h beside it. A *path* is how the data travels: every rank re
 switch sums (multimem: NVLink SHARP; its own order of additions). One-shot and two-shot sums are
 equal to the bit, so a call's size may choose between them in every mode.
 
-The sizes at which paths take turns follow published measurements (docs/KERNELS.md); on a machine
+The sizes at which paths take turns follow published measurements (docs/ALL_REDUCE.md); on a machine
 with several GPUs `python -m benchmarks.all_reduce` measures them.
 """
 

@@ -82,7 +82,7 @@ class Peers:
         self._stream = stream
         self._half_bytes = segment.half_bytes
         self._max_row_bytes = native.MAX_ROW_BYTES
-        self._multimem = multicast is not None
+        self.multimem = multicast is not None
         everywhere, replica = multicast or (0, 0)
         self._native = native.Rank(
             rank,
@@ -100,7 +100,7 @@ class Peers:
         """How a call on `x` travels; None: it is not taken."""
         if x.dtype not in TYPES:
             return None
-        return choose(x.nbytes, self.size, multimem=self._multimem, ordered=self._ordered)
+        return choose(x.nbytes, self.size, multimem=self.multimem, ordered=self._ordered)
 
     def all_reduce(self, x: torch.Tensor, path: Path | None = None) -> torch.Tensor | None:
         """The sum of all ranks' `x` by `path` (the table's when None); may reuse `x`."""

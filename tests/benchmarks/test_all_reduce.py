@@ -1,0 +1,50 @@
+"""The all-reduce benchmark: CPU ranks are measured, and a wrong sum is not."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import all_reduce
+from minisgl.kernels.all_reduce import all_reduce_reference
+from minisgl.parallel import shared_memory
+
+
+@pytest.mark.skipif(not shared_memory.available(), reason="no C++ compiler or Python headers")
+def test_cpu_ranks_are_measured(capsys):
+    words = "--device cpu --ranks 2 --rows 1 3 --hidden 72 --repeats 1"
+    all_reduce.main(words.split())
+    *table, last = capsys.readouterr().out.strip().splitlines()
+    result = json.loads(last)
+    assert [row["rows"] for row in result["rows"]] == [1, 3]
+    for row in result["rows"]:
+        assert row["bytes"] == 2 * 72 * row["rows"]
+        assert row["sum"].keys() == row["norm"].keys() == {"gloo", "shared"}
+        assert all(seconds > 0 for seconds in row["sum"].values())
+    assert len(table) == 4
+
+
+def test_a_wrong_sum_is_refused():
+    parts = all_reduce.make_parts(3, 5, 64, torch.bfloat16)
+    total = all_reduce_reference(parts)
+    all_reduce.check("ours", total, parts, exact=True)
+    near = torch.nextafter(total, torch.full_like(total, torch.inf))
+    all_reduce.check("another order", near, parts, exact=False)
+    with pytest.raises(RuntimeError, match="ours gives a wrong sum"):
+        all_reduce.check("ours", near, parts, exact=True)
+    total[3, 7] += 1.0
+    with pytest.raises(RuntimeError, match="another order gives a wrong sum"):
+        all_reduce.check("another order", total, parts, exact=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--device cpu --ranks 1", "--ranks must be at least 2"),
+        ("--device cpu --dtype float16", "must be bfloat16 or float32"),
+    ],
+)
+def test_bad_words_are_named(words, message, capsys):
+    with pytest.raises(SystemExit):
+        all_reduce.parse(words.split())
+    assert message in capsys.readouterr().err
