@@ -14,8 +14,14 @@ from minisgl.config import ServerConfig
 from tests.kernels.cards import all_ops
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "profiles/README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+documents = pytest.mark.parametrize(
+    "document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT))
+)
 
 
 @documents
@@ -28,7 +34,9 @@ def test_linked_files_exist(document):
 @documents
 def test_modules_to_run_exist(document):
     modules = set(
-        re.findall(r"python3? -m ((?:minisgl|benchmarks|tools)[\w.]*)", document.read_text())
+        re.findall(
+            r"python3? -m ((?:minisgl|benchmarks|profiles|tools)[\w.]*)", document.read_text()
+        )
     )
     assert [name for name in sorted(modules) if find_spec(name) is None] == []
 
