@@ -43,6 +43,7 @@ class Stage:
 
 TESTS = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu")
 KERNELS = ("-m", "benchmarks.kernels", "--device", "{device}")
+DECODE = ("-m", "benchmarks.decode", "--device", "{device}")
 STAGES = (
     Stage("build", ("-m", "minisgl.csrc", "build"), 60, ("pybind11", "ninja")),
     Stage("tests", (*TESTS, "-n", "8", "-k", "not hopper"), 130, ("pytest", "xdist", "triton")),
@@ -53,7 +54,7 @@ STAGES = (
         "hopper", (*KERNELS, "--op", "attention", "--without", "portable", "tma"), 40, ("triton",)
     ),
     Stage("all-reduce", ("-m", "benchmarks.all_reduce", "--device", "{device}"), 25, ENGINE),
-    Stage("overlap", ("-m", "benchmarks.overlap", "--device", "{device}"), 50, ENGINE),
+    Stage("decode", (*DECODE, "--shape", "qwen3-0.6b", "--batch", "1", "16", "256"), 50, ENGINE),
     Stage(
         "offline",
         ("-m", "benchmarks.offline", "--num-requests", "64"),
