@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from minisgl.kernels.attention import attention
+from minisgl.kernels.cascade import cascade
 from minisgl.kernels.decode import decode
 from minisgl.kernels.qkv_prepare import qkv_prepare
 from minisgl.layers.linear import ColumnLinear, Part, RowLinear
@@ -33,6 +34,9 @@ class ForwardInputs:
     num_decode: int  # the first num_decode sequences have decode_width tokens each
     decode_width: int = 1
     max_seqlen_q: int = 1  # over the sequences that are not decode
+    # Decode sequences that begin with the same pages, as `kernels.cascade` has them; None: no such.
+    groups: torch.Tensor | None = None  # [G, 3] int32
+    shared: torch.Tensor | None = None  # [num_decode] int32
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,24 +117,16 @@ class Attention:
         """x: [T, hidden]; kv: this layer's pools. Returns this rank's part of [T, hidden]."""
         q = self._prepare(self.qkv(x), inputs, kv)
         attended = torch.empty_like(q)
-        facts = {
-            "page_size": inputs.page_size,
-            "scale": self.scale,
-            "window": self.window,
-            "softcap": self.softcap,
-        }
+        facts = {"page_size": inputs.page_size, "scale": self.scale, "softcap": self.softcap}
         n = slices.decode_tokens
         if slices.decode_rows.shape[0]:
-            decode(
-                q[:n],
-                *kv,
-                inputs.page_table,
-                slices.decode_rows,
-                slices.decode_lens,
-                width=inputs.decode_width,
-                out=attended[:n],
-                **facts,
-            )
+            paged = (q[:n], *kv, inputs.page_table, slices.decode_rows, slices.decode_lens)
+            whole = facts | {"width": inputs.decode_width, "out": attended[:n]}
+            # What sequences share is their beginning, which a window leaves out.
+            if inputs.groups is None or self.window is not None:
+                decode(*paged, window=self.window, **whole)
+            else:
+                cascade(*paged, inputs.groups, inputs.shared, **whole)
         if slices.chunk_rows.shape[0]:
             attention(
                 q[n:],
@@ -140,6 +136,7 @@ class Attention:
                 slices.chunk_offsets,
                 slices.chunk_lens,
                 max_seqlen_q=inputs.max_seqlen_q,
+                window=self.window,
                 out=attended[n:],
                 **facts,
             )

@@ -134,7 +134,7 @@ def attend(
     if softcap is not None:
         scores.div_(softcap).tanh_().mul_(softcap)
     scores = scores.view(kv_heads, -1, n, length)
-    if n > 1 or first_position < 0 or window is not None:
+    if first_position < length - 1 or window is not None:
         i = first_position + torch.arange(n)[:, None]
         j = torch.arange(length)
         hidden = j > i if window is None else (j > i) | (i - j >= window)

@@ -111,7 +111,8 @@ cascade = Op(
     "cascade",
     cascade_reference,
     implementations=[
-        Implementation("portable", "cuda", "minisgl.kernels.cascade.portable:cascade_portable")
+        Implementation("portable", "cuda", "minisgl.kernels.cascade.portable:cascade_portable"),
+        Implementation("cpu", "cpu", "minisgl.kernels.cascade.cpu:cascade_cpu"),
     ],
     cases=CASES,
     cost=cascade_cost,
