@@ -11,7 +11,13 @@ from pathlib import Path
 import msgspec
 
 from minisgl.config import EngineConfig
-from minisgl.core.costmodel import DEVICES, CostModel, DeviceFacts, ModelFacts
+from minisgl.core.costmodel import (
+    DEVICES,
+    CostModel,
+    DeviceFacts,
+    ModelFacts,
+    cascade_min_tokens,
+)
 from minisgl.core.executor import Executor
 from minisgl.core.ngram import NGramProposer
 from minisgl.core.policy import SchedulerConfig
@@ -26,7 +32,7 @@ from minisgl.models.hub import model_directory
 from minisgl.runtime.executor import LocalExecutor, plan_on_one_thread
 from minisgl.runtime.node import run_node
 from minisgl.runtime.ranks import ParallelExecutor, load_ranks
-from minisgl.runtime.worker import load_worker
+from minisgl.runtime.worker import load_worker, uses_cascade
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny"
 
@@ -57,6 +63,11 @@ def build_engine(config: EngineConfig) -> Engine:
     speculation = None
     if config.speculative_algorithm == "ngram":
         speculation = Speculation(ngram, config.speculative_num_draft_tokens)
+    facts = ModelFacts(**built.facts.cost_facts(built.executor.dtype))
+    device_facts = _device_facts(built.device, config.tp_size)
+    cascade_min = config.cascade_min_shared_tokens
+    if cascade_min is None and uses_cascade(config, built.facts, built.device):
+        cascade_min = cascade_min_tokens(facts, device_facts)
     scheduler = Scheduler(
         limits,
         SchedulerConfig(
@@ -65,12 +76,10 @@ def build_engine(config: EngineConfig) -> Engine:
             batch_policy=config.batch_policy,
             itl_target_ms=config.itl_target_ms,
             disable_radix_cache=config.disable_radix_cache,
+            cascade_min_shared_tokens=cascade_min,
         ),
         built.facts.eos_token_ids,
-        CostModel(
-            ModelFacts(**built.facts.cost_facts(built.executor.dtype)),
-            _device_facts(built.device, config.tp_size),
-        ),
+        CostModel(facts, device_facts),
         speculation=speculation,
     )
     ngram.continuation = scheduler.continuation

@@ -43,6 +43,10 @@ class EngineConfig:
     batch_policy: BatchPolicy = _option("balanced", "balance of prefill against decode in a step")
     itl_target_ms: float | None = _option(None, "inter-token latency the balanced policy holds")
     disable_radix_cache: bool = _option(False, "share no prefixes between requests")
+    disable_cascade: bool = _option(False, "read shared prefixes once per sequence when decoding")
+    cascade_min_shared_tokens: int | None = _option(
+        None, "tokens a group's shared prefix must save; by the GPU when absent, no groups on CPU"
+    )
     disable_overlap_schedule: bool = _option(False, "plan a step only after the last is collected")
     batch_invariant: bool = _option(
         False, "compute in fixed orders: a request's tokens do not depend on its batch"
@@ -82,6 +86,11 @@ class EngineConfig:
             raise ValueError("schedule_policy lpm needs the radix cache, got disable_radix_cache")
         if self.disable_cuda_graph and self.cuda_graph_max_bs is not None:
             raise ValueError("cuda_graph_max_bs needs CUDA graphs, got disable_cuda_graph")
+        if self.cascade_min_shared_tokens is not None:
+            _require_at_least(self, 1, "cascade_min_shared_tokens")
+            for name in ("disable_cascade", "disable_radix_cache", "batch_invariant"):
+                if getattr(self, name):
+                    raise ValueError(f"cascade_min_shared_tokens needs cascade groups, got {name}")
         share = self.mem_fraction_static
         if share > 1:
             raise ValueError(f"mem_fraction_static must be at most 1, got {share}")

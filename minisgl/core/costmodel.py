@@ -14,6 +14,7 @@ SMALLEST = (0.0, 0.02, 0.02)  # of the factors: fixed in units, compute, memory
 FORGETTING = 0.98  # weight of what was known, per step
 MAX_UNCERTAINTY = 100.0
 DEVIATION_RATE = 0.05
+CASCADE_SECONDS = 5e-6  # estimated, per layer: one more launch, more partial results to merge
 
 
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,6 +79,12 @@ DEVICES = {
     "rtx4090": DeviceFacts(165e12, 1.01e12, 3e-4),
     "cpu": DeviceFacts(0.2e12, 20e9, 1e-3),  # about two server cores
 }
+
+
+def cascade_min_tokens(model: ModelFacts, device: DeviceFacts) -> int:
+    """How many tokens of keys and values a layer reads in the time that cascade attention adds."""
+    per_layer = model.kv_bytes_per_token / model.layers
+    return max(1, round(CASCADE_SECONDS * device.bandwidth / per_layer))
 
 
 class StepWork(msgspec.Struct, frozen=True, gc=False):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from minisgl.models.config import ModelConfig
-from minisgl.runtime.inputs import decode_words
+from minisgl.runtime.inputs import cascade_words, decode_words
 
 STAGING_SLACK = 2**16  # words for what a step sends besides: page-table patches, copy jobs, setups
 # A captured kernel's launch, in the driver and on the device; a guess until it is measured.
@@ -47,7 +47,7 @@ class GraphSizes:
     def staging_words(self) -> int:
         """int32 words of the place where a step's upload lands."""
         longest = (
-            sum(decode_words(sizes[-1], width)) + sizes[-1] * width
+            sum(decode_words(sizes[-1], width)) + sum(cascade_words(sizes[-1])) + sizes[-1] * width
             for width, sizes in self.by_width.items()
         )
         return STAGING_SLACK + max(longest, default=0)
@@ -58,10 +58,17 @@ class GraphSizes:
         others = 6 * self.max_tokens + 3 * self.max_sequences
         return 4 * (self.staging_words + masks + others) if self.by_width else 0
 
-    def captured_bytes(self, facts: ModelConfig, dtype: torch.dtype, ranks: int) -> int:
-        """Of the graphs themselves: activations and logits of the largest, hidden states of all."""
+    def captured_bytes(
+        self, facts: ModelConfig, dtype: torch.dtype, ranks: int, cascade: bool = False
+    ) -> int:
+        """Of the graphs themselves: activations and logits of the largest, hidden states of all.
+
+        With `cascade` there is a forward pass more for each, with two launches more per layer.
+        """
         tokens = sum(width * sum(sizes) for width, sizes in self.by_width.items())
         nodes = facts.num_layers * NODES_PER_LAYER + OTHER_NODES
+        if cascade:
+            nodes += facts.num_layers * (NODES_PER_LAYER + 2)
         count = sum(map(len, self.by_width.values()))
         return (
             workspace_bytes(facts, self.max_tokens, dtype, ranks)

@@ -5,11 +5,15 @@ padded number of sequences and every width (tokens per sequence: 1 + drafts). Al
 static buffers, of which a smaller graph uses the first entries; a step's one upload fills `staging`
 and nothing else is needed to replay it. A sequence with fewer tokens than the width is padded.
 
+Steps with cascade groups have a first half of their own, whose launches cover as many groups as a
+batch may have: those that are missing are empty. So a step without groups pays nothing for them.
+
 On a device without graphs a replay calls the captured function on the same buffers.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum, auto
 from functools import partial
 
 import torch
@@ -19,13 +23,20 @@ from minisgl.device import Device, Graph
 from minisgl.kernels.advance import prepare_inputs
 from minisgl.layers.attention import ForwardInputs
 from minisgl.runtime.footprint import GraphSizes, mask_words
-from minisgl.runtime.inputs import PENDING, StepArrays, decode_words, pack_masks
+from minisgl.runtime.inputs import PENDING, StepArrays, cascade_words, decode_words, pack_masks
 from minisgl.runtime.kv_pool import KVPool
 from minisgl.runtime.rows import RowBuffers
 from minisgl.runtime.sampler import Masks, Points, Sampler, Shaping
 
-Forward = Callable[[ForwardInputs], torch.Tensor]
+Pass = Callable[[ForwardInputs], torch.Tensor]
 Progress = Callable[[Sequence[int]], Iterable[int]]
+
+
+class Forward(Enum):
+    """The first halves; the second ones go by `Shaping`."""
+
+    PLAIN = auto()
+    GROUPED = auto()  # of steps with cascade groups
 
 
 class StaticBuffers:
@@ -48,6 +59,7 @@ class _Views:
     """The static buffers as the graphs of one size see them."""
 
     inputs: ForwardInputs
+    grouped: ForwardInputs  # the same with cascade groups
     token_ids: torch.Tensor  # [size * width]
     starts: torch.Tensor  # [size]
     num_tokens: torch.Tensor  # [size]
@@ -62,7 +74,7 @@ class DecodeGraphs:
     def __init__(
         self,
         device: Device,
-        forward: Forward,
+        forward: Pass,
         sampler: Sampler,
         pool: KVPool,
         rows: RowBuffers,
@@ -79,7 +91,7 @@ class DecodeGraphs:
         self._rows = rows
         self._buffers = buffers
         self._views: dict[int, _Views] = {}
-        self._graphs: dict[tuple[int, Shaping | None], Graph] = {}  # None: the forward half
+        self._graphs: dict[tuple[int, Forward | Shaping], Graph] = {}
         self._hidden: dict[int, torch.Tensor] = {}
         most, on = self.sizes[-1], device.torch_device
         self._offsets = torch.arange(most + 1, dtype=torch.int32, device=on) * width
@@ -89,11 +101,12 @@ class DecodeGraphs:
         self._nth = nth[1:]  # [K], each draft's place
         self._earlier = nth[:-1] < nth[:, None]  # [width, K], whether a draft is before a point
 
-    def capture(self, progress: Progress = list) -> None:
+    def capture(self, progress: Progress = list, *, cascade: bool = False) -> None:
         """Capture every half, the largest first, so that smaller ones reuse its memory.
 
-        `progress` wraps the sizes to show how far it is.
+        `progress` wraps the sizes to show how far it is. `cascade`: those with groups too.
         """
+        halves = [Forward.PLAIN, *Shaping, *([Forward.GROUPED] if cascade else [])]
         for size in progress(self.sizes[::-1]):
             views = self._views_of(size)
             views.token_ids.zero_()
@@ -101,16 +114,19 @@ class DecodeGraphs:
             views.starts.zero_()
             views.num_tokens.zero_()
             views.masks.indices.fill_(-1)
-            for half in (None, *Shaping):
+            for part in (views.grouped.groups, views.grouped.shared):
+                assert part is not None
+                part.zero_()
+            for half in halves:
                 self._graph(size, half)
 
-    def forward(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Replay the first half on what lies in `staging`.
+    def forward(self, size: int, half: Forward) -> tuple[torch.Tensor, torch.Tensor]:
+        """Replay a first half on what lies in `staging`.
 
         Returns hidden states [size * width, H] and positions [size * width] int64, both overwritten
         by a later replay.
         """
-        self._graph(size, None).replay()
+        self._graph(size, half).replay()
         return self._hidden[size], self._views_of(size).inputs.positions
 
     def sample(self, step: StepArrays, masks: GrammarMasks | None) -> torch.Tensor:
@@ -150,18 +166,21 @@ class DecodeGraphs:
             before=before,
         )
 
-    def _graph(self, size: int, half: Shaping | None) -> Graph:
+    def _graph(self, size: int, half: Forward | Shaping) -> Graph:
         graph = self._graphs.get((size, half))
         if graph is None:  # while capturing, or on a device where that costs nothing
-            call = partial(self._call_forward, size)
-            if half is not None:
+            if isinstance(half, Forward):
+                call = partial(self._call_forward, size, half)
+            else:
                 call = partial(self._call_sampling, size, half)
             graph = self._graphs[size, half] = self._device.capture(call)
         return graph
 
-    def _call_forward(self, size: int) -> None:
+    def _call_forward(self, size: int, half: Forward) -> None:
         views = self._views_of(size)
         inputs, rows = views.inputs, self._rows
+        if half is Forward.GROUPED:
+            inputs = views.grouped
         prepare_inputs(
             inputs.input_ids,
             inputs.positions,
@@ -178,7 +197,11 @@ class DecodeGraphs:
             rows.page_table,
             inputs.page_size,
         )
-        self._hidden[size] = self._forward(inputs)
+        hidden = self._forward(inputs)
+        if half is Forward.GROUPED and size in self._hidden:
+            self._hidden[size].copy_(hidden)  # where captured second halves read it
+        else:
+            self._hidden[size] = hidden
 
     def _call_sampling(self, size: int, shaping: Shaping) -> None:
         views = self._views_of(size)
@@ -199,24 +222,26 @@ class DecodeGraphs:
     def _make_views(self, size: int) -> _Views:
         buffers, width = self._buffers, self.width
         tokens = size * width
-        lengths = decode_words(size, width)
-        packed = buffers.staging[: sum(lengths)]
-        token_ids, rows, starts, num_tokens = packed.split(lengths)  # type: ignore[no-untyped-call]
+        lengths = (*decode_words(size, width), *cascade_words(size))
+        parts = buffers.staging[: sum(lengths)].split(lengths)  # type: ignore[no-untyped-call]
+        token_ids, rows, starts, num_tokens, groups, shared = parts
         indices, bits = buffers.masks[: tokens * (1 + buffers.mask_words)].tensor_split((tokens,))
+        inputs = ForwardInputs(
+            input_ids=buffers.input_ids[:tokens],
+            positions=buffers.positions[:tokens],
+            cu_seqlens_q=self._offsets[: size + 1],
+            seq_lens=buffers.seq_lens[:size],
+            rows=rows,
+            page_table=self._rows.page_table,
+            slot_mapping=buffers.slot_mapping[:tokens],
+            kv=self._pool.layers,
+            page_size=self._pool.page_size,
+            num_decode=size,
+            decode_width=width,
+        )
         return _Views(
-            inputs=ForwardInputs(
-                input_ids=buffers.input_ids[:tokens],
-                positions=buffers.positions[:tokens],
-                cu_seqlens_q=self._offsets[: size + 1],
-                seq_lens=buffers.seq_lens[:size],
-                rows=rows,
-                page_table=self._rows.page_table,
-                slot_mapping=buffers.slot_mapping[:tokens],
-                kv=self._pool.layers,
-                page_size=self._pool.page_size,
-                num_decode=size,
-                decode_width=width,
-            ),
+            inputs=inputs,
+            grouped=replace(inputs, groups=groups.view(-1, 3), shared=shared),
             token_ids=token_ids,
             starts=starts,
             num_tokens=num_tokens,

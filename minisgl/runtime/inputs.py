@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from minisgl.core.batch import Batch, Chunk
+from minisgl.core.batch import MAX_CASCADE_GROUPS, Batch, Chunk
 from minisgl.core.executor import GrammarMasks
 from minisgl.runtime.rows import ADJUSTS, LOGPROBS, PROMPT_LOGPROBS, HostRows, Sections
 
@@ -30,6 +30,7 @@ class Geometry:
     # Decode graphs: by tokens per sequence, the numbers of sequences there are graphs for, rising.
     decode_sizes: Mapping[int, Sequence[int]] = field(default_factory=dict)
     staging: int = 0  # int32 words that a step of a decode graph may send
+    page_size: int = field(kw_only=True)
 
     def graph_for(self, num_sequences: int, width: int) -> tuple[int, int] | None:
         """(size, width) of the smallest graph that holds so many sequences of `width` tokens."""
@@ -43,6 +44,12 @@ def decode_words(size: int, width: int) -> tuple[int, int, int, int]:
     """Lengths of what a decode graph's step sends first, one after another: token_ids, then rows,
     starts and num_tokens of its sequences."""
     return size * width, size, size, size
+
+
+def cascade_words(size: int) -> tuple[int, int]:
+    """Lengths of what a step with cascade groups sends next: the groups and each sequence's shared
+    tokens, as `ForwardInputs` has them."""
+    return 3 * MAX_CASCADE_GROUPS, size
 
 
 @dataclass
@@ -106,6 +113,7 @@ def pack_step(batch: Batch, host: HostRows, geometry: Geometry) -> StepArrays:
         graph = geometry.graph_for(len(chunks), int(lengths.max()))
         if graph is not None:
             others = sum(map(len, sections.values())) + len(chunks) * graph[1]  # asked, at most
+            others += sum(cascade_words(graph[0]))
             if sum(decode_words(*graph)) + others > geometry.staging:
                 graph = None
     if graph is None:
@@ -127,7 +135,8 @@ def _pack_decode(
 ) -> tuple[StepArrays, np.ndarray]:
     """The layout of a decode graph: `size` sequences of `width` tokens, every token a point.
 
-    One section, decode: the words of `decode_words`. Also returns where each chunk's tokens begin.
+    Sections: decode, the words of `decode_words`; cascade, those of `cascade_words`, where there
+    are cascade groups. Also returns where each chunk's tokens begin.
     """
     chunks = batch.chunks
     count = len(chunks)
@@ -139,7 +148,7 @@ def _pack_decode(
     offsets = np.arange(count, dtype=np.int32) * width
     step = StepArrays(
         batch=batch,
-        sections={"decode": packed} | others,
+        sections={"decode": packed} | _pack_groups(batch, size, geometry.page_size) | others,
         num_tokens=size * width,
         num_sequences=size,
         num_decode=size,
@@ -164,7 +173,7 @@ def _pack_ragged(
 
     Sections: token_ids, sequences [T]; offsets [S + 1]; rows, starts, num_tokens [S]; points
     [N padded], point_rows [N]; first, sampled_rows [M]; drafts [M * K] and point_drafts [N * K]
-    where there are drafts. Also returns where each chunk's tokens begin.
+    where there are drafts; cascade as in `_pack_decode`. Also returns where chunks begin.
     """
     chunks = batch.chunks
     num_decode = batch.num_decode
@@ -204,6 +213,7 @@ def _pack_ragged(
         "starts": starts,
         "num_tokens": own,
     }
+    sections |= _pack_groups(batch, num_decode, geometry.page_size)
     step = StepArrays(
         batch=batch,
         sections=sections,
@@ -244,6 +254,18 @@ def _own_ids(chunk: Chunk) -> list[int]:
             f"chunk of sequence {chunk.uid} has length {chunk.length} but {len(ids)} token ids"
         )
     return ids
+
+
+def _pack_groups(batch: Batch, size: int, page_size: int) -> Sections:
+    """The cascade groups of `size` decode sequences, padding included."""
+    if not batch.cascade_groups:
+        return {}
+    words = np.zeros(sum(cascade_words(size)), np.int32)
+    groups, shared = np.split(words, [cascade_words(size)[0]])
+    for i, group in enumerate(batch.cascade_groups):
+        groups[3 * i : 3 * i + 3] = group.first, group.count, group.num_pages
+        shared[group.first : group.first + group.count] = group.num_pages * page_size
+    return {"cascade": words}
 
 
 def _pack_patches(chunks: list[Chunk], page_table_width: int) -> Sections:

@@ -15,8 +15,8 @@ from minisgl.kernels.advance import prepare_inputs
 from minisgl.layers.attention import ForwardInputs
 from minisgl.parallel import Communicator
 from minisgl.runtime.agreement import compare_ranks
-from minisgl.runtime.graphs import DecodeGraphs, StaticBuffers
-from minisgl.runtime.inputs import StepArrays, join, split
+from minisgl.runtime.graphs import DecodeGraphs, Forward, StaticBuffers
+from minisgl.runtime.inputs import StepArrays, cascade_words, join, split
 from minisgl.runtime.kv_pool import KVPool
 from minisgl.runtime.rows import RowBuffers
 from minisgl.runtime.sampler import Points, Sampled, Sampler, Sent
@@ -93,7 +93,8 @@ class Runner:
             self._pool.copy(step.sent["copies"].view(-1, 3))
         if arrays.replays:
             graphs = self._graphs[arrays.decode_width]
-            step.hidden, step.positions = graphs.forward(arrays.num_sequences)
+            half = Forward.GROUPED if "cascade" in step.sent else Forward.PLAIN
+            step.hidden, step.positions = graphs.forward(arrays.num_sequences, half)
         else:
             inputs = self._inputs(arrays, step.sent)
             step.hidden, step.positions = self._model.forward(inputs), inputs.positions
@@ -131,6 +132,10 @@ class Runner:
     def _inputs(self, step: StepArrays, sent: Sent) -> ForwardInputs:
         """A ragged step's, in memory of its own."""
         device, tokens = self._device.torch_device, step.num_tokens
+        groups, shared = None, None
+        if "cascade" in sent:
+            groups, shared = sent["cascade"].split(cascade_words(step.num_decode))  # type: ignore[no-untyped-call]
+            groups = groups.view(-1, 3)
         inputs = ForwardInputs(
             input_ids=torch.empty(tokens, dtype=torch.int32, device=device),
             positions=torch.empty(tokens, dtype=torch.int64, device=device),
@@ -144,6 +149,8 @@ class Runner:
             num_decode=step.num_decode,
             decode_width=step.decode_width,
             max_seqlen_q=step.max_seqlen_q,
+            groups=groups,
+            shared=shared,
         )
         prepare_inputs(
             inputs.input_ids,

@@ -1,13 +1,14 @@
 """`Worker`: one rank's device, model, memory and runner, built and warmed up."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from minisgl.config import CUDA_GRAPH_MAX_BS, EngineConfig
-from minisgl.core.batch import Batch, Chunk, RowSetup
+from minisgl.core.batch import Batch, CascadeGroup, Chunk, RowSetup
 from minisgl.core.executor import Limits
 from minisgl.core.request import SamplingParams
 from minisgl.device import Device
@@ -53,11 +54,13 @@ class Worker:
         stages: Stages | None = None,
         compiled: Callable[[], int] = lambda: 0,
         compare: bool = False,
+        cascade: bool = False,
     ) -> None:
         """Allocates the pool and the rows of `limits`, warms up and captures `graphs`.
 
         stages: where the time this takes is noted. compiled: how many kernels this process has
         compiled so far. compare: every step checks that all ranks of `comm` compute the same.
+        cascade: whether steps may come with cascade groups, and are to be ready for.
         """
         self.device = device
         self.limits = limits
@@ -72,6 +75,7 @@ class Worker:
             token_multiple(shape.dtype, on_cpu),
             graphs.by_width,
             graphs.staging_words,
+            page_size=limits.page_size,
         )
         self.host_rows = HostRows(limits.max_rows, limits.vocab_size, eos_token_ids)
 
@@ -80,7 +84,7 @@ class Worker:
                 pool = KVPool(device, shape, limits.num_pages, limits.page_size)
                 rows = RowBuffers.allocate(device, limits.max_rows, max_pages, limits.vocab_size)
                 sampler = Sampler(device, model.logits, rows, comm or Solo())
-                self._warm_up(Runner(device, model, pool, rows, sampler))
+                self._warm_up(Runner(device, model, pool, rows, sampler), cascade)
             between = comm if compare else None
             if not graphs.by_width:
                 return Runner(device, model, pool, rows, sampler, compare=between)
@@ -93,7 +97,7 @@ class Worker:
             if not on_cpu:  # where it costs nothing, graphs are made when they are first needed
                 with stages.stage("capture graphs"):
                     for decode in by_width.values():
-                        decode.capture(_progress)
+                        decode.capture(_progress, cascade=cascade)
                 self.graph_bytes = free - device.memory().free
             return Runner(device, model, pool, rows, sampler, by_width, buffers, compare=between)
 
@@ -105,16 +109,20 @@ class Worker:
         """Kernels compiled since this was ready."""
         return self._compiled() - self._compiled_at_start
 
-    def _warm_up(self, runner: Runner) -> None:
+    def _warm_up(self, runner: Runner, cascade: bool) -> None:
         """Run a prompt chunk and a mixed step on the padding row, so that kernels are ready."""
-        row, page = self.limits.max_rows, [0]
+        row, page, page_size = self.limits.max_rows, [0], self.limits.page_size
         host = HostRows(self.limits.max_rows, self.limits.vocab_size, ())
         params = SamplingParams(seed=0, temperature=0.0)  # padding is sampled at the least cost
         setup = RowSetup(0, 0, row, 0, 1, params, [])
         prompt = Chunk(0, 0, row, 0, 1, [0], 0, page, True)
-        decode = Chunk(0, 0, row, 1 % self.limits.page_size, 1, [], 0, [], True)
-        eager = Geometry(self.geometry.page_table_width, row, self.geometry.token_multiple)
-        for batch in (Batch(0, [prompt], 0, [setup]), Batch(1, [decode, prompt], 1)):
+        decode = Chunk(0, 0, row, 1 % page_size, 1, [], 0, [], True)
+        eager = replace(self.geometry, decode_sizes={})
+        batches = [Batch(0, [prompt], 0, [setup]), Batch(1, [decode, prompt], 1)]
+        if cascade:
+            after = Chunk(0, 0, row, page_size, 1, [0], 0, [0, 0], True)
+            batches.append(Batch(2, [after], 1, cascade_groups=[CascadeGroup(0, 1, 1)]))
+        for batch in batches:
             step = Step(pack_step(batch, host, eager))
             runner.forward(step)
             runner.sample(step, None)
@@ -135,6 +143,7 @@ def load_worker(
     facts = ModelConfig.from_hf(path)
     on_cpu = device.torch_device.type == "cpu"
     dtype = facts.dtype if config.dtype == "auto" else DTYPES[config.dtype]
+    cascade = uses_cascade(config, facts, device)
     max_context = config.context_length or facts.max_context
     if max_context > facts.max_context:
         raise ValueError(
@@ -161,7 +170,7 @@ def load_worker(
         graphs = _graph_sizes(config, dtype, on_cpu)
         graph_bytes = graphs.static_bytes(vocab)
         if not on_cpu:
-            graph_bytes += graphs.captured_bytes(facts, dtype, comm.size)
+            graph_bytes += graphs.captured_bytes(facts, dtype, comm.size, cascade)
         plan = plan_memory(
             device.run(share_of_memory, comm, device, config.tp_size // config.nnodes),
             shape,
@@ -194,11 +203,30 @@ def load_worker(
         comm=comm,
         stages=stages,
         compare=config.log_level == "debug" and comm.size > 1,
+        cascade=cascade,
     )
     check_graphs(plan, worker.graph_bytes)
     if comm.rank == 0:
         log.info("%s", stages.table())
     return worker, facts
+
+
+def uses_cascade(config: EngineConfig, facts: ModelConfig, device: Device) -> bool:
+    """Whether steps have cascade groups: on GPUs, and on CPUs, where they do not pay, on demand.
+
+    Raises ValueError where they are demanded of a model that has no use for them.
+    """
+    least = config.cascade_min_shared_tokens
+    if all(layer.window is not None for layer in facts.layers):
+        if least is not None:
+            raise ValueError(
+                f"cascade_min_shared_tokens must be absent for {config.model}, got {least}: every "
+                "layer has a sliding window, which leaves shared prefixes out"
+            )
+        return False
+    if config.disable_cascade or config.disable_radix_cache or config.batch_invariant:
+        return False
+    return least is not None or device.torch_device.type != "cpu"
 
 
 def token_multiple(dtype: torch.dtype, on_cpu: bool) -> int:

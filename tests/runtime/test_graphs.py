@@ -9,6 +9,7 @@ from minisgl.core.executor import GrammarMasks, Limits
 from minisgl.core.request import Request, SamplingParams
 from minisgl.device import CpuDevice
 from minisgl.runtime.executor import LocalExecutor
+from minisgl.runtime.graphs import Forward
 from minisgl.runtime.kv_pool import KVShape
 from minisgl.runtime.sampler import Shaping
 from minisgl.runtime.worker import Worker
@@ -39,7 +40,7 @@ def mask_all(batch: Batch) -> GrammarMasks:
     return GrammarMasks([index], np.full((1, -(-VOCAB // 32)), 2**32 - 1, np.uint32))
 
 
-def replayed(executor: LocalExecutor) -> set[tuple[int, Shaping | None]]:
+def replayed(executor: LocalExecutor) -> set[tuple[int, Forward | Shaping]]:
     return set(executor._worker.runner._graphs[1]._graphs)
 
 
@@ -55,7 +56,7 @@ def test_a_captured_engine_serves_as_one_without_graphs(executors):
 
     executor._worker.device.run(graphs.capture, progress)
     assert shown == sorted(graphs.sizes, reverse=True) == [8, 4]
-    assert replayed(executor) == {(s, half) for s in (4, 8) for half in (None, *Shaping)}
+    assert replayed(executor) == {(s, half) for s in (4, 8) for half in (Forward.PLAIN, *Shaping)}
     requests = mixed_requests(14, seed=2)
     assert serve(executor, requests).tokens == serve(eager, requests).tokens
 
@@ -73,7 +74,7 @@ def test_a_step_takes_the_half_it_needs(executors):
     ):
         executor = executors()
         serve(executor, requests, masks=masks)
-        assert replayed(executor) == {(4, half) for half in (None, *halves)}
+        assert replayed(executor) == {(4, half) for half in (Forward.PLAIN, *halves)}
 
 
 def test_a_batch_beyond_the_largest_graph_runs_eagerly(executors):

@@ -76,7 +76,7 @@ def batches(draw: st.DrawFn) -> tuple[World, Batch, Geometry]:
     multiple = draw(st.sampled_from([1, 8]))
     sizes = draw(st.sampled_from([{}, {1: (1, 2, 4, 8)}, {1: (1, 4), 3: (2, 4)}]))
     staging = draw(st.sampled_from([70, 10_000]))
-    geometry = Geometry(PAGES, ROWS, multiple, sizes, staging)
+    geometry = Geometry(PAGES, ROWS, multiple, sizes, staging, page_size=page_size)
     return world, Batch(7, chunks, num_decode), geometry
 
 
@@ -219,7 +219,7 @@ def test_rows_advance_by_what_was_accepted(case):
 
 
 def test_malformed_batches_are_refused():
-    host, geometry = HostRows(ROWS, VOCAB, ()), Geometry(PAGES, ROWS)
+    host, geometry = HostRows(ROWS, VOCAB, ()), Geometry(PAGES, ROWS, page_size=16)
     with pytest.raises(ValueError, match="batch 3 has no chunks"):
         pack_step(Batch(3, [], 0), host, geometry)
     short = Chunk(5, 0, 0, 0, 4, [1, 2], 0, [], True)
@@ -231,7 +231,10 @@ def test_malformed_batches_are_refused():
 
 
 def test_prompt_logprob_targets_are_the_next_prompt_tokens():
-    host, geometry = HostRows(ROWS, VOCAB, ()), Geometry(PAGES, ROWS, token_multiple=8)
+    host, geometry = (
+        HostRows(ROWS, VOCAB, ()),
+        Geometry(PAGES, ROWS, token_multiple=8, page_size=16),
+    )
     prompt = [11, 12, 13, 14, 15]
     params = SamplingParams(prompt_logprobs=2)
     setup = RowSetup(1, 0, 4, 0, 5, params, prompt)

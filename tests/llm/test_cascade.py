@@ -1,0 +1,94 @@
+"""A long system prompt shared by many requests, read once: the same answers, token for token."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from minisgl import LLM, SamplingParams
+from minisgl.kernels.cascade import cascade
+from minisgl.layers import attention
+from tests.llm.test_batch_invariant import FAMILIES
+from tests.models.checkpoints import TINY
+
+SYSTEM = (
+    "You are the assistant of a small inference engine. Answer in one or two short sentences, "
+    "say what you know of schedulers, caches, kernels and graphs, and make nothing up. "
+) * 3
+QUESTIONS = [
+    "What is paged attention?",
+    "What does a radix cache hold?",
+    "Why are decode steps captured in graphs?",
+    "What is 12 + 31?",
+    "Name the flag that sets the page size.",
+    "What is speculative decoding?",
+]
+
+
+@pytest.fixture
+def calls():
+    """How often the op was called, and how often for how many sequences of a group."""
+    counted = Counter[int]()
+
+    def spy(q, *args, **kwargs):
+        counted.update(count for _, count, _ in args[5].tolist() if count)
+        return cascade(q, *args, **kwargs)
+
+    with patch.object(attention, "cascade", spy):
+        yield counted
+
+
+def _chat(**config) -> list[list[int]]:
+    params = SamplingParams(temperature=0.0, max_tokens=40)
+    chats = [
+        [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+        for question in QUESTIONS
+    ]
+    with LLM(dtype="float32", device="cpu", max_total_tokens=8192, **config) as llm:
+        llm.chat(chats[:1], params, use_tqdm=False)  # fills the cache
+        return [o.token_ids for o in llm.chat(chats, params, use_tqdm=False)]
+
+
+def test_bundled_model_answers_alike_with_groups_and_without(calls):
+    answers = _chat(cascade_min_shared_tokens=64)
+    assert calls[len(QUESTIONS)] > 5  # layers and steps in which all are one group
+    calls.clear()
+    assert _chat() == answers  # on a CPU groups are planned only where that is asked for
+    assert _chat(disable_cascade=True) == answers
+    assert not calls
+
+
+def _folder(tmp_path: Path, **fields) -> str:
+    known = TINY | {"hidden_act": "silu", "rope_theta": 1e4} | fields
+    (tmp_path / "config.json").write_text(json.dumps(known))
+    return str(tmp_path)
+
+
+def _complete(folder: str, **config) -> list[list[int]]:
+    prompts = [[5 + i % 90 for i in range(70)] + [100 + n, 3] for n in range(5)]
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    settings = {"load_format": "dummy", "dtype": "float32", "device": "cpu"}
+    with LLM(folder, max_total_tokens=1024, **settings, **config) as llm:
+        llm.generate([prompts[0]], params, use_tqdm=False)
+        return [o.token_ids for o in llm.generate(prompts, params, use_tqdm=False)]
+
+
+def test_windowed_layers_and_capped_logits(tmp_path, calls):
+    """Every second layer has a window, which is read as it is without groups."""
+    folder = _folder(tmp_path, **FAMILIES["gemma2"])
+    answers = _complete(folder, cascade_min_shared_tokens=16)
+    assert calls
+    assert _complete(folder) == answers
+
+
+def test_groups_are_refused_where_they_cannot_be(tmp_path):
+    folder = _folder(tmp_path, architectures=["MistralForCausalLM"], sliding_window=9)
+    with pytest.raises(ValueError, match=r"cascade_min_shared_tokens must be absent for .* got 16"):
+        _complete(folder, cascade_min_shared_tokens=16)
+    for other in ("disable_cascade", "disable_radix_cache", "batch_invariant"):
+        with pytest.raises(ValueError, match=f"needs cascade groups, got {other}"):
+            _complete(folder, cascade_min_shared_tokens=16, **{other: True})
+    with pytest.raises(ValueError, match="cascade_min_shared_tokens must be at least 1, got 0"):
+        _complete(folder, cascade_min_shared_tokens=0)
