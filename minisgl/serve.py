@@ -123,7 +123,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser = flags_parser(ServerConfig, "minisgl.serve", "Serve a model over OpenAI's API.")
     config, _ = read_flags(parser, ServerConfig, args)
     if config.node_rank != 0:
-        return _run_ranks(config)
+        return _run_ranks(config, early)
     configure(config.log_level, "server")
     try:
         listening = _listen(config)
@@ -147,9 +147,13 @@ def main(args: Sequence[str] | None = None) -> int:
         listening.close()
 
 
-def _run_ranks(config: ServerConfig) -> int:
-    """What a node other than 0 does: nothing is served from there."""
+def _run_ranks(config: ServerConfig, early: list[int]) -> int:
+    """What a node other than 0 does: nothing is served from there. A signal ends it at once."""
     configure(config.log_level, f"node {config.node_rank}")
+    for number in STOPS:
+        signal.signal(number, lambda number, _: sys.exit(0))
+    if early:
+        return 0
     from minisgl.build import run_ranks
 
     facts = {item.name: getattr(config, item.name) for item in fields(EngineConfig)}
@@ -158,8 +162,6 @@ def _run_ranks(config: ServerConfig) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         print(f"minisgl.serve: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 

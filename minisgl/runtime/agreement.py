@@ -9,7 +9,7 @@ from minisgl.device import Device, Memory
 from minisgl.parallel import Communicator
 from minisgl.runtime.inputs import StepArrays, join
 
-PARTS = ("the step's number", "its plan", "its hidden states")
+PARTS = ("the number", "the plan", "the sum of the hidden states")
 
 
 def compare_ranks(comm: Communicator, arrays: StepArrays, hidden: torch.Tensor) -> None:
@@ -29,8 +29,7 @@ def compare_ranks(comm: Communicator, arrays: StepArrays, hidden: torch.Tensor) 
         for part, here, there in zip(PARTS, own, other, strict=True):
             if here != there:
                 raise RuntimeError(
-                    f"step {own[0]}: {part} on rank {rank} is not as on rank 0 "
-                    f"(hash {there} against {here})"
+                    f"step {own[0]}: {part} is {there} on rank {rank} and {here} on rank 0"
                 )
 
 

@@ -7,6 +7,7 @@ told by those it lets in.
 
 import secrets
 import socket
+import time
 from datetime import timedelta
 
 import msgspec
@@ -40,6 +41,8 @@ def open_store(
     if config.dist_init_addr is not None:
         host, number = split_address(config.dist_init_addr)
     patience = timedelta(seconds=RENDEZVOUS_SECONDS)
+    if not serve:
+        _wait_for_door(host, number)
     try:
         return dist.TCPStore(
             host, number, is_master=serve, wait_for_workers=False, timeout=patience
@@ -47,6 +50,22 @@ def open_store(
     except dist.DistError as error:
         what = "cannot be listened on" if serve else "cannot be reached"
         raise RuntimeError(f"dist_init_addr {host}:{number} {what}: {error}") from error
+
+
+def _wait_for_door(host: str, port: int) -> None:
+    """Until somebody listens there; here, and not in the store, because this can be interrupted."""
+    deadline = time.monotonic() + RENDEZVOUS_SECONDS
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"dist_init_addr {host}:{port} was not reached within {RENDEZVOUS_SECONDS} s: "
+                    f"{error}"
+                ) from error
+        time.sleep(0.2)
 
 
 def meet(

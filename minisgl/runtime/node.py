@@ -26,7 +26,8 @@ def run_node(config: EngineConfig, path: Path) -> None:
     """
     count = config.tp_size // config.nnodes
     first = config.node_rank * count
-    who = f"node {config.node_rank} of {config.nnodes} with ranks {first} to {first + count - 1}"
+    ranks = f"rank {first}" if count == 1 else f"ranks {first} to {first + count - 1}"
+    who = f"node {config.node_rank} of {config.nnodes} with {ranks}"
     log.info("%s waits for node 0 at %s", who, config.dist_init_addr)
     _compare(config, open_store(config))
     ended = threading.Semaphore(0)

@@ -1,7 +1,5 @@
 """Several ranks, each a process, give the tokens that one gives: every family, whatever happens."""
 
-import contextlib
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from minisgl.config import EngineConfig
 from minisgl.core.request import Request, SamplingParams
 from minisgl.engine.engine import Engine
 from tests.models.checkpoints import make
+from tests.parallel.processes import children
 
 # Small pools and chunks: prompts come in pieces, and not all that are admitted fit to the end.
 TIGHT = {
@@ -63,17 +62,6 @@ def serve(engine: Engine, vocab: int) -> dict[tuple[str, int], list[int]]:
     assert engine.failure is None
     del tokens["doomed", 0]
     return tokens
-
-
-def children() -> set[int]:
-    """Processes that this one has started and that still live."""
-    found = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
-            if int(parent) == os.getpid() and state != "Z":
-                found.add(int(stat.parent.name))
-    return found
 
 
 def tokens_of(ranks: int, model: Path | None, **options: Any) -> dict[tuple[str, int], list[int]]:

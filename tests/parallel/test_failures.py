@@ -1,0 +1,150 @@
+"""Ranks that die, fail or disagree: all end within seconds, with the reason, and no orphan."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from minisgl.build import build_engine
+from minisgl.child import Child
+from minisgl.config import EngineConfig
+from minisgl.core.request import Delta, Request, SamplingParams
+from minisgl.engine.engine import Engine
+from minisgl.runtime import ranks
+from minisgl.runtime.channel import Boot
+from tests.parallel.processes import alive, children
+from tests.runtime.test_plan import CONFIG
+
+SECONDS = 30  # what "within seconds" may become on a machine that does much else
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> EngineConfig:
+    facts = CONFIG | {"num_attention_heads": 6, "num_key_value_heads": 6, "hidden_size": 48}
+    (tmp_path / "config.json").write_text(json.dumps(facts | {"intermediate_size": 96}))
+    return EngineConfig(
+        model=str(tmp_path),
+        load_format="dummy",
+        device="cpu",
+        dtype="float32",
+        max_total_tokens=640,
+        tp_size=2,
+    )
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def begin(engine: Engine) -> None:
+    params = SamplingParams(max_tokens=80, ignore_eos=True, temperature=0.0)
+    engine.add(Request("r", [9, 8, 7], params))
+    for _ in range(4):
+        engine.step()
+
+
+def run_to_failure(engine: Engine) -> list[Delta]:
+    deltas: list[Delta] = []
+
+    def failed() -> bool:
+        deltas.extend(engine.step())
+        return engine.failure is not None
+
+    until(failed)
+    return deltas
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_killed_rank_ends_them_all(config: EngineConfig, busy: bool) -> None:
+    before = children()
+    engine = build_engine(_with(config, tp_size=3))
+    try:
+        if busy:
+            begin(engine)
+        first, second = sorted(children() - before)
+        os.kill(second, signal.SIGKILL)
+        deltas = run_to_failure(engine)
+        assert engine.failure is not None
+        assert "rank 2 ended with exit code -9 (Killed, signal 9)" in engine.failure
+        if busy:
+            assert deltas[-1].finish_reason == "error"
+            assert "rank 2 ended" in (deltas[-1].error or "")
+        until(lambda: not alive(first))  # before anybody closes the engine
+    finally:
+        engine.close()
+    assert children() <= before
+
+
+def _with(config: EngineConfig, **changes: object) -> EngineConfig:
+    facts = {name: getattr(config, name) for name in EngineConfig.__dataclass_fields__}
+    return EngineConfig(**(facts | changes))  # type: ignore[arg-type]
+
+
+def other_boot(monkeypatch: pytest.MonkeyPatch, change: Callable[[Boot], Boot]) -> None:
+    """Start ranks with something else than they should be."""
+    start: Callable[[Boot], Child] = ranks.start_rank
+    monkeypatch.setattr(ranks, "start_rank", lambda boot: start(change(boot)))
+
+
+def test_a_rank_that_cannot_load_is_the_reason(config: EngineConfig, monkeypatch) -> None:
+    other_boot(monkeypatch, lambda boot: msgspec.structs.replace(boot, path="/no/such/model"))
+    before, threads = children(), threading.active_count()
+    with pytest.raises(RuntimeError, match=r"rank 1 failed: .*/no/such/model"):
+        build_engine(config)
+    assert children() <= before
+    until(lambda: threading.active_count() <= threads)
+
+
+def test_a_rank_that_computes_something_else_is_found_when_debugging(
+    config: EngineConfig, monkeypatch
+) -> None:
+    config = _with(config, log_level="debug")
+    other = _with(config, random_seed=1)
+    other_boot(monkeypatch, lambda boot: msgspec.structs.replace(boot, config=other))
+    before = children()
+    engine = build_engine(config)
+    try:
+        engine.add(Request("r", [9, 8, 7], SamplingParams(max_tokens=80, seed=1)))
+        run_to_failure(engine)
+        assert re.search(
+            r"step \d+: the sum of the hidden states is -?\d+ on rank 1", engine.failure or ""
+        )
+    finally:
+        engine.close()
+    assert children() <= before
+
+
+PARENT = """
+import sys, time
+from minisgl.build import build_engine
+from minisgl.config import EngineConfig
+engine = build_engine(EngineConfig(
+    model=sys.argv[1], load_format="dummy", device="cpu", max_total_tokens=640, tp_size=2
+))
+print("up", flush=True)
+time.sleep(600)
+"""
+
+
+def test_ranks_do_not_outlive_rank_0(config: EngineConfig) -> None:
+    command = [sys.executable, "-c", textwrap.dedent(PARENT), str(config.model)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "up\n"
+        (rank,) = children(parent.pid)
+        parent.kill()
+    until(lambda: not alive(rank))
