@@ -71,19 +71,19 @@ def run_to_failure(engine: Engine) -> list[Delta]:
 @pytest.mark.parametrize("busy", [True, False])
 def test_a_killed_rank_ends_them_all(config: EngineConfig, busy: bool) -> None:
     before = children()
-    engine = build_engine(_with(config, tp_size=3))
+    engine = build_engine(_with(config, tp_size=3 if busy else 2))
     try:
         if busy:
             begin(engine)
-        first, second = sorted(children() - before)
-        os.kill(second, signal.SIGKILL)
+        *others, last = sorted(children() - before)
+        os.kill(last, signal.SIGKILL)
         deltas = run_to_failure(engine)
-        assert engine.failure is not None
-        assert "rank 2 ended with exit code -9 (Killed, signal 9)" in engine.failure
+        reason = f"rank {len(others) + 1} ended with exit code -9 (Killed, signal 9)"
+        assert reason in (engine.failure or "")
         if busy:
             assert deltas[-1].finish_reason == "error"
-            assert "rank 2 ended" in (deltas[-1].error or "")
-        until(lambda: not alive(first))  # before anybody closes the engine
+            assert reason in (deltas[-1].error or "")
+        until(lambda: not any(map(alive, others)))  # before anybody closes the engine
     finally:
         engine.close()
     assert children() <= before
