@@ -3,9 +3,10 @@
     python -m benchmarks.headlines                 # the bundled model; a few minutes on two cores
     python -m benchmarks.headlines --only prefix radix --rounds 5
 
-Both sides of a ratio run in turns on the same machine, each side's engine in a process of its own,
-and the ratio is the median over the rounds. Before it is timed, a side shows that it computed what
-was asked. The last line is JSON.
+Both sides of a ratio run in turns on the same machine, and the ratio is the median over the rounds.
+Sides whose engines are configured differently have a process each; where they differ only in the
+work, they share one engine. Before it is timed, a side shows that it computed what was asked. The
+last line is JSON.
 """
 
 import argparse

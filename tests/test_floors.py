@@ -19,6 +19,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MAX_FILE_LINES = 500
+# Beyond the package, these hold files of that size too; data and documents may be longer.
+OTHERS = ("tests", "benchmarks", "profiles", "tools", "csrc")
+SOURCES = {".py", ".sh", ".c", ".h", ".cpp", ".cu", ".cuh"}
 # Lines of code (blank lines, comments and docstrings are free). The kernels have a budget of their
 # own, because a kernel's room holds its specification, cases and cost formulas too.
 BUDGETS = {"kernels/": 6_000, "all but kernels/": 10_000}
@@ -201,6 +204,13 @@ def violations(root: Path) -> list[str]:
     for part, total in totals.items():
         if total > BUDGETS[part]:
             found.append(f"{part}: {total} lines of code; the budget is {BUDGETS[part]}")
+    for path in sorted(p for folder in OTHERS for p in (root / folder).rglob("*")):
+        if path.suffix not in SOURCES or path.is_symlink():
+            continue
+        lines = len(path.read_text().splitlines())
+        if lines > MAX_FILE_LINES:
+            where = path.relative_to(root).as_posix()
+            found.append(f"{where}: {lines} lines; a file has at most {MAX_FILE_LINES}")
     return found
 
 
@@ -262,6 +272,17 @@ def test_a_planted_violation_is_caught(tmp_path, path, source, expected):
     found = violations(tmp_path)
     assert len(found) >= 1
     assert all(expected in line for line in found), found
+
+
+@pytest.mark.parametrize("path", ["tests/core/x.py", "csrc/cuda/x.cu", "profiles/x.sh"])
+def test_files_outside_the_package_are_short_too(tmp_path, path):
+    file = tmp_path / path
+    file.parent.mkdir(parents=True)
+    file.write_text("x\n" * MAX_FILE_LINES)
+    file.with_suffix(".json").write_text("x\n" * (MAX_FILE_LINES + 1))
+    assert violations(tmp_path) == []
+    file.write_text("x\n" * (MAX_FILE_LINES + 1))
+    assert violations(tmp_path) == [f"{path}: 501 lines; a file has at most 500"]
 
 
 @pytest.mark.parametrize(("part", "room"), [("kernels/", "kernels"), ("all but kernels/", "core")])

@@ -15,11 +15,11 @@ from minisgl.log import get_logger, shows_progress
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
 from minisgl.models.families import Family
+from minisgl.models.hub import refuse_pickles
 from minisgl.parallel import Communicator, Solo
 
 log = get_logger(__name__)
 
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _SHOWN = 5  # names in an error message
 
 
@@ -62,13 +62,7 @@ def find_files(path: Path) -> list[Path]:
     files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("*.safetensors"))
     if files:
         return files
-    pickles = sorted(file.name for file in path.glob("*") if file.suffix in PICKLES)
-    if pickles:
-        raise ValueError(
-            f"{path} holds pickle checkpoints ({_some(pickles)}), which can run code and are not "
-            "read; convert them to safetensors"
-        )
-    raise ValueError(f"{path} holds no .safetensors file")
+    refuse_pickles(str(path), (file.name for file in path.glob("*")))
 
 
 def checkpoint_name(family: Family, name: str, tied: bool) -> str | None:

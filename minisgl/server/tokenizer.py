@@ -51,7 +51,7 @@ class Tokenizer:
         )
         path = root / "tokenizer.json"
         if path.is_file():
-            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend = _read_tokenizer(path)
         else:
             backend = _convert_with_transformers(root)
         source = _template_source(root, config)
@@ -208,8 +208,20 @@ def _template_source(root: Path, config: dict[str, Any]) -> str | None:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
+
+
+def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no narrower type for what it cannot read
+        raise ValueError(f"{path} is not a tokenizer: {error}") from error
 
 
 def _convert_with_transformers(root: Path) -> tokenizers.Tokenizer:

@@ -10,14 +10,19 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from minisgl.config import EngineConfig
+from minisgl.core.batch import Batch
 from minisgl.core.request import Delta, Request, SamplingParams
-from minisgl.engine.client import EngineDeadError, ProcessClient, ThreadClient
+from minisgl.engine.client import EngineDeadError, ProcessClient, ThreadClient, _Client
+from minisgl.engine.loop import drive
+from minisgl.engine.messages import Drain, FromEngine, Ready, Status, Submit, ToEngine
 from minisgl.engine.process import EngineProcess
-from tests.engine.fakes import build, expected
+from tests.engine.fakes import build, expected, make_engine
 
 FACTORY = "tests.engine.fakes:build"
 FOREVER = SamplingParams(max_tokens=200, ignore_eos=True, seed=1)
@@ -236,35 +241,62 @@ def test_a_native_crash_while_loading_is_reported_with_the_last_lines(capfd):
     assert "planted: last words" in capfd.readouterr().err
 
 
-@both
-def test_a_long_step_is_not_a_stuck_loop_but_a_longer_one_is(kind):
+class Unplugged(_Client):
+    """A client without an engine: the test says what it hears, and when."""
+
+    def _send(self, message: ToEngine) -> None:
+        raise AssertionError("nobody is there")
+
+
+@pytest.mark.parametrize(
+    ("busy", "longest", "patience"),
+    [
+        (False, 0.0, 3.0),  # an idle loop gives signs of life, however patient the watchdog is
+        (True, 0.0, 50.0),  # nothing is known of its steps: the watchdog's own timeout
+        (True, 2.0, 50.0),
+        (True, 7.0, 70.0),  # ten times what a step is known to take
+    ],
+)
+def test_how_long_a_silent_loop_counts_as_alive(monkeypatch, busy, longest, patience):
+    now = 1000.0
+    monkeypatch.setattr("minisgl.engine.client.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("minisgl.engine.client.SILENCE_WHEN_IDLE", 3.0)
+    engine = make_engine()
+    stats = msgspec.structs.replace(engine.stats(), longest_step=longest)
+
     async def scene():
-        async with open_client(kind, "seconds=1.0", watchdog_timeout=0.5) as client:
-            running = asyncio.create_task(collect(client, Request("a", [1], FOREVER)))
-            await until(lambda: client.health().state == "stuck")  # nothing known of its steps yet
-            await until(lambda: client.stats() is not None and client.stats().steps > 0)
-            for _ in range(20):  # now a second is what a step takes
-                assert client.health().ok
-                await asyncio.sleep(0.1)
-            running.cancel()
+        nonlocal now
+        client = Unplugged(watchdog_timeout=50.0)
+        client._receive(Ready(engine.info))
+        client._receive(Status(busy, stats))
+        now += patience
+        assert client.health().ok
+        now += 0.1
+        assert client.health().state == "stuck"
+        client._receive(Status(busy, stats))
+        assert client.health().ok
 
     play(scene())
 
 
-def test_a_long_first_step_after_idleness_is_not_a_stuck_loop(monkeypatch):
-    monkeypatch.setattr("minisgl.engine.client.SILENCE_WHEN_IDLE", 2.0)
-    monkeypatch.setattr("minisgl.engine.loop.IDLE_HEARTBEAT", 0.1)
-    monkeypatch.setattr("minisgl.engine.loop.HEARTBEAT", 0.1)
+def test_a_loop_says_that_it_is_busy_before_its_first_step_and_goes_on_saying_so(monkeypatch):
+    monkeypatch.setattr("minisgl.engine.loop.HEARTBEAT", 0.0)
+    engine = make_engine()
+    inbox = [[Submit(Request("a", [1], SamplingParams(max_tokens=3, ignore_eos=True)))]]
+    said: list[FromEngine] = []
+    dispatch = engine.executor.dispatch
+    before_steps = []
 
-    async def scene():
-        async with open_client("thread", "seconds=3.0") as client:
-            request = Request("a", [1], SamplingParams(max_tokens=1))
-            running = asyncio.create_task(collect(client, request))
-            while not running.done():
-                assert client.health().ok, client.health()
-                await asyncio.sleep(0.1)
+    def watched(batch: Batch) -> None:
+        before_steps.append(next(m for m in reversed(said) if isinstance(m, Status)))
+        dispatch(batch)
 
-    play(scene())
+    engine.executor.dispatch = watched
+    assert drive(lambda: engine, lambda _: inbox.pop() if inbox else [Drain(60.0)], said.append)
+    assert len(before_steps) == 3
+    assert all(status.busy for status in before_steps)
+    assert [status.stats.steps for status in before_steps] == [0, 0, 1]
+    assert not said[-1].busy
 
 
 def test_health_notices_a_stopped_process_busy_or_idle_and_recovers():

@@ -90,13 +90,29 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-MODEL_CLASSES = {"Gemma3Text": "Gemma3ForCausalLM"}
+# The same decoder inside a model of several modalities, whose weights have longer names.
+CHECKPOINTS["gemma3-multimodal"] = ("Gemma3", CHECKPOINTS["gemma3"][1])
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+MODEL_CLASSES = {
+    "Gemma3Text": "Gemma3ForCausalLM",
+    "Gemma3": "Gemma3ForConditionalGeneration",
+}
 
 
 def make(name: str, folder: Path, seed: int = 0) -> transformers.PreTrainedModel:
     """The transformers model of a case, in fp32 and evaluation mode; saved in `folder`."""
     prefix, fields = CHECKPOINTS[name]
-    config = getattr(transformers, f"{prefix}Config")(**{**TINY, **fields})
+    facts = {**TINY, **fields}
+    if prefix == "Gemma3":
+        facts = {"text_config": facts, "vision_config": VISION, "mm_tokens_per_image": 4}
+    config = getattr(transformers, f"{prefix}Config")(**facts)
     config._attn_implementation = "eager"
     model_class = getattr(transformers, MODEL_CLASSES.get(prefix, f"{prefix}ForCausalLM"))
     model = model_class(config).eval()

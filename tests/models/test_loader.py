@@ -203,6 +203,8 @@ def test_hub_id_is_downloaded_without_code_and_pickles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: bool
 ) -> None:
     asked = {}
+    if weights:
+        (tmp_path / "model.safetensors").touch()
 
     def snapshot_download(repo: str, **options: list[str]) -> str:
         asked.update(options, repo=repo)
@@ -213,3 +215,26 @@ def test_hub_id_is_downloaded_without_code_and_pickles(
     assert asked["repo"] == "Qwen/Qwen3-0.6B"
     assert ("*.safetensors" in asked["allow_patterns"]) is weights
     assert not {"*", "*.py", "*.bin", "*.pt"} & set(asked["allow_patterns"])
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (["config.json", "pytorch_model.bin"], r"pickle checkpoints \(pytorch_model\.bin\)"),
+        (["config.json", "model.gguf"], r"no \.safetensors file"),
+        (ConnectionError("offline"), r"no \.safetensors file"),
+    ],
+)
+def test_a_model_on_the_hub_without_safetensors_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str] | OSError, reason: str
+) -> None:
+    def list_repo_files(repo: str) -> list[str]:
+        if isinstance(names, OSError):
+            raise names
+        return names
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.list_repo_files", list_repo_files)
+    with pytest.raises(ValueError, match=rf"model 'some/model' on the hub holds {reason}"):
+        model_directory("some/model")
+    assert model_directory("some/model", weights=False) == tmp_path

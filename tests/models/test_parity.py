@@ -1,10 +1,12 @@
 """Every family against transformers: logits in fp32, greedy tokens, and bf16's error."""
 
+import json
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from minisgl import csrc
 from minisgl.models.config import ModelConfig
@@ -41,9 +43,35 @@ def test_without_native_ops(name: str, tmp_path: Path) -> None:
         check_fp32(name, tmp_path)
 
 
+@pytest.mark.parametrize("absent", [True, False], ids=["absent", "null"])
+def test_a_mistral_whose_config_says_no_head_dim(absent: bool, tmp_path: Path) -> None:
+    oracle = make("mistral-full", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("head_dim", 8) == 8
+    (tmp_path / "config.json").write_text(
+        json.dumps(config if absent else config | {"head_dim": None})
+    )
+    compare_fp32(oracle, load(tmp_path))
+
+
+def test_gemma3_weights_by_the_names_of_newer_checkpoints(tmp_path: Path) -> None:
+    """transformers keeps writing the names of its first Gemma 3, and reads these too."""
+    oracle = make("gemma3-multimodal", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    renamed = {}
+    for name, tensor in tensors.items():
+        inner = name.removeprefix("language_model.model.")
+        renamed[f"model.{name}" if inner == name else f"model.language_model.{inner}"] = tensor
+    assert not renamed.keys() & tensors.keys()
+    save_file(renamed, tmp_path / "model.safetensors")
+    compare_fp32(oracle, load(tmp_path))
+
+
 def check_fp32(name: str, tmp_path: Path) -> None:
-    oracle = make(name, tmp_path)
-    decoder = load(tmp_path)
+    compare_fp32(make(name, tmp_path), load(tmp_path))
+
+
+def compare_fp32(oracle: torch.nn.Module, decoder: Decoder) -> None:
     given = prompts(decoder.config.vocab_size)
     paged = Paged(decoder, len(given), max(LENGTHS) + STEPS)
     ours = paged.prefill(given, chunk=8)

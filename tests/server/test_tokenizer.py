@@ -163,3 +163,20 @@ def test_a_tokenizer_without_tokenizer_json_is_converted_by_transformers(tmp_pat
         ids = ours.encode(text)
         assert ids == source.encode(text).ids
         assert ours.decode(ids) == text
+
+
+@pytest.mark.parametrize("content", ["", "{not json", "[]", '{"version": "1.0"}', "\x00\x01"])
+def test_a_malformed_tokenizer_is_refused_by_its_file_name(tmp_path, content):
+    save(tmp_path, small_tokenizers.byte_level())
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=r"/tokenizer\.json is not a tokenizer: ."):
+        Tokenizer.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(("content", "reason"), [("{", "not valid JSON"), ("[]", "JSON object")])
+def test_a_malformed_config_is_refused_by_its_file_name(tmp_path, name, content, reason):
+    save(tmp_path, small_tokenizers.byte_level())
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"/{name} .*{reason}"):
+        Tokenizer.from_directory(tmp_path)
