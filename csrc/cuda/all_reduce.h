@@ -1,8 +1,6 @@
 // One call of the all-reduce as its kernel sees it, and the launch.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
 
 #include "cuda/all_reduce_protocol.h"
@@ -40,8 +38,13 @@ struct Call {
     bool unit_offset;
 };
 
-// Enqueues one kernel. The caller has checked sizes, alignment, and that multimem has a multicast
+// Of a kernel with a norm: a row, and each warp's part of its sum of squares.
+constexpr int64_t shared_bytes(const Call &call) {
+    return call.width * kPackBytes + kThreads / 32 * static_cast<int64_t>(sizeof(float));
+}
+
+// Enqueues one kernel on a cudaStream_t; a cudaError_t. The caller has checked sizes, alignment, and that multimem has a multicast
 // address. `norm` says whether residual, weight and total are used.
-cudaError_t launch(Path path, Type type, bool norm, const Call &call, cudaStream_t stream);
+int launch(Path path, Type type, bool norm, const Call &call, void *stream);
 
 }  // namespace minisgl::all_reduce

@@ -1,4 +1,5 @@
 // Python's view of the all-reduce: integers for pointers and streams, no torch header.
+#include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -123,11 +124,10 @@ class Rank {
     void enqueue(Path path, Type type, bool norm, const Call &call, uintptr_t stream) const {
         require(path != Path::multimem || memory_.multicast != nullptr,
                 "path multimem needs a multicast address");
-        const cudaError_t error =
-            launch(path, type, norm, call, reinterpret_cast<cudaStream_t>(stream));
+        const int error = launch(path, type, norm, call, reinterpret_cast<void *>(stream));
         if (error != cudaSuccess)
             throw std::runtime_error(std::string("all-reduce kernel: ") +
-                                     cudaGetErrorString(error));
+                                     cudaGetErrorString(static_cast<cudaError_t>(error)));
     }
 
     Memory memory_{};

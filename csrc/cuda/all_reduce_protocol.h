@@ -25,10 +25,8 @@
 
 #ifdef __CUDACC__
 #define MINISGL_RANKS_FN __host__ __device__ __forceinline__
-#define MINISGL_RANKS_ROLLED _Pragma("unroll 1")  // a release store is a fence: code, not speed
 #else
 #define MINISGL_RANKS_FN inline
-#define MINISGL_RANKS_ROLLED
 #endif
 
 namespace minisgl::all_reduce {
@@ -100,7 +98,7 @@ MINISGL_RANKS_FN void wait_for(Machine &m, const Ranks &ranks, const uint32_t *f
         if (now - begin > ranks.timeout_ns) {
             // Also ends what the peers wait for.
             const uint32_t code = fault_code(ranks.rank, peer);
-            MINISGL_RANKS_ROLLED
+#pragma unroll 1
             for (int r = 0; r < ranks.size; ++r) m.store_release(&ranks.signals[r]->fault, code);
             return;
         }
@@ -114,10 +112,10 @@ template <class Machine>
 MINISGL_RANKS_FN void meet(Machine &m, const Ranks &ranks, int meeting, uint32_t epoch) {
     m.sync();
     Signal &own = *ranks.signals[ranks.rank];
-    MINISGL_RANKS_ROLLED
+#pragma unroll 1  // a release store is a fence: nothing is gained by copies of it
     for (int peer = m.lane(); peer < ranks.size; peer += m.lanes())
         m.store_release(&ranks.signals[peer]->flag[meeting][m.block()][ranks.rank], epoch);
-    MINISGL_RANKS_ROLLED
+#pragma unroll 1
     for (int peer = m.lane(); peer < ranks.size; peer += m.lanes())
         wait_for(m, ranks, &own.flag[meeting][m.block()][peer], epoch, peer);
     m.sync();

@@ -8,7 +8,8 @@ import pytest
 from minisgl.csrc.build import Unavailable, find_compiler
 
 ROOT = Path(__file__).parents[2]
-COMMON = ("-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", "-I", ROOT / "csrc")
+COMMON = ("-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-pthread")
+INCLUDES = ("-I", ROOT / "csrc")
 RACE = "ThreadSanitizer: data race"
 
 
@@ -20,7 +21,9 @@ def compile_ranks(folder: Path, *flags: str) -> Path:
     program = folder / "ranks"
     source = ROOT / "tests/csrc/all_reduce_ranks.cpp"
     done = subprocess.run(
-        [compiler, *COMMON, *flags, source, "-o", program], capture_output=True, text=True
+        [compiler, *COMMON, *INCLUDES, *flags, source, "-o", program],
+        capture_output=True,
+        text=True,
     )
     if done.returncode and "-fsanitize=thread" in flags and "tsan" in done.stderr:
         pytest.skip("this compiler has no ThreadSanitizer")
@@ -35,7 +38,10 @@ def program(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory) -> Path:
-    return compile_ranks(tmp_path_factory.mktemp("tsan"), "-g", "-fsanitize=thread")
+    program = compile_ranks(tmp_path_factory.mktemp("tsan"), "-g", "-fsanitize=thread")
+    if "unexpected memory mapping" in run(program, 2, 1, 1, 1, "sound").stderr:
+        pytest.skip("ThreadSanitizer does not run under this kernel's address layout")
+    return program
 
 
 def run(program: Path, ranks: int, blocks: int, lanes: int, calls: int, mode: str):
