@@ -17,7 +17,9 @@ import json
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +29,46 @@ from benchmarks.kernels import report
 from benchmarks.kernels.check import WrongResult, check
 from benchmarks.kernels.goals import goals
 from benchmarks.kernels.timing import Ceilings, measure_ceilings, median_seconds
-from benchmarks.kernels.workloads import Setting, Workload, workloads
+from benchmarks.kernels.workload import Setting, Workload
+from benchmarks.kernels.workloads import workloads
 from minisgl.kernels.op import Cost
 
 Row = dict[str, Any]
 
 
+@dataclass
+class Found:
+    """Rows, and why workloads or implementations have none: "op shape: implementation: why"."""
+
+    rows: list[Row] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)  # results and launches that must not be
+    missing: list[str] = field(default_factory=list)  # what was refused, did not fit or came late
+
+    def add(self, other: "Found") -> None:
+        self.rows += other.rows
+        self.wrong += other.wrong
+        self.missing += other.missing
+
+
 def time_workload(
     workload: Workload, setting: Setting, repeats: int, without: Collection[str] = ()
-) -> tuple[list[Row], list[str]]:
-    """One row per implementation that runs on the device, the reference where none does; and what
-    was wrong with those that have none."""
-    op, device = workload.op, setting.device
+) -> Found:
+    """One row per implementation that runs on the device, the reference where none does."""
+    op, device, found = workload.op, setting.device, Found()
     arguments = workload.make(setting)
     names = [i.name for i in op.implementations if i.supports(device)] or ["reference"]
     cost = op.cost(**arguments) if op.cost else Cost(0, 0)
     num_bytes = workload.num_bytes or cost.bytes
+    title = f"{op.name} {workload.label}"
     others = {}
     for name, baseline in workload.rivals.items():
         try:
             call = baseline(arguments)
             if call is not None:
                 others[name] = median_seconds(call, device, repeats)
-        except RuntimeError as error:  # a backend that refuses the shape; ours are still timed
-            print(f"  {op.name} {workload.label}: {name} does not run: {_first_line(error)}")
-    rows: list[Row] = []
-    wrong: list[str] = []
+        except Exception as error:  # a backend that refuses the shape; ours are still timed
+            found.missing.append(f"{title}: {name}: does not run, {_first_line(error)}")
+        call = None  # and what it prepared
     for name in names:
         if name in without:
             continue
@@ -61,15 +77,15 @@ def time_workload(
             function = op.implementation(name)
             seconds = median_seconds(lambda f=function: f(**arguments), device, repeats)
         except ValueError as refusal:
-            print(f"  {op.name} {workload.label}: {name} refuses, {_first_line(refusal)}")
+            found.missing.append(f"{title}: {name}: refuses, {_first_line(refusal)}")
             continue
         except torch.OutOfMemoryError:
             raise
         except Exception as failure:  # a wrong result or launch; the others are still timed
             kind = "" if isinstance(failure, WrongResult) else f"{type(failure).__name__}, "
-            wrong.append(f"{op.name} {workload.label}: {name}: {kind}{_first_line(failure)}")
+            found.wrong.append(f"{title}: {name}: {kind}{_first_line(failure)}")
             continue
-        rows.append(
+        found.rows.append(
             {
                 "op": op.name,
                 "label": workload.label,
@@ -85,7 +101,7 @@ def time_workload(
                 "tags": workload.tags,
             }
         )
-    return rows, wrong
+    return found
 
 
 def describe(device: torch.device) -> dict[str, str]:
@@ -116,6 +132,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), help="the GPU if there is one")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--repeats", type=int, default=20, help="calls a median is taken of")
+    parser.add_argument("--seconds", type=float, help="begin no workload later than this")
     parser.add_argument("--out", type=Path, help="folder for the files")
     args = parser.parse_args(words)
     if args.repeats < 1:
@@ -134,52 +151,62 @@ def main() -> int:
     title = f"{about['device']}, {args.dtype}, {about['date']}, commit {about['commit']}"
     print(
         f"{title}: copies {ceilings.bytes_per_second / 1e9:.0f} GB/s, "
-        f"multiplies {ceilings.flops_per_second / 1e12:.2f} TFLOP/s"
+        f"multiplies {ceilings.flops_per_second / 1e12:.2f} TFLOP/s, "
+        f"measures nothing as {ceilings.empty_seconds * 1e6:.1f} us"
     )
-    rows, wrong = run(args, device, dtype)
-    print("\n" + report.table(rows, ceilings))
-    verdicts = []
-    if device.type == "cuda":
-        verdicts = [goal.verdict(rows, ceilings) for goal in goals(about["device"])]
-        print("\n" + report.goal_table(verdicts))
-    line = summary(args, about, ceilings, rows, verdicts, wrong)
     if args.out is not None:
-        write(args.out, title, rows, ceilings, verdicts, line)
-    print(line)
-    return 1 if wrong else 0
-
-
-def run(
-    args: argparse.Namespace, device: torch.device, dtype: torch.dtype
-) -> tuple[list[Row], list[str]]:
-    """The rows of all workloads asked for, and what was wrong with those that have none."""
-    rows: list[Row] = []
-    wrong: list[str] = []
+        args.out.mkdir(parents=True, exist_ok=True)
+    found = Found()
+    began = time.monotonic()
     for workload in workloads(small=device.type == "cpu"):
         if args.op and workload.op.name not in args.op:
             continue
-        generator = torch.Generator(device).manual_seed(0)
-        try:
-            timed, failed = time_workload(
-                workload, Setting(device, dtype, generator), args.repeats, args.without
-            )
-        except torch.OutOfMemoryError as error:
-            print(f"  {workload.op.name} {workload.label}: left out, {_first_line(error)}")
+        if args.seconds is not None and time.monotonic() - began > args.seconds:
+            late = f"not begun within {args.seconds:g} s"
+            found.missing.append(f"{workload.op.name} {workload.label}: {late}")
             continue
-        rows += timed
-        wrong += failed
-        for text in failed:
-            print(f"  WRONG: {text}", file=sys.stderr)
-    return rows, wrong
+        found.add(run(workload, Setting(device, dtype, seeded(device)), args))
+        if args.out is not None:  # a hang later on loses nothing
+            (args.out / "kernels.json").write_text(summary(args, about, ceilings, found, []) + "\n")
+    print("\n" + report.table(found.rows, ceilings))
+    verdicts = []
+    if device.type == "cuda":
+        missing = [*found.wrong, *found.missing]
+        verdicts = [goal.verdict(found.rows, ceilings, missing) for goal in goals(about["device"])]
+        print("\n" + report.goal_table(verdicts))
+    line = summary(args, about, ceilings, found, verdicts)
+    if args.out is not None:
+        write(args.out, title, found, ceilings, verdicts, line)
+    print(line)
+    return 1 if found.wrong else 0
+
+
+def seeded(device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(0)
+
+
+def run(workload: Workload, setting: Setting, args: argparse.Namespace) -> Found:
+    """What a workload gives; the memory it took is given back."""
+    found = Found()
+    try:
+        found = time_workload(workload, setting, args.repeats, args.without)
+    except torch.OutOfMemoryError as error:
+        found.missing.append(f"{workload.op.name} {workload.label}: {_first_line(error)}")
+    for text in found.missing:
+        print(f"  {text}")
+    for text in found.wrong:
+        print(f"  WRONG: {text}", file=sys.stderr)
+    if setting.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return found
 
 
 def summary(
     args: argparse.Namespace,
     about: dict[str, str],
     ceilings: Ceilings,
-    rows: list[Row],
+    found: Found,
     verdicts: list[Row],
-    wrong: list[str],
 ) -> str:
     content = {
         "benchmark": "kernels",
@@ -187,9 +214,11 @@ def summary(
         "dtype": args.dtype,
         "copy_bytes_per_second": ceilings.bytes_per_second,
         "matmul_flops_per_second": ceilings.flops_per_second,
-        "rows": rows,
+        "empty_seconds": ceilings.empty_seconds,
+        "rows": found.rows,
         "goals": verdicts,
-        "wrong": wrong,
+        "wrong": found.wrong,
+        "missing": found.missing,
     }
     return json.dumps(content)
 
@@ -197,19 +226,19 @@ def summary(
 def write(
     folder: Path,
     title: str,
-    rows: list[Row],
+    found: Found,
     ceilings: Ceilings,
     verdicts: list[Row],
     line: str,
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "kernels.json").write_text(line + "\n")
-    parts = [f"# Kernels on {title}", report.table(rows, ceilings)]
+    parts = [f"# Kernels on {title}", report.table(found.rows, ceilings)]
     if verdicts:
         parts.append(report.goal_table(verdicts))
-    (folder / "kernels.md").write_text("\n\n".join(parts) + "\n")
-    if rows:
-        report.plot(rows, ceilings, title, folder)
+    parts += ["\n".join(f"- {text}" for text in texts) for texts in (found.wrong, found.missing)]
+    (folder / "kernels.md").write_text("\n\n".join(filter(None, parts)) + "\n")
+    if found.rows:
+        report.plot(found.rows, ceilings, title, folder)
 
 
 def _first_line(error: Exception) -> str:

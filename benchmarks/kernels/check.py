@@ -5,12 +5,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernels.workloads import Workload
+from benchmarks.kernels.workload import Arguments, Workload
 
 QUERIES = 32  # of one sequence that an attention's check looks at
 SLACK = 1e-5  # relative: float32 in another order
-
-Arguments = dict[str, Any]
 
 
 class WrongResult(RuntimeError):
@@ -24,7 +22,7 @@ def check(workload: Workload, implementation: str, arguments: Arguments) -> floa
     Attention is compared at the last queries of the first and last sequence, everything else whole.
     """
     op = workload.op
-    if op.name in ("attention", "decode"):
+    if op.name in ("attention", "decode", "cascade"):
         out = op.implementation(implementation)(**arguments)
         triples = list(_attention_triples(arguments, out))
     else:
@@ -87,16 +85,24 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> 
 
 
 def _distance(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """||found - exact|| / ||exact||; NaN where found has one."""
-    difference = (found.float() - exact.float()).norm()
-    return float(difference / exact.float().norm().clamp(min=1e-30))
+    """||found - exact|| / ||exact|| where they differ or are finite; NaN where found has one."""
+    ours, wanted = found.float(), exact.float()
+    difference = torch.where(ours == wanted, 0.0, ours - wanted).norm()
+    norm = torch.where(wanted.isfinite(), wanted, 0.0).norm()
+    return float(difference / norm.clamp(min=1e-30))
 
 
 def _copied(arguments: Arguments) -> Arguments:
     return {
-        name: value.clone() if isinstance(value, torch.Tensor) else value
+        name: _clone(value) if isinstance(value, torch.Tensor) else value
         for name, value in arguments.items()
     }
+
+
+def _clone(value: torch.Tensor) -> torch.Tensor:
+    """A copy in the same kind of memory: a kernel can read the host's only where it is pinned."""
+    pinned = value.device.type == "cpu" and value.is_pinned()
+    return value.clone().pin_memory() if pinned else value.clone()
 
 
 def _widened(value: Any) -> Any:

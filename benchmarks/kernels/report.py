@@ -1,5 +1,6 @@
 """The table, the roofline and the bars of a run."""
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,14 @@ def table(rows: list[Row], ceilings: Ceilings) -> str:
 
 
 def goal_table(verdicts: list[Row]) -> str:
+    """Markdown: met, short, or not measured and why."""
     lines = ["| goal | target | measured | |", "|---|---:|---:|---|"]
     for verdict in verdicts:
         measured = verdict["measured"]
         shown = "" if measured is None else f"{measured:.3g} {verdict['unit']}"
+        state = ": ".join(filter(None, (verdict["state"], verdict["why"])))
         lines.append(
-            f"| {verdict['goal']} | {verdict['target']:g} {verdict['unit']} | {shown} "
-            f"| {verdict['state']} |"
+            f"| {verdict['goal']} | {verdict['target']:g} {verdict['unit']} | {shown} | {state} |"
         )
     return "\n".join(lines)
 
@@ -61,16 +63,20 @@ def plot(rows: list[Row], ceilings: Ceilings, title: str, folder: Path) -> list[
     figure.savefig(paths[0], dpi=120, bbox_inches="tight")
     plt.close(figure)
 
-    bars = [
-        (f"{row['op']} {row['label']} / {name}", ratio)
-        for row in rows
-        for name, ratio in row["ratios"].items()
+    bars: dict[str, list[float]] = {}
+    for row in rows:
+        for name, ratio in row["ratios"].items():
+            bars.setdefault(f"{row['op']} ({row['implementation']}) / {name}", []).append(ratio)
+    means = [statistics.geometric_mean(ratios) for ratios in bars.values()]
+    reach = [
+        [mean - min(ratios) for mean, ratios in zip(means, bars.values(), strict=True)],
+        [max(ratios) - mean for mean, ratios in zip(means, bars.values(), strict=True)],
     ]
-    figure, axes = plt.subplots(figsize=(9, 1 + 0.18 * len(bars)))
-    axes.barh([label for label, _ in bars], [ratio for _, ratio in bars])
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.22 * len(bars)))
+    axes.barh(list(bars), means, xerr=reach, error_kw={"linewidth": 0.8})
     axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set(xscale="log", xlabel="times as fast", title=title)
-    axes.tick_params(axis="y", labelsize=6)
+    axes.set(xscale="log", xlabel="times as fast: mean, least and most of all shapes", title=title)
+    axes.tick_params(axis="y", labelsize=7)
     axes.invert_yaxis()
     figure.savefig(paths[1], dpi=120, bbox_inches="tight")
     plt.close(figure)

@@ -8,8 +8,11 @@ from functools import cache
 
 import torch
 
-FLUSH_BYTES = 256 * 2**20  # several times the last-level cache of the devices of interest
+# Several times the last-level cache. Clearing it keeps a GPU busy for longer than it takes to
+# launch a call, so that no launch is timed.
+FLUSH_BYTES = {"cuda": 512 * 2**20, "cpu": 128 * 2**20}
 WARMUPS = 3
+LONG = 0.2  # seconds: fewer repeats, but three, where they would take more together
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,7 @@ class Ceilings:
 
     bytes_per_second: float
     flops_per_second: float
+    empty_seconds: float = 0.0  # what is measured when nothing is called
 
 
 def median_seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -25,6 +29,12 @@ def median_seconds(call: Callable[[], object], device: torch.device, repeats: in
     for _ in range(WARMUPS):
         call()
     flush = _flush_buffer(device)
+    _wait(device)
+    start = time.perf_counter()
+    call()
+    _wait(device)
+    once = time.perf_counter() - start
+    repeats = min(repeats, max(3, int(LONG / max(once, 1e-9))))
     if device.type == "cuda":
         return _cuda_seconds(call, flush, repeats)
     times = []
@@ -36,10 +46,15 @@ def median_seconds(call: Callable[[], object], device: torch.device, repeats: in
     return statistics.median(times)
 
 
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def _cuda_seconds(call: Callable[[], object], flush: torch.Tensor, repeats: int) -> float:
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, end in events:
-        flush.zero_()  # also keeps the device busy while the call is being launched
+        flush.zero_()
         start.record()
         call()
         end.record()
@@ -49,7 +64,7 @@ def _cuda_seconds(call: Callable[[], object], flush: torch.Tensor, repeats: int)
 
 @cache
 def _flush_buffer(device: torch.device) -> torch.Tensor:
-    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    return torch.empty(FLUSH_BYTES[device.type], dtype=torch.int8, device=device)
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int) -> Ceilings:
@@ -61,4 +76,5 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int) -> 
     size = 8192 if on_gpu else 1024
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     product = median_seconds(lambda: a @ b, device, repeats)
-    return Ceilings(2 * source.nbytes / copy, 2 * size**3 / product)
+    empty = median_seconds(lambda: None, device, repeats)
+    return Ceilings(2 * source.nbytes / copy, 2 * size**3 / product, empty)

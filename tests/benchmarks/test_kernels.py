@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from benchmarks.kernels import report
-from benchmarks.kernels.__main__ import time_workload
+from benchmarks.kernels.__main__ import main, time_workload
 from benchmarks.kernels.check import WrongResult, check
 from benchmarks.kernels.goals import goals
 from benchmarks.kernels.timing import Ceilings
-from benchmarks.kernels.workloads import Setting, Workload, workloads
+from benchmarks.kernels.workload import Setting, Workload
+from benchmarks.kernels.workloads import workloads
 from minisgl.kernels.op import Implementation, Op
+from tests.kernels.cards import all_ops
 
 CPU = torch.device("cpu")
 
@@ -59,7 +61,7 @@ def serves_other_shapes(*args, **kwargs):
     raise ValueError("x must be longer")
 
 
-def test_a_failing_implementation_stops_no_other(capsys):
+def test_a_failing_implementation_stops_no_other():
     workload = _first("rmsnorm")
     sys.modules.setdefault(__name__, sys.modules[fails.__module__])
     listed = [
@@ -68,15 +70,19 @@ def test_a_failing_implementation_stops_no_other(capsys):
     ]
     listed.append(Implementation("good", "cpu", "minisgl.kernels.rmsnorm:rmsnorm_reference"))
     planted = Op("rmsnorm", workload.op.reference, listed)
-    rows, wrong = time_workload(Workload(planted, "shape", workload.make), _setting(), 1)
-    assert [row["implementation"] for row in rows] == ["good"]
-    assert [text.split(": ")[1] for text in wrong] == ["fails", "off_by_a_percent"]
-    assert "serves_other_shapes refuses, x must be longer" in capsys.readouterr().out
-    again, wrong = time_workload(
+    refused = {"refused": fails, "offered": lambda arguments: None}
+    found = time_workload(Workload(planted, "shape", workload.make, refused), _setting(), 1)
+    assert [row["implementation"] for row in found.rows] == ["good"]
+    assert [text.split(": ")[1] for text in found.wrong] == ["fails", "off_by_a_percent"]
+    assert found.missing == [
+        "rmsnorm shape: refused: does not run, planted",
+        "rmsnorm shape: serves_other_shapes: refuses, x must be longer",
+    ]
+    again = time_workload(
         Workload(planted, "shape", workload.make), _setting(), 1, ["fails", "off_by_a_percent"]
     )
-    assert len(again) == 1
-    assert wrong == []
+    assert len(again.rows) == 1
+    assert again.wrong == []
 
 
 def test_every_workload_has_a_cost_and_passes_its_check():
@@ -96,11 +102,19 @@ def _row(op: str, seconds: float, **facts) -> dict:
 
 
 def test_goals_are_met_short_or_not_measured():
-    big = {"kv_bytes": 2**29, "width": 1}
-    small = {"kv_bytes": 2**20, "width": 1}
+    big = {"kv_bytes": 2**29, "width": 1, "model": "m", "batch": 64, "context": 4096}
+    small = big | {"kv_bytes": 2**20, "page_size": 16}
+    shared = {"batch": 64, "shared": 4096}
     rows = [
-        _row("decode", 1e-3, bytes_per_second=2.6e12, tags=big),
+        *(
+            _row(
+                "decode", 1e-3 + page / 1e6, bytes_per_second=2.6e12, tags=big | {"page_size": page}
+            )
+            for page in (1, 16, 64)
+        ),
         _row("decode", 1e-3, bytes_per_second=9.9e12, tags=small),
+        _row("cascade", 1e-4, ratios={"plain decode": 9.0}, tags=shared | {"batch": 4}),
+        _row("cascade", 1e-4, ratios={"plain decode": 2.5}, tags=shared),
         _row("rmsnorm", 5e-6, tags={"tokens": 64}),
         _row("rmsnorm", 1e-3, bytes_per_second=2.7e12, tags={"tokens": 4096}),
     ]
@@ -115,8 +129,14 @@ def test_goals_are_met_short_or_not_measured():
     assert h200["decode, GQA, >= 256 MB of KV"] == "short"
     assert h100["rmsnorm, <= 64 tokens"] == "short"
     assert h100["rmsnorm, >= 4k tokens, of the copy rate"] == "met"
-    assert h100["cascade, 4k shared prefix, batch 64"] == "not measured"
-    assert "short" in report.goal_table([g.verdict(rows, ceilings) for g in goals("H200")])
+    assert h100["cascade, 4k shared prefix, batch 64"] == "short"
+    assert h100["decode, page 16 over the best of 1, 16 and 64"] == "met"
+    assert h100["rotary, <= 64 tokens"] == "not measured"
+    missing = ["rotary Qwen3-8B 1 tokens: portable: refuses, planted"]
+    table = report.goal_table([g.verdict(rows, ceilings, missing) for g in goals("H200")])
+    assert "short" in table
+    assert "not measured: rotary Qwen3-8B 1 tokens: portable: refuses, planted" in table
+    assert "not measured: no such row of sample" in table
 
 
 def test_runs_on_a_cpu(tmp_path):
@@ -132,6 +152,47 @@ def test_runs_on_a_cpu(tmp_path):
     assert not last["wrong"]
     names = {"kernels.json", "kernels.md", "roofline.png", "ratios.png"}
     assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_what_comes_late_is_left_out_by_name(tmp_path, monkeypatch, capsys):
+    words = ["--device", "cpu", "--op", "merge", "--seconds", "-1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["benchmarks.kernels", *words])
+    assert main() == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["rows"] == []
+    assert last["missing"] == ["merge 2 states, 16 tokens, 16 heads of 128: not begun within -1 s"]
+    assert json.loads((tmp_path / "kernels.json").read_text()) == last
+
+
+def test_every_op_of_the_engine_has_a_workload():
+    timed = {workload.op.name for workload in workloads(small=True)}
+    assert timed == {workload.op.name for workload in workloads(small=False)}
+    assert timed == {op.name for op in all_ops()} - {"gelu_tanh_and_mul"}  # as silu_and_mul
+
+
+def test_large_workloads_leave_room_for_a_dense_copy():
+    kv = [w.tags["kv_bytes"] for w in workloads(small=False) if w.op.name == "decode"]
+    assert max(kv) < 9e9
+    contexts = [w.tags["context"] for w in workloads(small=False) if w.op.name == "decode"]
+    assert (min(contexts), max(contexts)) == (128, 131072)
+
+
+def test_infinities_are_compared_by_place():
+    workload = _first("mask_logits")
+    arguments = workload.make(_setting())
+    assert check(workload, "reference", arguments) == 0.0
+    monkeyed = Op("mask_logits", workload.op.reference, [_planted("mask_nothing")])
+    with pytest.raises(WrongResult):
+        check(Workload(monkeyed, "shape", workload.make), "mask_nothing", arguments)
+
+
+def mask_nothing(logits, indices, bits) -> None:
+    """Wrong: every token stays allowed."""
+
+
+def _planted(name: str) -> Implementation:
+    sys.modules.setdefault(__name__, sys.modules[mask_nothing.__module__])
+    return Implementation(name, "cpu", f"{__name__}:{name}")
 
 
 def test_unknown_op_is_refused_by_name():

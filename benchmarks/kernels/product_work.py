@@ -1,0 +1,70 @@
+"""Matrix products: the linear layers, the batch-invariant ones, and mixtures of experts."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.kernels import baselines
+from benchmarks.kernels.workload import (
+    EXPERTS,
+    EXPERTS_PER_TOKEN,
+    QWEN3_06B,
+    QWEN3_8B,
+    QWEN3_30B_A3B,
+    Arguments,
+    Setting,
+    Workload,
+)
+from minisgl.kernels.linear import linear
+from minisgl.kernels.moe import moe_experts, moe_route
+
+
+def products(small: bool) -> Iterator[Workload]:
+    """The feed-forward layer's two products. The op's own "cublas" is what a user would call."""
+    shape = QWEN3_06B if small else QWEN3_8B
+    for tokens in (16,) if small else (1, 16, 256, 4096):
+        for inputs, outputs in ((shape.hidden, 2 * shape.inner), (shape.inner, shape.hidden)):
+
+            def make(
+                setting: Setting, tokens: int = tokens, inputs: int = inputs, outputs: int = outputs
+            ) -> Arguments:
+                weight = setting.normal(outputs, inputs, scale=inputs**-0.5)
+                return {"x": setting.normal(tokens, inputs), "weight": weight}
+
+            label = f"{tokens} x {inputs} -> {outputs}"
+            yield Workload(linear, label, make, baselines.LINEAR, {"tokens": tokens})
+
+
+def mixtures(small: bool) -> Iterator[Workload]:
+    hidden, inner, experts, top = (
+        (256, 128, 8, 2)
+        if small
+        else (QWEN3_30B_A3B.hidden, QWEN3_30B_A3B.inner, EXPERTS, EXPERTS_PER_TOKEN)
+    )
+    for tokens in (16,) if small else (1, 16, 256, 4096):
+        tags = {"tokens": tokens}
+
+        def route(setting: Setting, tokens: int = tokens) -> Arguments:
+            scores = setting.normal(tokens, experts)
+            return {"logits": scores, "top_k": top, "renormalize": True}
+
+        def mixture(setting: Setting, tokens: int = tokens) -> Arguments:
+            best = setting.normal(tokens, experts, dtype=torch.float32).exp().topk(top, dim=1)
+            return {
+                "x": setting.normal(tokens, hidden),
+                "gate_up": setting.normal(experts, 2 * inner, hidden, scale=hidden**-0.5),
+                "down": setting.normal(experts, hidden, inner, scale=inner**-0.5),
+                "weights": F.normalize(best.values, p=1, dim=1),
+                "ids": best.indices.int(),
+            }
+
+        label = f"{tokens} tokens, {top} of {experts} experts"
+        yield Workload(moe_route, label, route, baselines.ROUTE, tags)
+        yield Workload(
+            moe_experts,
+            f"{label}, {hidden} x {inner}",
+            mixture,
+            {"loop over experts": baselines.reference_of(moe_experts)},
+            tags,
+        )
