@@ -22,7 +22,7 @@ from minisgl.core.executor import Executor
 from minisgl.core.ngram import NGramProposer
 from minisgl.core.policy import SchedulerConfig
 from minisgl.core.scheduler import Scheduler
-from minisgl.core.speculation import Speculation
+from minisgl.core.speculation import Speculation, propose_on_device
 from minisgl.device import Device, pick_device
 from minisgl.engine.engine import Engine
 from minisgl.engine.messages import EngineInfo
@@ -61,8 +61,14 @@ def build_engine(config: EngineConfig) -> Engine:
     limits = built.executor.limits
     ngram = NGramProposer(config.speculative_ngram_min, config.speculative_ngram_max)
     speculation = None
-    if config.speculative_algorithm == "ngram":
-        speculation = Speculation(ngram, config.speculative_num_draft_tokens)
+    if config.speculative_algorithm != "none":
+        on_device = config.speculative_algorithm == "draft"
+        speculation = Speculation(
+            propose_on_device if on_device else ngram,
+            config.speculative_num_draft_tokens,
+            on_device=on_device,
+            chunk_size=config.chunked_prefill_size,
+        )
     facts = ModelFacts(**built.facts.cost_facts(built.executor.dtype))
     device_facts = _device_facts(built.device, config.tp_size)
     cascade_min = config.cascade_min_shared_tokens

@@ -14,7 +14,7 @@ LoadFormat = Literal["auto", "dummy"]
 SchedulePolicy = Literal["fcfs", "lpm", "priority"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 BatchPolicy = Literal["balanced", "prefill-first", "decode-first"]
-SpeculativeAlgorithm = Literal["none", "ngram"]
+SpeculativeAlgorithm = Literal["none", "draft", "ngram"]
 PAGE_SIZES = (1, 16, 32, 64)
 CUDA_GRAPH_MAX_BS = 256  # beyond, a step's kernels take longer than launching them
 MAX_DRAFT_TOKENS = 16
@@ -57,7 +57,10 @@ class EngineConfig:
     )
     context_length: int | None = _option(None, "longest sequence; the model's own when absent")
     speculative_algorithm: SpeculativeAlgorithm = _option(
-        "none", "how drafts are proposed: by ngram lookup, or not at all"
+        "none", "how drafts are proposed: by a draft model, by ngram lookup, or not at all"
+    )
+    speculative_draft_model: str | None = _option(
+        None, "HF directory or hub id of the draft model; tiny-draft is the bundled model's"
     )
     speculative_num_draft_tokens: int = _option(4, "tokens drafted before a verification, at most")
     speculative_ngram_min: int = _option(2, "shortest run of tokens that ngram looks up")
@@ -131,6 +134,12 @@ def _check_type(name: str, annotation: Any, value: object) -> None:
 
 
 def _check_speculation(config: EngineConfig) -> None:
+    algorithm, draft = config.speculative_algorithm, config.speculative_draft_model
+    if (algorithm == "draft") != (draft is not None):
+        raise ValueError(
+            "speculative_draft_model and speculative_algorithm draft need each other, "
+            f"got {draft!r} and {algorithm!r}"
+        )
     _require_at_least(config, 1, "speculative_num_draft_tokens", "speculative_ngram_min")
     most = config.speculative_num_draft_tokens
     if most > MAX_DRAFT_TOKENS:

@@ -43,6 +43,12 @@ class Executor(Protocol):
     def dispatch(self, batch: Batch) -> None:
         """Enqueue the forward pass of `batch`."""
 
+    def drafts(self, step: int) -> list[list[int]]:
+        """The drafts of every chunk of a dispatched step that has some of -1, as proposed.
+
+        Waits for the draft model, not for the forward pass. RuntimeError when the step failed.
+        """
+
     def sample(self, step: int, masks: GrammarMasks | None = None) -> None:
         """Enqueue the sampling of dispatched step `step`."""
 

@@ -256,13 +256,18 @@ class Engine:
             masks.append(np.zeros(words, dtype=np.uint32))
             grammar.fill_mask(masks[-1])
 
+        proposed: list[list[int]] | None = None
         for index, chunk in enumerate(batch.chunks):
             grammar = self._grammar_of(chunk)
             if grammar is None:
                 continue
+            drafts = chunk.drafts
+            if drafts and drafts[0] < 0:  # known on the device, before the forward pass ends
+                proposed = proposed or self._executor.drafts(batch.step)
+                drafts = proposed[index]
             fill(index, grammar)
             accepted = 0
-            for draft in chunk.drafts:
+            for draft in drafts:
                 # A refused draft is not sampled either, and what follows it is discarded.
                 accepted += grammar.accept(draft)
                 fill(index, grammar)

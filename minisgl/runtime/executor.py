@@ -11,6 +11,7 @@ from minisgl.core.request import TokenLogprobs
 from minisgl.device import Event
 from minisgl.runtime.inputs import pack_step
 from minisgl.runtime.profiler import RankProfiler
+from minisgl.runtime.proposals import read_drafts
 from minisgl.runtime.runner import Step
 from minisgl.runtime.worker import Worker
 
@@ -21,6 +22,7 @@ class _Flight:
 
     number: int
     step: Step | None  # None when it could not even be packed
+    proposed: Event | None = None  # where the device proposes its drafts
     done: Event | None = None  # once its sampling is enqueued
 
 
@@ -51,14 +53,25 @@ class LocalExecutor:
 
     def dispatch(self, batch: Batch) -> None:
         worker, device = self._worker, self._worker.device
-        step = None
+        step = proposed = None
         try:
             step = Step(pack_step(batch, worker.host_rows, worker.geometry))
         except Exception as failure:  # surfaces at collect, as every failure does
             device.submit(_fail, failure)
         else:
+            if step.arrays.num_passes:
+                device.submit(worker.runner.begin, step)
+                proposed = device.landed()
             device.submit(worker.runner.forward, step)
-        self._flights.append(_Flight(batch.step, step))
+        self._flights.append(_Flight(batch.step, step, proposed))
+
+    def drafts(self, step: int) -> list[list[int]]:
+        flight = next(flight for flight in self._flights if flight.number == step)
+        if flight.step is None or flight.proposed is None:
+            raise ValueError(f"step {step} has no drafts that the device proposes")
+        flight.proposed.wait()
+        assert flight.step.drafted is not None
+        return read_drafts(flight.step.arrays.batch, flight.step.drafted.tolist())
 
     def sample(self, step: int, masks: GrammarMasks | None = None) -> None:
         flight = next((flight for flight in self._flights if flight.done is None), None)

@@ -20,11 +20,11 @@ import torch
 
 from minisgl.core.executor import GrammarMasks
 from minisgl.device import Device, Graph
-from minisgl.kernels.advance import prepare_inputs
 from minisgl.layers.attention import ForwardInputs
 from minisgl.runtime.footprint import GraphSizes, mask_words
 from minisgl.runtime.inputs import PENDING, StepArrays, cascade_words, decode_words, pack_masks
 from minisgl.runtime.kv_pool import KVPool
+from minisgl.runtime.ragged import fill_inputs
 from minisgl.runtime.rows import RowBuffers
 from minisgl.runtime.sampler import Masks, Points, Sampler, Shaping
 
@@ -159,6 +159,7 @@ class DecodeGraphs:
             rows = rows.index_select(0, views.sequences)
         return Points(
             tokens=None,
+            ids=inputs.input_ids,
             rows=rows,
             first=inputs.cu_seqlens_q[:-1],
             sequence_rows=inputs.rows,
@@ -178,24 +179,9 @@ class DecodeGraphs:
 
     def _call_forward(self, size: int, half: Forward) -> None:
         views = self._views_of(size)
-        inputs, rows = views.inputs, self._rows
-        if half is Forward.GROUPED:
-            inputs = views.grouped
-        prepare_inputs(
-            inputs.input_ids,
-            inputs.positions,
-            inputs.slot_mapping,
-            inputs.seq_lens,
-            views.token_ids,
-            views.sequences,
-            inputs.cu_seqlens_q,
-            inputs.rows,
-            views.starts,
-            views.num_tokens,
-            rows.last,
-            rows.lengths,
-            rows.page_table,
-            inputs.page_size,
+        inputs = views.grouped if half is Forward.GROUPED else views.inputs
+        fill_inputs(
+            inputs, self._rows, views.token_ids, views.sequences, views.starts, views.num_tokens
         )
         hidden = self._forward(inputs)
         if half is Forward.GROUPED and size in self._hidden:

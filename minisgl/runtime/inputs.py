@@ -15,9 +15,14 @@ import torch
 
 from minisgl.core.batch import MAX_CASCADE_GROUPS, Batch, Chunk
 from minisgl.core.executor import GrammarMasks
+from minisgl.runtime.proposals import (
+    PENDING,
+    number_drafts,
+    pack_draft_chunks,
+    pack_proposals,
+    ragged_sections,
+)
 from minisgl.runtime.rows import ADJUSTS, LOGPROBS, PROMPT_LOGPROBS, HostRows, Sections
-
-PENDING = -1  # a token id still on the device; a start position known only there
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Geometry:
     decode_sizes: Mapping[int, Sequence[int]] = field(default_factory=dict)
     staging: int = 0  # int32 words that a step of a decode graph may send
     page_size: int = field(kw_only=True)
+    num_drafts: int = 0  # that a draft model proposes for a row, at most
+    draft_sizes: Sequence[int] = ()  # numbers of rows that it has graphs for, rising
 
     def graph_for(self, num_sequences: int, width: int) -> tuple[int, int] | None:
         """(size, width) of the smallest graph that holds so many sequences of `width` tokens."""
@@ -76,6 +83,7 @@ class StepArrays:
     replays: bool = False  # whether it is laid out for a decode graph
     num_points: int = 0  # N
     max_drafts: int = 0  # K
+    num_passes: int = 0  # of the draft model: the most drafts that it proposes for a chunk
     sampling: Sequence[int] = ()  # [M] the chunks that sample
     first_points: Sequence[int] = ()  # [M] the first of each one's points
     adjusts: bool = False  # whether a row that samples has penalties, biases or bans
@@ -93,18 +101,25 @@ def padded_size(count: int, multiple: int) -> int:
 def pack_step(batch: Batch, host: HostRows, geometry: Geometry) -> StepArrays:
     """Lay out `batch`; remembers its setups in `host`. ValueError for a batch that is malformed.
 
-    The sections: those of `_pack_decode` or `_pack_ragged`; asked [P], points whose
-    log-probabilities are asked for, and targets, prompt tokens likewise; copies [J * 3];
+    The sections: those of `_pack_decode` or `_pack_ragged`, and of `proposals`; asked [P], points
+    whose log-probabilities are asked for, and targets, prompt tokens likewise; copies [J * 3];
     patch_index, patch_page; those of the setups.
     """
-    chunks = batch.chunks
-    if not chunks:
+    if not batch.chunks:
         raise ValueError(f"batch {batch.step} has no chunks")
+    batch, proposing = number_drafts(batch, geometry.num_drafts)
+    chunks = batch.chunks
     sections: Sections = host.pack(batch.setups) if batch.setups else {}
     if batch.copies:
         jobs = [(job.source, job.target, job.num_tokens) for job in batch.copies]
         sections["copies"] = np.array(jobs, np.int32).ravel()
     sections |= _pack_patches(chunks, geometry.page_table_width)
+    if batch.draft_chunks:
+        sections |= pack_draft_chunks(batch.draft_chunks)
+    if proposing:
+        size = geometry.draft_sizes[bisect_left(geometry.draft_sizes, len(proposing))]
+        asked = [chunks[i] for i in proposing]
+        sections |= pack_proposals(asked, size, geometry.num_drafts, geometry.padding_row)
 
     rows = np.array([chunk.row for chunk in chunks], np.int32)
     lengths = np.array([chunk.length for chunk in chunks], np.int32)
@@ -120,6 +135,7 @@ def pack_step(batch: Batch, host: HostRows, geometry: Geometry) -> StepArrays:
         step, offsets = _pack_ragged(batch, rows, lengths, geometry, sections)
     else:
         step, offsets = _pack_decode(batch, rows, lengths, *graph, geometry, sections)
+    step.num_passes = max((len(chunks[i].drafts) for i in proposing), default=0)
     _pack_logprobs(step, host, rows, offsets)
     return step
 
@@ -171,9 +187,9 @@ def _pack_ragged(
 ) -> tuple[StepArrays, np.ndarray]:
     """The layout of any other step; decode chunks are padded to the longest of them.
 
-    Sections: token_ids, sequences [T]; offsets [S + 1]; rows, starts, num_tokens [S]; points
-    [N padded], point_rows [N]; first, sampled_rows [M]; drafts [M * K] and point_drafts [N * K]
-    where there are drafts; cascade as in `_pack_decode`. Also returns where chunks begin.
+    Sections: those of `ragged_sections`; points [N padded], point_rows [N]; first, sampled_rows
+    [M]; drafts [M * K] and point_drafts [N * K] where there are drafts; cascade as in
+    `_pack_decode`. Also returns where chunks begin.
     """
     chunks = batch.chunks
     num_decode = batch.num_decode
@@ -203,16 +219,7 @@ def _pack_ragged(
         if fits:
             chunk_offsets[num_decode:] += padding
             num_decode += len(filler)
-    offsets = np.zeros(len(widths) + 1, np.int32)
-    np.cumsum(widths, out=offsets[1:])
-    sections |= {
-        "token_ids": token_ids,
-        "sequences": np.repeat(np.arange(len(widths), dtype=np.int32), widths),
-        "offsets": offsets,
-        "rows": rows,
-        "starts": starts,
-        "num_tokens": own,
-    }
+    sections |= ragged_sections(token_ids, widths, rows, starts, own)
     sections |= _pack_groups(batch, num_decode, geometry.page_size)
     step = StepArrays(
         batch=batch,

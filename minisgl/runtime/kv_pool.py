@@ -59,6 +59,7 @@ def plan_memory(
     memory: Memory,
     shape: KVShape,
     *,
+    draft_shape: KVShape | None = None,
     on_cpu: bool,
     weights: int,
     workspace: int,
@@ -70,7 +71,8 @@ def plan_memory(
     mem_fraction_static: float,
     max_total_tokens: int | None,
 ) -> MemoryPlan:
-    """Divide the device's memory. `memory` is measured with the weights loaded.
+    """Divide the device's memory. `memory` is measured with the weights loaded. A draft model's
+    KV, where there is one, lies on the same pages.
 
     The budget is `mem_fraction_static` of what was free before the weights. On CPU the pool is
     also at most CPU_TOKENS and CPU_BYTES, unless `max_total_tokens` states its size. Nobody needs
@@ -80,6 +82,8 @@ def plan_memory(
     budget = int((memory.free + weights) * mem_fraction_static)
     left = budget - weights - workspace - logits - counts - graphs
     page_bytes = shape.bytes_per_token * page_size
+    if draft_shape is not None:
+        page_bytes += draft_shape.bytes_per_token * page_size
     if max_total_tokens is not None:
         num_pages = max_total_tokens // page_size
         if num_pages < 1:

@@ -295,6 +295,9 @@ class ParallelExecutor:
         self._ranks.send(Sample(step))  # the masks stay here: only rank 0 draws
         self._local.sample(step, masks)
 
+    def drafts(self, step: int) -> list[list[int]]:
+        return self._local.drafts(step)
+
     def collect(self) -> StepOutput:
         try:
             output = self._local.collect()

@@ -22,7 +22,8 @@ class RowBuffers:
     """R rows, the last of which is padding's; allocated once and never moved."""
 
     last: torch.Tensor  # [R] int32, last sampled token
-    lengths: torch.Tensor  # [R] int32, its position
+    previous: torch.Tensor  # [R] int32, the token before it; kept where there is a draft model
+    lengths: torch.Tensor  # [R] int32, the last one's position
     page_table: torch.Tensor  # [R, max_pages] int32
     params: torch.Tensor  # [R, PARAM_WORDS] int32
     bias_ids: torch.Tensor  # [R, MAX_BIASES] int32
@@ -42,6 +43,7 @@ class RowBuffers:
         column(params, "repetition_penalty").fill_(1.0)
         return cls(
             last=device.zeros((rows,), torch.int32),
+            previous=device.zeros((rows,), torch.int32),
             lengths=device.zeros((rows,), torch.int32),
             page_table=device.zeros((rows, max_pages), torch.int32),
             params=params,

@@ -11,13 +11,15 @@ import torch
 
 from minisgl.core.executor import GrammarMasks
 from minisgl.device import Device, Event
-from minisgl.kernels.advance import prepare_inputs
 from minisgl.layers.attention import ForwardInputs
 from minisgl.parallel import Communicator
 from minisgl.runtime.agreement import compare_ranks
+from minisgl.runtime.draft import DraftRunner
 from minisgl.runtime.graphs import DecodeGraphs, Forward, StaticBuffers
 from minisgl.runtime.inputs import StepArrays, cascade_words, join, split
 from minisgl.runtime.kv_pool import KVPool
+from minisgl.runtime.proposals import RAGGED
+from minisgl.runtime.ragged import ragged_inputs
 from minisgl.runtime.rows import RowBuffers
 from minisgl.runtime.sampler import Points, Sampled, Sampler, Sent
 from minisgl.trace import span
@@ -39,6 +41,8 @@ class Step:
 
     arrays: StepArrays
     sent: Sent = field(default_factory=dict)
+    input_ids: torch.Tensor | None = None  # [T] int32, of a ragged step
+    drafted: torch.Tensor | None = None  # [D, K] int32, proposals; on the host once they landed
     hidden: torch.Tensor | None = None  # [T, H]
     positions: torch.Tensor | None = None  # [T] int64
     sampled: Sampled = field(default_factory=Sampled)
@@ -64,6 +68,7 @@ class Runner:
         graphs: Mapping[int, DecodeGraphs] | None = None,
         buffers: StaticBuffers | None = None,
         *,
+        draft: DraftRunner | None = None,
         compare: Communicator | None = None,
     ) -> None:
         """buffers: those of the graphs, where there are any. compare: each step, between ranks."""
@@ -73,17 +78,39 @@ class Runner:
         self._rows = rows
         self._sampler = sampler
         self._graphs = graphs or {}
+        self._draft = draft
         self._staging = None if buffers is None else buffers.staging
         self._compare = compare
 
-    def forward(self, step: Step) -> None:
-        """Upload the step and compute its hidden states."""
+    def with_graphs(self, graphs: Mapping[int, DecodeGraphs], buffers: StaticBuffers) -> "Runner":
+        """The same, replaying the decode steps that are laid out for `graphs`."""
+        return Runner(
+            self._device,
+            self._model,
+            self._pool,
+            self._rows,
+            self._sampler,
+            graphs,
+            buffers,
+            draft=self._draft,
+            compare=self._compare,
+        )
+
+    def begin(self, step: Step) -> None:
+        """Upload the step, and let the draft model propose what it asks for."""
         step.events.append(self._device.record())
+        with span("begin"):
+            self._begin(step)
+
+    def forward(self, step: Step) -> None:
+        """Compute the step's hidden states, after `begin`, which comes by itself if need be."""
+        if not step.sent:
+            self.begin(step)
         with span("forward"):
             self._forward(step)
         step.events.append(self._device.record())
 
-    def _forward(self, step: Step) -> None:
+    def _begin(self, step: Step) -> None:
         arrays = step.arrays
         staging = self._staging if arrays.replays else None
         sent = self._device.upload(join(arrays.sections), staging)
@@ -91,13 +118,38 @@ class Runner:
         self._rows.apply(step.sent)
         if "copies" in step.sent:
             self._pool.copy(step.sent["copies"].view(-1, 3))
+        if self._draft is not None:
+            if "copies" in step.sent:
+                self._draft.copy(step.sent["copies"].view(-1, 3))
+            longest = max((chunk.length for chunk in arrays.batch.draft_chunks), default=0)
+            drafted = self._draft.run(step.sent, longest, arrays.num_passes, arrays.adjusts)
+            if drafted is not None and self._sampler.draws:
+                step.drafted = self._device.download(drafted.clone())
+
+    def _forward(self, step: Step) -> None:
+        arrays = step.arrays
         if arrays.replays:
             graphs = self._graphs[arrays.decode_width]
             half = Forward.GROUPED if "cascade" in step.sent else Forward.PLAIN
             step.hidden, step.positions = graphs.forward(arrays.num_sequences, half)
         else:
-            inputs = self._inputs(arrays, step.sent)
+            sent, groups, shared = step.sent, None, None
+            if "cascade" in sent:
+                words = cascade_words(arrays.num_decode)
+                groups, shared = sent["cascade"].split(words)  # type: ignore[no-untyped-call]
+                groups = groups.view(-1, 3)
+            inputs = ragged_inputs(
+                self._rows,
+                self._pool,
+                *(sent[name] for name in RAGGED),
+                num_decode=arrays.num_decode,
+                decode_width=arrays.decode_width,
+                max_seqlen_q=arrays.max_seqlen_q,
+                groups=groups,
+                shared=shared,
+            )
             step.hidden, step.positions = self._model.forward(inputs), inputs.positions
+            step.input_ids = inputs.input_ids
         if self._compare is not None:
             compare_ranks(self._compare, arrays, step.hidden)
 
@@ -122,50 +174,10 @@ class Runner:
             if graphs is not None:
                 points = graphs.points(arrays.num_sequences)
             elif arrays.num_points:
-                points = Points.of(arrays, step.sent)
+                assert step.input_ids is not None
+                points = Points.of(arrays, step.sent, step.input_ids)
             step.sampled = self._sampler(
                 arrays, step.sent, step.hidden, step.positions, points, masks
             )
-        step.hidden = step.positions = None
+        step.hidden = step.positions = step.input_ids = None
         step.sent = {}
-
-    def _inputs(self, step: StepArrays, sent: Sent) -> ForwardInputs:
-        """A ragged step's, in memory of its own."""
-        device, tokens = self._device.torch_device, step.num_tokens
-        groups, shared = None, None
-        if "cascade" in sent:
-            groups, shared = sent["cascade"].split(cascade_words(step.num_decode))  # type: ignore[no-untyped-call]
-            groups = groups.view(-1, 3)
-        inputs = ForwardInputs(
-            input_ids=torch.empty(tokens, dtype=torch.int32, device=device),
-            positions=torch.empty(tokens, dtype=torch.int64, device=device),
-            cu_seqlens_q=sent["offsets"],
-            seq_lens=torch.empty(step.num_sequences, dtype=torch.int32, device=device),
-            rows=sent["rows"],
-            page_table=self._rows.page_table,
-            slot_mapping=torch.empty(tokens, dtype=torch.int64, device=device),
-            kv=self._pool.layers,
-            page_size=self._pool.page_size,
-            num_decode=step.num_decode,
-            decode_width=step.decode_width,
-            max_seqlen_q=step.max_seqlen_q,
-            groups=groups,
-            shared=shared,
-        )
-        prepare_inputs(
-            inputs.input_ids,
-            inputs.positions,
-            inputs.slot_mapping,
-            inputs.seq_lens,
-            sent["token_ids"],
-            sent["sequences"],
-            sent["offsets"],
-            sent["rows"],
-            sent["starts"],
-            sent["num_tokens"],
-            self._rows.last,
-            self._rows.lengths,
-            self._rows.page_table,
-            self._pool.page_size,
-        )
-        return inputs

@@ -70,6 +70,7 @@ class Points:
     """Where a step samples: N points of M sequences, each one's 1 + drafts points together."""
 
     tokens: torch.Tensor | None  # [N padded] int32, those of the step's tokens; None = all of them
+    ids: torch.Tensor  # [N] int32, their ids
     rows: torch.Tensor  # [N] int32
     first: torch.Tensor  # [M] int32, where each sequence's points begin
     sequence_rows: torch.Tensor  # [M] int32
@@ -77,12 +78,13 @@ class Points:
     before: torch.Tensor  # [N, K] int32, the drafts before each point
 
     @classmethod
-    def of(cls, step: StepArrays, sent: Sent) -> "Points":
-        """Those of a ragged step."""
+    def of(cls, step: StepArrays, sent: Sent, input_ids: torch.Tensor) -> "Points":
+        """Those of a ragged step with tokens `input_ids` [T]."""
         points, count, k = sent["points"], len(step.sampling), step.max_drafts
         none = points.new_empty((0,))
         return cls(
             tokens=points,
+            ids=input_ids.index_select(0, points[: step.num_points]),
             rows=sent["point_rows"],
             first=sent["first"],
             sequence_rows=sent["sampled_rows"],
@@ -111,7 +113,11 @@ class Sampler:
         logits: Callable[[torch.Tensor], torch.Tensor],
         rows: RowBuffers,
         comm: Communicator,
+        *,
+        keeps_previous: bool = False,
     ) -> None:
+        """keeps_previous: whether rows keep the token before their last one."""
+        self._keeps_previous = keeps_previous
         self.draws = comm.rank == 0
         self._comm = comm
         self._device = device
@@ -192,6 +198,9 @@ class Sampler:
             rows.counts,
             rows.counted,
         )
+        if self._keeps_previous:
+            before = points.ids.index_select(0, points.first + accepted)
+            rows.previous.index_copy_(0, points.sequence_rows.long(), before)
         return tokens, accepted, raw
 
     def _choose(

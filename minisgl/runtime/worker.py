@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -18,11 +19,18 @@ from minisgl.models.decoder import ROPE_SLACK
 from minisgl.models.loader import load_model
 from minisgl.parallel import Communicator, Solo
 from minisgl.runtime.agreement import fewest, share_of_memory
+from minisgl.runtime.draft_loading import Draft, load_draft
 from minisgl.runtime.fixed_order import FixedOrder, check_fixed_order
-from minisgl.runtime.footprint import GraphSizes, logits_bytes, workspace_bytes
+from minisgl.runtime.footprint import (
+    GraphSizes,
+    logits_bytes,
+    padded_sizes,
+    workspace_bytes,
+)
 from minisgl.runtime.graphs import DecodeGraphs, StaticBuffers
 from minisgl.runtime.inputs import Geometry, pack_step
 from minisgl.runtime.kv_pool import KVPool, KVShape, check_graphs, plan_memory
+from minisgl.runtime.proposals import PENDING
 from minisgl.runtime.rows import HostRows, RowBuffers
 from minisgl.runtime.runner import Model, Runner, Step
 from minisgl.runtime.sampler import Sampler
@@ -55,6 +63,7 @@ class Worker:
         compiled: Callable[[], int] = lambda: 0,
         compare: bool = False,
         cascade: bool = False,
+        draft: Draft | None = None,
     ) -> None:
         """Allocates the pool and the rows of `limits`, warms up and captures `graphs`.
 
@@ -62,6 +71,7 @@ class Worker:
         compiled so far. compare: every step checks that all ranks of `comm` compute the same.
         cascade: whether steps may come with cascade groups, and are to be ready for.
         """
+        comm = comm or Solo()
         self.device = device
         self.limits = limits
         self.dtype = shape.dtype
@@ -69,6 +79,8 @@ class Worker:
         graphs, stages = graphs or GraphSizes({}), stages or Stages()
         on_cpu = device.torch_device.type == "cpu"
         max_pages = -(-(limits.max_context + ROPE_SLACK) // limits.page_size)
+        every = tuple(range(1, limits.max_rows + 1))
+        draft_sizes = every if on_cpu else padded_sizes(limits.max_rows)
         self.geometry = Geometry(
             max_pages,
             limits.max_rows,
@@ -76,6 +88,8 @@ class Worker:
             graphs.by_width,
             graphs.staging_words,
             page_size=limits.page_size,
+            num_drafts=draft.num_drafts if draft is not None else 0,
+            draft_sizes=draft_sizes if draft is not None else (),
         )
         self.host_rows = HostRows(limits.max_rows, limits.vocab_size, eos_token_ids)
 
@@ -83,11 +97,29 @@ class Worker:
             with stages.stage("warm up"):
                 pool = KVPool(device, shape, limits.num_pages, limits.page_size)
                 rows = RowBuffers.allocate(device, limits.max_rows, max_pages, limits.vocab_size)
-                sampler = Sampler(device, model.logits, rows, comm or Solo())
-                self._warm_up(Runner(device, model, pool, rows, sampler), cascade)
-            between = comm if compare else None
+                drafting = None
+                if draft is not None:
+                    captures = bool(graphs.by_width)
+                    drafting = draft.runner(
+                        device, limits, rows, comm, draft_sizes, graphs=captures
+                    )
+                keeps_previous = draft is not None
+                sampler = Sampler(device, model.logits, rows, comm, keeps_previous=keeps_previous)
+                eager = Runner(
+                    device,
+                    model,
+                    pool,
+                    rows,
+                    sampler,
+                    draft=drafting,
+                    compare=comm if compare else None,
+                )
+                self._warm_up(eager, cascade)
+            if drafting is not None and not on_cpu:
+                with stages.stage("capture the draft model"):
+                    drafting.capture()
             if not graphs.by_width:
-                return Runner(device, model, pool, rows, sampler, compare=between)
+                return eager
             free = device.memory().free
             buffers = StaticBuffers(device, limits.vocab_size, graphs)
             by_width = {
@@ -99,7 +131,7 @@ class Worker:
                     for decode in by_width.values():
                         decode.capture(_progress, cascade=cascade)
                 self.graph_bytes = free - device.memory().free
-            return Runner(device, model, pool, rows, sampler, by_width, buffers, compare=between)
+            return eager.with_graphs(by_width, buffers)
 
         self.runner = device.run(build)
         self._compiled, self._compiled_at_start = compiled, compiled()
@@ -117,11 +149,16 @@ class Worker:
         setup = RowSetup(0, 0, row, 0, 1, params, [])
         prompt = Chunk(0, 0, row, 0, 1, [0], 0, page, True)
         decode = Chunk(0, 0, row, 1 % page_size, 1, [], 0, [], True)
-        eager = replace(self.geometry, decode_sizes={})
+        eager = replace(self.geometry, decode_sizes={}, staging=0)
         batches = [Batch(0, [prompt], 0, [setup]), Batch(1, [decode, prompt], 1)]
         if cascade:
             after = Chunk(0, 0, row, page_size, 1, [0], 0, [0, 0], True)
             batches.append(Batch(2, [after], 1, cascade_groups=[CascadeGroup(0, 1, 1)]))
+        if self.geometry.num_drafts:
+            follows = msgspec.structs.replace(prompt, samples=False)
+            drafts = [PENDING] * self.geometry.num_drafts
+            proposed = Chunk(0, 0, row, 0, 1 + len(drafts), [], 0, [], True, drafts)
+            batches.append(Batch(3, [proposed], 1, draft_chunks=[follows]))
         for batch in batches:
             step = Step(pack_step(batch, host, eager))
             runner.forward(step)
@@ -135,7 +172,7 @@ class Worker:
 def load_worker(
     config: EngineConfig, path: Path, device: Device, comm: Communicator | None = None
 ) -> tuple[Worker, ModelConfig]:
-    """Read the model at `path`, plan the memory and build the worker.
+    """Read the model at `path` and its draft model, plan the memory and build the worker.
 
     Raises ValueError naming the field for a context or a pool that cannot be.
     """
@@ -161,12 +198,19 @@ def load_worker(
                 seed=config.random_seed,
             )
         )
+    draft = None
+    if config.speculative_algorithm == "draft":
+        with stages.stage("load the draft model"):
+            draft = load_draft(config, facts, path, max_context, dtype, device, comm)
     if config.batch_invariant:
         check_fixed_order(facts, dtype, device.torch_device)
     with stages.stage("plan memory"):
         weights = sum(w.target.numel() * w.target.element_size() for w in model.weights())
         shape = KVShape(facts.num_layers, model.num_kv_heads, facts.head_dim, dtype)
         max_rows, vocab = config.max_running_requests, facts.vocab_size
+        points = max_rows
+        if config.speculative_algorithm != "none":
+            points *= 1 + config.speculative_num_draft_tokens
         graphs = _graph_sizes(config, dtype, on_cpu)
         graph_bytes = graphs.static_bytes(vocab)
         if not on_cpu:
@@ -175,11 +219,12 @@ def load_worker(
             device.run(share_of_memory, comm, device, config.tp_size // config.nnodes),
             shape,
             on_cpu=on_cpu,
-            weights=weights,
+            draft_shape=None if draft is None else draft.shape,
+            weights=weights + (0 if draft is None else draft.weights),
             workspace=workspace_bytes(
                 facts, config.chunked_prefill_size + max_rows, dtype, comm.size
             ),
-            logits=logits_bytes(vocab, max_rows),
+            logits=logits_bytes(vocab, points),
             counts=RowBuffers.counts_bytes(max_rows, vocab),
             graphs=graph_bytes,
             page_size=config.page_size,
@@ -204,6 +249,7 @@ def load_worker(
         stages=stages,
         compare=config.log_level == "debug" and comm.size > 1,
         cascade=cascade,
+        draft=draft,
     )
     check_graphs(plan, worker.graph_bytes)
     if comm.rank == 0:

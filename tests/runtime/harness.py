@@ -18,6 +18,7 @@ from minisgl.layers.attention import ForwardInputs
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
 from minisgl.models.loader import load_model
+from minisgl.runtime.draft_loading import Draft
 from minisgl.runtime.executor import LocalExecutor
 from minisgl.runtime.footprint import GraphSizes
 from minisgl.runtime.kv_pool import KVShape
@@ -29,7 +30,7 @@ EOS = (1,)
 Masks = Callable[[Batch], GrammarMasks | None]
 
 
-def tiny_decoder(dtype: torch.dtype = torch.float32) -> Decoder:
+def tiny_decoder(dtype: torch.dtype = torch.float32, seed: int = 0) -> Decoder:
     config = ModelConfig.from_dict(
         {
             "architectures": ["Qwen3ForCausalLM"],
@@ -48,7 +49,8 @@ def tiny_decoder(dtype: torch.dtype = torch.float32) -> Decoder:
             "eos_token_id": EOS[0],
         }
     )
-    return load_model(config, "", dtype=dtype, device=torch.device("cpu"), load_format="dummy")
+    device = torch.device("cpu")
+    return load_model(config, "", dtype=dtype, device=device, load_format="dummy", seed=seed)
 
 
 def make_executor(
@@ -62,6 +64,8 @@ def make_executor(
     graph_widths: Sequence[int] = (1,),
     graph_max_sequences: int = 256,
     dtype: torch.dtype = torch.float32,
+    draft: Decoder | None = None,
+    num_drafts: int = 3,
 ) -> LocalExecutor:
     model = model or tiny_decoder(dtype)
     limits = Limits(num_pages, page_size, max_rows, max_context, VOCAB)
@@ -71,7 +75,8 @@ def make_executor(
     if graphs:
         most = min(max_rows, graph_max_sequences)
         sizes = GraphSizes.of(most, graph_widths, True, token_multiple(dtype, True))
-    worker = Worker(device, model, shape, limits, eos_token_ids=EOS, graphs=sizes)
+    drafting = None if draft is None else Draft(draft, shape, num_drafts)
+    worker = Worker(device, model, shape, limits, eos_token_ids=EOS, graphs=sizes, draft=drafting)
     return LocalExecutor(worker)
 
 
