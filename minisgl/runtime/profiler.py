@@ -43,6 +43,7 @@ class RankProfiler:
             return []
         self._device.run(self._stop)
         path = Path(directory, f"rank{self._rank}.trace.json.gz")
+        path.parent.mkdir(parents=True, exist_ok=True)  # another node may not have it
         path.touch()  # torch itself would only log that it could not write
         self._trace.export_chrome_trace(str(path))
         self._trace = None
