@@ -81,6 +81,9 @@ ARCHITECTURES: Mapping[int, Architecture] = {
     ),
 }
 
+# Attention in fp32 multiplies without tensor cores, and needs registers for it.
+_FP32_ATTENTION = _by_head(Tile(32, 64, 8, 1), Tile(32, 64, 8, 1), Tile(32, 16, 8, 2))
+
 # Compute capabilities that use a listed generation's table.
 _FAMILY = {80: 80, 86: 89, 87: 89, 89: 89, 90: 90, 100: 100, 103: 100, 120: 89, 121: 89}
 
@@ -121,15 +124,19 @@ def _capability(device: torch.device) -> int:
 
 def architecture(device: torch.device) -> Architecture:
     """The table for `device`. Raises RuntimeError for a GPU that no table covers."""
-    capability = _target.get() or _capability(device)
+    return table_for(_target.get() or _capability(device))
+
+
+def table_for(capability: int) -> Architecture:
+    """The table for GPUs of sm_`capability`. Raises RuntimeError where there is none."""
     if capability not in _FAMILY:
         raise RuntimeError(f"no launch configuration for sm_{capability}; known: {list(_FAMILY)}")
     return ARCHITECTURES[_FAMILY[capability]]
 
 
-def by_head(tiles: Mapping[int, Tile], head_dim: int) -> Tile:
-    """The tile for the smallest listed head size that holds `head_dim`."""
-    for size, tile in tiles.items():
+def attention_tile(tiles: Mapping[int, Tile], head_dim: int, dtype: torch.dtype) -> Tile:
+    """The tile for the smallest listed head size that holds `head_dim`; `tiles` are for 16 bits."""
+    for size, tile in (_FP32_ATTENTION if dtype == torch.float32 else tiles).items():
         if head_dim <= size:
             return tile
     raise ValueError(f"head_dim must be at most {max(tiles)}, got {head_dim}")

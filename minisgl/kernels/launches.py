@@ -1,11 +1,15 @@
-"""What the engine launches, at the head counts and widths of the models it is for.
+"""The launches of Triton kernels that serving a model can need, from its shapes and the limits.
 
-Each launch calls a launcher with empty tensors; under `lint.offline` that compiles its kernels
-and stops. The list is what the compile gate covers; tiles come from `config`, as when serving.
+`serving_launches` is what warm-up compiles before the engine is ready, and what the compile gate
+walks for the models of `gate`. A kernel is compiled anew for every type, constant and divisibility
+of its arguments, so these arguments have the shapes and strides of serving; they are tensors
+without memory, which a launch under `offline` never reads. What varies from step to step is either
+a size that no kernel depends on, or listed here: decode's runs by the number of sequences, and
+what follows the number of drafts.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,48 +19,66 @@ from minisgl.kernels.activation.portable import (
     silu_and_mul_portable,
 )
 from minisgl.kernels.advance.portable import advance_rows_portable, prepare_inputs_portable
-from minisgl.kernels.attention.hopper import attention_hopper
 from minisgl.kernels.attention.portable import attention_portable
-from minisgl.kernels.attention.tma import attention_tma
-from minisgl.kernels.cascade.portable import cascade_portable
-from minisgl.kernels.decode.portable import decode_portable
-from minisgl.kernels.kv_copy.portable import copy_pages_portable, write_kv_portable
-from minisgl.kernels.kv_staging.portable import gather_pages_portable, scatter_pages_portable
+from minisgl.kernels.cascade.portable import cascade_portable, cascade_splits
+from minisgl.kernels.config import Architecture, fixed_order
+from minisgl.kernels.decode.portable import decode_portable, decode_splits
+from minisgl.kernels.kv_copy.portable import copy_pages_portable
 from minisgl.kernels.linear.persistent import linear_persistent
-from minisgl.kernels.merge.portable import merge_portable
 from minisgl.kernels.moe.portable import moe_experts_portable, moe_route_portable
 from minisgl.kernels.qkv_prepare.portable import qkv_prepare_portable
 from minisgl.kernels.rmsnorm.portable import rmsnorm_portable
-from minisgl.kernels.rotary.portable import rotary_portable
-from minisgl.kernels.sampling import PARAM_WORDS
+from minisgl.kernels.sampling import MAX_BIASES, PARAM_WORDS
 from minisgl.kernels.sampling.logits import adjust_logits_portable, mask_logits_portable
 from minisgl.kernels.sampling.portable import sample_portable
 
-BF16 = torch.bfloat16
-TOKENS = 48  # any size; no kernel depends on it
+TOKENS = 48  # of a step: any number, no kernel depends on it
+WIDE = ("load128", "store128")
 
 
 @dataclass(frozen=True)
-class Model:
-    """The shapes of a model's layers that kernels are compiled for."""
+class ModelShapes:
+    """One rank's share of a model, as its kernels see it."""
 
     name: str
     q_heads: int
     kv_heads: int
     head_dim: int
     hidden: int
-    inner: int
+    vocab: int
+    num_layers: int
+    dtype: str = "bfloat16"
+    inner: int = 0  # of dense feed-forward blocks; 0 = there are none
     experts: int = 0
     top_k: int = 0
+    expert_inner: int = 0
+    renormalize: bool = True
+    rotary_dims: tuple[int, ...] = ()  # as many as there are kinds of tables; the head if empty
+    windows: tuple[int | None, ...] = (None,)  # as many as there are kinds of layers
+    softcap: bool = False  # of attention scores
+    qk_norm: bool = False
+    unit_offset: bool = False
+    activation: str = "silu"
+    logits_stride: int = 0  # between rows of the logits; 0 = vocab
+    products: tuple[tuple[int, int, bool, bool], ...] = ()  # (outputs, inputs, bias, wide)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
 
 
-MODELS = (
-    Model("llama-8b", 32, 8, 128, 4096, 14336),
-    Model("qwen3-0.6b", 16, 8, 128, 1024, 3072),
-    Model("qwen3-14b", 40, 8, 128, 5120, 17408),
-    Model("qwen3-32b", 64, 8, 128, 5120, 25600),
-    Model("qwen3-30b-a3b", 32, 4, 128, 2048, 768, experts=128, top_k=8),
-)
+@dataclass(frozen=True)
+class EngineShapes:
+    """What an engine's limits fix of its launches."""
+
+    page_size: int
+    num_pages: int  # of the KV pool
+    max_pages: int  # of a sequence: the page table's width
+    max_rows: int  # sequences running at once
+    widths: tuple[int, ...] = (1,)  # tokens of a sequence in a decode step, 1 + drafts
+    max_drafts: int = 0
+    batch_invariant: bool = False
+    cascade: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,211 +86,269 @@ class Launch:
     """One call of a launcher, and what its machine code must show.
 
     `expected` are names of `lint.INSTRUCTIONS`, for every kernel of the launch; those of
-    `on_hopper` only on sm_90, by kernel name.
+    `of_kernel` by kernel name, and of `on_hopper` on sm_90 alone.
     """
 
-    label: str
+    label: str  # the op, a variant after "-", the model and what else tells it from others
     call: Callable[..., Any]
     arguments: dict[str, Any]
     expected: tuple[str, ...] = ()
-    on_hopper: dict[str, tuple[str, ...]] | None = None
-    only: tuple[int, ...] = ()  # architectures it is for; all when empty
-
-    def archs(self, known: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(arch for arch in known if not self.only or arch in self.only)
+    of_kernel: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    on_hopper: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    in_fixed_order: bool = False
 
     def run(self) -> None:
-        self.call(**self.arguments)
+        if self.in_fixed_order:
+            with fixed_order():
+                self.call(**self.arguments)
+        else:
+            self.call(**self.arguments)
 
     def expects(self, kernel: str, arch: int) -> tuple[str, ...]:
-        hopper = (self.on_hopper or {}).get(kernel, ()) if arch == 90 else ()
-        return self.expected + hopper
+        hopper = self.on_hopper.get(kernel, ()) if arch == 90 else ()
+        return self.expected + self.of_kernel.get(kernel, ()) + hopper
 
 
-def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype)
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def ints(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.int32)
+    return empty(*shape, dtype=torch.int32)
 
 
-def _rowwise(model: Model) -> Iterator[Launch]:
-    x = empty(TOKENS, model.hidden)
-    norm = {"x": x, "weight": empty(model.hidden), "eps": 1e-6}
-    wide = ("load128", "store128")
-    yield Launch(f"rmsnorm {model.name}", rmsnorm_portable, norm, wide)
-    residual = norm | {"residual": empty(TOKENS, model.hidden)}
-    yield Launch(f"rmsnorm-residual {model.name}", rmsnorm_portable, residual, wide)
-    inner = {"x": empty(TOKENS, 2 * model.inner)}
-    yield Launch(f"silu_and_mul {model.name}", silu_and_mul_portable, inner, wide)
-    yield Launch(f"gelu_tanh_and_mul {model.name}", gelu_tanh_and_mul_portable, inner, wide)
+def longs(*shape: int) -> torch.Tensor:
+    return empty(*shape, dtype=torch.int64)
 
 
-def _heads(model: Model) -> Iterator[Launch]:
-    tokens, q_heads, kv_heads, head_dim = TOKENS, model.q_heads, model.kv_heads, model.head_dim
-    slots = 4096
-    pool = empty(slots, kv_heads, head_dim)
-    table = empty(4096, head_dim, dtype=torch.float32)
-    prepare = {
-        "qkv": empty(tokens, (q_heads + 2 * kv_heads) * head_dim),
-        "positions": empty(tokens, dtype=torch.int64),
-        "cos_sin": table,
-        "k_pool": pool,
-        "v_pool": pool,
-        "slot_mapping": empty(tokens, dtype=torch.int64),
-        "num_q_heads": q_heads,
+def floats(*shape: int) -> torch.Tensor:
+    return empty(*shape, dtype=torch.float32)
+
+
+def serving_launches(
+    model: ModelShapes, engine: EngineShapes, arch: Architecture
+) -> Iterator[Launch]:
+    """Every launch that serving `model` within `engine`'s limits can need, labels unique."""
+    counts = range(1, engine.max_rows + 1)
+    yield from rowwise(model)
+    yield from heads(model, engine)
+    for window in model.windows:
+        yield chunks(model, engine, window)
+        yield from decodes(model, engine, arch, window, counts)
+    if engine.cascade and None in model.windows:
+        yield from cascades(model, engine, arch, counts)
+    if model.experts:
+        yield from experts(model, engine)
+    if engine.batch_invariant:
+        yield from products(model)
+    yield from sampling(model, engine)
+    yield from rows(model, engine)
+
+
+def rowwise(model: ModelShapes) -> Iterator[Launch]:
+    """Norms of hidden states, alone and with the residual, and the feed-forward activation."""
+    dtype = model.torch_dtype
+    x = empty(TOKENS, model.hidden, dtype=dtype)
+    norm = {
+        "x": x,
+        "weight": empty(model.hidden, dtype=dtype),
+        "eps": 1e-6,
+        "unit_offset": model.unit_offset,
     }
-    weights = {"q_weight": empty(head_dim), "k_weight": empty(head_dim)}
-    wide = ("load128", "store128")
-    yield Launch(f"qkv_prepare {model.name}", qkv_prepare_portable, prepare, wide)
-    yield Launch(f"qkv_prepare-norm {model.name}", qkv_prepare_portable, prepare | weights, wide)
-    turned = {
-        "q": empty(tokens, q_heads, head_dim),
-        "k": empty(tokens, kv_heads, head_dim),
-        "cos_sin": table,
-        "positions": empty(tokens, dtype=torch.int64),
-    }
-    yield Launch(f"rotary {model.name}", rotary_portable, turned, wide)
-    written = {
-        "k": empty(tokens, kv_heads, head_dim),
-        "v": empty(tokens, kv_heads, head_dim),
-        "k_pool": pool,
-        "v_pool": pool,
-        "slot_mapping": empty(tokens, dtype=torch.int64),
-    }
-    yield Launch(f"write_kv {model.name}", write_kv_portable, written, wide)
-    copied = {
-        "storage": empty(2, 2, slots, kv_heads, head_dim),
-        "jobs": ints(8, 3),
-        "page_size": 16,
-    }
-    yield Launch(f"copy_pages {model.name}", copy_pages_portable, copied, wide)
-    staged = {
-        "storage": copied["storage"],
-        "pages": ints(8),
-        "staging": empty(8, 2, 2, 16, kv_heads, head_dim),
-    }
-    yield Launch(f"gather_pages {model.name}", gather_pages_portable, staged, wide)
-    yield Launch(f"scatter_pages {model.name}", scatter_pages_portable, staged, wide)
-    for states in (2, 8):
-        merged = {
-            "parts": empty(states, tokens, q_heads, head_dim, dtype=torch.float32),
-            "lse": empty(states, tokens, q_heads, dtype=torch.float32),
-            "out": empty(tokens, q_heads, head_dim),
+    yield Launch(f"rmsnorm {model.name}", rmsnorm_portable, norm, WIDE)
+    residual = norm | {"residual": x}
+    yield Launch(f"rmsnorm-residual {model.name}", rmsnorm_portable, residual, WIDE)
+    if model.inner:
+        silu = model.activation == "silu"
+        op = "silu_and_mul" if silu else "gelu_tanh_and_mul"
+        launcher = silu_and_mul_portable if silu else gelu_tanh_and_mul_portable
+        inner = {"x": empty(TOKENS, 2 * model.inner, dtype=dtype)}
+        yield Launch(f"{op} {model.name}", launcher, inner, WIDE)
+
+
+def pools(model: ModelShapes, engine: EngineShapes) -> torch.Tensor:
+    """[L, 2, slots, Hkv, D]"""
+    slots = engine.num_pages * engine.page_size
+    shape = (model.num_layers, 2, slots, model.kv_heads, model.head_dim)
+    return empty(*shape, dtype=model.torch_dtype)
+
+
+def heads(model: ModelShapes, engine: EngineShapes) -> Iterator[Launch]:
+    """What is between projection and attention, and the copy of pages."""
+    dtype, head_dim = model.torch_dtype, model.head_dim
+    storage = pools(model, engine)
+    weight = empty(head_dim, dtype=dtype) if model.qk_norm else None
+    for rotary_dim in model.rotary_dims or (head_dim,):
+        width = (model.q_heads + 2 * model.kv_heads) * head_dim
+        prepare = {
+            "qkv": empty(TOKENS, width, dtype=dtype),
+            "positions": longs(TOKENS),
+            "cos_sin": floats(4096, rotary_dim),
+            "k_pool": storage[0, 0],
+            "v_pool": storage[0, 1],
+            "slot_mapping": longs(TOKENS),
+            "num_q_heads": model.q_heads,
+            "q_weight": weight,
+            "k_weight": weight,
+            "unit_offset": model.unit_offset and model.qk_norm,
         }
-        yield Launch(f"merge-{states} {model.name}", merge_portable, merged, wide)
+        variant = "-norm" if model.qk_norm else ""
+        label = f"qkv_prepare{variant} {model.name} rotary {rotary_dim}"
+        # Heads in halves that are no power of two leave lanes idle and may load less at once.
+        wide = WIDE if rotary_dim == head_dim and head_dim in (64, 128, 256) else ()
+        yield Launch(label, qkv_prepare_portable, prepare, wide)
+    copied = {"storage": storage, "jobs": ints(8, 3), "page_size": engine.page_size}
+    yield Launch(f"copy_pages {model.name}", copy_pages_portable, copied, WIDE)
 
 
-def _paged(
-    sequences: int, tokens: int, page_size: int, heads: tuple[int, int, int], **facts: Any
+def paged(
+    model: ModelShapes, engine: EngineShapes, count: int, tokens: int, **facts: Any
 ) -> dict[str, Any]:
-    q_heads, kv_heads, head_dim = heads
-    pool = empty(16384, kv_heads, head_dim)
+    """Arguments of a paged attention of `count` sequences with `tokens` queries together."""
+    storage = pools(model, engine)
     return {
-        "q": empty(tokens, q_heads, head_dim),
-        "k_pool": pool,
-        "v_pool": pool,
-        "page_table": ints(256, 8192 // page_size),
-        "rows": ints(sequences),
-        "seq_lens": ints(sequences),
-        "page_size": page_size,
-        "scale": head_dim**-0.5,
+        "q": empty(tokens, model.q_heads, model.head_dim, dtype=model.torch_dtype),
+        "k_pool": storage[0, 0],
+        "v_pool": storage[0, 1],
+        "page_table": ints(engine.max_rows + 1, engine.max_pages),
+        "rows": ints(count),
+        "seq_lens": ints(count),
+        "page_size": engine.page_size,
+        "scale": model.head_dim**-0.5,
+        "softcap": 50.0 if model.softcap else None,
     } | facts
 
 
-def _attention() -> Iterator[Launch]:
-    wgmma = {"attention_kernel": ("wgmma",)}
-    gemma = {"window": 1024, "softcap": 50.0}
-    shapes: list[tuple[str, tuple[int, int, int], int, dict[str, Any]]] = [
-        ("gqa4-d128-page16", (32, 8, 128), 16, {}),
-        ("gqa2-d256-gemma-page16", (8, 4, 256), 16, gemma),
-        ("mha-d64-page16", (8, 8, 64), 16, {}),
-        # Below, what differs from the first only in addressing, on one architecture.
-        ("gqa4-d128-page1", (32, 8, 128), 1, {}),
-        ("gqa4-d128-page64", (32, 8, 128), 64, {}),
-        ("gqa5-d128-page16", (40, 8, 128), 16, {}),
-        ("gqa8-d128-page16", (32, 4, 128), 16, {}),
-        ("gqa2-d80-page16", (8, 4, 80), 16, {}),
-        ("gqa2-d96-page16", (8, 4, 96), 16, {}),
-    ]
-    for index, (label, heads, page_size, facts) in enumerate(shapes):
-        only = () if index < 3 else (90,)
-        chunk = _paged(4, 512, page_size, heads, **facts)
-        chunk |= {"cu_seqlens_q": ints(5), "max_seqlen_q": 512}
-        yield Launch(
-            f"attention {label}", attention_portable, chunk, ("load128",), wgmma, only=only
-        )
-        one = _paged(256, 256, page_size, heads, **facts)
-        yield Launch(f"decode {label}", decode_portable, one, ("load128",), only=only)
-    heads = (32, 8, 128)
-    few = _paged(4, 4, 16, heads)
-    yield Launch("decode-split gqa4-d128-page16", decode_portable, few, ("load128",))
-    drafts = _paged(4, 16, 16, heads, width=4)
-    yield Launch("decode-width4 gqa4-d128-page16", decode_portable, drafts, ("load128",))
-    for page_size in (16, 64):
-        chunk = _paged(4, 512, page_size, heads, cu_seqlens_q=ints(5), max_seqlen_q=512)
-        label = f"gqa4-d128-page{page_size}"
-        tma = {"attention_kernel": ("wgmma", "tma")}
-        yield Launch(f"attention-tma {label}", attention_tma, chunk, on_hopper=tma, only=(90,))
-        specialised = {"attention_hopper_kernel": ("wgmma", "tma", "set_registers")}
-        yield Launch(
-            f"attention-hopper {label}", attention_hopper, chunk, on_hopper=specialised, only=(90,)
-        )
-    grouped = _paged(64, 64, 16, heads, groups=ints(4, 3), shared=ints(64))
+def _where(model: ModelShapes, engine: EngineShapes, window: int | None = None) -> str:
+    return f"{model.name} page{engine.page_size}" + (f" window{window}" if window else "")
+
+
+def chunks(model: ModelShapes, engine: EngineShapes, window: int | None, **facts: Any) -> Launch:
+    call = paged(model, engine, 4, 512, window=window, **facts)
+    call |= {"cu_seqlens_q": ints(5), "max_seqlen_q": 512}
+    wgmma = {} if model.dtype == "float32" else {"attention_kernel": ("wgmma",)}
+    label = f"attention {_where(model, engine, window)}"
+    return Launch(label, attention_portable, call, ("load128",), on_hopper=wgmma)
+
+
+def decodes(
+    model: ModelShapes,
+    engine: EngineShapes,
+    arch: Architecture,
+    window: int | None,
+    counts: Iterable[int],
+) -> Iterator[Launch]:
+    """A launch per width and number of runs that `counts` of sequences lead to; in a fixed order
+    there are no runs."""
+    max_keys = engine.max_pages * engine.page_size
+    sizes = (model.kv_heads, model.head_dim, max_keys, model.torch_dtype)
+    for width in engine.widths:
+        label = f"decode-width{width} {_where(model, engine, window)}"
+        if engine.batch_invariant:
+            call = paged(model, engine, 1, width, width=width, window=window)
+            yield Launch(
+                f"{label} fixed order", decode_portable, call, ("load128",), in_fixed_order=True
+            )
+            continue
+        first: dict[int, int] = {}
+        for count in counts:
+            splits = decode_splits(arch, count, *sizes)
+            first.setdefault(splits, count)
+        for splits, count in first.items():
+            call = paged(model, engine, count, count * width, width=width, window=window)
+            yield Launch(f"{label} runs{splits}", decode_portable, call, ("load128",))
+
+
+def cascades(
+    model: ModelShapes, engine: EngineShapes, arch: Architecture, counts: Iterable[int]
+) -> Iterator[Launch]:
+    """A launch per width and numbers of runs that `counts` of sequences lead to."""
+    max_keys = engine.max_pages * engine.page_size
     prefix = {"prefix_kernel": ("wgmma",)}
-    yield Launch("cascade gqa4-d128-page16", cascade_portable, grouped, ("load128",), prefix)
+    for width in engine.widths:
+        first: dict[tuple[int, int], dict[str, Any]] = {}
+        for count in counts:
+            call = paged(model, engine, count, count * width, width=width)
+            call |= {"groups": ints(4, 3), "shared": ints(count)}
+            splits = cascade_splits(arch, call["q"], model.kv_heads, count, max_keys)
+            first.setdefault(splits, call)
+        for splits, call in first.items():
+            label = f"cascade-width{width} {_where(model, engine)} runs{splits[0]}+{splits[1]}"
+            yield Launch(label, cascade_portable, call, ("load128",), on_hopper=prefix)
 
 
-def _sampling() -> Iterator[Launch]:
-    count, vocab, table_rows = 256, 151936, 320
-    rows = {"rows": ints(count), "positions": empty(count, dtype=torch.int64)}
-    logits = empty(count, vocab, dtype=torch.float32)
-    params = ints(table_rows, PARAM_WORDS)
-    sampled = {"logits": logits, **rows, "params": params}
-    yield Launch("sample", sample_portable, sampled)
-    adjusted = sampled | {
-        "bias_ids": ints(table_rows, 1024),
-        "bias_values": empty(table_rows, 1024, dtype=torch.float32),
-        "counts": ints(table_rows, vocab),
-        "drafts": ints(count, 4),
-    }
-    yield Launch("adjust_logits", adjust_logits_portable, adjusted)
-    masked = {"logits": logits, "indices": ints(count), "bits": ints(count, vocab // 32)}
-    yield Launch("mask_logits", mask_logits_portable, masked)
-
-
-def _linear() -> Iterator[Launch]:
-    wgmma = {"linear_kernel": ("wgmma",)}
-    for outputs, inputs in ((6144, 4096), (1024, 3072)):
-        product = {"x": empty(TOKENS, inputs), "weight": empty(outputs, inputs)}
-        label = f"linear-persistent n{outputs} k{inputs}"
-        yield Launch(label, linear_persistent, product, ("load128",), wgmma)
-
-
-def _experts(model: Model) -> Iterator[Launch]:
-    experts, top_k = model.experts, model.top_k
-    for name, tokens in (("few", 32), ("many", 2048)):
+def experts(model: ModelShapes, engine: EngineShapes) -> Iterator[Launch]:
+    """Routing, and experts with few tokens each and with many."""
+    dtype = model.torch_dtype
+    number, top_k, inner = model.experts, model.top_k, model.expert_inner
+    for name, tokens in (("few", 1), ("many", 17 * number)):
+        if name == "few" and engine.batch_invariant:
+            continue
         call = {
-            "x": empty(tokens, model.hidden),
-            "gate_up": empty(experts, 2 * model.inner, model.hidden),
-            "down": empty(experts, model.hidden, model.inner),
-            "weights": empty(tokens, top_k, dtype=torch.float32),
+            "x": empty(tokens, model.hidden, dtype=dtype),
+            "gate_up": empty(number, 2 * inner, model.hidden, dtype=dtype),
+            "down": empty(number, model.hidden, inner, dtype=dtype),
+            "weights": floats(tokens, top_k),
             "ids": ints(tokens, top_k),
+            "activation": model.activation,
         }
-        wgmma = {"experts_kernel": ("wgmma",)} if name == "many" else None
+        wgmma = {"experts_kernel": ("wgmma",)} if name == "many" else {}
         label = f"moe_experts-{name} {model.name}"
-        yield Launch(label, moe_experts_portable, call, on_hopper=wgmma)
-    routed = {"logits": empty(TOKENS, experts), "top_k": top_k, "renormalize": True}
+        loads = {"experts_kernel": ("load128",)}
+        yield Launch(label, moe_experts_portable, call, of_kernel=loads, on_hopper=wgmma)
+    logits = empty(TOKENS, number, dtype=dtype)
+    routed = {"logits": logits, "top_k": top_k, "renormalize": model.renormalize}
     yield Launch(f"moe_route {model.name}", moe_route_portable, routed)
 
 
-def _advance() -> Iterator[Launch]:
-    tokens, count, table_rows = 512, 256, 320
+def products(model: ModelShapes) -> Iterator[Launch]:
+    """The matrix products that are ours in a fixed order, cuBLAS's otherwise."""
+    dtype = model.torch_dtype
+    wgmma = {"linear_kernel": ("wgmma",)}
+    for outputs, inputs, bias, wide in model.products:
+        call = {
+            "x": empty(TOKENS, inputs, dtype=dtype),
+            "weight": empty(outputs, inputs, dtype=dtype),
+            "bias": empty(outputs, dtype=dtype) if bias else None,
+            "wide": wide,
+        }
+        marks = " bias" * bias + " wide" * wide
+        label = f"linear-persistent {model.name} n{outputs} k{inputs}{marks}"
+        yield Launch(label, linear_persistent, call, ("load128",), on_hopper=wgmma)
+
+
+def sampling(model: ModelShapes, engine: EngineShapes) -> Iterator[Launch]:
+    count, table_rows, vocab = 8, engine.max_rows + 1, model.vocab
+    logits = floats(count, model.logits_stride or vocab)[:, :vocab]
+    sampled = {
+        "logits": logits,
+        "rows": ints(count),
+        "positions": longs(count),
+        "params": ints(table_rows, PARAM_WORDS),
+    }
+    aligned = logits.stride(0) % 4 == 0
+    wide = dict.fromkeys(("scan_kernel", "collect_kernel"), ("load128",) * aligned)
+    yield Launch(f"sample {model.name}", sample_portable, sampled, of_kernel=wide)
+    for drafts in range(engine.max_drafts + 1):
+        adjusted = sampled | {
+            "bias_ids": ints(table_rows, MAX_BIASES),
+            "bias_values": floats(table_rows, MAX_BIASES),
+            "counts": ints(table_rows, vocab),
+            "drafts": ints(count, drafts),
+        }
+        label = f"adjust_logits-drafts{drafts} {model.name}"
+        yield Launch(label, adjust_logits_portable, adjusted)
+    masked = {"logits": logits, "indices": ints(count), "bits": ints(count, -(-vocab // 32))}
+    yield Launch(f"mask_logits {model.name}", mask_logits_portable, masked)
+
+
+def rows(model: ModelShapes, engine: EngineShapes) -> Iterator[Launch]:
+    """A step's inputs from the rows, and the rows moved on by its tokens."""
+    tokens, count, table_rows = TOKENS, 8, engine.max_rows + 1
     prepared = {
         "input_ids": ints(tokens),
-        "positions": empty(tokens, dtype=torch.int64),
-        "slot_mapping": empty(tokens, dtype=torch.int64),
+        "positions": longs(tokens),
+        "slot_mapping": longs(tokens),
         "seq_lens": ints(count),
         "token_ids": ints(tokens),
         "sequences": ints(tokens),
@@ -278,31 +358,21 @@ def _advance() -> Iterator[Launch]:
         "num_tokens": ints(count),
         "last": ints(table_rows),
         "lengths": ints(table_rows),
-        "page_table": ints(table_rows, 512),
-        "page_size": 16,
+        "page_table": ints(table_rows, engine.max_pages),
+        "page_size": engine.page_size,
     }
-    yield Launch("prepare_inputs", prepare_inputs_portable, prepared)
-    advanced = {
-        "tokens": ints(tokens),
-        "first": ints(count),
-        "rows": ints(count),
-        "drafts": ints(count, 4),
-        "positions": empty(tokens, dtype=torch.int64),
-        "last": ints(table_rows),
-        "lengths": ints(table_rows),
-        "counts": ints(table_rows, 151936),
-        "counted": ints(table_rows),
-    }
-    yield Launch("advance_rows", advance_rows_portable, advanced)
-
-
-def launches() -> Iterator[Launch]:
-    """Everything the compile gate covers."""
-    for model in (MODELS[0], MODELS[2]):
-        yield from _rowwise(model)
-    yield from _heads(MODELS[0])
-    yield from _attention()
-    yield from _sampling()
-    yield from _advance()
-    yield from _linear()
-    yield from _experts(MODELS[4])
+    yield Launch(f"prepare_inputs {_where(model, engine)}", prepare_inputs_portable, prepared)
+    for drafts in range(engine.max_drafts + 1):
+        advanced = {
+            "tokens": ints(tokens),
+            "first": ints(count),
+            "rows": ints(count),
+            "drafts": ints(count, drafts),
+            "positions": longs(tokens),
+            "last": ints(table_rows),
+            "lengths": ints(table_rows),
+            "counts": ints(table_rows, model.vocab),
+            "counted": ints(table_rows),
+        }
+        label = f"advance_rows-drafts{drafts} {model.name}"
+        yield Launch(label, advance_rows_portable, advanced)

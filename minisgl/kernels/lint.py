@@ -2,10 +2,8 @@
 
     python -m minisgl.kernels.lint [--arch 90] [--op decode] [--baseline FILE] [--write FILE]
 
-The launchers themselves are called, on empty CPU tensors of realistic shapes, while a stand-in
-driver answers that the GPU is an sm_N and a launch stops once its kernel is compiled. Arguments
-are therefore bound, specialised and configured exactly as when serving. The cubins are then read:
-registers, local memory, shared memory, and the instructions that matter for speed.
+Each launch of `gate` is compiled as `offline` does it and the cubins are read: registers, local
+memory, shared memory, and the instructions that matter for speed.
 """
 
 import argparse
@@ -14,22 +12,18 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
-from triton.runtime.jit import JITFunction
 
-from minisgl.kernels.config import ARCHITECTURES, target
-from minisgl.kernels.launches import Launch, launches
+from minisgl.kernels.config import ARCHITECTURES
+from minisgl.kernels.gate import launches
+from minisgl.kernels.launches import Launch
+from minisgl.kernels.offline import offline
 
 ARCHES = tuple(ARCHITECTURES)
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -48,58 +42,6 @@ INSTRUCTIONS = {
     "wgmma_wait": r"WARPGROUP\.DEPBAR",
     "set_registers": r"USETMAXREG",
 }
-
-
-class OfflineDriver(DriverBase):  # type: ignore[misc]
-    """Stands in for a GPU driver: names a target, launches nothing."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return ty
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return self.arch  # Triton's cache of compiled kernels goes by device: one per target
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def get_benchmarker(self) -> Any:
-        raise RuntimeError("kernels are not tuned while they are compiled offline")
-
-
-@contextmanager
-def offline(arch: int) -> Iterator[list[Any]]:
-    """Within the context a launch compiles for sm_`arch` and stops; yields what was compiled."""
-    compiled: list[Any] = []
-    run = JITFunction.run
-
-    def compile_only(kernel: JITFunction, *args: Any, **kwargs: Any) -> Any:
-        result = run(kernel, *args, **{**kwargs, "warmup": True})
-        result = result.result() if hasattr(result, "result") else result
-        if all(result is not known for known in compiled):
-            compiled.append(result)
-        return result
-
-    driver = triton.runtime.driver
-    active = driver._active
-    driver.set_active(OfflineDriver(arch))
-    try:
-        with patch.object(JITFunction, "run", compile_only), target(arch):
-            yield compiled
-    finally:
-        driver._active = active
 
 
 @dataclass(frozen=True)
@@ -130,19 +72,22 @@ class Report:
 
 
 @lru_cache
-def machine_code(cubin: bytes) -> str:
-    """Resource usage and disassembly of a cubin, from the tool that comes with Triton."""
+def _dumped(cubin: bytes, *options: str) -> str:
+    """What the tool that comes with Triton says of a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(_TOOLS / "cuobjdump"), "-res-usage", "-sass", file.name]
+        command = [str(_TOOLS / "cuobjdump"), *options, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def read(label: str, arch: int, compiled: Any) -> Report:
-    """What a compiled kernel uses."""
-    code = machine_code(compiled.asm["cubin"])
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", code)
+def read(label: str, arch: int, compiled: Any, *, instructions: bool = True) -> Report:
+    """What a compiled kernel uses. Disassembly takes longer than most kernels take to compile, so
+    `instructions` are counted where something is claimed of them."""
+    cubin = compiled.asm["cubin"]
+    usage = _dumped(cubin, "-res-usage")
+    code = _dumped(cubin, "-sass") if instructions else ""
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"{label}: cuobjdump gave no resource usage")
     registers, stack, local = (int(number) for number in found.groups())
@@ -166,7 +111,8 @@ def reports(launch: Launch, arch: int) -> list[Report]:
         raise RuntimeError(f"{launch.label}: the launcher launched nothing")
     found: list[Report] = []
     for kernel in compiled:
-        report = read(launch.label, arch, kernel)
+        claims = bool(launch.expects(kernel.metadata.name, arch))
+        report = read(launch.label, arch, kernel, instructions=claims)
         before = sum(report.kernel == other.kernel for other in found)
         found.append(replace(report, ordinal=before))
     return found
@@ -217,10 +163,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET=1 is set: kernels are interpreted, nothing is compiled")
     baseline = json.loads(options.baseline.read_text()) if options.baseline else None
-    chosen = [x for x in launches() if not options.op or x.label.startswith(tuple(options.op))]
     table, failures = {}, 0
-    for launch in chosen:
-        for arch in launch.archs(tuple(options.arch or ARCHES)):
+    for arch in options.arch or ARCHES:
+        for launch in launches(arch):
+            if options.op and not launch.label.startswith(tuple(options.op)):
+                continue
             for report in reports(launch, arch):
                 found = problems(report, launch)
                 found += regressions(report, baseline) if baseline is not None else []

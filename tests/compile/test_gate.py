@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import triton
 
-from minisgl.kernels.launches import Launch, launches
+from minisgl.kernels.gate import launches
+from minisgl.kernels.launches import Launch
 from minisgl.kernels.lint import ARCHES, Report, problems, regressions, reports
 
 BASELINE = Path(__file__).parent / f"triton-{triton.__version__}.json"
-LAUNCHES = list(launches())
+LAUNCHES = [(arch, launch) for arch in ARCHES for launch in launches(arch)]
 
 
 @pytest.fixture(scope="module")
@@ -20,18 +21,19 @@ def baseline() -> dict:
     return json.loads(BASELINE.read_text())
 
 
-@pytest.mark.parametrize("launch", LAUNCHES, ids=[launch.label for launch in LAUNCHES])
-def test_launch(launch: Launch, baseline: dict):
+@pytest.mark.parametrize(
+    ("arch", "launch"), LAUNCHES, ids=[f"sm_{arch} {launch.label}" for arch, launch in LAUNCHES]
+)
+def test_launch(arch: int, launch: Launch, baseline: dict):
     faults = []
-    for arch in launch.archs(ARCHES):
-        for report in reports(launch, arch):
-            found = [*problems(report, launch), *regressions(report, baseline)]
-            faults += [f"{report.key}: {text}" for text in found]
+    for report in reports(launch, arch):
+        found = [*problems(report, launch), *regressions(report, baseline)]
+        faults += [f"{report.key}: {text}" for text in found]
     assert not faults, "\n".join(faults)
 
 
 def test_labels_are_unique():
-    labels = [launch.label for launch in LAUNCHES]
+    labels = [(arch, launch.label) for arch, launch in LAUNCHES]
     assert len(labels) == len(set(labels))
 
 

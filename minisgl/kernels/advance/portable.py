@@ -7,7 +7,17 @@ import triton.language as tl
 BLOCK = 256
 
 
-@triton.jit(do_not_specialize=["tokens", "sequences"])
+@triton.jit(
+    do_not_specialize=["tokens", "sequences"],
+    do_not_specialize_on_alignment=[
+        "token_ids_ptr",
+        "sequences_ptr",
+        "offsets_ptr",
+        "rows_ptr",
+        "starts_ptr",
+        "num_tokens_ptr",
+    ],
+)
 def prepare_kernel(
     input_ids_ptr,
     positions_ptr,
@@ -58,7 +68,7 @@ def prepare_kernel(
     tl.store(seq_lens_ptr + i, tl.where(live, reach, 0), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["first_ptr", "rows_ptr", "drafts_ptr"])
 def advance_kernel(
     tokens_ptr,
     first_ptr,

@@ -165,7 +165,7 @@ def _consume(
         gl.store(to, lse, mask=(token < queries) & (r < TOKENS * GROUP))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize_on_alignment=["rows_ptr", "offsets_ptr", "lengths_ptr"])
 def attention_hopper_kernel(
     q_ptr, k_pool, v_pool, out_ptr, lse_ptr, table_ptr, rows_ptr, offsets_ptr, lengths_ptr,
     scale_log2, q_stride, out_stride, table_stride,

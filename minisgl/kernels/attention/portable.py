@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from minisgl.kernels.config import Tile, architecture, by_head
+from minisgl.kernels.config import Tile, architecture, attention_tile
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def attend(
     return acc, top, total * shrink + tl.sum(weights, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr", "offsets_ptr", "lengths_ptr"])
 def attention_kernel(
     q_ptr,  # [T, HQ, D], tokens q_stride apart
     k_ptr,  # [slots, HK, D]
@@ -251,7 +251,7 @@ def launch_attention(
     group = q_heads // kv_heads
     if queries == 0 or len(rows) == 0:
         return
-    tile: Tile = by_head(architecture(q.device).chunk, head_dim)
+    tile: Tile = attention_tile(architecture(q.device).chunk, head_dim, q.dtype)
     block_m = max(tile.rows, triton.next_power_of_2(group))
     block_d = triton.next_power_of_2(head_dim)
     block_n = min(tile.cols, page_size) if tma else tile.cols

@@ -10,14 +10,17 @@ import triton
 import triton.language as tl
 
 from minisgl.kernels.attention.portable import attend, check_paged
-from minisgl.kernels.config import Tile, architecture, by_head
-from minisgl.kernels.decode.portable import launch_decode, split_count
+from minisgl.kernels.config import Architecture, Tile, architecture, attention_tile
+from minisgl.kernels.decode.portable import decode_splits, launch_decode, split_count
 from minisgl.kernels.merge.portable import launch_merge
 
 MAX_PREFIX_SPLITS = 16
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["lse_split_stride"],
+    do_not_specialize_on_alignment=["rows_ptr", "groups_ptr", "lse_ptr"],
+)
 def prefix_kernel(
     q_ptr,  # [S * WIDTH, HQ, D]
     k_ptr,  # [slots, HK, D]
@@ -42,7 +45,6 @@ def prefix_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):
     LN2: tl.constexpr = 0.6931471805599453
     GROUP: tl.constexpr = HQ // HK
@@ -52,10 +54,11 @@ def prefix_kernel(
     queries = tl.load(group + 1) * WIDTH
     start_token = tl.program_id(0) * TOKENS
     if start_token < queries:
-        kv_head = tl.program_id(2) // SPLITS
-        split = tl.program_id(2) % SPLITS
+        splits = tl.num_programs(2) // HK  # no constant: one kernel serves every number of runs
+        kv_head = tl.program_id(2) // splits
+        split = tl.program_id(2) % splits
         length = tl.load(group + 2) * PAGE
-        run = tl.cdiv(tl.cdiv(length, BLOCK_N), SPLITS) * BLOCK_N
+        run = tl.cdiv(tl.cdiv(length, BLOCK_N), splits) * BLOCK_N
         begin = split * run
         end = tl.minimum(begin + run, length)
         i = tl.arange(0, BLOCK_M)
@@ -91,6 +94,18 @@ def prefix_kernel(
             tl.store(lse_ptr + split * lse_split_stride + at * HQ + head, lse, mask=row_ok)
 
 
+def cascade_splits(
+    arch: Architecture, q: torch.Tensor, kv_heads: int, count: int, max_keys: int
+) -> tuple[int, int]:
+    """Runs of the shared keys and of each sequence's own, for queries [T, Hq, D] of `count`."""
+    tokens, q_heads, head_dim = q.shape
+    tile, group = attention_tile(arch.chunk, head_dim, q.dtype), q_heads // kv_heads
+    tiles = triton.cdiv(tokens, max(tile.rows, triton.next_power_of_2(group)) // group)
+    prefixes = split_count(4 * tiles * kv_heads, arch.processors, max_keys, tile.cols)
+    suffixes = decode_splits(arch, count, kv_heads, head_dim, max_keys, q.dtype)
+    return min(prefixes, MAX_PREFIX_SPLITS), suffixes
+
+
 def cascade_portable(
     q: torch.Tensor,
     k_pool: torch.Tensor,
@@ -122,15 +137,12 @@ def cascade_portable(
     if count == 0:
         return out if lse is None else (out, lse)
     arch = architecture(q.device)
-    tile: Tile = by_head(arch.chunk, head_dim)
+    tile: Tile = attention_tile(arch.chunk, head_dim, q.dtype)
     group = q_heads // kv_heads
     block_m = max(tile.rows, triton.next_power_of_2(group))
     tiles = triton.cdiv(tokens, block_m // group)
-    decode_tile = by_head(arch.decode, head_dim)
     max_keys = page_table.shape[1] * page_size
-    prefixes = split_count(4 * tiles * kv_heads, arch.processors, max_keys, tile.cols)
-    prefixes = min(prefixes, MAX_PREFIX_SPLITS)
-    suffixes = split_count(count * kv_heads, arch.processors, max_keys, decode_tile.cols)
+    prefixes, suffixes = cascade_splits(arch, q, kv_heads, count, max_keys)
     shape = (prefixes + suffixes, tokens, q_heads)
     parts = torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device)
     part_lse = torch.full(shape, -torch.inf, dtype=torch.float32, device=q.device)
@@ -158,7 +170,6 @@ def cascade_portable(
         BLOCK_N=tile.cols,
         BLOCK_D=triton.next_power_of_2(head_dim),
         SOFTCAP=softcap is not None,
-        SPLITS=prefixes,
         num_warps=tile.warps,
         num_stages=2 if page_size == 1 else tile.stages,
     )

@@ -12,14 +12,23 @@ import triton
 import triton.language as tl
 
 from minisgl.kernels.attention.portable import attend, check_paged, launch_attention
-from minisgl.kernels.config import Tile, architecture, batch_invariant, by_head
+from minisgl.kernels.config import (
+    Architecture,
+    Tile,
+    architecture,
+    attention_tile,
+    batch_invariant,
+)
 from minisgl.kernels.merge.portable import launch_merge
 
 MAX_ROWS = 64  # of a tile; more queries times heads than this read the keys again
 MAX_SPLITS = 32
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["lse_split_stride"],
+    do_not_specialize_on_alignment=["rows_ptr", "lengths_ptr", "skipped_ptr", "lse_ptr"],
+)
 def decode_kernel(
     q_ptr,  # [S * WIDTH, HQ, D]
     k_ptr,  # [slots, HK, D]
@@ -47,7 +56,6 @@ def decode_kernel(
     BLOCK_D: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    SPLITS: tl.constexpr,
     ROW_TILES: tl.constexpr,
     SKIP: tl.constexpr,
     LSE: tl.constexpr,
@@ -58,13 +66,14 @@ def decode_kernel(
     i = tl.program_id(0) % ROW_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
+    splits = tl.num_programs(2)  # no constant: one kernel serves every number of runs
     length = tl.load(lengths_ptr + s)
     low = 0
     if SKIP:
         low = tl.load(skipped_ptr + s)
     if WINDOW > 0:
         low = tl.maximum(low, tl.maximum(length - WIDTH - WINDOW + 1, 0) // BLOCK_N * BLOCK_N)
-    run = tl.cdiv(tl.cdiv(tl.maximum(length - low, 0), BLOCK_N), SPLITS) * BLOCK_N
+    run = tl.cdiv(tl.cdiv(tl.maximum(length - low, 0), BLOCK_N), splits) * BLOCK_N
     begin = low + split * run
     end = tl.minimum(begin + run, length)
     d = tl.arange(0, BLOCK_D)
@@ -74,7 +83,7 @@ def decode_kernel(
     at = (s * WIDTH + token).to(tl.int64)
     lse_at = lse_ptr + split * lse_split_stride + at * HQ + head
     # With a single run its output is the result, which must be written even when it is zero.
-    if begin < end or SPLITS == 1:
+    if (begin < end) | (splits == 1):
         ok = row_ok[:, None] & (d < D)[None, :]
         q = tl.load(
             q_ptr + at[:, None] * q_stride + head[:, None] * D + d[None, :], mask=ok, other=0.0
@@ -109,6 +118,19 @@ def split_count(programs: int, processors: int, max_keys: int, block_n: int) -> 
     return min(1 << (wanted.bit_length() - 1), useful)
 
 
+def decode_splits(
+    arch: Architecture,
+    count: int,
+    kv_heads: int,
+    head_dim: int,
+    max_keys: int,
+    dtype: torch.dtype,
+) -> int:
+    """Runs per sequence of a launch for `count` sequences."""
+    tile = attention_tile(arch.decode, head_dim, dtype)
+    return split_count(count * kv_heads, arch.processors, max_keys, tile.cols)
+
+
 def launch_decode(
     q: torch.Tensor,
     k_pool: torch.Tensor,
@@ -131,7 +153,7 @@ def launch_decode(
     q_heads, head_dim = q.shape[1:]
     kv_heads = k_pool.shape[1]
     needed = triton.next_power_of_2(width * (q_heads // kv_heads))
-    tile: Tile = by_head(architecture(q.device).decode, head_dim)
+    tile: Tile = attention_tile(architecture(q.device).decode, head_dim, q.dtype)
     block_m = min(MAX_ROWS, max(tile.rows, needed))
     row_tiles = max(1, needed // block_m)
     decode_kernel[(len(rows) * row_tiles, kv_heads, splits)](
@@ -161,7 +183,6 @@ def launch_decode(
         BLOCK_D=triton.next_power_of_2(head_dim),
         WINDOW=window or 0,
         SOFTCAP=softcap is not None,
-        SPLITS=splits,
         ROW_TILES=row_tiles,
         SKIP=skipped is not None,
         LSE=lse is not None,
@@ -206,13 +227,9 @@ def decode_portable(
     if batch_invariant():
         launch_attention(*paged, None, seq_lens, out, lse, queries=width, **facts)
         return out if lse is None else (out, lse)
+    max_keys = page_table.shape[1] * page_size
     arch = architecture(q.device)
-    splits = split_count(
-        count * k_pool.shape[1],
-        arch.processors,
-        page_table.shape[1] * page_size,
-        by_head(arch.decode, head_dim).cols,
-    )
+    splits = decode_splits(arch, count, k_pool.shape[1], head_dim, max_keys, q.dtype)
     if splits == 1:
         single = None if lse is None else lse[None]
         launch_decode(*paged, seq_lens, out[None], single, width=width, splits=1, **facts)

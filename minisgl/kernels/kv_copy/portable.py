@@ -77,7 +77,7 @@ def write_kv_portable(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["jobs_ptr"])
 def copy_pages_kernel(
     words_ptr,  # [L * 2, slots, words per token]
     jobs_ptr,  # [J, 3]

@@ -7,7 +7,7 @@ import triton.language as tl
 from minisgl.kernels.kv_copy.portable import COPY_BLOCK, as_words
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["pages_ptr"])
 def stage_pages_kernel(
     words_ptr,  # [pools, slots, words per token]
     pages_ptr,  # [N]

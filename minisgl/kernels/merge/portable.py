@@ -5,7 +5,9 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["lse_stride"], do_not_specialize_on_alignment=["lse_ptr", "out_lse_ptr"]
+)
 def merge_kernel(
     parts_ptr,  # [S, T, H, D]
     lse_ptr,  # [S, T, H]
@@ -86,7 +88,7 @@ def launch_merge(
     states, tokens, heads, head_dim = parts.shape
     if tokens == 0:
         return
-    block_h = min(8, triton.next_power_of_2(heads))
+    block_h, block_d = min(8, triton.next_power_of_2(heads)), triton.next_power_of_2(head_dim)
     merge_kernel[(tokens, triton.cdiv(heads, block_h))](
         parts,
         lse,
@@ -99,7 +101,7 @@ def launch_merge(
         D=head_dim,
         S=states,
         BLOCK_H=block_h,
-        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_D=block_d,
         WRITE_LSE=out_lse is not None,
-        num_warps=4,
+        num_warps=min(4, max(1, block_h * block_d // 128)),  # four elements to a thread, or more
     )

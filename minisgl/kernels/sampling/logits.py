@@ -16,7 +16,7 @@ NEEDS_COUNTS = word_of("needs_counts")
 _SEEN = tl.constexpr(SEEN_IN_PROMPT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr", "drafts_ptr"])
 def penalize_kernel(
     logits_ptr,  # [N, V]
     rows_ptr,
@@ -49,7 +49,7 @@ def penalize_kernel(
         tl.store(at, x, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr"])
 def bias_kernel(
     logits_ptr,
     rows_ptr,
@@ -76,7 +76,7 @@ def bias_kernel(
         tl.atomic_add(logits_ptr + n.to(tl.int64) * stride + ids, values, mask=active)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["indices_ptr"])
 def mask_kernel(
     logits_ptr,
     indices_ptr,

@@ -105,7 +105,7 @@ def eighths(z):
     return tl.floor(tl.where(z == float("-inf"), 0.0, z) * 8.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr"])
 def scan_kernel(
     logits_ptr,  # [N, V]
     rows_ptr,
@@ -142,7 +142,7 @@ def scan_kernel(
         tl.store(bins_ptr + (n * PIECES + piece) * BINS + tl.arange(0, BINS), counts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr", "cutoff_ptr"])
 def choose_kernel(
     rows_ptr,
     params_ptr,
@@ -183,7 +183,7 @@ def choose_kernel(
         tl.store(mass_ptr + n, tl.zeros([], tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr", "cutoff_ptr"])
 def collect_kernel(
     logits_ptr,
     rows_ptr,
@@ -248,7 +248,7 @@ def largest_key(source, length, low, high, count, mass, temperature, top, SPAN: 
     return low.to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr", "cutoff_ptr"])
 def draw_kernel(
     logits_ptr,
     rows_ptr,
