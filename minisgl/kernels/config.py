@@ -82,7 +82,7 @@ ARCHITECTURES: Mapping[int, Architecture] = {
 }
 
 # Attention in fp32 multiplies without tensor cores, and needs registers for it.
-_FP32_ATTENTION = _by_head(Tile(32, 64, 8, 1), Tile(32, 64, 8, 1), Tile(32, 16, 8, 2))
+_FP32_ATTENTION = _by_head(Tile(32, 32, 8, 2), Tile(32, 64, 8, 1), Tile(32, 16, 8, 2))
 
 # Compute capabilities that use a listed generation's table.
 _FAMILY = {80: 80, 86: 89, 87: 89, 89: 89, 90: 90, 100: 100, 103: 100, 120: 89, 121: 89}

@@ -31,54 +31,10 @@ from minisgl.kernels.rmsnorm.portable import rmsnorm_portable
 from minisgl.kernels.sampling import MAX_BIASES, PARAM_WORDS
 from minisgl.kernels.sampling.logits import adjust_logits_portable, mask_logits_portable
 from minisgl.kernels.sampling.portable import sample_portable
+from minisgl.kernels.shapes import EngineShapes, ModelShapes
 
 TOKENS = 48  # of a step: any number, no kernel depends on it
 WIDE = ("load128", "store128")
-
-
-@dataclass(frozen=True)
-class ModelShapes:
-    """One rank's share of a model, as its kernels see it."""
-
-    name: str
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    hidden: int
-    vocab: int
-    num_layers: int
-    dtype: str = "bfloat16"
-    inner: int = 0  # of dense feed-forward blocks; 0 = there are none
-    experts: int = 0
-    top_k: int = 0
-    expert_inner: int = 0
-    renormalize: bool = True
-    rotary_dims: tuple[int, ...] = ()  # as many as there are kinds of tables; the head if empty
-    windows: tuple[int | None, ...] = (None,)  # as many as there are kinds of layers
-    softcap: bool = False  # of attention scores
-    qk_norm: bool = False
-    unit_offset: bool = False
-    activation: str = "silu"
-    logits_stride: int = 0  # between rows of the logits; 0 = vocab
-    products: tuple[tuple[int, int, bool, bool], ...] = ()  # (outputs, inputs, bias, wide)
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
-
-
-@dataclass(frozen=True)
-class EngineShapes:
-    """What an engine's limits fix of its launches."""
-
-    page_size: int
-    num_pages: int  # of the KV pool
-    max_pages: int  # of a sequence: the page table's width
-    max_rows: int  # sequences running at once
-    widths: tuple[int, ...] = (1,)  # tokens of a sequence in a decode step, 1 + drafts
-    max_drafts: int = 0
-    batch_invariant: bool = False
-    cascade: bool = False
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(report.row(), *(f"\n    ! {text}" for text in found), flush=True)
     print(f"{len(table)} kernels compiled by triton {triton.__version__}, {failures} with problems")
     if options.write:
-        options.write.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+        lines = (f" {json.dumps(k)}: {json.dumps(table[k], sort_keys=True)}" for k in sorted(table))
+        options.write.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     return 1 if failures else 0
 
 

@@ -22,8 +22,9 @@ import triton
 
 import minisgl
 from minisgl.kernels.config import table_for
-from minisgl.kernels.launches import EngineShapes, Launch, ModelShapes, serving_launches
+from minisgl.kernels.launches import Launch, serving_launches
 from minisgl.kernels.offline import compile_only, offline
+from minisgl.kernels.shapes import EngineShapes, ModelShapes
 
 __all__ = [
     "CompileCounter",

@@ -76,7 +76,7 @@ def bias_kernel(
         tl.atomic_add(logits_ptr + n.to(tl.int64) * stride + ids, values, mask=active)
 
 
-@triton.jit(do_not_specialize_on_alignment=["indices_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["indices_ptr", "bits_ptr"])
 def mask_kernel(
     logits_ptr,
     indices_ptr,

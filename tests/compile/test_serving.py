@@ -1,0 +1,103 @@
+"""Serving launches nothing that warm-up has not compiled.
+
+A real executor serves real batches while the CPU's tensors go to the GPU's launchers, which compile
+for sm_90 and stop. What they would have computed is zero.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+import triton
+
+from minisgl.core.batch import Batch
+from minisgl.core.executor import GrammarMasks
+from minisgl.core.speculation import Speculation
+from minisgl.kernels.config import table_for
+from minisgl.kernels.offline import offline
+from minisgl.kernels.op import forced
+from minisgl.kernels.shapes import EngineShapes
+from minisgl.kernels.warmup import CompileCounter, serving_launches
+from minisgl.runtime.fixed_order import FixedOrder
+from minisgl.runtime.kernel_shapes import model_shapes
+from tests.kernels.cards import all_ops
+from tests.runtime.harness import VOCAB, make_executor, mixed_requests, serve, tiny_decoder
+
+ARCH = 90
+DRAFTS = 2
+
+
+PORTABLE = {
+    op.name: "portable" for op in all_ops() for i in op.implementations if i.name == "portable"
+}
+
+
+def on_gpu_launchers() -> ExitStack:
+    """Every op by its portable kernel, compiled and not run; fresh memory is zero."""
+    stack = ExitStack()
+    stack.enter_context(offline(ARCH))
+    stack.enter_context(forced(PORTABLE))
+
+    def zeroed(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda *args, **kwargs: make(*args, **kwargs).zero_()
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        stack.enter_context(patch.object(owner, name, zeroed(getattr(owner, name))))
+    return stack
+
+
+@pytest.fixture
+def counter(monkeypatch):
+    monkeypatch.setattr(triton.knobs.compilation, "listener", None)
+    made = CompileCounter()
+    made.install()
+    return made
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_warm_up_has_compiled_whatever_a_step_launches(counter, graphs, fixed):
+    decoder = tiny_decoder(torch.bfloat16)
+    model = FixedOrder(decoder, torch.device("cpu")) if fixed else decoder
+    widths = tuple(range(1, DRAFTS + 2))
+    executor = make_executor(
+        model, dtype=torch.bfloat16, graphs=graphs, graph_widths=widths, num_pages=60
+    )
+    worker, limits = executor._worker, executor.limits
+    engine = EngineShapes(
+        limits.page_size,
+        limits.num_pages,
+        worker.geometry.page_table_width,
+        limits.max_rows,
+        widths=widths,
+        max_drafts=DRAFTS,
+        batch_invariant=fixed,
+    )
+    launches = list(serving_launches(model_shapes(decoder), engine, table_for(ARCH)))
+
+    def warm_up() -> None:
+        for launch in launches:
+            launch.run()
+
+    def masks(batch: Batch) -> GrammarMasks:
+        sampling = [i for i, chunk in enumerate(batch.chunks) if chunk.samples]
+        rows = [i for i in sampling for _ in range(1 + len(batch.chunks[i].drafts))]
+        return GrammarMasks(rows, np.full((len(rows), -(-VOCAB // 32)), 2**32 - 1, np.uint32))
+
+    contexts = worker.device.run(on_gpu_launchers)
+    if fixed:
+        model._choices = PORTABLE | {"linear": "persistent"}
+    try:
+        worker.device.run(warm_up)
+        before = counter.total
+        guess = Speculation(lambda sequence, most: [0] * most, DRAFTS, adaptive=False)
+        requests = mixed_requests(7, seed=1, max_tokens=5)
+        serve(executor, requests, speculation=guess)
+        serve(executor, requests[:3], masks=masks)
+        assert counter.names[before:] == []
+    finally:
+        worker.device.run(contexts.close)
+        worker.close()
