@@ -20,7 +20,6 @@ from typing import Any
 
 import triton
 
-import minisgl
 from minisgl.kernels.config import table_for
 from minisgl.kernels.launches import Launch, serving_launches
 from minisgl.kernels.offline import compile_only, offline
@@ -74,8 +73,6 @@ def compile_ahead(
     """
     count = processes or len(os.sched_getaffinity(0))
     shapes = json.dumps({"model": asdict(model), "engine": asdict(engine)})
-    root = str(Path(minisgl.__file__).parents[1])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     words = [sys.executable, "-m", "minisgl.kernels.warmup", "--arch", str(arch)]
     running = []
     for part in range(count):
@@ -85,7 +82,7 @@ def compile_ahead(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": path},
+            cwd=Path(__file__).parents[2],  # where `-m` finds this package, installed or not
         )
         assert process.stdin is not None
         process.stdin.write(shapes)
