@@ -345,3 +345,52 @@ def test_a_descriptor_travels_between_processes_of_one_user():
 def test_without_a_gpu_cuda_functions_say_so(make):
     with pytest.raises(RuntimeError):
         make()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_multicast_is_made_in_the_order_that_the_driver_wants(monkeypatch, rank):
+    """The driver is imitated; the structures that it is given are cuda-python's own."""
+    calls: list[tuple[str, tuple]] = []
+    answers = {
+        "cuMulticastGetGranularity": 1 << 21,
+        "cuMulticastCreate": "object",
+        "cuMemExportToShareableHandle": 77,
+        "cuMemImportFromShareableHandle": "object",
+        "cuDeviceGet": "device",
+        "cuMemCreate": "memory",
+    }
+    addresses = iter((1 << 40, 1 << 41))
+
+    def driver_call(name: str, *arguments):
+        calls.append((name, arguments))
+        return next(addresses) if name == "cuMemAddressReserve" else answers.get(name)
+
+    monkeypatch.setattr(multicast, "driver_call", driver_call)
+    made = multicast.Multicast(3, 2, (1 << 24) + 1)
+    if rank == 0:
+        assert made.create() == 77
+        assert calls[-2][1][0].size == (1 << 24) + (1 << 21)  # whole granules
+        assert calls[-2][1][0].numDevices == 2
+    else:
+        reader, writer = os.pipe()
+        os.close(writer)
+        made.receive(reader)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(reader)
+    made.join()
+    made.bind()
+    assert (made.replica, made.address) == (1 << 40, 1 << 41)
+    made.close()
+    made.close()  # undone once
+    size = (1 << 24) + (1 << 21)
+    mapped = ["cuMemAddressReserve", "cuMemMap", "cuMemSetAccess"]
+    assert [name for name, _ in calls][3 - rank :] == [
+        *("cuDeviceGet", "cuMulticastAddDevice", "cuMemCreate", "cuMulticastBindMem"),
+        *(mapped * 2),
+        *(["cuMemUnmap", "cuMemAddressFree"] * 2),
+        *(["cuMemRelease"] * 2),
+    ]
+    given = dict(calls)
+    assert given["cuMulticastBindMem"] == ("object", 0, "memory", 0, size, 0)
+    assert given["cuMemCreate"][1].location.id == 3
+    assert given["cuMemMap"] == (1 << 41, size, 0, "object", 0)
