@@ -34,7 +34,7 @@ from minisgl.parallel.torch_group import TorchGroup
 
 log = get_logger(__name__)
 
-PARTING = timedelta(seconds=2)  # that a closing rank waits for the others
+PARTING = timedelta(seconds=0.3)  # that a closing rank waits for the others
 TIMEOUT = 1800.0  # seconds a kernel waits for a peer that lives: loading may take one far longer
 
 
@@ -81,7 +81,10 @@ class PeerMemory:
         self._group.abort()
 
     def close(self) -> None:
-        self._resources.close()
+        try:
+            self._resources.close()
+        except RuntimeError as error:  # of a device that has failed: the process's end frees all
+            log.warning("memory of other ranks was not given back: %s", error)
         self._group.close()
 
 
@@ -110,13 +113,15 @@ class Council:
                 raise Refused(f"rank {rank}: {told[1:].decode(errors='replace')}")
         return [told[1:] for told in answers]
 
-    def part(self) -> None:
-        """Wait until every rank has come here, but not long: one may be gone."""
+    def part(self) -> bool:
+        """Whether every rank has come here, after a short wait: one may be gone, or come last."""
         try:
             self._store.set(f"part/{self.rank}", b"")
             self._store.wait([f"part/{rank}" for rank in range(self.size)], PARTING)
         except RuntimeError as error:
-            log.debug("not all ranks came to close their memory: %s", error)
+            log.debug("not all ranks have come to close their memory: %s", error)
+            return False
+        return True
 
 
 def connect_peers(
@@ -151,6 +156,7 @@ def open_peers(
     """This rank's end, with memory mapped on all ranks. Refused, on all, where it cannot be."""
     index, rank = device.index, council.rank
     addresses = [0] * council.size
+    made: list[PeerBuffer] = []
     ends: list[Peers] = []
 
     def prepare() -> bytes:
@@ -167,12 +173,21 @@ def open_peers(
         runtime_call("cudaSetDevice", index)
         check_peer_access(index, devices)
         buffer = PeerBuffer(segment.num_bytes)
-        resources.callback(buffer.close)
+        made.append(buffer)
         addresses[rank] = buffer.address
         return buffer.handle()
 
-    handles = council.step("allocate", allocate)
-    resources.callback(council.part)  # closed in reverse: nobody frees what a peer has mapped
+    def free() -> None:
+        if council.part():  # else a peer may have it mapped still; the process's end frees it
+            made[0].close()
+
+    try:
+        handles = council.step("allocate", allocate)
+    except Refused:
+        for buffer in made:
+            buffer.close()
+        raise
+    resources.callback(free)  # last, since closing goes backwards
 
     def map_peers() -> None:
         for peer, handle in enumerate(handles):
@@ -188,6 +203,7 @@ def open_peers(
         word = HostWord()
         resources.callback(word.close)
         resources.callback(torch.cuda.synchronize, device)
+        resources.callback(runtime_call, "cudaSetDevice", index)  # of the thread that closes
         ends.append(
             Peers(
                 native,

@@ -394,3 +394,17 @@ def test_a_multicast_is_made_in_the_order_that_the_driver_wants(monkeypatch, ran
     assert given["cuMulticastBindMem"] == ("object", 0, "memory", 0, size, 0)
     assert given["cuMemCreate"][1].location.id == 3
     assert given["cuMemMap"] == (1 << 41, size, 0, "object", 0)
+
+
+def test_memory_is_kept_where_a_peer_does_not_come_to_close(memory):
+    """The other rank may have it mapped still."""
+
+    def body(council: Council) -> None:
+        resources = ExitStack()
+        device = torch.device("cuda", council.rank)
+        open_peers(council, resources, device, ordered=True, timeout=1.0)
+        if council.rank == 0:
+            resources.close()
+
+    together(2, body)
+    assert [what for what, _ in memory] == ["unmapped"]
