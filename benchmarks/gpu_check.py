@@ -4,9 +4,10 @@
     benchmarks/gpu_check.sh --out results kernels    # this one, again
 
 A stage that fails, runs out of time or lacks something says so, and the next one runs. Results go
-to --out as at most eight small files; what earlier runs left there stays until its stage is run
-again: check.json and check.md (every stage: state, seconds, figures, end of output), and what the
-kernel benchmark writes. --wheels names a folder with wheels of packages this machine lacks.
+to --out as at most eight small files: check.json and check.md (every stage: state, seconds,
+figures, end of output), and what the kernel benchmark writes. What a stage left there stays until
+it has run to its end again, and of a stage that once passed the figures stay for good. --wheels
+names a folder with wheels of packages this machine lacks.
 """
 
 import argparse
@@ -24,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.kernels.report import goal_table
+
 ROOT = Path(__file__).parents[1]
 TAIL = 4000  # characters of a stage's output that are kept
 ENGINE = ("msgspec", "tokenizers", "safetensors", "jinja2")
@@ -36,42 +39,53 @@ class Stage:
     """A command, how long it may take, and the packages without which it is left out."""
 
     name: str
-    words: tuple[str, ...]  # {device} and {out} are filled in
+    words: tuple[str, ...]  # after the interpreter; {device} and {out} are filled in
     seconds: int
     needs: tuple[str, ...] = ()
 
 
-TESTS = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu")
-KERNELS = ("-m", "benchmarks.kernels", "--device", "{device}")
-DECODE = ("-m", "benchmarks.decode", "--device", "{device}")
+def module(name: str, seconds: int, line: str, needs: tuple[str, ...] = ()) -> Stage:
+    """The stage that runs a module with words that hold no spaces."""
+    return Stage(name, ("-m", *line.split()), seconds, needs)
+
+
+TESTS = "pytest -q -m gpu -p no:cacheprovider tests/gpu"
+KERNELS = "benchmarks.kernels --device {device}"
+# A line for each. Together they stay below ten minutes.
 STAGES = (
-    Stage("build", ("-m", "minisgl.csrc", "build"), 60, ("pybind11", "ninja")),
-    Stage("tests", (*TESTS, "-n", "8", "-k", "not hopper"), 130, ("pytest", "xdist", "triton")),
-    Stage("kernels", (*KERNELS, "--out", "{out}", "--without", "hopper"), 180, ("triton",)),
-    # No interpreter has run the Gluon kernel: should it hang, it takes nothing else with it.
-    Stage("hopper-tests", (*TESTS, "-k", "hopper"), 30, ("pytest", "triton")),
+    module("build", 60, "minisgl.csrc build", ("pybind11", "ninja")),
     Stage(
-        "hopper", (*KERNELS, "--op", "attention", "--without", "portable", "tma"), 40, ("triton",)
+        "tests",
+        ("-m", *TESTS.split(), "-n", "8", "-k", "not hopper"),
+        130,
+        ("pytest", "xdist", "triton"),
     ),
-    Stage("all-reduce", ("-m", "benchmarks.all_reduce", "--device", "{device}"), 25, ENGINE),
-    Stage("decode", (*DECODE, "--shape", "qwen3-0.6b", "--batch", "1", "16", "256"), 50, ENGINE),
-    Stage(
-        "offline",
-        ("-m", "benchmarks.offline", "--num-requests", "64"),
-        80,
+    module("kernels", 185, f"{KERNELS} --out {{out}} --without hopper --seconds 150", ("triton",)),
+    # No interpreter has run the Gluon kernel: should it hang, it takes nothing else with it.
+    module("hopper-tests", 30, f"{TESTS} -k hopper", ("pytest", "triton")),
+    module("hopper", 40, f"{KERNELS} --op attention --without portable tma", ("triton",)),
+    module("all-reduce", 25, "benchmarks.all_reduce --device {device}", ENGINE),
+    module(
+        "decode",
+        50,
+        "benchmarks.decode --device {device} --shape qwen3-0.6b --batch 1 16 256",
         ENGINE,
     ),
+    module("offline", 75, "benchmarks.offline --num-requests 64", ENGINE),
 )
 
 
 def run_stage(stage: Stage, device: str, out: Path, environment: dict[str, str]) -> Record:
-    """Runs one stage to its end or its limit; never raises for what the stage does."""
+    """Runs one stage to its end or its limit; never raises for what the stage does.
+
+    `out` is a folder for the files of this run alone.
+    """
     missing = [name for name in stage.needs if not _importable(name, environment)]
     if missing:
         return {"state": "left out", "reason": f"not installed: {', '.join(missing)}"}
     words = [word.format(device=device, out=out) for word in stage.words]
     print(f"==> {stage.name}: {' '.join(words)}", flush=True)
-    began = time.monotonic()
+    began, cut = time.monotonic(), False
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         process = subprocess.Popen(
             [sys.executable, *words],
@@ -86,6 +100,7 @@ def run_stage(stage: Stage, device: str, out: Path, environment: dict[str, str])
             state, reason = ("passed", "") if code == 0 else ("failed", f"exit status {code}")
         except subprocess.TimeoutExpired:
             state, reason = "failed", f"not done after {stage.seconds} s"
+            cut = True
         _end(process)
         log.seek(0)
         output = log.read()
@@ -96,8 +111,27 @@ def run_stage(stage: Stage, device: str, out: Path, environment: dict[str, str])
         "figures": _last_json(output),
         "output": output[-TAIL:],
     }
-    if stage.name == "kernels" and record["figures"]:
+    if cut:
+        record["cut"] = True
+    if (out / "kernels.json").exists():
         record["figures"] = {"in": "kernels.json"}
+    return record
+
+
+def keep(record: Record, before: Record | None, fresh: Path, out: Path) -> Record:
+    """Moves what a stage wrote to `fresh` into `out`, and returns what is recorded of it.
+
+    A run that was cut short replaces no files, unless there are none; and what a stage found when
+    it last passed stays beside what it finds now.
+    """
+    for path in sorted(fresh.iterdir()):
+        if "cut" not in record or not (out / path.name).exists():
+            path.replace(out / path.name)
+    if before is not None and record["state"] != "passed":
+        passed = before if before["state"] == "passed" else before.get("passed_before")
+        if passed is not None:
+            kept = ("commit", "date", "device", "seconds", "figures")
+            record["passed_before"] = {name: passed[name] for name in kept if name in passed}
     return record
 
 
@@ -160,8 +194,14 @@ def markdown(result: Record) -> str:
             f"| {record['commit']} | {record.get('reason', '')} |"
         )
     for name, record in result["stages"].items():
+        figures = record.get("figures") or record.get("passed_before", {}).get("figures")
+        if figures:
+            plain = {k: v for k, v in figures.items() if isinstance(v, int | float | str)}
+            lines.append(f"## {name}\n\n" + "\n".join(f"- {k}: {v}" for k, v in plain.items()))
+        if figures and figures.get("goals"):
+            lines.append(goal_table(figures["goals"]))
         if record["state"] == "failed":
-            lines.append(f"## {name}\n\n```\n{record['output'].strip()}\n```")
+            lines.append(f"## {name}: end of its output\n\n```\n{record['output'].strip()}\n```")
     return "\n\n".join(lines) + "\n"
 
 
@@ -213,8 +253,10 @@ def main(words: Sequence[str] | None = None) -> int:
             done = before.get("state") == "passed" and before.get("commit") == about["commit"]
             if stage.name not in args.stages if args.stages else done:
                 continue
-            record = run_stage(stage, args.device, args.out, environment)
-            stages[stage.name] = record | {"commit": about["commit"], "device": about["device"]}
+            with tempfile.TemporaryDirectory(prefix=".", dir=args.out) as fresh:
+                record = run_stage(stage, args.device, Path(fresh), environment)
+                record |= {name: about[name] for name in ("commit", "date", "device")}
+                stages[stage.name] = keep(record, before or None, Path(fresh), args.out)
             print(f"==> {stage.name}: {record['state']} {record.get('reason', '')}", flush=True)
             save(result, args.out)
     print(markdown(result))

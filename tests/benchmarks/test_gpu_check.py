@@ -55,6 +55,43 @@ def test_what_passed_is_kept_and_run_again_only_by_name(check, tmp_path):
     assert sorted(files) == ["check.json", "check.md"]
 
 
+def writes(text: str, then: str = "") -> Stage:
+    code = f"open('{{out}}/kernels.json', 'w').write('{text}'); {then}"
+    return Stage("writes", ("-c", code), 2)
+
+
+def test_a_run_that_is_cut_short_replaces_nothing(check, tmp_path):
+    slow = "import time; time.sleep(60)"
+    code, stages = check([writes("part", slow)])
+    assert code == 1
+    assert (tmp_path / "kernels.json").read_text() == "part"  # better than nothing
+    check([writes("whole", "print('{{\"rate\": 3}}')")])
+    code, stages = check([writes("part", slow)], "writes")
+    assert code == 1
+    assert (tmp_path / "kernels.json").read_text() == "whole"
+    assert stages["writes"]["state"] == "failed"
+    for _ in range(2):
+        passed = stages["writes"]["passed_before"]
+        assert passed["figures"] == {"in": "kernels.json"}
+        assert passed.keys() >= {"commit", "date", "device", "seconds"}
+        # One that fails by itself has come to its end: what it wrote is its result.
+        _, stages = check([writes("wrong", "raise SystemExit(1)")], "writes")
+        assert (tmp_path / "kernels.json").read_text() == "wrong"
+    check([writes("new")])
+    assert {path.name for path in tmp_path.iterdir()} == {"check.json", "check.md", "kernels.json"}
+
+
+def test_the_report_shows_figures_and_goals(check, tmp_path):
+    goal = {"goal": "decode", "unit": "TB/s", "target": 2.5, "measured": None}
+    figures = {"rate": 3.5, "goals": [goal | {"state": "not measured", "why": "no such row"}]}
+    text = json.dumps(figures).replace("{", "{{").replace("}", "}}")
+    check([Stage("prints", ("-c", f"print({text!r})"), 30), FAILS])
+    report = (tmp_path / "check.md").read_text()
+    assert "- rate: 3.5" in report
+    assert "| decode | 2.5 TB/s |  | not measured: no such row |" in report
+    assert "## fails: end of its output\n\n```\nno good\n```" in report
+
+
 def test_unknown_stage_and_missing_gpu_are_refused(check, tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         check([PRINTS], "compile")
