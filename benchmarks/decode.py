@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernels.workloads import QWEN3_06B, QWEN3_8B, Shape
+from benchmarks.kernels.workload import QWEN3_06B, QWEN3_8B, Shape
 from minisgl.build import BUNDLED_MODEL
 from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch, StepOutput

@@ -10,7 +10,8 @@ import argparse
 
 import torch
 
-from benchmarks.kernels.workloads import Setting, workloads
+from benchmarks.kernels.workload import Setting
+from benchmarks.kernels.workloads import workloads
 from minisgl.trace import nvtx_range
 
 

@@ -69,8 +69,8 @@ def plot(rows: list[Row], ceilings: Ceilings, title: str, folder: Path) -> list[
             bars.setdefault(f"{row['op']} ({row['implementation']}) / {name}", []).append(ratio)
     means = [statistics.geometric_mean(ratios) for ratios in bars.values()]
     reach = [
-        [mean - min(ratios) for mean, ratios in zip(means, bars.values(), strict=True)],
-        [max(ratios) - mean for mean, ratios in zip(means, bars.values(), strict=True)],
+        [max(mean - min(ratios), 0.0) for mean, ratios in zip(means, bars.values(), strict=True)],
+        [max(max(ratios) - mean, 0.0) for mean, ratios in zip(means, bars.values(), strict=True)],
     ]
     figure, axes = plt.subplots(figsize=(9, 1 + 0.22 * len(bars)))
     axes.barh(list(bars), means, xerr=reach, error_kw={"linewidth": 0.8})

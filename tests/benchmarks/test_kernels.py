@@ -154,6 +154,17 @@ def test_runs_on_a_cpu(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
+def test_bars_show_one_shape_and_many(tmp_path):
+    """The mean of a single ratio may lie below it, by a rounding error."""
+    rows = [
+        _row("rmsnorm", 1e-3, tags={}, flops=1, ratios={"eager": ratio})
+        for ratio in (214.22, 158.8, 0.3)
+    ]
+    one = _row("merge", 1e-3, tags={}, flops=1, ratios={"eager": 0.1 + 0.2})
+    paths = report.plot([*rows, one], Ceilings(3e12, 8e14), "title", tmp_path)
+    assert [path.stat().st_size > 1000 for path in paths] == [True, True]
+
+
 def test_what_comes_late_is_left_out_by_name(tmp_path, monkeypatch, capsys):
     words = ["--device", "cpu", "--op", "merge", "--seconds", "-1", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["benchmarks.kernels", *words])
