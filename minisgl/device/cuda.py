@@ -124,8 +124,10 @@ class CudaDevice:
         graph: Any = torch.cuda.CUDAGraph()
         # Not `torch.cuda.graph`, which empties the allocator's cache at every capture.
         graph.capture_begin(pool=self._graph_pool, capture_error_mode="thread_local")
-        function()
-        graph.capture_end()
+        try:
+            function()
+        finally:
+            graph.capture_end()
         return graph  # type: ignore[no-any-return]
 
     def memory(self) -> Memory:

@@ -22,8 +22,9 @@ from minisgl.core.executor import GrammarMasks
 from minisgl.device import Device, Graph
 from minisgl.layers.attention import ForwardInputs
 from minisgl.runtime.footprint import GraphSizes, mask_words
-from minisgl.runtime.inputs import PENDING, StepArrays, cascade_words, decode_words, pack_masks
+from minisgl.runtime.inputs import StepArrays, cascade_words, decode_words, pack_masks
 from minisgl.runtime.kv_pool import KVPool
+from minisgl.runtime.proposals import PENDING
 from minisgl.runtime.ragged import fill_inputs
 from minisgl.runtime.rows import RowBuffers
 from minisgl.runtime.sampler import Masks, Points, Sampler, Shaping
@@ -117,6 +118,7 @@ class DecodeGraphs:
             for part in (views.grouped.groups, views.grouped.shared):
                 assert part is not None
                 part.zero_()
+            self._graph(size, Forward.PLAIN).replay()  # second halves are captured on real values
             for half in halves:
                 self._graph(size, half)
 

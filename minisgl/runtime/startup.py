@@ -1,12 +1,34 @@
-"""What a start takes: the seconds of its stages, and how it ends with nothing left to compile."""
+"""A start: its stages timed, kernels compiled, everything run once before it is served."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+import torch
+
+from minisgl.core.batch import Batch, CascadeGroup, Chunk, CopyJob, RowSetup
+from minisgl.core.executor import GrammarMasks, Limits
+from minisgl.core.request import SamplingParams
+from minisgl.device import Device
+from minisgl.kernels.shapes import EngineShapes
+from minisgl.log import get_logger
+from minisgl.models.decoder import Decoder
+from minisgl.parallel import Communicator
+from minisgl.runtime.footprint import mask_words
+from minisgl.runtime.inputs import Geometry, pack_step
+from minisgl.runtime.kernel_shapes import model_shapes
+from minisgl.runtime.proposals import PENDING
+from minisgl.runtime.rows import HostRows
+from minisgl.runtime.runner import Runner, Step
+
+log = get_logger(__name__)
 
 
 class Stages:
-    """Seconds of each stage, in the order they began."""
+    """Seconds of each stage, in the order they ended."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -22,7 +44,86 @@ class Stages:
 
     def table(self) -> str:
         """One line per stage, for the log."""
-        lines = [f"  {name:<16} {seconds:>8.2f} s" for name, seconds in self.seconds.items()]
+        rows = [*self.seconds.items(), ("total", sum(self.seconds.values()))]
+        width = max(len(name) for name, _ in rows)
         return "\n".join(
-            ["start-up:", *lines, f"  {'total':<16} {sum(self.seconds.values()):>8.2f} s"]
+            ["start-up:", *(f"  {name:<{width}}{took:>9.2f} s" for name, took in rows)]
         )
+
+
+class Kernels:
+    """The kernels that this process compiles: on a GPU, all of them ahead of serving."""
+
+    def __init__(self, device: Device) -> None:
+        """From now on what is compiled is counted."""
+        self._device = device
+        self._counter = None
+        if device.torch_device.type == "cuda":
+            from minisgl.kernels.warmup import CompileCounter  # imports Triton
+
+            self._counter = CompileCounter()
+            self._counter.install()
+
+    def compiled(self) -> int:
+        """How many there have been so far; those found in the cache on disk count, too."""
+        return 0 if self._counter is None else self._counter.total
+
+    def build(self, model: Decoder, engine: EngineShapes, comm: Communicator) -> None:
+        """Compile what serving `model` can need in parallel processes, and load it here.
+
+        Rank 0 compiles, and the others find it on disk. RuntimeError where a kernel does not
+        compile.
+        """
+        if self._counter is None:
+            return
+        from minisgl.kernels.config import table_for
+        from minisgl.kernels.warmup import compile_ahead, load, serving_launches
+
+        major, minor = torch.cuda.get_device_capability(self._device.torch_device)
+        arch, shapes = 10 * major + minor, model_shapes(model)
+        if comm.rank == 0:
+            compiled = compile_ahead(shapes, engine, arch)
+            log.info("compiled %d kernels for sm_%d; the others were on disk", compiled, arch)
+        self._device.run(lambda: comm.broadcast(self._device.zeros((1,), torch.int32)))
+        launches = serving_launches(shapes, engine, table_for(arch))
+        self._device.run(load, launches, arch)
+
+
+def warm_up(
+    runner: Runner, limits: Limits, geometry: Geometry, *, cascade: bool, everything: bool
+) -> None:
+    """Run prompts and mixed steps on the padding row, in the stream.
+
+    With `everything` that can be asked of them, too, so that no request is the first to load what
+    it needs. Padding is left greedy: the cheapest to sample.
+    """
+    row = limits.max_rows
+    host = HostRows(limits.max_rows, limits.vocab_size, ())
+    asking = SamplingParams(
+        seed=0, frequency_penalty=0.1, logit_bias=((0, 1.0),), logprobs=1, prompt_logprobs=1
+    )
+    greedy = SamplingParams(seed=0, temperature=0.0)
+    setups = [RowSetup(0, 0, row, 0, 2, params, [0, 0]) for params in (asking, greedy)]
+    prompt = Chunk(0, 0, row, 0, 2, [0, 0], 0, [0], True)
+    decode = Chunk(0, 0, row, 1, 1, [], 0, [], True)
+    drafted = Chunk(0, 0, row, 1, 2, [], 0, [], True, [0])
+    batches = [
+        Batch(0, [prompt], 0, setups[:1], [CopyJob(0, 0, 0)]),
+        Batch(1, [drafted, prompt], 1),
+        Batch(2, [prompt], 0, setups[1:]),
+        Batch(3, [decode, prompt], 1),
+    ]
+    if cascade:
+        after = Chunk(0, 0, row, limits.page_size, 1, [0], 0, [0, 0], True)
+        batches.append(Batch(4, [after], 1, cascade_groups=[CascadeGroup(0, 1, 1)]))
+    if geometry.num_drafts:
+        follows = msgspec.structs.replace(prompt, samples=False)
+        drafts = [PENDING] * geometry.num_drafts
+        proposed = Chunk(0, 0, row, 0, 1 + len(drafts), [], 0, [], True, drafts)
+        batches.append(Batch(5, [proposed], 1, draft_chunks=[follows]))
+    bits = np.full((1, mask_words(limits.vocab_size)), 2**32 - 1, np.uint32)
+    eager = replace(geometry, decode_sizes={}, staging=0)
+    for batch in batches if everything else batches[2:]:
+        step = Step(pack_step(batch, host, eager))
+        runner.forward(step)
+        runner.sample(step, None if batch.step else GrammarMasks([0], bits))

@@ -4,37 +4,30 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import msgspec
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from minisgl.config import CUDA_GRAPH_MAX_BS, EngineConfig
-from minisgl.core.batch import Batch, CascadeGroup, Chunk, RowSetup
 from minisgl.core.executor import Limits
-from minisgl.core.request import SamplingParams
 from minisgl.device import Device
+from minisgl.kernels.shapes import EngineShapes
 from minisgl.log import get_logger, shows_progress
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import ROPE_SLACK
 from minisgl.models.loader import load_model
 from minisgl.parallel import Communicator, Solo
 from minisgl.runtime.agreement import fewest, share_of_memory
+from minisgl.runtime.draft import FIRST_WIDTH
 from minisgl.runtime.draft_loading import Draft, load_draft
 from minisgl.runtime.fixed_order import FixedOrder, check_fixed_order
-from minisgl.runtime.footprint import (
-    GraphSizes,
-    logits_bytes,
-    padded_sizes,
-    workspace_bytes,
-)
+from minisgl.runtime.footprint import GraphSizes, logits_bytes, padded_sizes, workspace_bytes
 from minisgl.runtime.graphs import DecodeGraphs, StaticBuffers
-from minisgl.runtime.inputs import Geometry, pack_step
+from minisgl.runtime.inputs import Geometry
 from minisgl.runtime.kv_pool import KVPool, KVShape, check_graphs, plan_memory
-from minisgl.runtime.proposals import PENDING
 from minisgl.runtime.rows import HostRows, RowBuffers
-from minisgl.runtime.runner import Model, Runner, Step
+from minisgl.runtime.runner import Model, Runner
 from minisgl.runtime.sampler import Sampler
-from minisgl.runtime.startup import Stages
+from minisgl.runtime.startup import Kernels, Stages, warm_up
 
 log = get_logger(__name__)
 
@@ -78,7 +71,7 @@ class Worker:
         self.graph_bytes = 0  # what capturing took
         graphs, stages = graphs or GraphSizes({}), stages or Stages()
         on_cpu = device.torch_device.type == "cpu"
-        max_pages = -(-(limits.max_context + ROPE_SLACK) // limits.page_size)
+        max_pages = _page_table_width(limits)
         every = tuple(range(1, limits.max_rows + 1))
         draft_sizes = every if on_cpu else padded_sizes(limits.max_rows)
         self.geometry = Geometry(
@@ -114,7 +107,7 @@ class Worker:
                     draft=drafting,
                     compare=comm if compare else None,
                 )
-                self._warm_up(eager, cascade)
+                warm_up(eager, limits, self.geometry, cascade=cascade, everything=not on_cpu)
             if drafting is not None and not on_cpu:
                 with stages.stage("capture the draft model"):
                     drafting.capture()
@@ -141,29 +134,6 @@ class Worker:
         """Kernels compiled since this was ready."""
         return self._compiled() - self._compiled_at_start
 
-    def _warm_up(self, runner: Runner, cascade: bool) -> None:
-        """Run a prompt chunk and a mixed step on the padding row, so that kernels are ready."""
-        row, page, page_size = self.limits.max_rows, [0], self.limits.page_size
-        host = HostRows(self.limits.max_rows, self.limits.vocab_size, ())
-        params = SamplingParams(seed=0, temperature=0.0)  # padding is sampled at the least cost
-        setup = RowSetup(0, 0, row, 0, 1, params, [])
-        prompt = Chunk(0, 0, row, 0, 1, [0], 0, page, True)
-        decode = Chunk(0, 0, row, 1 % page_size, 1, [], 0, [], True)
-        eager = replace(self.geometry, decode_sizes={}, staging=0)
-        batches = [Batch(0, [prompt], 0, [setup]), Batch(1, [decode, prompt], 1)]
-        if cascade:
-            after = Chunk(0, 0, row, page_size, 1, [0], 0, [0, 0], True)
-            batches.append(Batch(2, [after], 1, cascade_groups=[CascadeGroup(0, 1, 1)]))
-        if self.geometry.num_drafts:
-            follows = msgspec.structs.replace(prompt, samples=False)
-            drafts = [PENDING] * self.geometry.num_drafts
-            proposed = Chunk(0, 0, row, 0, 1 + len(drafts), [], 0, [], True, drafts)
-            batches.append(Batch(3, [proposed], 1, draft_chunks=[follows]))
-        for batch in batches:
-            step = Step(pack_step(batch, host, eager))
-            runner.forward(step)
-            runner.sample(step, None)
-
     def close(self) -> None:
         """Idempotent."""
         self.device.close()
@@ -176,7 +146,7 @@ def load_worker(
 
     Raises ValueError naming the field for a context or a pool that cannot be.
     """
-    comm, stages = comm or Solo(), Stages()
+    comm, stages, kernels = comm or Solo(), Stages(), Kernels(device)
     facts = ModelConfig.from_hf(path)
     on_cpu = device.torch_device.type == "cpu"
     dtype = facts.dtype if config.dtype == "auto" else DTYPES[config.dtype]
@@ -208,9 +178,9 @@ def load_worker(
         weights = sum(w.target.numel() * w.target.element_size() for w in model.weights())
         shape = KVShape(facts.num_layers, model.num_kv_heads, facts.head_dim, dtype)
         max_rows, vocab = config.max_running_requests, facts.vocab_size
-        points = max_rows
+        num_drafts = 0
         if config.speculative_algorithm != "none":
-            points *= 1 + config.speculative_num_draft_tokens
+            num_drafts = config.speculative_num_draft_tokens
         graphs = _graph_sizes(config, dtype, on_cpu)
         graph_bytes = graphs.static_bytes(vocab)
         if not on_cpu:
@@ -224,7 +194,7 @@ def load_worker(
             workspace=workspace_bytes(
                 facts, config.chunked_prefill_size + max_rows, dtype, comm.size
             ),
-            logits=logits_bytes(vocab, points),
+            logits=logits_bytes(vocab, max_rows * (1 + num_drafts)),
             counts=RowBuffers.counts_bytes(max_rows, vocab),
             graphs=graph_bytes,
             page_size=config.page_size,
@@ -232,21 +202,38 @@ def load_worker(
             mem_fraction_static=config.mem_fraction_static,
             max_total_tokens=config.max_total_tokens,
         )
+    limits = Limits(
+        num_pages=device.run(fewest, comm, device, plan.num_pages),
+        page_size=plan.page_size,
+        max_rows=max_rows,
+        max_context=max_context,
+        vocab_size=vocab,
+    )
+    with stages.stage("build kernels"):
+        launched = EngineShapes(
+            page_size=limits.page_size,
+            num_pages=limits.num_pages,
+            max_pages=_page_table_width(limits),
+            max_rows=max_rows,
+            widths=tuple(graphs.by_width) or (1,),
+            max_drafts=num_drafts,
+            batch_invariant=config.batch_invariant,
+            cascade=cascade,
+        )
+        kernels.build(model, launched, comm)
+        if draft is not None and draft.model is not None:
+            passes = replace(launched, widths=(1, FIRST_WIDTH), cascade=False)
+            kernels.build(draft.model, passes, Solo())
     worker = Worker(
         device,
         FixedOrder(model, device.torch_device) if config.batch_invariant else model,
         shape,
-        Limits(
-            num_pages=device.run(fewest, comm, device, plan.num_pages),
-            page_size=plan.page_size,
-            max_rows=max_rows,
-            max_context=max_context,
-            vocab_size=vocab,
-        ),
+        limits,
         eos_token_ids=facts.eos_token_ids,
         graphs=graphs,
         comm=comm,
         stages=stages,
+        compiled=kernels.compiled,
         compare=config.log_level == "debug" and comm.size > 1,
         cascade=cascade,
         draft=draft,
@@ -273,6 +260,10 @@ def uses_cascade(config: EngineConfig, facts: ModelConfig, device: Device) -> bo
     if config.disable_cascade or config.disable_radix_cache or config.batch_invariant:
         return False
     return least is not None or device.torch_device.type != "cpu"
+
+
+def _page_table_width(limits: Limits) -> int:
+    return -(-(limits.max_context + ROPE_SLACK) // limits.page_size)
 
 
 def token_multiple(dtype: torch.dtype, on_cpu: bool) -> int:

@@ -8,10 +8,13 @@ from minisgl.core.batch import Batch
 from minisgl.core.executor import GrammarMasks, Limits
 from minisgl.core.request import Request, SamplingParams
 from minisgl.device import CpuDevice
+from minisgl.kernels.sampling import column
 from minisgl.runtime.executor import LocalExecutor
 from minisgl.runtime.graphs import Forward
 from minisgl.runtime.kv_pool import KVShape
+from minisgl.runtime.runner import Runner
 from minisgl.runtime.sampler import Shaping
+from minisgl.runtime.startup import warm_up
 from minisgl.runtime.worker import Worker
 from tests.runtime.harness import VOCAB, make_executor, mixed_requests, serve, tiny_decoder
 
@@ -110,6 +113,35 @@ def test_compilations_count_from_when_it_was_ready(model):
     compiled[0] += 2
     assert executor.compilations == 2
     executor.close()
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_a_warm_up_asks_for_everything_and_leaves_padding_greedy(executors, page_size):
+    facts = {"page_size": page_size, "num_pages": 640 // page_size}
+    executor = executors(**facts)
+    worker = executor._worker
+    asked = set()
+
+    class Watched(Runner):
+        def forward(self, step):
+            asked.update(step.arrays.sections)
+            super().forward(step)
+
+        def sample(self, step, masks):
+            asked.update({"masks"} if masks else ())
+            super().sample(step, masks)
+
+    runner = worker.runner
+    runner.__class__ = Watched
+    limits, geometry = worker.limits, worker.geometry
+    worker.device.run(lambda: warm_up(runner, limits, geometry, cascade=True, everything=True))
+    wanted = {"masks", "copies", "drafts", "asked", "targets", "patch_index", "bias_ids"}
+    assert wanted | {"count_rows", "setup_rows", "points"} <= asked
+    padding = runner._rows.padding
+    assert column(runner._rows.params, "temperature")[padding] == 0
+    assert runner._rows.counted[padding] == 0
+    requests = mixed_requests(7, seed=8)
+    assert serve(executor, requests).tokens == serve(executors(**facts), requests).tokens
 
 
 def test_nothing_moves_once_it_is_captured(model, executors):

@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch, Chunk, RowSetup
 from minisgl.core.request import SamplingParams
 from minisgl.device import CpuDevice, Memory
+from minisgl.kernels import warmup
+from minisgl.kernels.shapes import EngineShapes
 from minisgl.models.config import ModelConfig
+from minisgl.models.loader import load_model
+from minisgl.parallel import Solo
 from minisgl.runtime.executor import LocalExecutor
 from minisgl.runtime.footprint import (
     NODE_BYTES,
@@ -33,7 +38,7 @@ from minisgl.runtime.kv_pool import (
     plan_memory,
 )
 from minisgl.runtime.rows import RowBuffers
-from minisgl.runtime.startup import Stages
+from minisgl.runtime.startup import Kernels, Stages
 from minisgl.runtime.worker import load_worker
 
 MIB = 2**20
@@ -282,3 +287,53 @@ def test_stages_of_a_start_are_timed_and_shown():
     with pytest.raises(KeyError), stages.stage("fails"):
         raise KeyError
     assert "fails" in stages.seconds
+
+
+def test_one_rank_compiles_and_all_load_what_is_on_disk(monkeypatch):
+    """In this order: nobody looks for a kernel that is still being compiled."""
+    log: list[str] = []
+    monkeypatch.setattr(triton.knobs.compilation, "listener", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(
+        warmup, "compile_ahead", lambda model, engine, arch: log.append(f"compile {arch}") or 3
+    )
+    monkeypatch.setattr(
+        warmup,
+        "load",
+        lambda launches, arch: log.append(f"load {len(list(launches)) > 5} {arch}"),
+    )
+
+    class Gpu(CpuDevice):
+        torch_device = torch.device("cuda")
+
+        def zeros(self, shape, dtype):
+            return torch.zeros(shape, dtype=dtype)
+
+    class Second(Solo):
+        def broadcast(self, x):
+            log.append("wait")
+            return x
+
+    facts = ModelConfig.from_dict(CONFIG | {"hidden_size": 64, "head_dim": 64})
+    model = load_model(
+        facts, "", dtype=torch.bfloat16, device=torch.device("cpu"), load_format="dummy"
+    )
+    engine = EngineShapes(page_size=16, num_pages=8, max_pages=4, max_rows=4)
+    for rank, want in ((0, ["compile 90", "wait", "load True 90"]), (1, ["wait", "load True 90"])):
+        device = Gpu(num_threads=1)
+        kernels = Kernels(device)
+        kernels.build(model, engine, Second(rank=rank, size=2))
+        device.close()
+        assert log == want
+        log.clear()
+        before = kernels.compiled()
+        triton.knobs.compilation.listener(
+            src=type("Source", (), {"name": "k"}), metadata={}, metadata_group={}, times=None,
+            cache_hit=False,
+        )  # fmt: skip
+        assert kernels.compiled() == before + 1
+    cpu = CpuDevice(num_threads=1)
+    kernels = Kernels(cpu)
+    kernels.build(model, engine, Solo())
+    assert (kernels.compiled(), log) == (0, [])
+    cpu.close()

@@ -1,0 +1,177 @@
+"""What the CUDA device asks of its streams, in order, with stand-ins for torch.cuda's objects.
+
+No kernel runs: the stand-ins take down who waits for whom. What they cannot show is for tests/gpu.
+"""
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+from minisgl.device import cuda
+from minisgl.device.pinned import PinnedRing
+
+
+class World:
+    """Streams named 0, 1, ... as they are made, and everything that happens on them."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.streams = self.events = 0
+        self.current = "none"
+        self.passed: set[str] = set()
+
+    def patch(self, monkeypatch) -> None:
+        world = self
+
+        class Stream:
+            def __init__(self, device):
+                self.name = f"stream{world.streams}"
+                world.streams += 1
+
+            def wait_event(self, event):
+                world.log.append(f"{self.name} waits for {event.name}")
+
+            def wait_stream(self, other):
+                world.log.append(f"{self.name} waits for {other.name}")
+
+            def synchronize(self):
+                world.log.append(f"host waits for {self.name}")
+
+        class Event:
+            def __init__(self, enable_timing):
+                self.name = f"event{world.events}"
+                world.events += 1
+
+            def record(self, stream):
+                world.log.append(f"{stream.name} records {self.name}")
+
+            def query(self):
+                return self.name in world.passed
+
+            def synchronize(self):
+                world.log.append(f"host waits for {self.name}")
+
+        class Graph:
+            def capture_begin(self, pool, capture_error_mode):
+                world.log.append(f"capture on {world.current}")
+
+            def capture_end(self):
+                world.log.append("captured")
+
+        @contextmanager
+        def on(stream):
+            before, world.current = world.current, stream.name
+            yield
+            world.current = before
+
+        def copy_(target, source, non_blocking=False):
+            assert non_blocking
+            world.log.append(f"copy on {world.current}")
+            return copy(target, source)
+
+        copy = torch.Tensor.copy_
+        monkeypatch.setattr(torch.Tensor, "copy_", copy_)
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+        for name, value in {
+            "Stream": Stream,
+            "Event": Event,
+            "CUDAGraph": Graph,
+            "stream": on,
+            "graph_pool_handle": lambda: None,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def take(self) -> list[str]:
+        log, self.log = self.log, []
+        return log
+
+
+@pytest.fixture
+def world(monkeypatch):
+    made = World()
+    made.patch(monkeypatch)
+    ring = PinnedRing(torch.zeros(1024, dtype=torch.uint8))
+    monkeypatch.setattr(cuda, "_pinned", lambda size: ring)
+    return made
+
+
+@pytest.fixture
+def device(world):
+    made = cuda.CudaDevice()
+    made.torch_device = torch.device("cpu")
+    world.take()
+    return made
+
+
+def test_an_upload_runs_in_the_computing_stream(world, device):
+    place = torch.zeros(5, dtype=torch.int32)
+    sent = device.run(device.upload, np.array([4, 5], np.int32), place)
+    assert world.take() == ["copy on stream0", "stream0 records event0"]
+    assert place.tolist() == [4, 5, 0, 0, 0]
+    assert sent.tolist() == [4, 5]
+    assert device.run(device.upload, np.array([7], np.int32)).tolist() == [7]
+
+
+def test_a_pinned_span_is_held_until_its_upload_has_passed(world, device):
+    array = np.zeros(100, np.int32)
+    for _ in range(2):
+        device.run(device.upload, array)
+    assert device._uploads.take((100,), torch.int32) is None
+    world.passed.add("event0")
+    assert device._uploads.take((100,), torch.int32) is not None
+
+
+def test_a_download_follows_the_work_and_holds_nobody(world, device):
+    got = device.run(device.download, torch.arange(3))
+    assert world.take() == [
+        "stream0 records event0",
+        "stream1 waits for event0",
+        "copy on stream1",
+    ]
+    assert got.tolist() == [0, 1, 2]
+    event = device.landed()
+    assert world.take() == [
+        "stream0 records event1",
+        "stream1 waits for event1",
+        "stream1 records event2",
+    ]
+    event.wait()
+    assert world.take() == ["host waits for event2"]
+    device.run(device.await_downloads)
+    assert world.take() == ["stream0 waits for stream1"]
+
+
+def test_a_download_is_kept_as_long_as_its_reader(world, device):
+    kept = [device.run(device.download, torch.full((100,), n).int()) for n in range(2)]
+    assert device._downloads.take((100,), torch.int32) is None
+    assert [tensor.tolist() for tensor in kept] == [[n] * 100 for n in range(2)]
+    del kept[0]
+    assert device._downloads.take((100,), torch.int32) is not None
+
+
+def test_work_is_run_once_before_it_is_captured(world, device):
+    device.run(device.capture, lambda: world.log.append("work"))
+    assert world.take() == [
+        "work",
+        "host waits for stream0",
+        "capture on stream0",
+        "work",
+        "captured",
+    ]
+
+
+def test_a_failure_skips_what_follows_and_is_raised_by_events(world, device):
+    good = device.record()
+    device.submit(lambda: 1 / 0)
+    device.submit(world.log.append, "ran")
+    good.wait()
+    assert "ran" not in world.take()
+    for event in (device.record(), device.landed()):
+        with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+            event.wait()
+    device.close()
+    assert world.take()[-2:] == ["host waits for stream0", "host waits for stream1"]
+    with pytest.raises(RuntimeError, match="closed"):
+        device.submit(world.log.append, "ran")
