@@ -47,6 +47,14 @@ $(VENV)/installed-test: $(VENV)/installed
 	@$(PIP) install -c $(VENV)/constraints.txt -e '.[test]'
 	@touch $@
 
+# The newest Triton that setup.py allows, beside the one that constraints.txt names.
+NEWEST := $(VENV)/triton-newest
+$(NEWEST)/installed: setup.py $(VENV)/installed-test
+	@echo "==> adding the newest Triton to $(NEWEST)"
+	@rm -rf $(NEWEST)
+	@$(PIP) install --no-deps --target $(NEWEST) "$$(sed -n 's/.*"\(triton>=[^;]*\);.*/\1/p' setup.py)"
+	@touch $@
+
 venv: $(VENV)/installed-test
 
 native: $(VENV)/installed
@@ -79,10 +87,14 @@ test-main: venv native
 	$(call stage,tests,$(PYTEST) -n $(JOBS) --dist loadfile tests --ignore tests/test_floors.py \
 		--ignore tests/kernels --ignore tests/compile)
 
-# Triton decides at import whether it interprets or compiles: one process each.
-test-interp: venv native
+# Triton decides at import whether it interprets or compiles: one process each. Interpreted by
+# Triton 3.6.0 and by the newest: what both accept is what a user's machine may have.
+test-interp: venv native $(NEWEST)/installed
 ifneq ($(wildcard tests/kernels),)
 	$(call stage,kernels (interpreted),TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) tests/kernels)
+	@PYTHONPATH=$(NEWEST) $(PY) -c 'import triton; print("==> now by triton", triton.__version__)'
+	$(call stage,kernels (interpreted by the newest Triton),PYTHONPATH=$(NEWEST) TRITON_INTERPRET=1 \
+		$(PYTEST) -n $(JOBS) tests/kernels)
 endif
 
 test-compile: venv
