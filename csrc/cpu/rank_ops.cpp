@@ -3,13 +3,20 @@
 // Every rank has two slots, used in turn. A collective is: write the own slot, publish its number
 // (the epoch), wait until everyone has published it, read the others' slots. Who publishes epoch e
 // has read all it needed of e - 1, and who passes e knows that of everyone: a slot may be written
-// again two epochs later. Sums are taken in rank order, in fp32, so that all ranks hold the same bits.
+// again two epochs later. Who waits spins and yields shortly, then sleeps: ranks may outnumber the
+// cores. Sums are taken in rank order, in fp32, so that all ranks hold the same bits.
 // The Python twin is gloo, in minisgl/parallel/torch_group.py.
 
 #include <pybind11/pybind11.h>
 #include <sched.h>
 #include <sys/mman.h>
 #include <time.h>
+
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -26,13 +33,31 @@ namespace {
 using Address = std::uintptr_t;
 using Index = std::int64_t;
 
-constexpr int SPINS = 300, YIELDS = 300;  // then short sleeps: ranks may outnumber the cores
-constexpr long NAP = 50'000;              // nanoseconds
+constexpr int SPINS = 300, YIELDS = 20;
+constexpr long NAP = 20'000'000;  // nanoseconds between two looks at what has been given up
 
 struct alignas(128) Line {  // apart, so that no rank's stores disturb another's polling
-    std::atomic<std::uint64_t> value;
+    std::atomic<std::uint32_t> epoch;
+    std::atomic<std::uint32_t> sleepers;
 };
-static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
+static_assert(std::atomic<std::uint32_t>::is_always_lock_free);
+
+// Sleep until woken while `word` is `seen`; NAP at most.
+void sleep_on(std::atomic<std::uint32_t> &word, std::uint32_t seen) {
+#ifdef __linux__
+    const timespec nap{0, NAP};
+    syscall(SYS_futex, &word, FUTEX_WAIT, seen, &nap, nullptr, 0);
+#else
+    const timespec nap{0, NAP / 1000};
+    nanosleep(&nap, nullptr);
+#endif
+}
+
+void wake_all(std::atomic<std::uint32_t> &word) {
+#ifdef __linux__
+    syscall(SYS_futex, &word, FUTEX_WAKE, 1 << 30, nullptr, nullptr, 0);
+#endif
+}
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -96,7 +121,10 @@ class Group {
     }
 
     // From any thread of any rank: everyone who waits, or will, raises.
-    void abort() { lines_[size_].value.store(1, std::memory_order_release); }
+    void abort() {
+        lines_[size_].epoch.store(1);
+        for (int r = 0; r < size_; ++r) wake_all(lines_[r].epoch);
+    }
 
   private:
     char *slot(int rank) const { return slots_ + (2 * rank + Index(epoch_ & 1)) * slot_; }
@@ -106,30 +134,36 @@ class Group {
         return slot(rank_);
     }
 
+    // A rank that falls asleep has counted itself before it looks at the epoch for the last time, and
+    // the epoch is published before its sleepers are looked for: one of the two sees the other.
     void meet() {
-        lines_[rank_].value.store(epoch_, std::memory_order_release);
+        Line &own = lines_[rank_];
+        own.epoch.store(epoch_);
+        if (own.sleepers.load()) wake_all(own.epoch);
         for (int r = 0; r < size_; ++r)
             if (r != rank_) wait_for(r);
     }
 
+    bool has_come(std::uint32_t epoch) const { return std::int32_t(epoch - epoch_) >= 0; }
+
     void wait_for(int rank) const {
-        double deadline = 0;
-        for (int i = 0;; ++i) {
-            if (lines_[rank].value.load(std::memory_order_acquire) >= epoch_) return;
-            if (lines_[size_].value.load(std::memory_order_relaxed))
-                throw std::runtime_error("a collective was given up: a rank is gone");
-            if (i < SPINS) {
-                pause();
-                continue;
-            }
-            if (deadline == 0) deadline = now() + timeout_;
-            if (now() > deadline)
-                throw std::runtime_error("rank " + std::to_string(rank) + " did not come to a collective within " +
-                                         std::to_string(int(timeout_)) + " s");
-            const timespec nap{0, NAP};
-            i < SPINS + YIELDS ? sched_yield() : nanosleep(&nap, nullptr);
+        Line &line = lines_[rank];
+        for (int i = 0; i < SPINS + YIELDS; ++i) {
+            if (has_come(line.epoch.load(std::memory_order_acquire))) return;
+            i < SPINS ? pause() : void(sched_yield());
         }
+        const double deadline = now() + timeout_;
+        ++line.sleepers;
+        std::uint32_t seen;
+        while (!has_come(seen = line.epoch.load()) && !given_up() && now() < deadline) sleep_on(line.epoch, seen);
+        --line.sleepers;
+        if (has_come(seen)) return;
+        if (given_up()) throw std::runtime_error("a collective was given up: a rank is gone");
+        throw std::runtime_error("rank " + std::to_string(rank) + " did not come to a collective within " +
+                                 std::to_string(int(timeout_)) + " s");
     }
+
+    bool given_up() const { return lines_[size_].epoch.load() != 0; }
 
     template <class T>
     void reduce(T *x, Index count) {
@@ -162,8 +196,8 @@ class Group {
     const Index slot_;
     const double timeout_;
     const std::size_t bytes_;
-    std::uint64_t epoch_ = 0;
-    Line *lines_;  // one per rank: the epoch it has published; then the word that calls all off
+    std::uint32_t epoch_ = 0;  // wraps around
+    Line *lines_;  // one per rank: the epoch it has published; then one that calls all off
     char *slots_;
 };
 
