@@ -280,7 +280,8 @@ def report(rows: list[Row], kind: str, args: argparse.Namespace) -> None:
     where = {"virtual": "streams of one GPU", "gpus": "GPUs", "cpu": "CPU processes"}[kind]
     print(f"all-reduce of [rows, {args.hidden}] {args.dtype} on {args.ranks} {where}; microseconds")
     head = "".join(f"{name:>10} {'+ norm':>8}" for name in names)
-    print(f"{'rows':>6} {'bytes':>10}{head}   table")
+    last = "gloo / shared" if kind == "cpu" else "table"
+    print(f"{'rows':>6} {'bytes':>10}{head}   {last}")
     for row in rows:
         times = ""
         for name in names:
@@ -288,8 +289,10 @@ def report(rows: list[Row], kind: str, args: argparse.Namespace) -> None:
                 seconds = row[part].get(name)
                 text = f"{'-':>{width}}" if seconds is None else f"{seconds * 1e6:>{width}.1f}"
                 times += text if part == "sum" else " " + text
-        row["table"] = ""
-        if kind != "cpu":
+        if kind == "cpu":
+            own = row["sum"].get("shared")
+            row["table"] = "" if own is None else f"{row['sum']['gloo'] / own:.1f}"
+        else:
             multimem = "multimem" in names
             path = choose(row["bytes"], args.ranks, multimem=multimem, ordered=False)
             row["table"] = "nccl" if path is None else path.name.lower()

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from minisgl.child import read_boot
 from minisgl.device import pick_device
 from minisgl.log import configure, get_logger
+from minisgl.parallel import Communicator
 from minisgl.runtime.channel import (
     Arrived,
     Boot,
@@ -54,47 +55,52 @@ def follow(boot: Boot, channel: Channel, store: dist.Store | None) -> None:
     details = config.profile_dir is not None
     executor = LocalExecutor(worker, rank=boot.rank, trace_details=details)
     _say(channel, Ready())
-    _replay(executor, channel)
+    _Replay(executor, comm, channel).run()
     executor.close()
     comm.close()
 
 
-def _replay(executor: LocalExecutor, channel: Channel) -> None:
+class _Replay:
     """One step stays in flight, as on rank 0: the next is packed while it runs."""
-    decode = msgspec.msgpack.Decoder(ToRank).decode
-    in_flight = 0
-    while True:
-        data = channel.receive(IDLE_SECONDS)
-        match None if data is None else decode(data):
-            case Dispatch(batch):
-                executor.dispatch(batch)
-            case Sample(step):
-                executor.sample(step)
-                in_flight += 1
-            case StartProfile(traces):
-                in_flight = _collect(executor, in_flight, down_to=0)
-                executor.start_profile(traces=traces)
-            case StopProfile(directory):
-                in_flight = _collect(executor, in_flight, down_to=0)
-                _say(channel, _stop_profile(executor, directory))
-            case Stop():
-                return
-        in_flight = _collect(executor, in_flight, down_to=0 if data is None else 1)
 
+    def __init__(self, executor: LocalExecutor, comm: Communicator, channel: Channel) -> None:
+        self._executor = executor
+        self._comm = comm
+        self._channel = channel
+        self._in_flight = 0
 
-def _collect(executor: LocalExecutor, in_flight: int, down_to: int) -> int:
-    """How many steps are in flight afterwards."""
-    while in_flight > down_to:
-        executor.collect()
-        in_flight -= 1
-    return in_flight
+    def run(self) -> None:
+        """Until rank 0 says stop."""
+        decode = msgspec.msgpack.Decoder(ToRank).decode
+        while True:
+            data = self._channel.receive(IDLE_SECONDS)
+            match None if data is None else decode(data):
+                case Dispatch(batch):
+                    self._executor.dispatch(batch)
+                case Sample(step):
+                    self._executor.sample(step)
+                    self._in_flight += 1
+                case StartProfile(traces):
+                    self._collect(down_to=0)
+                    self._executor.start_profile(traces=traces)
+                case StopProfile(directory):
+                    self._collect(down_to=0)
+                    _say(self._channel, self._stop_profile(directory))
+                case Stop():
+                    return
+            self._collect(down_to=0 if data is None else 1)
 
+    def _collect(self, down_to: int) -> None:
+        while self._in_flight > down_to:
+            self._executor.collect()
+            self._comm.check()
+            self._in_flight -= 1
 
-def _stop_profile(executor: LocalExecutor, directory: str) -> Profiled:
-    try:
-        return Profiled(executor.stop_profile(directory))
-    except OSError as error:
-        return Profiled([], str(error))
+    def _stop_profile(self, directory: str) -> Profiled:
+        try:
+            return Profiled(self._executor.stop_profile(directory))
+        except OSError as error:
+            return Profiled([], str(error))
 
 
 def _say(channel: Channel, message: FromRank) -> None:
@@ -110,8 +116,8 @@ def _open_channel(boot: Boot, store: dist.Store | None) -> Channel:
 
 def main() -> int:
     boot = msgspec.msgpack.decode(read_boot(), type=Boot)
-    level = boot.config.log_level
-    configure("warning" if level == "info" else level, f"rank {boot.rank}")  # rank 0 says it all
+    level = "debug" if boot.config.log_level == "debug" else "error"  # the rest rank 0 says for all
+    configure(level, f"rank {boot.rank}")
     store = None if boot.shared is not None else open_store(boot.config, port=boot.port)
     channel = _open_channel(boot, store)
     try:
