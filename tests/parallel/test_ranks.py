@@ -73,14 +73,7 @@ def tokens_of(ranks: int, model: Path | None, **options: Any) -> dict[tuple[str,
     engine = build_engine(config)
     try:
         assert len(children() - before) >= ranks - 1
-        if config.profile_dir is not None:
-            engine.start_profile()
         tokens = serve(engine, engine.info.limits.vocab_size)
-        if config.profile_dir is not None:
-            _, *traces = engine.stop_profile()
-            names = [f"rank{rank}.trace.json.gz" for rank in range(ranks)]
-            assert [Path(trace).name for trace in traces] == names
-            assert all(Path(trace).stat().st_size > 1000 for trace in traces)
         stats = engine.stats().scheduler
         assert stats.num_preemptions > 0
         assert stats.num_hit_tokens > 0
@@ -116,7 +109,7 @@ def bundled() -> dict[tuple[str, int], list[int]]:
     ("ranks", "options"),
     [
         (2, {"log_level": "debug"}),  # every step is compared between the ranks
-        (2, {"disable_overlap_schedule": True, "disable_cuda_graph": True, "profile_dir": "here"}),
+        (2, {"disable_overlap_schedule": True, "disable_cuda_graph": True}),
         (4, {}),  # two ranks to a key head
     ],
 )
@@ -124,16 +117,13 @@ def test_the_bundled_model_is_the_same_on_several_ranks(
     bundled: dict[tuple[str, int], list[int]],
     ranks: int,
     options: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     assert tokens_of(ranks, None, **options) == bundled
 
 
-def test_two_ranks_keep_the_batch_invariant_mode() -> None:
+def test_two_ranks_are_batch_invariant_and_profiled(tmp_path: Path) -> None:
     options = TIGHT | {"dtype": "bfloat16", "max_total_tokens": 1024}
-    with LLM(tp_size=2, batch_invariant=True, **options) as llm:
+    with LLM(tp_size=2, batch_invariant=True, profile_dir=str(tmp_path), **options) as llm:
         params = SamplingParams(max_tokens=20, temperature=0.0, logprobs=1)
         prompts = [request.prompt_token_ids for request in requests(2048)]
         together = llm.generate(prompts, params, use_tqdm=False)
@@ -141,3 +131,11 @@ def test_two_ranks_keep_the_batch_invariant_mode() -> None:
             alone = llm.generate(prompt, params, use_tqdm=False)
             assert alone.token_ids == beside.token_ids
             assert alone.outputs[0].logprobs == beside.outputs[0].logprobs
+        llm.start_profile()
+        llm.generate([5, 6, 7], SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False)
+        _, *traces = llm.stop_profile()
+        assert [Path(trace).name for trace in traces] == [
+            "rank0.trace.json.gz",
+            "rank1.trace.json.gz",
+        ]
+        assert all(Path(trace).stat().st_size > 1000 for trace in traces)
