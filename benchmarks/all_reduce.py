@@ -32,6 +32,7 @@ from minisgl.kernels.all_reduce import (
     all_reduce_norm_reference,
     all_reduce_reference,
     choose,
+    received_bytes,
 )
 from minisgl.kernels.all_reduce.peers import Peers
 from minisgl.kernels.all_reduce.virtual import VirtualRanks
@@ -296,6 +297,11 @@ def report(rows: list[Row], kind: str, args: argparse.Namespace) -> None:
             multimem = "multimem" in names
             path = choose(row["bytes"], args.ranks, multimem=multimem, ordered=False)
             row["table"] = "nccl" if path is None else path.name.lower()
+            row["received_bytes_per_second"] = {
+                path.name.lower(): received_bytes(row["bytes"], args.ranks, path) / seconds
+                for path in Path
+                if (seconds := row["sum"].get(path.name.lower())) is not None
+            }
         print(f"{row['rows']:>6} {row['bytes']:>10}{times}   {row['table']}")
     about = {
         "benchmark": "all_reduce",

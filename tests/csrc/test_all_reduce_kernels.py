@@ -276,10 +276,9 @@ def test_a_chain_of_calls_of_all_kinds(library):
 
 def test_a_missing_rank_is_named(library):
     ranks = Emulated(library, 3, timeout=0.2)
-    x = torch.ones(4, 8)
-    for peers in ranks.peers[:2]:
-        peers.all_reduce(x.clone(), Path.TWO_SHOT)
+    kept = [peers.all_reduce(torch.ones(4, 8), Path.TWO_SHOT) for peers in ranks.peers[:2]]
     library.run()
+    assert len(kept) == 2
     for peers in ranks.peers[:2]:
         with pytest.raises(RuntimeError, match="waited for rank 2 in vain"):
             peers.check()
@@ -287,8 +286,9 @@ def test_a_missing_rank_is_named(library):
 
 def test_the_host_ends_a_wait(library):
     ranks = Emulated(library, 2, timeout=600.0)
-    ranks.peers[0].all_reduce(torch.ones(4, 8), Path.ONE_SHOT)
+    kept = ranks.peers[0].all_reduce(torch.ones(4, 8), Path.ONE_SHOT)
     ranks.peers[0].abort()
     library.run()
+    assert kept is not None
     with pytest.raises(RuntimeError, match="stopped"):
         ranks.peers[0].check()

@@ -19,6 +19,7 @@ from minisgl.kernels.all_reduce import (
     all_reduce_reference,
     choose,
     multicast,
+    received_bytes,
 )
 from minisgl.kernels.all_reduce.memory import HostWord, PeerBuffer
 from minisgl.kernels.all_reduce.peers import STOPPED, Peers, Segment
@@ -100,6 +101,14 @@ def test_paths_fit_their_modes(ranks):
 def test_no_path_is_offered_more_than_it_holds():
     for limits in LIMITS.values():
         assert max(limits.one_shot, limits.two_shot, limits.multimem) <= CAPACITY
+
+
+def test_two_shot_calls_receive_less_from_three_ranks_on():
+    for ranks in range(2, 9):
+        one, two, switch = (received_bytes(840 * 16, ranks, path) for path in Path)
+        assert one == (ranks - 1) * 840 * 16
+        assert (two < one) == (ranks > 2)
+        assert (switch < two) == (ranks > 3)
 
 
 # ---- the specification ------------------------------------------------------------------------

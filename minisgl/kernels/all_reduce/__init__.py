@@ -19,8 +19,6 @@ from enum import IntEnum
 
 import torch
 
-from minisgl.kernels.op import Cost
-
 KB, MB = 1 << 10, 1 << 20
 CAPACITY = 8 * MB  # bytes of one call; each rank holds two halves of it
 
@@ -88,11 +86,11 @@ def all_reduce_norm_reference(
     return scaled.to(parts.dtype), total
 
 
-def all_reduce_cost(num_bytes: int, ranks: int, path: Path) -> Cost:
-    """Bytes that one rank receives from others (or from the switch), and additions that it does."""
-    share = num_bytes // ranks
+def received_bytes(num_bytes: int, ranks: int, path: Path) -> int:
+    """What one rank receives over its links in a call of `num_bytes`."""
+    share = -(-num_bytes // ranks)
     if path is Path.ONE_SHOT:
-        return Cost(bytes=(ranks - 1) * num_bytes, flops=(ranks - 1) * num_bytes // 2)
+        return (ranks - 1) * num_bytes
     if path is Path.TWO_SHOT:
-        return Cost(bytes=2 * (ranks - 1) * share, flops=(ranks - 1) * share // 2)
-    return Cost(bytes=share + num_bytes, flops=0)
+        return 2 * (ranks - 1) * share
+    return share + num_bytes  # its share as the switch has added it, then all shares
