@@ -18,7 +18,7 @@ from collections.abc import Callable
 from minisgl import trace
 from profiles import workload
 
-COARSE = {"step", "plan", "dispatch", "collect", "update", "patch", "forward", "sample"}
+COARSE = {"step", "plan", "dispatch", "collect", "update", "begin", "patch", "forward", "sample"}
 LOOPS = 20_000
 TRIES = 5
 

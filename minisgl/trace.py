@@ -1,8 +1,8 @@
 """Named ranges of time, for profilers: NVTX (domain "minisgl") or whatever a thread records with.
 
-Coarse ranges are the parts of a step: step, plan, dispatch, patch, forward, sample, collect,
-update. Details are layers and ops, and exist only in a thread that was given a recorder. Without
-a recorder and without an attached tool a range is one shared object that does nothing.
+Coarse ranges are the parts of a step: step, plan, dispatch, begin, patch, forward, sample, collect,
+update. Details are layers, ops and collectives, and exist only in a thread that was given a
+recorder. Without one and without an attached tool a range is one shared object that does nothing.
 """
 
 from collections.abc import Callable
@@ -61,22 +61,8 @@ def span(name: str) -> Range:
     return nvtx_range(name) if record is None else record(name)
 
 
-def spanned(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorates a function whose calls are parts of a step."""
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        @wraps(function)
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            with span(name):
-                return function(*args, **kwargs)
-
-        return call
-
-    return decorate
-
-
 def detailed() -> bool:
-    """Whether this thread records layers and ops."""
+    """Whether this thread records details."""
     return _recorder.get() is not None
 
 
@@ -84,6 +70,22 @@ def detail(name: str) -> Range:
     """The range of a layer or an op."""
     record = _recorder.get()
     return NOTHING if record is None else record(name)
+
+
+def ranged(name: str, *, is_detail: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates a function each of whose calls is a part of a step, or a detail of one."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if is_detail and not detailed():
+                return function(*args, **kwargs)
+            with span(name):
+                return function(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 def record_with(recorder: Recorder | None) -> None:

@@ -95,6 +95,7 @@ class _Loop:
                 self._profile(self._engine.stop_profile)
 
     def _profile(self, change: Callable[[], list[str]]) -> None:
+        self._report(busy=True)  # writing files may take as long as a step
         try:
             answer = Profiled(change())
         except (ValueError, RuntimeError) as error:

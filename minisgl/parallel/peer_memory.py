@@ -31,6 +31,7 @@ from minisgl.kernels.rmsnorm import rmsnorm
 from minisgl.log import get_logger
 from minisgl.parallel import Communicator
 from minisgl.parallel.torch_group import TorchGroup
+from minisgl.trace import ranged
 
 log = get_logger(__name__)
 
@@ -49,10 +50,12 @@ class PeerMemory:
         self._peers = peers
         self._resources = resources
 
+    @ranged("all_reduce", is_detail=True)
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         total = self._peers.all_reduce(x)
         return self._group.all_reduce(x) if total is None else total
 
+    @ranged("all_reduce_norm", is_detail=True)
     def all_reduce_norm(
         self,
         x: torch.Tensor,

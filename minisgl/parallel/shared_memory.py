@@ -9,6 +9,7 @@ import torch
 
 from minisgl import csrc
 from minisgl.parallel import SumThenNorm
+from minisgl.trace import ranged
 
 SLOT_BYTES = 1 << 18  # what a rank shows at once; twice this is kept per rank
 TIMEOUT = 1800.0  # seconds to wait for a rank that lives: loading may take one far longer
@@ -42,6 +43,7 @@ class SharedMemory(SumThenNorm):
         self.size = size
         self._group = native.Group(fd, rank, size, SLOT_BYTES, timeout)
 
+    @ranged("all_reduce", is_detail=True)
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype not in (torch.float32, torch.bfloat16):
             return self.all_reduce(x.float()).to(x.dtype)
@@ -49,12 +51,14 @@ class SharedMemory(SumThenNorm):
         self._group.all_reduce(x.data_ptr(), x.numel(), x.dtype == torch.bfloat16)
         return x
 
+    @ranged("gather", is_detail=True)
     def gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         x = x.contiguous()
         out = x.new_empty((self.size, *x.shape)) if self.rank == 0 else x
         self._group.gather(x.data_ptr(), out.data_ptr(), x.numel() * x.element_size())
         return torch.cat(out.unbind(), dim) if self.rank == 0 else x
 
+    @ranged("broadcast", is_detail=True)
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
         self._group.broadcast(x.data_ptr(), x.numel() * x.element_size())

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from minisgl.parallel import SumThenNorm
+from minisgl.trace import ranged
 
 TIMEOUT = timedelta(minutes=30)  # as torch's own: a rank may load far longer than another
 
@@ -35,6 +36,7 @@ class TorchGroup(SumThenNorm):
         self.ordered = ordered
         self._group = _backend(store, rank, size, device, host, timeout)
 
+    @ranged("all_reduce", is_detail=True)
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
         if not self.ordered:
@@ -47,6 +49,7 @@ class TorchGroup(SumThenNorm):
             total += other
         return total.to(x.dtype)
 
+    @ranged("gather", is_detail=True)
     def gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         x = x.contiguous()
         if self.rank != 0:
@@ -56,6 +59,7 @@ class TorchGroup(SumThenNorm):
         self._group.gather([everyone], [x], dist.GatherOptions()).wait()
         return torch.cat(everyone, dim)
 
+    @ranged("broadcast", is_detail=True)
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
         self._group.broadcast([x], dist.BroadcastOptions()).wait()

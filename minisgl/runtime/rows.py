@@ -9,7 +9,7 @@ from minisgl.core.batch import RowSetup
 from minisgl.device import Device
 from minisgl.kernels.sampling import MAX_BIASES, PARAM_WORDS, PARAMS, SEEN_IN_PROMPT, column
 from minisgl.kernels.sampling.noise import row_key
-from minisgl.trace import spanned
+from minisgl.trace import ranged
 
 Sections = dict[str, np.ndarray]  # int32 arrays that travel to the device together
 
@@ -62,7 +62,7 @@ class RowBuffers:
     def counts_bytes(max_rows: int, vocab: int) -> int:
         return (max_rows + 1) * vocab * 4
 
-    @spanned("patch")
+    @ranged("patch")
     def apply(self, sent: dict[str, torch.Tensor]) -> None:
         """Write uploaded setups and page-table patches, in the stream."""
         if "patch_index" in sent:

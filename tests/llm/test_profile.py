@@ -89,7 +89,8 @@ def test_every_rank_writes_its_own_trace(tmp_path, model_directory):
             events = json.load(file)["traceEvents"]
         names = Counter(e["name"] for e in events if e.get("cat") == "user_annotation")
         assert names["forward"] == names["advance_rows"] == 40
-        assert names["layer 1"] == 40
+        assert names["layer 1"] == names["broadcast"] == 40
+        assert names["all_reduce"] == 40 * (2 * 2 + 1)  # two for each layer, and the embedding's
     assert len(timeline_of(directory)["forward"]) == 40
 
 

@@ -15,7 +15,7 @@ from minisgl import trace
 from minisgl.csrc.build import find_compiler
 
 ROOT = Path(__file__).parents[2]
-COARSE = {"step", "plan", "dispatch", "collect", "update", "patch", "forward", "sample"}
+COARSE = {"step", "plan", "dispatch", "collect", "update", "begin", "patch", "forward", "sample"}
 NUM_STEPS = 3
 
 GENERATE = """
@@ -79,8 +79,8 @@ def test_a_tool_sees_the_parts_of_every_step_and_no_details(tool, tmp_path):
     assert counts["step", "update"] == NUM_STEPS
     assert counts["step",] >= NUM_STEPS
     assert counts["step", "plan"] == counts["step",]
-    assert counts["forward", "patch"] == counts["forward",] >= NUM_STEPS  # and the warm-up
-    assert counts["sample",] == counts["forward",]
+    assert counts["begin", "patch"] == counts["begin",] >= NUM_STEPS  # and the warm-up
+    assert counts["sample",] == counts["forward",] == counts["begin",]
 
 
 @needs_compiler
@@ -106,16 +106,22 @@ def test_without_a_tool_every_range_is_the_same_nothing():
 def test_ranges_go_to_the_recorder_of_their_thread_only():
     named: list[str] = []
 
-    @trace.spanned("spanned")
+    @trace.ranged("ranged")
     def call(value: int, *, factor: int) -> int:
         return value * factor
+
+    @trace.ranged("ranged detail", is_detail=True)
+    def detail_call() -> str:
+        return "done"
 
     def record() -> None:
         trace.record_with(lambda name: nullcontext(named.append(name)))
         with trace.span("span"), trace.detail("detail"):
             assert trace.detailed()
         assert call(3, factor=4) == 12
+        assert detail_call() == "done"
         trace.record_with(None)
+        assert detail_call() == "done"
         with trace.span("unseen"), trace.detail("unseen"):
             assert not trace.detailed()
 
@@ -126,4 +132,4 @@ def test_ranges_go_to_the_recorder_of_their_thread_only():
         thread.join()
     finally:
         trace.record_with(None)
-    assert named == ["span", "detail", "spanned"]
+    assert named == ["span", "detail", "ranged", "ranged detail"]
