@@ -41,7 +41,7 @@ def load_model(
     """
     decoder = Decoder(config, Placement(dtype, device, comm or Solo()))
     if load_format == "dummy":
-        weights = _RandomWeights(seed)
+        weights = _RandomWeights(seed, device)
         for weight in decoder.weights():
             weights.fill(weight)
     else:
@@ -118,9 +118,9 @@ class _RandomWeights:
 
     SIZE = 1_000_003  # prime: no two rows of a matrix begin at the same number
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.block = torch.empty(self.SIZE).uniform_(-1.0, 1.0, generator=generator)
+        self.block = torch.empty(self.SIZE).uniform_(-1.0, 1.0, generator=generator).to(device)
 
     def fill(self, weight: Weight) -> None:
         """Matrices keep the scale of their input, norms are near one and biases small."""
@@ -134,8 +134,8 @@ class _RandomWeights:
         start = zlib.crc32(weight.name.encode()) % self.SIZE
         block = torch.roll(block, -start).to(dtype)
         target = weight.target
-        here = target.shape == weight.shape and target.is_contiguous() and target.is_cpu
-        full = target if here else torch.empty(weight.shape, dtype=dtype)
+        here = target.shape == weight.shape and target.is_contiguous()
+        full = target if here else target.new_empty(weight.shape)
         whole = full.numel() // self.SIZE * self.SIZE
         flat = full.view(-1)
         flat[:whole].view(-1, self.SIZE).copy_(block.expand(whole // self.SIZE, -1))

@@ -123,8 +123,8 @@ def pack_step(batch: Batch, host: HostRows, geometry: Geometry) -> StepArrays:
 
     rows = np.array([chunk.row for chunk in chunks], np.int32)
     lengths = np.array([chunk.length for chunk in chunks], np.int32)
-    graph = None
-    if batch.num_decode == len(chunks) and all(chunk.samples for chunk in chunks):
+    graph, samples = None, [chunk.samples for chunk in chunks]
+    if batch.num_decode == len(chunks) and all(samples):
         graph = geometry.graph_for(len(chunks), int(lengths.max()))
         if graph is not None:
             others = sum(map(len, sections.values())) + len(chunks) * graph[1]  # asked, at most
@@ -157,10 +157,10 @@ def _pack_decode(
     chunks = batch.chunks
     count = len(chunks)
     packed = np.zeros(sum(decode_words(size, width)), np.int32)
-    token_ids, rows, starts, num_tokens = np.split(packed, np.cumsum(decode_words(size, width))[:3])
-    token_ids[: count * width], starts[:count] = _token_ids(chunks, count, width)
+    packed[: count * width], starts = _token_ids(chunks, count, width)
+    rows, packed_starts, num_tokens = packed[size * width :].reshape(3, size)
     rows[:count], rows[count:] = chunk_rows, geometry.padding_row
-    num_tokens[:count] = lengths
+    packed_starts[:count], num_tokens[:count] = starts, lengths
     offsets = np.arange(count, dtype=np.int32) * width
     step = StepArrays(
         batch=batch,

@@ -29,7 +29,7 @@ def number_drafts(batch: Batch, num_drafts: int) -> tuple[Batch, list[int]]:
 
     ValueError where a chunk has more than the `num_drafts` that the draft model proposes.
     """
-    proposing = [i for i, chunk in enumerate(batch.chunks) if is_proposed(chunk)]
+    proposing = [i for i, c in enumerate(batch.chunks) if c.drafts and is_proposed(c)]
     if not proposing:
         return batch, proposing
     chunks = list(batch.chunks)
