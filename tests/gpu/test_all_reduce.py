@@ -119,7 +119,13 @@ def test_a_captured_graph_replays_many_calls(device):
         parts(1, shape, torch.bfloat16, 1)[0],
         parts(1, (1024,), torch.bfloat16, 2)[0],
     )
-    ranks.run(lambda peers: peers.all_reduce(static[peers.rank].clone(), Path.ONE_SHOT))
+    for path in PATHS:  # loads the kernels, which a capture should not have to do
+        ranks.run(lambda peers, p=path: peers.all_reduce(static[peers.rank], p))
+        ranks.run(
+            lambda peers, p=path: peers.all_reduce_norm(
+                static[peers.rank], residual, weight, 1e-6, False, p
+            )
+        )
     graphs = []
     torch.cuda.synchronize()
     for peers, stream in zip(ranks.ranks, ranks.streams, strict=True):
