@@ -2,17 +2,18 @@
 
     python -m benchmarks.scheduler [--steps N]
 
-Decoding sequences run in steady state, one step ahead of their results as in serving. The mix
-adds prompts with shared prefixes that arrive, prefill in chunks, finish and are replaced. Times
-are CPU times of the thread, so that a busy machine does not blur them. Prints a table, then one
-JSON line.
+Decoding sequences run in steady state, one step ahead of their results as in serving; where they
+are grouped, all share a prompt and are one cascade group. The mix adds prompts with shared prefixes
+that arrive, prefill in chunks, finish and are replaced. Times are CPU times of the thread, so that
+a busy machine does not blur them. Prints a table, then one JSON line.
 """
 
 import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from random import Random
 
 from minisgl.core.batch import Batch, StepOutput
@@ -46,17 +47,19 @@ def run_steps(scheduler: Scheduler, random: Random) -> Iterator[tuple[Batch, flo
 
 def make_scheduler(num_rows: int, num_tokens: int) -> Scheduler:
     limits = Limits(-(-num_tokens // PAGE_SIZE), PAGE_SIZE, num_rows, 1 << 20, VOCAB)
-    return Scheduler(limits, SchedulerConfig(chunked_prefill_size=4096), (0,))
+    config = SchedulerConfig(chunked_prefill_size=4096, cascade_min_shared_tokens=4096)
+    return Scheduler(limits, config, (0,))
 
 
-def decode(num_running: int, num_steps: int) -> list[float]:
-    """Seconds per step with `num_running` sequences decoding."""
+def decode(num_running: int, num_steps: int, num_shared: int = 0) -> list[float]:
+    """Seconds per step with `num_running` sequences decoding, whose prompts begin alike."""
     random = Random(0)
-    length = 2 * num_steps + 600
+    length = 2 * num_steps + 600 + num_shared
+    shared = [random.randrange(1, VOCAB) for _ in range(num_shared)]
     scheduler = make_scheduler(num_running, num_running * length)
     for index in range(num_running):
-        prompt = [random.randrange(1, VOCAB) for _ in range(random.randrange(16, 64))]
-        params = SamplingParams(max_tokens=length - 100)
+        prompt = shared + [random.randrange(1, VOCAB) for _ in range(random.randrange(16, 64))]
+        params = SamplingParams(max_tokens=length - 100 - num_shared)
         scheduler.add(Request(str(index), prompt, params))
     steps = run_steps(scheduler, random)
     for batch, _ in steps:
@@ -95,7 +98,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=320, help="steps timed per case")
     steps = parser.parse_args().steps
+    cases: dict[str, tuple[Callable[[int, int], list[float]], int]]
     cases = {f"decode_{n}": (decode, n) for n in (1, 64, 256, 1024)}
+    cases["grouped_256"] = (partial(decode, num_shared=1024), 256)
     cases["mix_64"] = (mix, 64)
     result: dict[str, float] = {}
     print(f"{'case':12} {'median us':>10} {'mean us':>10} {'p99 us':>10} {'us / seq':>10}")

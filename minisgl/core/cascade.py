@@ -48,6 +48,8 @@ class PrefixGroups:
         self._arranged: list[Sequence] = []  # what follows is for these
         self._order: list[int] = []
         self._groups: list[CascadeGroup] = []
+        self.spared = 0  # page reads that these groups save
+        self.num_spared = 0  # those of all steps
 
     def join(self, uid: int, pages: list[int]) -> None:
         """A sequence begins to decode; `pages` are its first ones, filled by what it was fed."""
@@ -95,6 +97,7 @@ class PrefixGroups:
             self._arrange(sequences)
         if not self._groups:
             return sequences, chunks, []
+        self.num_spared += self.spared
         pick = itemgetter(*self._order)
         return list(pick(sequences)), list(pick(chunks)), self._groups
 
@@ -152,6 +155,7 @@ class PrefixGroups:
 
     def _arrange(self, sequences: list[Sequence]) -> None:
         self._arranged, self._order, self._groups = list(sequences), [], []
+        self.spared = 0
         if not self._chosen:
             return
         members: list[list[int]] = [[] for _ in self._chosen]
@@ -163,6 +167,7 @@ class PrefixGroups:
         for node, indices in zip(self._chosen, members, strict=True):
             if self._saves(node.depth, len(indices)):
                 first = len(self._order)
+                self.spared += self._saves(node.depth, len(indices))
                 self._groups.append(CascadeGroup(first, len(indices), node.depth))
                 self._order += indices
             else:

@@ -118,6 +118,7 @@ class Scheduler:
 
     def stats(self) -> SchedulerStats:
         pool, speculation = self._cache.pool, self._speculation
+        spared = 0 if self._prefixes is None else self._prefixes.num_spared
         return SchedulerStats(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
@@ -130,6 +131,7 @@ class Scheduler:
             num_output_tokens=self._num_output_tokens,
             num_queried_tokens=self._num_queried,
             num_hit_tokens=self._num_hit,
+            num_spared_tokens=spared * self.limits.page_size,
             num_preemptions=self._num_preemptions,
             num_finished=self._num_finished,
             num_drafts=0 if speculation is None else speculation.num_drafts,
@@ -212,8 +214,7 @@ class Scheduler:
         plan.num_pairs = plan.num_context = num_context
         if self._prefixes is not None:
             plan.sequences, plan.chunks, plan.groups = self._prefixes.arrange(planned, chunks)
-            again = sum((group.count - 1) * group.num_pages for group in plan.groups)
-            plan.num_context -= again * self.limits.page_size
+            plan.num_context -= self._prefixes.spared * self.limits.page_size
         return prefilling
 
     def _plan_prefill(self, plan: Plan, prefilling: list[Sequence]) -> None:

@@ -17,6 +17,7 @@ class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
     num_output_tokens: int
     num_queried_tokens: int  # of prompts looked up in the cache
     num_hit_tokens: int  # of those, found
+    num_spared_tokens: int  # of keys and values, not read again thanks to cascade groups
     num_preemptions: int
     num_finished: int
     num_drafts: int  # verified

@@ -26,6 +26,10 @@ _GAUGES = {
 _COUNTERS = {
     "num_queried_tokens": ("minisgl_cache_queried_tokens", "Prompt tokens looked up in the cache"),
     "num_hit_tokens": ("minisgl_cache_hit_tokens", "Prompt tokens found in the cache"),
+    "num_spared_tokens": (
+        "minisgl_cascade_spared_tokens",
+        "Tokens of shared prefixes that decoding did not read again",
+    ),
     "num_drafts": ("minisgl_draft_tokens", "Draft tokens verified"),
     "num_accepted_drafts": ("minisgl_accepted_draft_tokens", "Draft tokens accepted"),
     "num_preemptions": ("minisgl_preemptions", "Sequences put back to be recomputed"),

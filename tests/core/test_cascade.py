@@ -71,7 +71,10 @@ def test_groups_are_the_best_there_are_after_any_comings_and_goings(moves, least
             check_shared(order, found, paths, least)
             assert saved(found) == most_saved([tuple(p) for p in paths.values()], least)
         some = {u: paths[u] for u in paths if random.random() < 0.7}
-        check_shared(*arranged(groups, some), some, least)
+        before = groups.num_spared
+        order, found = arranged(groups, some)
+        check_shared(order, found, some, least)
+        assert groups.num_spared - before == saved(found) == groups.spared
 
 
 def check_shared(order, found, paths, least) -> None:
@@ -108,7 +111,7 @@ def test_more_groups_than_a_launch_covers_leave_out_the_smallest():
     assert sorted(g.num_pages for g in found) == list(range(6, MAX_CASCADE_GROUPS + 6))
 
 
-def decode_steps(config: SchedulerConfig, count: int = 6) -> list[Batch]:
+def decode_steps(config: SchedulerConfig, count: int = 6) -> tuple[list[Batch], Scheduler]:
     """Batches of requests with a common prompt of 50 tokens, which are served to their ends."""
     scheduler = Scheduler(Limits(200, 16, 8, 400, 100), config)
     shared = [1 + i % 7 for i in range(50)]
@@ -121,26 +124,30 @@ def decode_steps(config: SchedulerConfig, count: int = 6) -> list[Batch]:
         tokens = [[9] if chunk.samples else [] for chunk in batch.chunks]
         scheduler.update(batch, StepOutput(batch.step, tokens))
         scheduler.check()
-    return batches
+    return batches, scheduler
 
 
 def test_scheduler_names_the_group_of_a_common_prompt_until_one_is_left():
-    batches = decode_steps(SchedulerConfig(cascade_min_shared_tokens=48))
+    batches, scheduler = decode_steps(SchedulerConfig(cascade_min_shared_tokens=48))
     grouped = [batch for batch in batches if batch.cascade_groups]
     assert {group.num_pages for batch in grouped for group in batch.cascade_groups} == {3}
     assert {batch.cascade_groups[0].count for batch in grouped} == {2, 3, 4, 5, 6}
     assert all(not batch.cascade_groups for batch in batches if batch.num_decode < 2)
+    spared = sum(saved(batch.cascade_groups) for batch in batches)
+    assert scheduler.stats().num_spared_tokens == 16 * spared > 0
 
 
 def test_groups_that_save_too_little_are_not_named():
     least = SchedulerConfig(cascade_min_shared_tokens=48 * 4)
-    counts = {b.cascade_groups[0].count for b in decode_steps(least) if b.cascade_groups}
+    counts = {b.cascade_groups[0].count for b in decode_steps(least)[0] if b.cascade_groups}
     assert counts == {5, 6}
     for off in (
         SchedulerConfig(),
         SchedulerConfig(cascade_min_shared_tokens=1, disable_radix_cache=True),
     ):
-        assert not any(batch.cascade_groups for batch in decode_steps(off))
+        batches, scheduler = decode_steps(off)
+        assert not any(batch.cascade_groups for batch in batches)
+        assert not scheduler.stats().num_spared_tokens
 
 
 def test_brute_force_finds_what_is_plain_to_see():

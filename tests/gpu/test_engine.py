@@ -19,3 +19,22 @@ def _tokens(device: str) -> list[list[int]]:
 
 def test_same_tokens_as_on_cpu():
     assert _tokens("cuda") == _tokens("cpu")
+
+
+def test_same_tokens_with_cascade_groups_and_without():
+    """Eager and in graphs; on a GPU groups are planned where their prefix is long enough."""
+    system = "You are a helpful assistant of a small engine. Be brief. " * 12
+    prompts = [f"{system}\nQuestion {n}: {prompt}" for n in range(4) for prompt in PROMPTS]
+    params = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
+
+    def tokens(**config) -> list[list[int]]:
+        with LLM(device="cuda", dtype="float32", max_total_tokens=16384, **config) as llm:
+            llm.generate(prompts[:1], params, use_tqdm=False)
+            answers = [o.token_ids for o in llm.generate(prompts, params, use_tqdm=False)]
+            spared = llm.stats().scheduler.num_spared_tokens
+            assert (spared > 0) == ("cascade_min_shared_tokens" in config)
+            return answers
+
+    plain = tokens(disable_cascade=True)
+    assert tokens(cascade_min_shared_tokens=64) == plain
+    assert tokens(cascade_min_shared_tokens=64, disable_cuda_graph=True) == plain
