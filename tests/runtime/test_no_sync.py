@@ -8,16 +8,21 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from minisgl.core.batch import Batch, Chunk, RowSetup
+from minisgl.core.batch import Batch, CascadeGroup, Chunk, RowSetup
 from minisgl.core.executor import GrammarMasks
 from minisgl.core.request import SamplingParams
+from minisgl.kernels.attention import attention
+from minisgl.kernels.cascade import cascade
+from minisgl.kernels.decode import decode
 from minisgl.kernels.op import forced
+from minisgl.kernels.qkv_prepare import qkv_prepare
 from minisgl.runtime.inputs import pack_step
 from minisgl.runtime.runner import Step
-from tests.runtime.harness import VOCAB, make_executor
+from tests.runtime.harness import VOCAB, make_executor, tiny_decoder
 
 # Kernels have implementations for each device; their references keep to the same rule.
-OPS = ("sample", "adjust_logits", "mask_logits", "prepare_inputs", "advance_rows", "kv_copy")
+OPS = ("sample", "adjust_logits", "mask_logits", "prepare_inputs", "advance_rows")
+LAYER_OPS = ("linear", "rmsnorm", "silu_and_mul")
 
 
 class NoHostSync(TorchDispatchMode):
@@ -50,7 +55,7 @@ class Blind:
     def forward(self, inputs):
         if self.fault is not None:
             self.fault(inputs.positions)
-        return inputs.positions[:, None].float().expand(-1, 4)
+        return inputs.positions[:, None].float().repeat(1, 4)
 
     def logits(self, hidden):
         return torch.cos(hidden[:, :1] * torch.arange(VOCAB))
@@ -77,24 +82,26 @@ def steps() -> list[tuple[Batch, GrammarMasks | None]]:
         for uid, setup in enumerate(setups)
     ]
 
-    def decode(uid: int, start: int, drafts: list[int], pages: tuple[int, ...] = ()) -> Chunk:
+    def decoding(uid: int, start: int, drafts: list[int], pages: tuple[int, ...] = ()) -> Chunk:
         length = 1 + len(drafts)
         return Chunk(uid, 0, uid, start, length, [], 1, list(pages), True, drafts)
 
+    both = CascadeGroup(0, 2, 1)
     every = np.full((3, 2), 2**32 - 1, np.uint32)
     return [
         (Batch(0, prompts, 0, setups), None),
-        (Batch(1, [decode(0, 3, [4, 4]), decode(1, 3, [])], 2), GrammarMasks([0, 0, 0], every)),
-        (Batch(2, [decode(1, 4, [], (5,)), decode(2, 4, [])], 2), None),
-        (Batch(3, [decode(2, 5, [1])], 1), None),
-        (Batch(4, [decode(2, 6, []), prompts[0]], 1), GrammarMasks([1], every[:1])),
-        (Batch(5, [decode(1, 5, []), decode(2, 7, [])], 2), GrammarMasks([0], every[:1])),
+        (Batch(1, [decoding(0, 3, [4, 4]), decoding(1, 3, [])], 2), GrammarMasks([0, 0, 0], every)),
+        (Batch(2, [decoding(1, 4, [], (5,)), decoding(2, 4, [])], 2), None),
+        (Batch(3, [decoding(2, 5, [1])], 1), None),
+        (Batch(4, [decoding(2, 6, []), prompts[0]], 1), GrammarMasks([1], every[:1])),
+        (Batch(5, [decoding(1, 5, []), decoding(2, 7, [])], 2), GrammarMasks([0], every[:1])),
+        (Batch(6, [decoding(1, 6, []), decoding(2, 8, [])], 2, cascade_groups=[both]), None),
     ]
 
 
-def run_steps(monkeypatch, fault=None, **facts) -> list[int]:
+def run_steps(monkeypatch, fault=None, model=None, ops=OPS, **facts) -> list[int]:
     """Run every step under the guard, `fault` inside the model. How often each one uploads."""
-    model = Blind()
+    model = model or Blind()
     executor = make_executor(model, **facts)
     worker = executor._worker
     runner, device = worker.runner, worker.device
@@ -106,7 +113,7 @@ def run_steps(monkeypatch, fault=None, **facts) -> list[int]:
             return upload(*args)
 
     def run() -> None:
-        with forced(dict.fromkeys(OPS, "reference")), NoHostSync(), monkeypatch.context() as patch:
+        with forced(dict.fromkeys(ops, "reference")), NoHostSync(), monkeypatch.context() as patch:
             patch.setattr(device, "upload", unguarded_upload)
             for name in ("tolist", "numpy", "cpu"):  # not seen by the dispatcher
                 patch.setattr(torch.Tensor, name, _reads)
@@ -129,6 +136,26 @@ def test_a_step_never_waits_for_the_device(monkeypatch, facts):
     uploads = run_steps(monkeypatch, **facts)
     # Masks are filled while the forward pass runs; everything else comes at once before it.
     assert uploads == [1 if masks is None else 2 for _, masks in steps()]
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_nor_do_a_models_layers(monkeypatch, graphs):
+    """Everything around attention, whose kernels read lengths and tables on the device."""
+
+    def attend(q, *_, out, **__):
+        return out.copy_(q)
+
+    def prepare(qkv, positions, cos_sin, k_pool, v_pool, slots, num_heads, *_):
+        return qkv[:, : num_heads * k_pool.shape[2]].unflatten(1, (num_heads, -1)).clone()
+
+    for op, stand_in in (
+        (attention, attend),
+        (decode, attend),
+        (cascade, attend),
+        (qkv_prepare, prepare),
+    ):
+        monkeypatch.setitem(op._chosen, torch.device("cpu"), stand_in)
+    run_steps(monkeypatch, None, tiny_decoder(), (*OPS, *LAYER_OPS), graphs=graphs)
 
 
 FAULTS = {
