@@ -1,6 +1,7 @@
 """The engine on a GPU gives the tokens it gives on a CPU, where both compute in fp32."""
 
 import pytest
+import torch
 
 pytest.importorskip("msgspec")  # a machine for kernels alone may lack the engine's packages
 
@@ -11,9 +12,9 @@ pytestmark = pytest.mark.gpu
 PROMPTS = ["What is paged attention?", "Hello", "Once upon a time, there was", "What is 12 + 31?"]
 
 
-def _tokens(device: str) -> list[list[int]]:
+def _tokens(device: str, ranks: int = 1) -> list[list[int]]:
     params = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
-    with LLM(device=device, dtype="float32", max_total_tokens=4096) as llm:
+    with LLM(device=device, tp_size=ranks, dtype="float32", max_total_tokens=4096) as llm:
         return [output.token_ids for output in llm.generate(PROMPTS, params, use_tqdm=False)]
 
 
@@ -38,3 +39,8 @@ def test_same_tokens_with_cascade_groups_and_without():
     plain = tokens(disable_cascade=True)
     assert tokens(cascade_min_shared_tokens=64) == plain
     assert tokens(cascade_min_shared_tokens=64, disable_cuda_graph=True) == plain
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU for each rank")
+def test_same_tokens_on_two_gpus():
+    assert _tokens("cuda", ranks=2) == _tokens("cuda")

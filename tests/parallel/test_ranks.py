@@ -25,6 +25,9 @@ TIGHT = {
 }
 
 
+DRAFTING = {"speculative_algorithm": "draft", "speculative_draft_model": "tiny-draft"}
+
+
 def requests(vocab: int) -> list[Request]:
     """Shared stems of odd lengths, greedy and seeded, some with everything a sampler can do."""
     draw = random.Random(7)
@@ -108,7 +111,9 @@ def bundled() -> dict[tuple[str, int], list[int]]:
 @pytest.mark.parametrize(
     ("ranks", "options"),
     [
-        (2, {"log_level": "debug"}),  # every step is compared between the ranks
+        # When debugging, every step is compared between the ranks.
+        (2, {"log_level": "debug", "speculative_algorithm": "ngram"}),
+        (2, DRAFTING | {"log_level": "debug"}),
         (2, {"disable_overlap_schedule": True, "disable_cuda_graph": True}),
         (4, {}),  # two ranks to a key head
     ],

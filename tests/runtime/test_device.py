@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisgl.device import CpuDevice, pick_device
+from minisgl.device.cpu import default_num_threads
 from minisgl.device.pinned import ALIGNMENT, PinnedRing
 
 
@@ -158,6 +159,22 @@ def test_cuda_is_refused_where_there_is_none():
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="no CUDA device"):
             pick_device("cuda:0")
+
+
+def test_ranks_of_one_machine_share_its_cores(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cores = default_num_threads()
+    assert default_num_threads(2) == max(1, cores // 2)
+    assert default_num_threads(10 * cores) == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # of each process, as everywhere
+    assert default_num_threads(2) == 3
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"tp_size must be at most the 2 GPUs .* got 4 ranks"):
+        pick_device("cuda", index=1, of=4)
 
 
 def test_planning_on_one_thread_leaves_the_stream_its_own():

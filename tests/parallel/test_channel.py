@@ -1,0 +1,90 @@
+"""The sockets between ranks: whole messages, ends that are noticed, strangers turned away."""
+
+import socket
+import threading
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+
+from minisgl.core.batch import Batch, Chunk
+from minisgl.runtime.channel import Channel, Dispatch, Sample, Stop, ToRank
+from minisgl.runtime.meeting import Listener, call, split_address
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Channel, Channel]]:
+    left, right = map(Channel, socket.socketpair())
+    yield left, right
+    left.close()
+    right.close()
+
+
+def test_messages_arrive_whole_and_in_order(pair: tuple[Channel, Channel]) -> None:
+    left, right = pair
+    big = Batch(3, [Chunk(1, 0, 2, 0, 200_000, list(range(200_000)), 0, [4, 5], True)], 0)
+    sent = [Sample(1), Dispatch(big), Stop()]
+
+    def send() -> None:
+        for message in sent:
+            left.send(msgspec.msgpack.encode(message))
+
+    thread = threading.Thread(target=send)  # a large message does not fit the socket's buffer
+    thread.start()
+    received = [right.receive(timeout=30) for _ in sent]
+    thread.join()
+    assert [msgspec.msgpack.decode(data or b"", type=ToRank) for data in received] == sent
+    assert right.receive(timeout=0.01) is None
+
+
+def test_a_part_of_a_message_is_kept_until_the_rest_comes() -> None:
+    raw, other = socket.socketpair()
+    channel = Channel(other)
+    with raw, other:
+        raw.sendall(b"\x03\0\0\0ab")
+        assert channel.receive(timeout=0.01) is None
+        raw.sendall(b"c\x01\0\0\0d")
+        assert channel.receive(timeout=30) == b"abc"
+        assert channel.receive(timeout=30) == b"d"
+
+
+def test_an_end_is_noticed_by_who_waits(pair: tuple[Channel, Channel]) -> None:
+    left, right = pair
+    threading.Timer(0.05, left.shut).start()
+    with pytest.raises(EOFError):
+        right.receive(timeout=30)
+    left.shut()
+    left.close()
+    with pytest.raises(OSError, match="pipe"):
+        right.send(b"x")
+
+
+def test_a_listener_lets_in_who_knows_the_key() -> None:
+    listener = Listener("127.0.0.1")
+    try:
+        stranger = call(listener.address, 1, "wrong")
+        assert listener.accept(timeout=30) is None
+        with pytest.raises((EOFError, OSError)):
+            stranger.receive(timeout=30)
+        with socket.create_connection(split_address(listener.address)) as noise:
+            noise.sendall(b"GET / HTTP/1.1\r\n\r\n" + b"\0" * 2**16)
+            noise.shutdown(socket.SHUT_WR)
+            assert listener.accept(timeout=30) is None
+        rank = call(listener.address, 7, listener.key)
+        came = listener.accept(timeout=30)
+        assert came is not None
+        number, channel = came
+        assert number == 7
+        channel.send(b"hello")
+        assert rank.receive(timeout=30) == b"hello"
+        assert listener.accept(timeout=0.01) is None
+    finally:
+        listener.close()
+
+
+@pytest.mark.parametrize(
+    ("address", "parts"),
+    [("node0:29500", ("node0", 29500)), ("[::1]:1", ("::1", 1)), ("10.0.0.1:80", ("10.0.0.1", 80))],
+)
+def test_addresses_are_split(address: str, parts: tuple[str, int]) -> None:
+    assert split_address(address) == parts
