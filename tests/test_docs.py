@@ -94,3 +94,20 @@ def test_the_evidence_of_every_gpu_kernel_is_stated():
     assert [kernel for kernel in gpu_kernels() if kernel not in stated] == []
     for kernel, archs in stated.items():
         assert set(archs) <= set(compiled_for(*kernel)), kernel
+
+
+def test_every_kernel_is_explained_with_the_figures_of_the_baseline():
+    text = (ROOT / "docs/KERNELS.md").read_text()
+    sections = re.findall(r"^### `(\w+)`$", text, re.M)
+    assert sorted(sections) == sorted({op for op, _ in gpu_kernels()})
+    baseline = json.loads((ROOT / "tests/compile/triton-3.6.0.json").read_text())
+    table = text.split("## What the compiler makes of it")[1]
+    rows = re.findall(r"^\| ([^|]+) \| `(\w+)` \| (.*) \|$", table, re.M)
+    explained = set()
+    for launch, kernel, cells in rows:
+        for arch, cell in zip((80, 89, 90, 100), cells.split(" | "), strict=True):
+            known = baseline.get(f"{launch} {kernel} sm_{arch}")
+            figures = f"{known['registers']}, {known['shared']}" if known else ""
+            assert cell.strip() == figures, (launch, kernel, arch)
+        explained.add(launch.split()[0].split("-")[0])
+    assert explained >= {op for op, _ in gpu_kernels()} - {"cascade", "scatter_pages"}

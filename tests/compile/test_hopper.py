@@ -1,0 +1,60 @@
+"""The Gluon kernel's barriers, in the PTX made of it: no interpreter runs Gluon."""
+
+import re
+
+import pytest
+
+from minisgl.kernels.attention.hopper import BLOCK_N, STAGES, attention_hopper
+from minisgl.kernels.gate import LLAMA
+from minisgl.kernels.launches import ints, paged
+from minisgl.kernels.offline import offline
+from minisgl.kernels.shapes import EngineShapes
+
+HEAD_BYTES = 2 * LLAMA.head_dim  # of one key
+
+STEPS = {
+    "wait": r"mbarrier\.try_wait",
+    "expect": r"mbarrier\.arrive\.expect_tx\S* _, \[\S+\], (\d+);",
+    "copy": r"cp\.async\.bulk\.tensor",
+    "product": r"wgmma\.mma_async",
+    "drain": r"wgmma\.wait_group\S* (\d+)",
+    "meet": r"bar\.sync\s+0, 256",
+    "free": r"mbarrier\.arrive\.shared",
+}
+
+
+def steps(page_size: int) -> list[tuple[str, int]]:
+    """The synchronising instructions of a kernel, in the order of its text, with their number."""
+    engine = EngineShapes(page_size, 256, 16, 8)
+    call = paged(LLAMA, engine, 4, 512) | {"cu_seqlens_q": ints(5), "max_seqlen_q": 512}
+    with offline(90) as compiled:
+        attention_hopper(**call)
+    found = []
+    for line in compiled[0].asm["ptx"].splitlines():
+        for name, pattern in STEPS.items():
+            if match := re.search(pattern, line):
+                found.append((name, int(match[1]) if match.groups() else 0))
+                break
+    return found
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_stages_are_filled_and_freed_as_they_must(page_size):
+    found = steps(page_size)
+    names = [name for name, _ in found]
+    # A stage is free once all of the 8 warps that read it have their products: they meet between.
+    for at in (at for at, name in enumerate(names) if name == "free"):
+        drained = max(i for i in range(at) if names[i] == "drain")
+        assert names[drained + 1 : at] == ["meet"], names[drained:at]
+    assert names.count("free") == 3  # keys before the loop, then keys and values in it
+    # A barrier expects what is then copied: boxes of a page's part of a tile, in two halves.
+    boxes = BLOCK_N // min(page_size, BLOCK_N) * 2
+    expected = [i for i, name in enumerate(names) if name == "expect"]
+    assert len(expected) == 2  # keys, values
+    for at in expected:
+        assert found[at][1] == BLOCK_N * HEAD_BYTES
+        assert names[at - 1] == "wait"  # for the stage to be free
+        assert names[at + 1 : at + 1 + boxes] == ["copy"] * boxes
+    # Scores are taken while the products with the values before them are still on their way.
+    assert ("drain", 2) in found
+    assert STAGES == 2
