@@ -99,7 +99,7 @@ endif
 
 test-compile: venv
 ifneq ($(wildcard tests/compile),)
-	$(call stage,kernels (compiled for sm_80/90/100),$(PYTEST) -n $(JOBS) tests/compile)
+	$(call stage,kernels (compiled for sm_80/89/90/100),$(PYTEST) -n $(JOBS) tests/compile)
 endif
 
 clean:

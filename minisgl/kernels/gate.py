@@ -16,7 +16,7 @@ from minisgl.kernels.attention.portable import attention_portable
 from minisgl.kernels.attention.tma import attention_tma
 from minisgl.kernels.config import table_for
 from minisgl.kernels.decode.portable import decode_portable
-from minisgl.kernels.kv_copy.portable import write_kv_portable
+from minisgl.kernels.kv_copy.portable import copy_pages_portable, write_kv_portable
 from minisgl.kernels.kv_staging.portable import gather_pages_portable, scatter_pages_portable
 from minisgl.kernels.launches import (
     TOKENS,
@@ -87,7 +87,8 @@ def launches(arch: int) -> Iterator[Launch]:
         engine = _engine(page_size)
         if arch == 90 or model.unit_offset or model.dtype != "bfloat16":
             yield from rowwise(model)
-        yield from heads(model, engine)
+        # Copying pages sees no more of a head than how many words a token has.
+        yield from (x for x in heads(model, engine) if x.call is not copy_pages_portable)
         for window in model.windows:
             yield chunks(model, engine, window)
             yield from decodes(model, engine, table, window, COUNTS[:1])

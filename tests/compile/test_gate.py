@@ -1,6 +1,7 @@
 """The compile gate: what the engine launches stays within limits and its committed figures."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +36,13 @@ def test_launch(arch: int, launch: Launch, baseline: dict):
 def test_labels_are_unique():
     labels = [(arch, launch.label) for arch, launch in LAUNCHES]
     assert len(labels) == len(set(labels))
+
+
+def test_the_baseline_has_nothing_of_what_is_gone(baseline: dict):
+    known = {(arch, launch.label) for arch, launch in LAUNCHES}
+    for key in baseline:
+        label, arch = re.fullmatch(r"(.+) \w+ sm_(\d+)(?: #\d+)?", key).groups()
+        assert (int(arch), label) in known, key
 
 
 GOOD = Report("op", "kernel", 90, 128, 0, 1024, 8, dict.fromkeys(("load128", "tma"), 4))
