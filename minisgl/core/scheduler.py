@@ -135,6 +135,7 @@ class Scheduler:
             num_preemptions=self._num_preemptions,
             num_finished=self._num_finished,
             num_drafts=0 if speculation is None else speculation.num_drafts,
+            num_tried_drafts=0 if speculation is None else speculation.num_tried,
             num_accepted_drafts=0 if speculation is None else speculation.num_accepted,
             draft_gain=1.0 if speculation is None else speculation.gain,
         )

@@ -135,7 +135,8 @@ class Speculation:
     ) -> None:
         self.on_device = on_device
         self.num_drafts = 0  # verified
-        self.num_accepted = 0  # of those
+        self.num_tried = 0  # of those: up to the first of a step that was wrong
+        self.num_accepted = 0
         self._proposer = proposer
         self._most = num_draft_tokens
         self._adaptive = adaptive
@@ -205,6 +206,7 @@ class Speculation:
         self.num_drafts += num_drafts
         self.num_accepted += num_accepted
         tried = num_accepted + (num_accepted < num_drafts)
+        self.num_tried += tried
         seq.drafts_tried = FORGETTING * seq.drafts_tried + tried
         seq.drafts_accepted = FORGETTING * seq.drafts_accepted + num_accepted
         self._acceptance += 0.01 * tried * (num_accepted / tried - self._acceptance)

@@ -21,5 +21,6 @@ class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
     num_preemptions: int
     num_finished: int
     num_drafts: int  # verified
+    num_tried_drafts: int  # of those: up to the first of a step that was wrong
     num_accepted_drafts: int
     draft_gain: float  # tokens per second against those without drafts, as measured at this load

@@ -8,7 +8,9 @@ some are not.
 import re
 from random import Random
 
+import numpy as np
 import pytest
+import torch
 
 from minisgl.core.batch import Batch, Chunk, RowSetup
 from minisgl.core.ngram import NGramProposer
@@ -18,6 +20,8 @@ from minisgl.core.scheduler import Scheduler
 from minisgl.core.speculation import PENDING, Speculation, propose_on_device
 from minisgl.engine.engine import Engine
 from minisgl.engine.messages import EngineInfo
+from minisgl.kernels.advance import advance_rows
+from minisgl.kernels.sampling import make_params, sample
 from minisgl.runtime.executor import LocalExecutor
 from tests.core.oracle import Fickle
 from tests.runtime.harness import (
@@ -251,3 +255,58 @@ def test_drafts_are_told_before_the_forward_pass_is_sampled(model, executors):
     executor.sample(2)
     with pytest.raises(RuntimeError, match="has 4 drafts, but there are at most 3"):
         executor.collect()
+
+
+# ---- the distribution -------------------------------------------------------------------------
+
+
+def chi_square(counts: np.ndarray, p: np.ndarray) -> float:
+    """Of next tokens [V, V] by the token before, against their probabilities; V (V - 1) degrees."""
+    expected = p * counts.sum(1, keepdims=True)
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+def test_the_distribution_is_the_targets():
+    """200,000 tokens of a Markov chain over 7 tokens, drafted by another chain, by the kernels that
+    sample, verify and advance. What the draft chain alone would say is far off."""
+    vocab, rows, k, random = 7, 4000, 3, np.random.default_rng(0)
+    target, draft = random.normal(size=(2, vocab, vocab)).astype(np.float32)
+    draft = target + 0.25 * draft
+    target_logits, draft_logits = torch.from_numpy(target), torch.from_numpy(draft)
+    params = make_params(rows)
+    every = torch.arange(rows, dtype=torch.int32)
+    last = torch.zeros(rows, dtype=torch.int32)
+    lengths = torch.zeros(rows, dtype=torch.int32)
+    counts = torch.zeros((rows, vocab), dtype=torch.int32)
+    seen, drafted_seen = np.zeros((2, vocab, vocab))
+    total = accepted_total = 0
+    while total < 200_000:
+        before = last.clone()
+        fed = [last.clone()]
+        for j in range(k):
+            at = lengths.long() + 1 + j
+            fed.append(sample(draft_logits[fed[-1].long()].clone(), every, at, params))
+        np.add.at(drafted_seen, (fed[0].numpy(), fed[1].numpy()), 1)
+        drafts = torch.stack(fed[1:], 1)
+        inputs = torch.stack(fed, 1).view(-1)
+        positions = (lengths[:, None] + 1 + torch.arange(k + 1)).view(-1)
+        tokens = sample(
+            target_logits[inputs.long()].clone(), every.repeat_interleave(k + 1), positions, params
+        )
+        first = every * (k + 1)
+        accepted = advance_rows(
+            tokens, first, every, drafts, positions, last, lengths, counts, torch.ones_like(last)
+        )
+        said = tokens.view(rows, k + 1).numpy()
+        taken = np.arange(k + 1) <= accepted.numpy()[:, None]
+        context = np.concatenate([before.numpy()[:, None], said[:, :-1]], 1)
+        np.add.at(seen, (context[taken], said[taken]), 1)
+        total += int(taken.sum())
+        accepted_total += int(accepted.sum())
+    assert int(counts.sum()) == total
+    p = np.exp(target) / np.exp(target).sum(1, keepdims=True)
+    degrees = vocab * (vocab - 1)
+    limit = degrees + 5 * (2 * degrees) ** 0.5
+    assert chi_square(seen, p) < limit
+    assert chi_square(drafted_seen, p) > 10 * limit
+    assert accepted_total > 0.3 * total
