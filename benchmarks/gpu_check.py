@@ -29,7 +29,7 @@ from benchmarks.kernels.report import goal_table
 
 ROOT = Path(__file__).parents[1]
 TAIL = 4000  # characters of a stage's output that are kept
-ENGINE = ("msgspec", "tokenizers", "safetensors", "jinja2")
+ENGINE = ("msgspec", "tokenizers", "safetensors", "jinja2", "tqdm")
 
 Record = dict[str, Any]
 
@@ -51,27 +51,20 @@ def module(name: str, seconds: int, line: str, needs: tuple[str, ...] = ()) -> S
 
 TESTS = "pytest -q -m gpu -p no:cacheprovider tests/gpu"
 KERNELS = "benchmarks.kernels --device {device}"
+MODEL = "--device {device} --shape qwen3-0.6b"
+CARDS = ("pytest", "xdist", "triton")
 # A line for each. Together they stay below ten minutes.
 STAGES = (
     module("build", 60, "minisgl.csrc build", ("pybind11", "ninja")),
-    Stage(
-        "tests",
-        ("-m", *TESTS.split(), "-n", "8", "-k", "not hopper"),
-        130,
-        ("pytest", "xdist", "triton"),
-    ),
-    module("kernels", 185, f"{KERNELS} --out {{out}} --without hopper --seconds 150", ("triton",)),
+    Stage("tests", ("-m", *TESTS.split(), "-n", "8", "-k", "not hopper"), 125, CARDS),
+    module("kernels", 165, f"{KERNELS} --out {{out}} --without hopper --seconds 130", ("triton",)),
     # No interpreter has run the Gluon kernel: should it hang, it takes nothing else with it.
     module("hopper-tests", 30, f"{TESTS} -k hopper", ("pytest", "triton")),
     module("hopper", 40, f"{KERNELS} --op attention --without portable tma", ("triton",)),
     module("all-reduce", 25, "benchmarks.all_reduce --device {device}", ENGINE),
-    module(
-        "decode",
-        50,
-        "benchmarks.decode --device {device} --shape qwen3-0.6b --batch 1 16 256",
-        ENGINE,
-    ),
-    module("offline", 75, "benchmarks.offline --num-requests 64", ENGINE),
+    module("decode", 50, f"benchmarks.decode {MODEL} --batch 1 16 256", ENGINE),
+    module("cascade", 35, f"benchmarks.cascade {MODEL} --batch 64 --shared 4096", ENGINE),
+    module("offline", 60, "benchmarks.offline --num-requests 64", ENGINE),
 )
 
 

@@ -1,0 +1,151 @@
+"""What cascade groups gain in the engine: decode steps of requests with a common long beginning.
+
+    python -m benchmarks.cascade                                       # the bundled model
+    python -m benchmarks.cascade --shape qwen3-0.6b --batch 64 --shared 4096 --device cuda
+
+One loaded model serves the same requests with groups and without, in turns; each round gives one
+ratio of the times of a step, and medians are reported. The tokens are compared: in fp32 they must
+be equal, elsewhere the share of equal ones is shown. The last line is JSON.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from benchmarks.decode import PAGE, SHAPES, Recorder, compare, write_config
+from minisgl.build import BUNDLED_MODEL
+from minisgl.config import EngineConfig
+from minisgl.core.policy import SchedulerConfig
+from minisgl.core.request import Request, SamplingParams
+from minisgl.core.scheduler import Scheduler
+from minisgl.device import pick_device
+from minisgl.engine.engine import Engine
+from minisgl.engine.messages import EngineInfo
+from minisgl.runtime.executor import LocalExecutor, plan_on_one_thread
+from minisgl.runtime.worker import load_worker
+
+OWN = 16  # tokens of each prompt behind the common ones
+WARMUP = 5  # tokens of each before steps count
+Tokens = dict[str, list[int]]
+
+
+def serve(
+    executor: LocalExecutor, args: argparse.Namespace, vocab: int, least: int | None
+) -> tuple[float, Tokens]:
+    """Seconds of a decode step, and the tokens; with groups that save at least `least` tokens."""
+    generator = random.Random(0)
+    common = [generator.randrange(vocab) for _ in range(args.shared)]
+    recorder = Recorder(executor)
+    config = SchedulerConfig(cascade_min_shared_tokens=least)
+    scheduler = Scheduler(executor.limits, config)
+    engine = Engine(
+        scheduler, recorder, EngineInfo("cascade benchmark", "", "", "", "", [], executor.limits)
+    )
+    tokens: Tokens = {}
+
+    def step() -> None:
+        for delta in engine.step():
+            tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+        if engine.failure is not None:
+            raise RuntimeError(engine.failure)
+
+    once = SamplingParams(temperature=0.0, max_tokens=1)
+    engine.add(Request("first", [*common, 0], once))  # computes what the others find cached
+    while engine.has_work():
+        step()
+    most = WARMUP + args.steps + args.batch  # they begin to decode one after another
+    params = SamplingParams(temperature=0.0, max_tokens=most, ignore_eos=True)
+    for i in range(args.batch):
+        own = [generator.randrange(vocab) for _ in range(OWN)]
+        engine.add(Request(str(i), common + own, params))
+    while any(len(tokens.get(str(i), ())) < WARMUP for i in range(args.batch)):
+        step()
+    recorder.steps.clear()
+    began = time.perf_counter()
+    for _ in range(args.steps):
+        step()
+    seconds = (time.perf_counter() - began) / args.steps
+    grouped = [bool(noted.batch.cascade_groups) for noted in recorder.steps]
+    whole = all(noted.batch.num_decode == args.batch for noted in recorder.steps)
+    if not whole or any(is_grouped != (least is not None) for is_grouped in grouped):
+        raise RuntimeError("not every step decoded all sequences, in groups where it should")
+    engine.abort_all()
+    while engine.has_work():
+        step()
+    return seconds, {name: ids[: args.check] for name, ids in tokens.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, help="a known shape, with random weights")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--shared", type=int, default=512, help="tokens all prompts begin with")
+    parser.add_argument("--steps", type=int, default=30, help="of a run")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--check", type=int, default=16, help="tokens of each that are compared")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    if device.torch_device.type == "cpu":
+        plan_on_one_thread()
+    with ExitStack() as stack:
+        stack.callback(device.close)
+        folder = BUNDLED_MODEL
+        if args.shape is not None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            write_config(args.shape, folder)
+        length = OWN + WARMUP + args.steps + args.batch
+        config = EngineConfig(
+            model=str(folder),
+            dtype=args.dtype,
+            load_format="auto" if args.shape is None else "dummy",
+            max_running_requests=args.batch,
+            max_total_tokens=args.shared + (args.batch + 1) * (length + 2 * PAGE),
+            page_size=PAGE,
+            cascade_min_shared_tokens=1,
+        )
+        worker, facts = load_worker(config, folder, device)
+        executor = LocalExecutor(worker)
+        seconds: dict[str, list[float]] = {"groups": [], "plain": []}
+        found: dict[str, Tokens] = {}
+        for turn in range(args.rounds):
+            for name in list(seconds)[:: -1 if turn % 2 else 1]:
+                least = 1 if name == "groups" else None
+                took, found[name] = serve(executor, args, facts.vocab_size, least)
+                seconds[name].append(took)
+        equal = compare(found, worker.dtype == torch.float32)
+        ratios = [a / b for a, b in zip(seconds["plain"], seconds["groups"], strict=True)]
+        result = {
+            "benchmark": "cascade",
+            "model": args.shape or folder.name,
+            "device": device.name,
+            "dtype": str(worker.dtype).removeprefix("torch."),
+            "batch": args.batch,
+            "shared": args.shared,
+            "grouped_step_ms": 1e3 * statistics.median(seconds["groups"]),
+            "plain_step_ms": 1e3 * statistics.median(seconds["plain"]),
+            "times_as_fast": statistics.median(ratios),
+            "equal_tokens": equal,
+            "rounds": args.rounds,
+        }
+    print(
+        f"{result['model']} {result['dtype']} on {result['device']}: {args.batch} sequences share "
+        f"{args.shared} tokens; a step takes {result['plain_step_ms']:.3f} ms, in groups "
+        f"{result['grouped_step_ms']:.3f} ms: {result['times_as_fast']:.2f} times as fast; "
+        f"{equal:.1%} of tokens equal"
+    )
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
