@@ -149,6 +149,9 @@ class Ranks:
                 with contextlib.suppress(OSError):  # gone already, which is what was wanted
                     channel.send(stop)
         self._closing = True
+        comm, self._comm = self._comm, None
+        if comm is not None:
+            comm.close()  # at the same time as the others: they may hold memory of each other
         deadline = time.monotonic() + EXIT_GRACE
         for child in self._children.values():
             child.wait(max(0.0, deadline - time.monotonic()))
@@ -160,8 +163,6 @@ class Ranks:
             self._watching.join()
         for channel in self._channels.values():
             channel.close()
-        if self._comm is not None:
-            self._comm.close()
         if self._shared is not None:
             os.close(self._shared)
             self._shared = None
