@@ -93,13 +93,16 @@ std::unique_ptr<Kernel> start(const Work &work) {
     return kernel;
 }
 
-// A turn of each of the kernel's threads; later ones first where `backwards`.
-void turn(Kernel &kernel, bool backwards) {
+// A turn of each of the kernel's threads, but for warps that stall, as one may, for many turns; what
+// the others run into meanwhile is what barriers are for.
+void turn(Kernel &kernel, unsigned round) {
+    constexpr unsigned stall = 16;
     kernel_under_way = &kernel;
-    const size_t count = kernel.fibers.size();
-    for (size_t i = 0; i < count; ++i) {
-        lane::current = kernel.fibers[backwards ? count - 1 - i : i].get();
-        if (lane::current->block != nullptr)
+    for (size_t i = 0; i < kernel.fibers.size(); ++i) {
+        const unsigned dice = (round / stall * 2654435761u) ^ static_cast<unsigned>(i / lane::kWarp);
+        if ((dice * 2246822519u >> 16) % 4 == 0) continue;
+        lane::current = kernel.fibers[i].get();
+        if (lane::current->block != nullptr && !lane::current->blocked())
             swapcontext(&lane::scheduler, &lane::current->context);
     }
 }
@@ -159,7 +162,7 @@ void run() {
                 kernels[rank] = start(queues[rank].front());
             if (kernels[rank] == nullptr) continue;
             busy = true;
-            turn(*kernels[rank], round % 3 == rank % 3);
+            turn(*kernels[rank], round + rank * 5);
             if (kernels[rank]->left == 0) {
                 kernels[rank].reset();
                 queues[rank].pop_front();

@@ -1,6 +1,7 @@
 """The kernels of the all-reduce, compiled for the CPU: every path, dtype and shape, to the bit."""
 
 import ctypes
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path as File
@@ -21,14 +22,14 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALF_BYTES = 64 * 1024
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory) -> ctypes.CDLL:
+def build(folder: File, sources: File) -> ctypes.CDLL:
+    """The kernels of `sources` (a csrc/) as a library."""
     try:
         compiler = find_compiler("cpu")
     except Unavailable as missing:
         pytest.skip(str(missing))
-    built = tmp_path_factory.mktemp("emulated") / "all_reduce.so"
-    folders = ("-I", ROOT / "tests/csrc/emulated", "-I", ROOT / "csrc")
+    built = folder / "all_reduce.so"
+    folders = ("-I", ROOT / "tests/csrc/emulated", "-I", sources)
     source = ROOT / "tests/csrc/all_reduce_emulated.cpp"
     words = [compiler, *FLAGS, "-shared", *folders, source, "-o", built]
     done = subprocess.run(words, capture_output=True, text=True)
@@ -36,6 +37,11 @@ def library(tmp_path_factory) -> ctypes.CDLL:
         pytest.skip("this compiler has no _Float16")
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(built))
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> ctypes.CDLL:
+    return build(tmp_path_factory.mktemp("emulated"), ROOT / "csrc")
 
 
 def pointers(addresses: list[int]) -> Any:
@@ -292,3 +298,24 @@ def test_the_host_ends_a_wait(library):
     assert kept is not None
     with pytest.raises(RuntimeError, match="stopped"):
         ranks.peers[0].check()
+
+
+def test_a_missing_barrier_is_seen(tmp_path):
+    """One that was left out, between rows of a norm: a fast warp spoils what a slow one reads."""
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    file = tmp_path / "csrc/cuda/all_reduce_thread.h"
+    barrier = "lane::sync();  // before the next row's parts"
+    assert barrier in file.read_text()
+    file.write_text(file.read_text().replace(barrier, ""))
+    ranks = Emulated(build(tmp_path, tmp_path / "csrc"), 3)
+    parts = make_parts(3, (9, 4104), torch.bfloat16, 9)
+    residual, weight = parts[0].clone(), parts[0, 0].clone()
+    want = all_reduce_norm_reference(parts, residual, weight, 1e-6, False)[0].float()
+    results = ranks.run(
+        lambda peers: peers.all_reduce_norm(
+            parts[peers.rank].clone(), residual, weight, 1e-6, False, Path.ONE_SHOT
+        )
+    )
+    assert not all(
+        torch.allclose(normed.float(), want, rtol=0.05, atol=0.05) for normed, _ in results
+    )

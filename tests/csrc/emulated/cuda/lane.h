@@ -1,7 +1,8 @@
 // csrc/cuda/lane.h for a CPU: the threads of all blocks of all devices are fibers that take turns.
 //
 // One fiber runs at a time, until it waits: at a barrier, in a shuffle, or where it looks at a flag.
-// That shows wrong indices, forgotten barriers' deadlocks and wrong sums; races it does not show.
+// That shows wrong indices and, since whoever plays the kernels lets warps stall, missing barriers;
+// memory orders it does not show.
 #pragma once
 
 #include <ucontext.h>
@@ -23,6 +24,7 @@ class Barrier {
   public:
     explicit Barrier(int count = 0) : count_(count) {}
     void wait();
+    unsigned phase() const { return phase_; }
 
   private:
     int count_, arrived_ = 0;
@@ -45,6 +47,10 @@ struct Fiber {
     ucontext_t context;
     Block *block;
     int index;
+    const Barrier *at = nullptr;  // waits here while the phase is this one
+    unsigned phase = 0;
+
+    bool blocked() const { return at != nullptr && at->phase() == phase; }
 };
 
 inline Fiber *current = nullptr;
@@ -57,7 +63,10 @@ inline void Barrier::wait() {
         arrived_ = 0;
         ++phase_;
     }
+    current->at = this;
+    current->phase = phase;
     while (phase_ == phase) yield();
+    current->at = nullptr;
 }
 
 inline int block() { return current->block->index; }
