@@ -198,7 +198,7 @@ def decodes(
     there are no runs."""
     max_keys = engine.max_pages * engine.page_size
     sizes = (model.kv_heads, model.head_dim, max_keys, model.torch_dtype)
-    for width in engine.widths:
+    for width in engine.decode_widths:
         label = f"decode-width{width} {_where(model, engine, window)}"
         if engine.batch_invariant:
             call = paged(model, engine, 1, width, width=width, window=window)
@@ -221,7 +221,7 @@ def cascades(
     """A launch per width and numbers of runs that `counts` of sequences lead to."""
     max_keys = engine.max_pages * engine.page_size
     prefix = {"prefix_kernel": ("wgmma",)}
-    for width in engine.widths:
+    for width in engine.decode_widths:
         first: dict[tuple[int, int], dict[str, Any]] = {}
         for count in counts:
             call = paged(model, engine, count, count * width, width=width)

@@ -44,7 +44,11 @@ class EngineShapes:
     num_pages: int  # of the KV pool
     max_pages: int  # of a sequence: the page table's width
     max_rows: int  # sequences running at once
-    widths: tuple[int, ...] = (1,)  # tokens of a sequence in a decode step, 1 + drafts
-    max_drafts: int = 0
+    max_drafts: int = 0  # of a sequence in a step
+    widths: tuple[int, ...] = ()  # tokens of a sequence in a decode step; 1 + any drafts if empty
     batch_invariant: bool = False
     cascade: bool = False
+
+    @property
+    def decode_widths(self) -> tuple[int, ...]:
+        return self.widths or tuple(range(1, 2 + self.max_drafts))

@@ -215,7 +215,6 @@ def load_worker(
             num_pages=limits.num_pages,
             max_pages=_page_table_width(limits),
             max_rows=max_rows,
-            widths=tuple(graphs.by_width) or (1,),
             max_drafts=num_drafts,
             batch_invariant=config.batch_invariant,
             cascade=cascade,

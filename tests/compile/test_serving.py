@@ -15,6 +15,7 @@ import triton
 
 from minisgl.core.batch import Batch
 from minisgl.core.executor import GrammarMasks
+from minisgl.core.policy import SchedulerConfig
 from minisgl.core.speculation import Speculation
 from minisgl.kernels.config import table_for
 from minisgl.kernels.offline import offline
@@ -25,9 +26,10 @@ from minisgl.runtime.fixed_order import FixedOrder
 from minisgl.runtime.kernel_shapes import model_shapes
 from tests.kernels.cards import all_ops
 from tests.runtime.harness import VOCAB, make_executor, mixed_requests, serve, tiny_decoder
+from tests.runtime.test_cascade import shared_requests
 
 ARCH = 90
-DRAFTS = 2
+DRAFTS = 2  # of a sequence in a step, at most
 
 
 PORTABLE = {
@@ -62,9 +64,8 @@ def counter(monkeypatch):
 def test_warm_up_has_compiled_whatever_a_step_launches(counter, graphs, fixed):
     decoder = tiny_decoder(torch.bfloat16)
     model = FixedOrder(decoder, torch.device("cpu")) if fixed else decoder
-    widths = tuple(range(1, DRAFTS + 2))
     executor = make_executor(
-        model, dtype=torch.bfloat16, graphs=graphs, graph_widths=widths, num_pages=60
+        model, dtype=torch.bfloat16, graphs=graphs, graph_widths=(1, 1 + DRAFTS), num_pages=60
     )
     worker, limits = executor._worker, executor.limits
     engine = EngineShapes(
@@ -72,9 +73,9 @@ def test_warm_up_has_compiled_whatever_a_step_launches(counter, graphs, fixed):
         limits.num_pages,
         worker.geometry.page_table_width,
         limits.max_rows,
-        widths=widths,
         max_drafts=DRAFTS,
         batch_invariant=fixed,
+        cascade=not fixed,
     )
     launches = list(serving_launches(model_shapes(decoder), engine, table_for(ARCH)))
 
@@ -93,11 +94,17 @@ def test_warm_up_has_compiled_whatever_a_step_launches(counter, graphs, fixed):
     try:
         worker.device.run(warm_up)
         before = counter.total
-        guess = Speculation(lambda sequence, most: [0] * most, DRAFTS, adaptive=False)
+        guess = Speculation(
+            lambda sequence, most: [0] * min(most, sequence.uid % 3), DRAFTS, adaptive=False
+        )
         requests = mixed_requests(7, seed=1, max_tokens=5)
-        serve(executor, requests, speculation=guess)
+        drafted = serve(executor, requests, speculation=guess)
         serve(executor, requests[:3], masks=masks)
+        grouping = None if fixed else SchedulerConfig(cascade_min_shared_tokens=1)
+        grouped = serve(executor, shared_requests(5, seed=2), config=grouping, arrive=4)
         assert counter.names[before:] == []
+        assert any(chunk.drafts for batch in drafted.batches for chunk in batch.chunks)
+        assert any(batch.cascade_groups for batch in grouped.batches) != fixed
     finally:
         worker.device.run(contexts.close)
         worker.close()
