@@ -308,8 +308,9 @@ def test_a_missing_barrier_is_seen(tmp_path):
     assert barrier in file.read_text()
     file.write_text(file.read_text().replace(barrier, ""))
     ranks = Emulated(build(tmp_path, tmp_path / "csrc"), 3)
-    parts = make_parts(3, (9, 4104), torch.bfloat16, 9)
-    residual, weight = parts[0].clone(), parts[0, 0].clone()
+    parts = make_parts(3, (9, 4104), torch.bfloat16, 9) * 10.0 ** torch.arange(9).view(9, 1)
+    parts = parts.bfloat16()  # each row is far larger than the one before: its parts would show
+    residual, weight = parts[0].clone(), torch.ones(4104, dtype=torch.bfloat16)
     want = all_reduce_norm_reference(parts, residual, weight, 1e-6, False)[0].float()
     results = ranks.run(
         lambda peers: peers.all_reduce_norm(
