@@ -92,6 +92,20 @@ def test_the_report_shows_figures_and_goals(check, tmp_path):
     assert "## fails: end of its output\n\n```\nno good\n```" in report
 
 
+def test_figures_are_the_json_of_the_last_line():
+    assert gpu_check._last_json('so\n{"ratio": 2}\n') == {"ratio": 2}
+    assert gpu_check._last_json('so\n[{"ratio": 2}]') == {"rows": [{"ratio": 2}]}
+    for output in ("", "so", '{"ratio": 2}\nso', "[unfinished"):
+        assert gpu_check._last_json(output) is None
+
+
+def test_stages_run_modules_that_exist():
+    for stage in gpu_check.STAGES:
+        name = stage.words[1]
+        own = (Path(gpu_check.ROOT) / name.replace(".", "/")).with_suffix(".py")
+        assert own.exists() or own.with_suffix("").is_dir() or name == "pytest"
+
+
 def test_unknown_stage_and_missing_gpu_are_refused(check, tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         check([PRINTS], "compile")
