@@ -25,6 +25,8 @@ from minisgl.kernels.launches import Launch, serving_launches
 from minisgl.kernels.offline import compile_only, offline
 from minisgl.kernels.shapes import EngineShapes, ModelShapes
 
+MOST_PROCESSES = 16  # a model has some hundred kernels, and each process imports torch
+
 __all__ = [
     "CompileCounter",
     "EngineShapes",
@@ -68,10 +70,10 @@ def compile_ahead(
 ) -> int:
     """Compile `serving_launches` for sm_`arch` into the cache on disk; how many were not there.
 
-    processes: at most this many at once, a CPU core each by default. Raises RuntimeError with the
-    output of a process that fails.
+    processes: by default one for each CPU core, up to MOST_PROCESSES. Raises RuntimeError with
+    the output of a process that fails.
     """
-    count = processes or len(os.sched_getaffinity(0))
+    count = processes or min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
     shapes = json.dumps({"model": asdict(model), "engine": asdict(engine)})
     words = [sys.executable, "-m", "minisgl.kernels.warmup", "--arch", str(arch)]
     running = []
