@@ -3,6 +3,7 @@
 On a CPU nothing waits, so what would wait on a GPU is looked for among the operations.
 """
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ from minisgl.kernels.decode import decode
 from minisgl.kernels.op import forced
 from minisgl.kernels.qkv_prepare import qkv_prepare
 from minisgl.runtime.inputs import pack_step
+from minisgl.runtime.proposals import PENDING
 from minisgl.runtime.runner import Step
 from tests.runtime.harness import VOCAB, make_executor, tiny_decoder
 
@@ -99,7 +101,27 @@ def steps() -> list[tuple[Batch, GrammarMasks | None]]:
     ]
 
 
-def run_steps(monkeypatch, fault=None, model=None, ops=OPS, **facts) -> list[int]:
+def drafting_steps() -> list[tuple[Batch, GrammarMasks | None]]:
+    """A draft model follows a prompt, proposes for two rows, catches up, proposes along masks."""
+    asked = SamplingParams(presence_penalty=0.5, seed=3), SamplingParams(logprobs=1, seed=4)
+    setups = [RowSetup(i, 0, i, 0, 3, params, [9, 9, 9]) for i, params in enumerate(asked)]
+    prompts = [Chunk(i, 0, i, 0, 3, [9, 9, 9], 0, [1 + i], True) for i in range(2)]
+    follow = [msgspec.structs.replace(prompt, samples=False) for prompt in prompts]
+
+    def decoding(uid: int, start: int, count: int) -> Chunk:
+        return Chunk(uid, 0, uid, start, 1 + count, [], 0, [], True, [PENDING] * count)
+
+    late = Chunk(1, 0, 1, 3, 1, [9], 0, [], False)
+    every = np.full((3, 2), 2**32 - 1, np.uint32)
+    return [
+        (Batch(0, prompts, 0, setups, draft_chunks=follow), None),
+        (Batch(1, [decoding(0, 3, 3), decoding(1, 3, 1)], 2), None),
+        (Batch(2, [decoding(0, 4, 2), prompts[1]], 1, draft_chunks=[late]), None),
+        (Batch(3, [decoding(0, 5, 2)], 1), GrammarMasks([0, 0, 0], every)),
+    ]
+
+
+def run_steps(monkeypatch, fault=None, model=None, ops=OPS, batches=None, **facts) -> list[int]:
     """Run every step under the guard, `fault` inside the model. How often each one uploads."""
     model = model or Blind()
     executor = make_executor(model, **facts)
@@ -117,7 +139,7 @@ def run_steps(monkeypatch, fault=None, model=None, ops=OPS, **facts) -> list[int
             patch.setattr(device, "upload", unguarded_upload)
             for name in ("tolist", "numpy", "cpu"):  # not seen by the dispatcher
                 patch.setattr(torch.Tensor, name, _reads)
-            for batch, masks in steps():
+            for batch, masks in batches or steps():
                 uploads.append(0)
                 step = Step(pack_step(batch, worker.host_rows, worker.geometry))
                 runner.forward(step)
@@ -136,6 +158,14 @@ def test_a_step_never_waits_for_the_device(monkeypatch, facts):
     uploads = run_steps(monkeypatch, **facts)
     # Masks are filled while the forward pass runs; everything else comes at once before it.
     assert uploads == [1 if masks is None else 2 for _, masks in steps()]
+
+
+@pytest.mark.parametrize("facts", [{"graphs": False}, {"graph_widths": (1, 4)}], ids=str)
+def test_nor_does_one_with_a_draft_model(monkeypatch, facts):
+    """Proposals are made, put into the step and verified without a word to the host."""
+    batches = drafting_steps()
+    uploads = run_steps(monkeypatch, batches=batches, draft=Blind(), **facts)
+    assert uploads == [1 if masks is None else 2 for _, masks in batches]
 
 
 @pytest.mark.parametrize("graphs", [False, True])
