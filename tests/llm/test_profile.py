@@ -75,25 +75,6 @@ def test_traces_hold_every_step_layer_and_op_and_end_with_the_profile(tmp_path, 
                 change()
 
 
-def test_every_rank_writes_its_own_trace(tmp_path, model_directory):
-    with LLM(model_directory, profile_dir=str(tmp_path), tp_size=2, **OPTIONS) as llm:
-        llm.generate(WORK[0], LONG, use_tqdm=False)
-        directory = llm.start_profile()
-        llm.generate(WORK[0], LONG, use_tqdm=False)
-        timeline, *traces = llm.stop_profile()
-        assert llm.generate(WORK[0], LONG, use_tqdm=False).token_ids
-    assert timeline == f"{directory}/timeline.json"
-    assert traces == [f"{directory}/rank{rank}.trace.json.gz" for rank in (0, 1)]
-    for trace in traces:
-        with gzip.open(trace) as file:
-            events = json.load(file)["traceEvents"]
-        names = Counter(e["name"] for e in events if e.get("cat") == "user_annotation")
-        assert names["forward"] == names["advance_rows"] == 40
-        assert names["layer 1"] == names["broadcast"] == 40
-        assert names["all_reduce"] == 40 * (2 * 2 + 1)  # two for each layer, and the embedding's
-    assert len(timeline_of(directory)["forward"]) == 40
-
-
 def test_an_async_llm_profiles_the_engine_in_its_process(tmp_path, model_directory):
     async def scene() -> None:
         async with AsyncLLM(model_directory, profile_dir=str(tmp_path), **OPTIONS) as llm:

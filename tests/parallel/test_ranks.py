@@ -1,6 +1,9 @@
 """Several ranks, each a process, give the tokens that one gives: every family, whatever happens."""
 
+import gzip
+import json
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -143,4 +146,10 @@ def test_two_ranks_are_batch_invariant_and_profiled(tmp_path: Path) -> None:
             "rank0.trace.json.gz",
             "rank1.trace.json.gz",
         ]
-        assert all(Path(trace).stat().st_size > 1000 for trace in traces)
+        layers = 5
+        for trace in traces:
+            events = json.loads(gzip.decompress(Path(trace).read_bytes()))["traceEvents"]
+            names = Counter(e["name"] for e in events if e.get("cat") == "user_annotation")
+            assert names["forward"] == names["broadcast"] == 3
+            assert names["layer 0"] == names[f"layer {layers - 1}"] == 3
+            assert names["all_reduce"] == 3 * (2 * layers + 1)  # and the embedding's
