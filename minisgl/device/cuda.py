@@ -131,6 +131,7 @@ class CudaDevice:
         return graph  # type: ignore[no-any-return]
 
     def memory(self) -> Memory:
+        torch.cuda.empty_cache()  # what torch keeps for later is free
         free, total = torch.cuda.mem_get_info(self.torch_device)
         return Memory(free=free, total=total, used=torch.cuda.memory_allocated(self.torch_device))
 

@@ -127,3 +127,21 @@ def warm_up(
         step = Step(pack_step(batch, host, eager))
         runner.forward(step)
         runner.sample(step, None if batch.step else GrammarMasks([0], bits))
+
+
+def run_largest(runner: Runner, limits: Limits, geometry: Geometry, prompt_tokens: int) -> None:
+    """Run a step of every row and `prompt_tokens` more, the most there can be, on the padding row.
+
+    What it takes of the device's memory is then taken before serving, or the start fails.
+    """
+    row = limits.max_rows
+    decode = Chunk(0, 0, row, 1, 1, [], 0, [], True)
+    longest = min(prompt_tokens, limits.max_context)
+    lengths = [longest] * (prompt_tokens // longest)
+    if prompt_tokens % longest:
+        lengths.append(prompt_tokens % longest)
+    prompts = [Chunk(0, 0, row, 0, n, [0] * n, 0, [], True) for n in lengths]
+    host = HostRows(limits.max_rows, limits.vocab_size, ())
+    step = Step(pack_step(Batch(0, [decode] * row + prompts, row), host, geometry))
+    runner.forward(step)
+    runner.sample(step, None)

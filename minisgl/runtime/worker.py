@@ -27,7 +27,7 @@ from minisgl.runtime.kv_pool import KVPool, KVShape, check_graphs, plan_memory
 from minisgl.runtime.rows import HostRows, RowBuffers
 from minisgl.runtime.runner import Model, Runner
 from minisgl.runtime.sampler import Sampler
-from minisgl.runtime.startup import Kernels, Stages, warm_up
+from minisgl.runtime.startup import Kernels, Stages, run_largest, warm_up
 
 log = get_logger(__name__)
 
@@ -57,12 +57,14 @@ class Worker:
         compare: bool = False,
         cascade: bool = False,
         draft: Draft | None = None,
+        prompt_tokens: int = 0,
     ) -> None:
         """Allocates the pool and the rows of `limits`, warms up and captures `graphs`.
 
         stages: where the time this takes is noted. compiled: how many kernels this process has
         compiled so far. compare: every step checks that all ranks of `comm` compute the same.
-        cascade: whether steps may come with cascade groups, and are to be ready for.
+        cascade: whether steps may come with cascade groups, and are to be ready for. prompt_tokens:
+        of a step, at most; on a GPU such a step is run last.
         """
         comm = comm or Solo()
         self.device = device
@@ -127,6 +129,10 @@ class Worker:
             return eager.with_graphs(by_width, buffers)
 
         self.runner = device.run(build)
+        if prompt_tokens and not on_cpu:
+            with stages.stage("largest step"):
+                device.run(run_largest, self.runner, limits, self.geometry, prompt_tokens)
+                device.record().wait()
         self._compiled, self._compiled_at_start = compiled, compiled()
 
     @property
@@ -236,6 +242,7 @@ def load_worker(
         compare=config.log_level == "debug" and comm.size > 1,
         cascade=cascade,
         draft=draft,
+        prompt_tokens=config.chunked_prefill_size,
     )
     check_graphs(plan, worker.graph_bytes)
     if comm.rank == 0:

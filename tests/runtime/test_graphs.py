@@ -14,7 +14,7 @@ from minisgl.runtime.graphs import Forward
 from minisgl.runtime.kv_pool import KVShape
 from minisgl.runtime.runner import Runner
 from minisgl.runtime.sampler import Shaping
-from minisgl.runtime.startup import warm_up
+from minisgl.runtime.startup import run_largest, warm_up
 from minisgl.runtime.worker import Worker
 from tests.runtime.harness import VOCAB, make_executor, mixed_requests, serve, tiny_decoder
 
@@ -142,6 +142,28 @@ def test_a_warm_up_asks_for_everything_and_leaves_padding_greedy(executors, page
     assert runner._rows.counted[padding] == 0
     requests = mixed_requests(7, seed=8)
     assert serve(executor, requests).tokens == serve(executors(**facts), requests).tokens
+
+
+@pytest.mark.parametrize("tokens", [20, 300])  # the context is 128
+def test_the_largest_step_has_every_row_and_leaves_nothing_behind(executors, tokens):
+    executor = executors()
+    worker, sizes = executor._worker, []
+
+    class Watched(Runner):
+        def forward(self, step):
+            arrays = step.arrays
+            sizes.append((arrays.num_tokens, arrays.num_points, arrays.replays))
+            super().forward(step)
+
+    runner = worker.runner
+    runner.__class__ = Watched
+    worker.device.run(run_largest, runner, worker.limits, worker.geometry, tokens)
+    ((most, points, replays),) = sizes
+    chunks = -(-tokens // 128)
+    assert most == -(-(8 + tokens) // 8) * 8  # padded, in fp32
+    assert (points, replays) == (8 + chunks, False)
+    requests = mixed_requests(7, seed=8)
+    assert serve(executor, requests).tokens == serve(executors(), requests).tokens
 
 
 def test_nothing_moves_once_it_is_captured(model, executors):
