@@ -61,7 +61,7 @@ struct Test {
     std::vector<std::vector<float>> data;           // [rank][half, row, column]
     std::vector<std::atomic<uint32_t>> told;        // the word each rank's host reads
     std::atomic<bool> stop{false};
-    std::atomic<long> wrong{0}, checked{0};
+    std::atomic<long> wrong{0}, checked{0}, passed{0};
 
     Test(int size, int blocks, int lanes, int calls, std::string mode)
         : size(size), blocks(blocks), lanes(lanes), calls(calls), mode(std::move(mode)),
@@ -197,6 +197,7 @@ void run_thread(Test &test, int rank, int block, int lane, Barrier &block_barrie
         if (test.mode == "moving-grid") thread.ranks.blocks = 1 + shared() % test.blocks;
         if (block < thread.ranks.blocks) thread.run_call();
         kernel_end.wait();
+        ++test.passed;
     }
 }
 
@@ -223,7 +224,7 @@ int main(int count, char **words) {
     if (count != 6) return 2;
     Test test(std::atoi(words[1]), std::atoi(words[2]), std::atoi(words[3]), std::atoi(words[4]),
               words[5]);
-    if (test.mode == "dead") test.timeout_ns = 200'000'000;
+    if (test.mode == "dead") test.timeout_ns = 1'000'000'000;
     std::vector<Barrier *> barriers;
     std::vector<std::thread> threads;
     for (int rank = 0; rank < test.size; ++rank) {
@@ -236,7 +237,10 @@ int main(int count, char **words) {
         }
     }
     if (test.mode == "stopped") {
-        std::this_thread::sleep_for(std::chrono::milliseconds(300));
+        // Once what the last rank took part in is over, and the others wait for it.
+        const long sound = long(threads.size()) * (test.calls / 2);
+        while (test.passed < sound) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        std::this_thread::sleep_for(std::chrono::milliseconds(50));
         test.stop = true;
     }
     for (std::thread &thread : threads) thread.join();

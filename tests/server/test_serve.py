@@ -66,6 +66,7 @@ VALUES = {
     "schedule_policy": "lpm",
     "batch_policy": "decode-first",
     "speculative_algorithm": "ngram",
+    "speculative_draft_model": "x",
     "speculative_ngram_min": 3,
     "log_level": "warning",
     "profile_dir": "profiles-here",
@@ -79,6 +80,7 @@ WITH = {
     "nnodes": ("--tp-size=7", "--dist-init-addr=a:1"),
     "node_rank": ("--tp-size=8", "--nnodes=8", "--dist-init-addr=a:1"),
     "dist_init_addr": ("--tp-size=2", "--nnodes=2"),
+    "speculative_draft_model": ("--speculative-algorithm=draft",),
 }
 
 
