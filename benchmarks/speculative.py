@@ -99,7 +99,7 @@ def serve_side(side: str, options: dict[str, Any]) -> None:
         print(json.dumps({"ready": True}), flush=True)
         for line in sys.stdin:
             job = json.loads(line)
-            before, started = llm.stats(), time.perf_counter()
+            before, started, used = llm.stats(), time.perf_counter(), time.process_time()
             said = []
             for first in range(0, len(job["prompts"]), job["batch"]):
                 group = job["prompts"][first : first + job["batch"]]
@@ -112,10 +112,11 @@ def serve_side(side: str, options: dict[str, Any]) -> None:
                 chats = [[{"role": "user", "content": text}] for text in group]
                 said += [o.token_ids for o in llm.chat(chats, params, use_tqdm=False)]
             seconds, after = time.perf_counter() - started, llm.stats()
+            used = time.process_time() - used
             tried = after.scheduler.num_tried_drafts - before.scheduler.num_tried_drafts
             accepted = after.scheduler.num_accepted_drafts - before.scheduler.num_accepted_drafts
-            answer = {"seconds": seconds, "tried": tried, "accepted": accepted, "tokens": said}
-            print(json.dumps(answer), flush=True)
+            answer = {"seconds": seconds, "cpu_seconds": used, "tried": tried}
+            print(json.dumps(answer | {"accepted": accepted, "tokens": said}), flush=True)
 
 
 class Side:
@@ -177,6 +178,7 @@ class Result:
     acceptance: float
     tokens_per_step: float
     ratios: list[float]  # of speeds, one a round
+    cpu_ratio: float  # of processor time, all rounds together: a busy machine disturbs it less
 
     @property
     def ratio(self) -> float:
@@ -186,7 +188,8 @@ class Result:
         spread = f"{min(self.ratios):.2f}-{max(self.ratios):.2f}"
         return (
             f"{self.workload:8} {self.side:6} {self.batch:5} {self.temperature:11g} "
-            f"{self.acceptance:10.1%} {self.tokens_per_step:11.2f} {self.ratio:7.2f}x  ({spread})"
+            f"{self.acceptance:10.1%} {self.tokens_per_step:11.2f} {self.cpu_ratio:7.2f}x "
+            f"{self.ratio:7.2f}x  ({spread})"
         )
 
 
@@ -223,6 +226,7 @@ def compare(
                 accepted / max(tried, 1),
                 tokens / (tokens - accepted),
                 [p["seconds"] / a["seconds"] for p, a in zip(plain, own, strict=True)],
+                sum(p["cpu_seconds"] for p in plain) / sum(a["cpu_seconds"] for a in own),
             )
         )
     return results
@@ -259,6 +263,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--workload", choices=KINDS, nargs="+", default=list(KINDS))
+    parser.add_argument("--against", choices=["draft", "ngram"], nargs="+", default=list(SIDES)[1:])
     parser.add_argument("--drafts", type=int, default=6, help="tokens drafted at most")
     parser.add_argument("--requests", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
@@ -285,7 +290,7 @@ def main() -> None:
             options["model"] = folder
             print(f"padded target: {parameters / 1e6:.0f} million parameters, {args.dtype}")
         results: list[Result] = []
-        with sides(list(SIDES), options) as running:
+        with sides(["plain", *args.against], options) as running:
             if args.target == "padded":
                 prompts = questions(8, "chat", seed=2)
                 small_options = {k: v for k, v in options.items() if k != "model"}
@@ -297,7 +302,8 @@ def main() -> None:
             for side in running.values():  # warm, and its costs measured
                 for batch in args.batch:
                     side.ask(questions(batch, "chat", seed=3), batch, max_tokens=48)
-            print("workload side   batch temperature acceptance tokens/step   speed  (rounds)")
+            header = "workload side   batch temperature acceptance tokens/step"
+            print(f"{header} CPU time    speed  (rounds)")
             for workload in args.workload:
                 for temperature in args.temperature:
                     for batch in args.batch:
