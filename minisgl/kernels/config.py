@@ -8,7 +8,7 @@ without spilling registers and within shared memory (`python -m minisgl.kernels.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -140,6 +140,11 @@ def attention_tile(tiles: Mapping[int, Tile], head_dim: int, dtype: torch.dtype)
         if head_dim <= size:
             return tile
     raise ValueError(f"head_dim must be at most {max(tiles)}, got {head_dim}")
+
+
+def product_tile(tile: Tile, dtype: torch.dtype) -> Tile:
+    """`tile` is for 16 bits: fp32 needs twice the shared memory and is loaded half as far ahead."""
+    return replace(tile, stages=tile.stages // 2) if dtype == torch.float32 else tile
 
 
 def row_warps(elements: int) -> int:

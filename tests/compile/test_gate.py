@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import triton
 
-from minisgl.kernels.gate import launches
-from minisgl.kernels.launches import Launch
+from minisgl.kernels.config import ARCHITECTURES
+from minisgl.kernels.gate import QWEN_MOE, launches
+from minisgl.kernels.launches import Launch, experts
 from minisgl.kernels.lint import ARCHES, Report, problems, regressions, reports
+from minisgl.kernels.offline import offline
+from minisgl.kernels.shapes import EngineShapes
 
 BASELINE = Path(__file__).parent / f"triton-{triton.__version__}.json"
 LAUNCHES = [(arch, launch) for arch in ARCHES for launch in launches(arch)]
@@ -31,6 +34,16 @@ def test_launch(arch: int, launch: Launch, baseline: dict):
         found = [*problems(report, launch), *regressions(report, baseline)]
         faults += [f"{report.key}: {text}" for text in found]
     assert not faults, "\n".join(faults)
+
+
+def test_experts_in_fp32_fit_the_least_shared_memory():
+    model = replace(QWEN_MOE, dtype="float32")
+    few = next(experts(model, EngineShapes(16, 64, 8, 8)))
+    with offline(89) as compiled:
+        few.run()
+    used = [kernel.metadata.shared for kernel in compiled]
+    assert max(used) > 32 * 1024  # the products' tiles are among them
+    assert max(used) <= ARCHITECTURES[89].shared_bytes
 
 
 def test_labels_are_unique():

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minisgl.kernels.config import architecture
+from minisgl.kernels.config import architecture, product_tile
 
 GROUP = 8  # row blocks per group
 
@@ -79,7 +79,7 @@ def linear_persistent(
     if rows.shape[0] == 0:
         return out
     arch = architecture(x.device)
-    tile = arch.matmul
+    tile = product_tile(arch.matmul, x.dtype)
     tiles = triton.cdiv(rows.shape[0], tile.rows) * triton.cdiv(outputs, tile.cols)
     linear_kernel[(min(arch.processors, tiles),)](
         rows,

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minisgl.kernels.config import Tile, architecture, batch_invariant
+from minisgl.kernels.config import Tile, architecture, batch_invariant, product_tile
 
 ROUTE_ROWS = 8
 ALIGN_BLOCK = 32
@@ -216,7 +216,7 @@ def moe_experts_portable(
         return out
     arch = architecture(x.device)
     few = pairs <= 16 * experts and not batch_invariant()
-    tile: Tile = arch.experts_few if few else arch.experts
+    tile: Tile = product_tile(arch.experts_few if few else arch.experts, x.dtype)
     tiles = pairs // tile.rows + min(experts, pairs)
 
     def made(size: int, fill: int) -> torch.Tensor:
