@@ -19,7 +19,7 @@ BASE: dict[str, Any] = {
     "max_running_requests": 24,
     "log_level": "warning",
 }
-NUM_PROMPTS = 120
+NUM_PROMPTS = 500
 
 
 def open_llm(side: str, **options: Any) -> LLM:
