@@ -24,7 +24,7 @@ OTHERS = ("tests", "benchmarks", "profiles", "tools", "csrc")
 SOURCES = {".py", ".sh", ".c", ".h", ".cpp", ".cu", ".cuh"}
 # Lines of code (blank lines, comments and docstrings are free). The kernels have a budget of their
 # own, because a kernel's room holds its specification, cases and cost formulas too.
-BUDGETS = {"kernels/": 6_000, "all but kernels/": 11_000}
+BUDGETS = {"kernels/": 6_200, "all but kernels/": 11_000}
 
 # Room (a folder or file of minisgl/) -> what it may import from the package besides itself:
 # rooms, or single modules of a room.

@@ -6,6 +6,7 @@ import torch
 
 from benchmarks.kernels import baselines
 from benchmarks.kernels.workload import Arguments, Setting, Workload
+from minisgl.kernels.logprobs import logprobs
 from minisgl.kernels.sampling import (
     SEEN_IN_PROMPT,
     adjust_logits,
@@ -80,6 +81,14 @@ def logits(small: bool) -> Iterator[Workload]:
             "bits": setting.integers(0, 2**31 - 1, rows, words),
         }
 
+    def score(setting: Setting) -> Arguments:
+        return {
+            "logits": setting.normal(rows, vocab, dtype=torch.float32),
+            "token_ids": setting.integers(0, vocab, rows),
+            "num_top": 5,
+        }
+
     label = f"{rows} x {vocab}"
+    yield Workload(logprobs, label, score, {}, {"rows": rows})
     yield Workload(adjust_logits, label, adjust, {}, {"rows": rows})
     yield Workload(mask_logits, label, mask, baselines.MASK, {"rows": rows})

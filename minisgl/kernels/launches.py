@@ -25,6 +25,7 @@ from minisgl.kernels.config import Architecture, fixed_order
 from minisgl.kernels.decode.portable import decode_portable, decode_splits
 from minisgl.kernels.kv_copy.portable import copy_pages_portable
 from minisgl.kernels.linear.persistent import linear_persistent
+from minisgl.kernels.logprobs.portable import logprobs_portable
 from minisgl.kernels.moe.portable import moe_experts_portable, moe_route_portable
 from minisgl.kernels.qkv_prepare.portable import qkv_prepare_portable
 from minisgl.kernels.rmsnorm.portable import rmsnorm_portable
@@ -294,6 +295,9 @@ def sampling(model: ModelShapes, engine: EngineShapes) -> Iterator[Launch]:
         }
         label = f"adjust_logits-drafts{drafts} {model.name}"
         yield Launch(label, adjust_logits_portable, adjusted)
+    scored = {"logits": logits, "token_ids": ints(count), "num_top": 3}
+    wide = {"piece_kernel": ("load128",) * aligned}
+    yield Launch(f"logprobs {model.name}", logprobs_portable, scored, of_kernel=wide)
     masked = {"logits": logits, "indices": ints(count), "bits": ints(count, -(-vocab // 32))}
     yield Launch(f"mask_logits {model.name}", mask_logits_portable, masked)
 

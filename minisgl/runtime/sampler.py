@@ -14,6 +14,7 @@ from minisgl.core.executor import GrammarMasks
 from minisgl.core.request import TokenLogprobs
 from minisgl.device import Device
 from minisgl.kernels.advance import advance_rows
+from minisgl.kernels.logprobs import logprobs
 from minisgl.kernels.sampling import adjust_logits, mask_logits, sample
 from minisgl.parallel import Communicator
 from minisgl.runtime.inputs import LogprobRequest, StepArrays, pack_masks
@@ -232,15 +233,13 @@ class Sampler:
 
     def _score(self, logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Logprobs:
         """Log-softmax of logits [P, V] at the tokens, and its largest; not computed elsewhere."""
-        total = logits.logsumexp(dim=1)
-        chosen = logits.gather(1, token_ids.long()[:, None]).squeeze(1) - total
-        top = logits.topk(min(num_top, logits.shape[1]), dim=1)
+        chosen, top_ids, top = logprobs(logits, token_ids, min(num_top, logits.shape[1]))
         download = self._device.download
         return Logprobs(
             token_ids=download(token_ids),
             logprobs=download(chosen),
-            top_ids=download(top.indices),
-            top_logprobs=download(top.values - total[:, None]),
+            top_ids=download(top_ids),
+            top_logprobs=download(top),
         )
 
     def _prompt_logprobs(
