@@ -68,6 +68,14 @@ class _Load:
             return 0.0
         return max(self.slowdown - 1.0, 0.0) / self.drafts
 
+    @property
+    def most(self) -> int | None:
+        """Drafts of a sequence in a step, at most: one, until it is known what one costs.
+
+        Where drafts do not pay, finding out with many would be what slows the server.
+        """
+        return 1 if self._num_drafted < FEW else None
+
     def turn(self) -> bool:
         """A step begins: whether it may draft."""
         self._turns += 1
@@ -231,7 +239,7 @@ class Speculation:
         """The number of drafts with the most tokens per second, at acceptance `p`."""
         cost = self._load.cost
         best, count, tokens, reached = 1.0, 0, 1.0, 1.0
-        for k in range(1, self._most + 1):
+        for k in range(1, min(self._most, self._load.most or self._most) + 1):
             reached *= p
             tokens += reached
             if tokens / (1.0 + cost * k) > best:
