@@ -12,11 +12,22 @@ from minisgl.core.sequence import Sequence
 # The cached tokens that follow a sequence's tokens and these guesses, at most so many of them.
 Continuation = Callable[[Sequence, list[int], int], list[int]]
 
+MOST_PATIENCE = 64  # tokens after which a tree that said nothing is asked again, at most
+
 
 class _Text:
     """One sequence's tokens, indexed, and what was foreseen when it was last planned."""
 
-    __slots__ = ("after", "drafts", "lead", "num_known", "num_output", "tokens")
+    __slots__ = (
+        "after",
+        "asks_at",
+        "drafts",
+        "lead",
+        "num_known",
+        "num_output",
+        "patience",
+        "tokens",
+    )
 
     def __init__(self, prompt: list[int], sizes: range) -> None:
         self.tokens = list(prompt)
@@ -30,6 +41,8 @@ class _Text:
         self.num_known = 0  # tokens then; they would go on with `lead`, then `drafts`
         self.lead: list[int] = []
         self.drafts: list[int] = []
+        self.asks_at = 0  # tokens from which on the tree is asked
+        self.patience = 1
 
     def extend(self, output: list[int]) -> None:
         """Take in the tokens of `output` that are new."""
@@ -93,8 +106,12 @@ class NGramProposer:
         pending = sequence.num_pending
         path = text.in_flight() if pending else []
         found = text.foresee(path, pending + count)
-        if not found and self.continuation is not None:
+        known = len(text.tokens)
+        if not found and self.continuation is not None and known >= text.asks_at:
             found = self.continuation(sequence, path, pending + count)
-        text.num_known = len(text.tokens)
+            # To ask takes as long as the text is, and what has left the tree seldom comes back.
+            text.patience = 1 if found else min(2 * text.patience, MOST_PATIENCE)
+            text.asks_at = known if found else known + text.patience
+        text.num_known = known
         text.lead, text.drafts = path + found[:pending], found[pending:]
         return text.drafts

@@ -1,5 +1,6 @@
 """N-gram proposals, and how many drafts a sequence gets by what steps cost and drafts bring."""
 
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -103,6 +104,23 @@ def test_where_the_text_is_silent_the_cache_may_speak():
     assert ask("again") == 3
     stats = scheduler.stats()
     assert stats.num_accepted_drafts == stats.num_drafts == 6
+
+
+def test_a_cache_that_says_nothing_is_asked_ever_less():
+    proposer, asked = NGramProposer(2, 4), []
+
+    def continuation(sequence: Sequence, path: list[int], count: int) -> list[int]:
+        asked.append(sequence.num_tokens)
+        return [1] if sequence.num_tokens == 5 else []
+
+    proposer.continuation = continuation
+    sequence = sequence_of([0, 1, 2, 3, 4])
+    for token in range(5, 405):  # none comes twice
+        proposer(sequence, 2)
+        sequence.accept([token])
+    gaps = [after - before for before, after in pairwise(asked)]
+    assert gaps[:7] == [1, 2, 4, 8, 16, 32, 64]
+    assert max(gaps) == 64
 
 
 # ---- how many ---------------------------------------------------------------------------------
