@@ -29,6 +29,7 @@ REFRESH = 256  # steps after which a plain one is measured again
 PROBE_AFTER = 128  # steps after which drafting is tried anew where it did not pay; doubles
 PROBE_MOST = 8192
 PROBE_TOKENS = 256  # of catching up in a step then
+PROBE_MISSES = 32  # steps with drafts and no measure, beside prompts, after which it is given up
 RETRY_AFTER = 32  # plans after which a sequence without luck gets a draft again
 PRIOR = 4.0  # drafts that the common acceptance counts for in a sequence's own
 FORGETTING = 0.97  # of a sequence's drafts, per step
@@ -55,6 +56,7 @@ class _Load:
         self.tokens = 1.0  # that a sequence gets from it
         self.drafts = 0.0  # the most of a sequence in it
         self._num_drafted = 0
+        self._num_missed = 0
 
     @property
     def gain(self) -> float:
@@ -105,6 +107,13 @@ class _Load:
         hopeless = n > 1 and (1.0 + self.drafts) / self.slowdown < HOPELESS
         if hopeless or (n >= FEW and n * count >= FEW_TOKENS):
             self.judge(self.gain >= 1.0)
+
+    def miss(self) -> None:
+        """A step had drafts, but tells nothing of what they cost."""
+        self._num_missed += 1
+        if not self.pays and self._num_missed >= PROBE_MISSES:
+            self._forget()
+            self.judge(False)
 
     def judge(self, pays: bool) -> None:
         """Measured: whether to draft at this load. A refusal holds the longer the more follow."""
@@ -223,6 +232,8 @@ class Speculation:
         """Learn from a step's measured time, if it did nothing but decode."""
         count = batch.num_decode
         if batch.draft_chunks or count != len(batch.chunks) or output.seconds <= 0.0:
+            if any(chunk.drafts for chunk in batch.chunks):
+                self._load.miss()
             return
         load = self._loads.get(count.bit_length())
         if load is not None:

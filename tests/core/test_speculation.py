@@ -193,6 +193,17 @@ def test_drafting_comes_back_when_it_pays_again():
     assert run.widths[-10:].count(5) >= 8
 
 
+def test_a_trial_that_cannot_be_measured_is_given_up():
+    """Steps with prompts in them tell nothing; a server that has no others drafts no more."""
+    run = Simulated(0.8, steep).run(60)
+    measured = len(run.widths)
+    for index in range(600):
+        params = SamplingParams(max_tokens=1)
+        run.scheduler.add(Request(f"prompt {index}", [index + 1], params))
+        run.run(1)
+    assert run.widths[measured:].count(1) > 500
+
+
 def test_a_sequence_gets_as_many_as_its_acceptance_is_worth():
     def costly(width: int) -> float:
         return 0.010 * (1 + 0.12 * (width - 1))
