@@ -215,6 +215,9 @@ def load_worker(
         max_context=max_context,
         vocab_size=vocab,
     )
+    # Nodes may log differently, but ranks take part in the same collectives or none.
+    debugged = int(config.log_level == "debug")
+    compare = bool(device.run(fewest, comm, device, debugged)) and comm.size > 1
     with stages.stage("build kernels"):
         launched = EngineShapes(
             page_size=limits.page_size,
@@ -239,7 +242,7 @@ def load_worker(
         comm=comm,
         stages=stages,
         compiled=kernels.compiled,
-        compare=config.log_level == "debug" and comm.size > 1,
+        compare=compare,
         cascade=cascade,
         draft=draft,
         prompt_tokens=config.chunked_prefill_size,

@@ -50,10 +50,10 @@ def ask(url: str) -> str:
 
 @contextlib.contextmanager
 def two_nodes(address: str) -> Iterator[tuple[Served, Served]]:
-    """Both of them; the one that is not node 0 comes first, and waits."""
+    """Both of them; the one that is not node 0 comes first, waits, and alone logs all there is."""
     nodes = (*FLAGS, "--tp-size=2", "--nnodes=2", f"--dist-init-addr={address}")
     with (
-        contextlib.closing(Served(*nodes, "--node-rank=1")) as other,
+        contextlib.closing(Served(*nodes, "--node-rank=1", "--log-level=debug")) as other,
         contextlib.closing(Served(*nodes)) as first,
     ):
         yield first, other
