@@ -295,9 +295,15 @@ def sampling(model: ModelShapes, engine: EngineShapes) -> Iterator[Launch]:
         }
         label = f"adjust_logits-drafts{drafts} {model.name}"
         yield Launch(label, adjust_logits_portable, adjusted)
-    scored = {"logits": logits, "token_ids": ints(count), "num_top": 3}
-    wide = {"piece_kernel": ("load128",) * aligned}
-    yield Launch(f"logprobs {model.name}", logprobs_portable, scored, of_kernel=wide)
+    for stride in sorted({vocab, model.logits_stride or vocab}):  # some rows, or all as they come
+        scored = {
+            "logits": floats(count, stride)[:, :vocab],
+            "token_ids": ints(count),
+            "num_top": 3,
+        }
+        wide = {"piece_kernel": ("load128",) * (stride % 4 == 0)}
+        label = f"logprobs {model.name}" + f" stride{stride}" * (stride != vocab)
+        yield Launch(label, logprobs_portable, scored, of_kernel=wide)
     masked = {"logits": logits, "indices": ints(count), "bits": ints(count, -(-vocab // 32))}
     yield Launch(f"mask_logits {model.name}", mask_logits_portable, masked)
 

@@ -50,7 +50,9 @@ def piece_kernel(
         tl.store(ids_ptr + at * MAX_TOP + j, taken)
 
 
-@triton.jit(do_not_specialize=["num_top"])
+@triton.jit(
+    do_not_specialize=["num_top", "stride"], do_not_specialize_on_alignment=["token_ids_ptr"]
+)
 def merge_pieces_kernel(
     logits_ptr,
     token_ids_ptr,
