@@ -95,6 +95,9 @@ def serve_side(side: str, options: dict[str, Any]) -> None:
     """Answer lines of JSON (prompts, batch, temperature) with what was measured."""
     from minisgl import LLM, SamplingParams
 
+    drafts = options.pop("speculative_num_draft_tokens")
+    if SIDES[side]:
+        options["speculative_num_draft_tokens"] = drafts
     with LLM(**options, **SIDES[side], log_level="warning") as llm:
         print(json.dumps({"ready": True}), flush=True)
         for line in sys.stdin:

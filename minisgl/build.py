@@ -59,14 +59,15 @@ def build_engine(config: EngineConfig) -> Engine:
     """A ready engine. Call it on the thread that will own the engine."""
     built = _build(config)
     limits = built.executor.limits
-    ngram = NGramProposer(config.speculative_ngram_min, config.speculative_ngram_max)
+    ngram = NGramProposer(*config.ngram_sizes)
     speculation = None
     if config.speculative_algorithm != "none":
         on_device = config.speculative_algorithm == "draft"
         speculation = Speculation(
             propose_on_device if on_device else ngram,
-            config.speculative_num_draft_tokens,
+            config.num_draft_tokens,
             on_device=on_device,
+            any_width=built.device.torch_device.type == "cpu",
             chunk_size=config.chunked_prefill_size,
         )
     facts = ModelFacts(**built.facts.cost_facts(built.executor.dtype))

@@ -62,9 +62,15 @@ class EngineConfig:
     speculative_draft_model: str | None = _option(
         None, "HF directory or hub id of the draft model; tiny-draft is the bundled model's"
     )
-    speculative_num_draft_tokens: int = _option(4, "tokens drafted before a verification, at most")
-    speculative_ngram_min: int = _option(2, "shortest run of tokens that ngram looks up")
-    speculative_ngram_max: int = _option(4, "longest run of tokens that ngram looks up")
+    speculative_num_draft_tokens: int | None = _option(
+        None, "tokens drafted before a verification, at most; 4 when absent"
+    )
+    speculative_ngram_min: int | None = _option(
+        None, "shortest run of tokens that ngram looks up; 2 when absent"
+    )
+    speculative_ngram_max: int | None = _option(
+        None, "longest run of tokens that ngram looks up; 4 when absent, or the shortest"
+    )
     random_seed: int = _option(0, "seed of dummy weights")
     profile_dir: str | None = _option(None, "folder of profiler traces; start and stop by request")
     log_level: LogLevel = _option("info", "what is logged to stderr")
@@ -98,6 +104,19 @@ class EngineConfig:
         if share > 1:
             raise ValueError(f"mem_fraction_static must be at most 1, got {share}")
         _check_speculation(self)
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Drafts of a sequence in a step, at most; 0 without speculation."""
+        if self.speculative_algorithm == "none":
+            return 0
+        return self.speculative_num_draft_tokens or 4
+
+    @property
+    def ngram_sizes(self) -> tuple[int, int]:
+        """The shortest and the longest run of tokens that ngram looks up."""
+        shortest = self.speculative_ngram_min or 2
+        return shortest, self.speculative_ngram_max or max(4, shortest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,13 +159,21 @@ def _check_speculation(config: EngineConfig) -> None:
             "speculative_draft_model and speculative_algorithm draft need each other, "
             f"got {draft!r} and {algorithm!r}"
         )
-    _require_at_least(config, 1, "speculative_num_draft_tokens", "speculative_ngram_min")
+    lengths = ("speculative_ngram_min", "speculative_ngram_max")
+    _require_at_least(config, 1, "speculative_num_draft_tokens", *lengths)
     most = config.speculative_num_draft_tokens
-    if most > MAX_DRAFT_TOKENS:
+    if most is not None and most > MAX_DRAFT_TOKENS:
         raise ValueError(
             f"speculative_num_draft_tokens must be at most {MAX_DRAFT_TOKENS}, got {most}"
         )
-    shortest, longest = config.speculative_ngram_min, config.speculative_ngram_max
+    if most is not None and algorithm == "none":
+        raise ValueError(
+            "speculative_num_draft_tokens needs speculative_algorithm draft or ngram, got 'none'"
+        )
+    for name in lengths:
+        if getattr(config, name) is not None and algorithm != "ngram":
+            raise ValueError(f"{name} needs speculative_algorithm ngram, got {algorithm!r}")
+    shortest, longest = config.ngram_sizes
     if longest < shortest:
         raise ValueError(
             f"speculative_ngram_max must be at least speculative_ngram_min ({shortest}), "

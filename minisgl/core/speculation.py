@@ -66,17 +66,14 @@ class _Load:
     @property
     def cost(self) -> float:
         """What one more draft for every sequence adds to a step, as a share of a plain one."""
-        if self._num_drafted < FEW:
+        if not self.is_measured:
             return 0.0
         return max(self.slowdown - 1.0, 0.0) / self.drafts
 
     @property
-    def most(self) -> int | None:
-        """Drafts of a sequence in a step, at most: one, until it is known what one costs.
-
-        Where drafts do not pay, finding out with many would be what slows the server.
-        """
-        return 1 if self._num_drafted < FEW else None
+    def is_measured(self) -> bool:
+        """Whether it is known what drafts cost."""
+        return self._num_drafted >= FEW
 
     def turn(self) -> bool:
         """A step begins: whether it may draft."""
@@ -138,7 +135,8 @@ class Speculation:
 
     `on_device` is a draft model: at most `chunk_size` tokens a step are computed by it beside the
     proposals. With `adaptive`, a sequence gets as many drafts as pay by its measured acceptance,
-    and none do where steps of that many sequences are measured to gain nothing.
+    and none do where steps of that many sequences are measured to gain nothing. `any_width`: fewer
+    drafts make a cheaper step; else, by CUDA graphs, all steps with drafts are equally wide.
     """
 
     def __init__(
@@ -148,6 +146,7 @@ class Speculation:
         *,
         on_device: bool = False,
         adaptive: bool = True,
+        any_width: bool = True,
         chunk_size: int = 2048,
     ) -> None:
         self.on_device = on_device
@@ -157,6 +156,7 @@ class Speculation:
         self._proposer = proposer
         self._most = num_draft_tokens
         self._adaptive = adaptive
+        self._any_width = any_width
         self._chunk_size = chunk_size
         self._loads: dict[int, _Load] = {}
         self._load = _Load()
@@ -250,7 +250,9 @@ class Speculation:
         """The number of drafts with the most tokens per second, at acceptance `p`."""
         cost = self._load.cost
         best, count, tokens, reached = 1.0, 0, 1.0, 1.0
-        for k in range(1, min(self._most, self._load.most or self._most) + 1):
+        # Where drafts do not pay, finding out with many would be what slows the server.
+        most = 1 if self._any_width and not self._load.is_measured else self._most
+        for k in range(1, most + 1):
             reached *= p
             tokens += reached
             if tokens / (1.0 + cost * k) > best:

@@ -69,7 +69,7 @@ def load_draft(
     Raises ValueError for one whose vocabulary, tokenizer or context does not fit the target's.
     """
     if comm.rank:
-        return Draft(None, None, config.speculative_num_draft_tokens)
+        return Draft(None, None, config.num_draft_tokens)
     assert config.speculative_draft_model is not None
     path = BUNDLED_DRAFT
     if config.speculative_draft_model != BUNDLED_DRAFT.name:
@@ -103,7 +103,7 @@ def load_draft(
         )
     )
     shape = KVShape(facts.num_layers, facts.num_kv_heads, facts.head_dim, dtype)
-    return Draft(model, shape, config.speculative_num_draft_tokens)
+    return Draft(model, shape, config.num_draft_tokens)
 
 
 def _tokens(path: Path) -> tuple[Any, Any] | None:

@@ -184,9 +184,7 @@ def load_worker(
         weights = sum(w.target.numel() * w.target.element_size() for w in model.weights())
         shape = KVShape(facts.num_layers, model.num_kv_heads, facts.head_dim, dtype)
         max_rows, vocab = config.max_running_requests, facts.vocab_size
-        num_drafts = 0
-        if config.speculative_algorithm != "none":
-            num_drafts = config.speculative_num_draft_tokens
+        num_drafts = config.num_draft_tokens
         graphs = _graph_sizes(config, dtype, on_cpu)
         graph_bytes = graphs.static_bytes(vocab)
         if not on_cpu:
@@ -287,8 +285,8 @@ def _graph_sizes(config: EngineConfig, dtype: torch.dtype, on_cpu: bool) -> Grap
         return GraphSizes({})
     most = min(config.max_running_requests, config.cuda_graph_max_bs or CUDA_GRAPH_MAX_BS)
     widths: Sequence[int] = (1,)
-    if config.speculative_algorithm != "none":
-        longest = 1 + config.speculative_num_draft_tokens
+    if config.num_draft_tokens:
+        longest = 1 + config.num_draft_tokens
         widths = range(1, longest + 1) if on_cpu else (1, longest)
     return GraphSizes.of(most, widths, on_cpu, token_multiple(dtype, on_cpu))
 

@@ -69,9 +69,27 @@ from minisgl.config import EngineConfig, ServerConfig
         ),
         ({"speculative_ngram_min": 0}, ValueError, "speculative_ngram_min must be at least 1"),
         (
-            {"speculative_ngram_min": 5},
+            {
+                "speculative_algorithm": "ngram",
+                "speculative_ngram_min": 5,
+                "speculative_ngram_max": 4,
+            },
             ValueError,
             "speculative_ngram_max must be at least speculative_ngram_min (5), got 4",
+        ),
+        (
+            {"speculative_num_draft_tokens": 3},
+            ValueError,
+            "speculative_num_draft_tokens needs speculative_algorithm draft or ngram, got 'none'",
+        ),
+        (
+            {
+                "speculative_algorithm": "draft",
+                "speculative_draft_model": "x",
+                "speculative_ngram_max": 3,
+            },
+            ValueError,
+            "speculative_ngram_max needs speculative_algorithm ngram, got 'draft'",
         ),
         ({"model": 3}, TypeError, "model must be str or None, got 3 (int)"),
     ],

@@ -81,6 +81,9 @@ WITH = {
     "node_rank": ("--tp-size=8", "--nnodes=8", "--dist-init-addr=a:1"),
     "dist_init_addr": ("--tp-size=2", "--nnodes=2"),
     "speculative_draft_model": ("--speculative-algorithm=draft",),
+    "speculative_num_draft_tokens": ("--speculative-algorithm=ngram",),
+    "speculative_ngram_min": ("--speculative-algorithm=ngram",),
+    "speculative_ngram_max": ("--speculative-algorithm=ngram",),
 }
 
 
