@@ -277,7 +277,11 @@ class ProcessClient(_Client):
         self._exited = asyncio.Event()
         self._receiving = self._loop.create_task(self._receive_all())
         self._watching = self._loop.create_task(self._watch())
-        process.on_exit(lambda: self._loop.call_soon_threadsafe(self._exited.set))
+        process.on_exit(self._on_exit)
+
+    def _on_exit(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop was closed first: nobody waits
+            self._loop.call_soon_threadsafe(self._exited.set)
 
     def _send(self, message: ToEngine) -> None:
         if not self._exited.is_set():
