@@ -1,17 +1,13 @@
-"""How the floors above talk to an engine, wherever it runs: submit, iterate, abort.
+"""How the floors above talk to an engine in its own process: submit, iterate, abort.
 
-`ProcessClient` speaks ZeroMQ to an engine in its own process, `ThreadClient` runs one in a thread
-of this process. Both live in one asyncio loop and route what the engine sends to whoever waits.
+A client lives in one asyncio loop and routes what the engine sends to whoever waits.
 """
 
 import asyncio
 import contextlib
-import queue
-import threading
 import time
-from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from typing import Literal, Protocol
 
 import msgspec
@@ -19,8 +15,7 @@ import zmq
 import zmq.asyncio
 
 from minisgl.core.request import Delta, Request
-from minisgl.engine.engine import Engine
-from minisgl.engine.loop import IDLE_HEARTBEAT, drive
+from minisgl.engine.loop import IDLE_HEARTBEAT
 from minisgl.engine.messages import (
     Abort,
     Drain,
@@ -117,10 +112,10 @@ class _Stream:
         self.queue: asyncio.Queue[Delta | Rejected | None] = asyncio.Queue()
 
 
-class _Client(ABC):
-    """What both clients share: the state of the engine and the routing of its messages."""
+class ProcessClient:
+    """Speaks ZeroMQ to `process`. Create it inside the asyncio loop it lives in."""
 
-    def __init__(self, watchdog_timeout: float) -> None:
+    def __init__(self, process: EngineProcess, *, watchdog_timeout: float = 60.0) -> None:
         self._watchdog_timeout = watchdog_timeout
         self._loop = asyncio.get_running_loop()
         self._started: asyncio.Future[EngineInfo] = self._loop.create_future()
@@ -130,10 +125,14 @@ class _Client(ABC):
         self._closing = False
         self._last: Status | None = None
         self._heard = time.monotonic()
-
-    @abstractmethod
-    def _send(self, message: ToEngine) -> None:
-        """Post a message; it is lost if the engine has gone."""
+        self._process = process
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+        self._socket = zmq.asyncio.Socket.from_socket(process.socket)
+        self._exited = asyncio.Event()
+        self._receiving = self._loop.create_task(self._receive_all())
+        self._watching = self._loop.create_task(self._watch())
+        process.on_exit(self._on_exit)
 
     @property
     def info(self) -> EngineInfo:
@@ -264,26 +263,12 @@ class _Client(ABC):
                 delta = Delta(request_id, choice, [], finish_reason="error", error=reason)
                 stream.queue.put_nowait(delta)
 
-
-class ProcessClient(_Client):
-    """The client of an engine in its own process. Create it inside the asyncio loop it lives in."""
-
-    def __init__(self, process: EngineProcess, *, watchdog_timeout: float = 60.0) -> None:
-        super().__init__(watchdog_timeout)
-        self._process = process
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
-        self._socket = zmq.asyncio.Socket.from_socket(process.socket)
-        self._exited = asyncio.Event()
-        self._receiving = self._loop.create_task(self._receive_all())
-        self._watching = self._loop.create_task(self._watch())
-        process.on_exit(self._on_exit)
-
     def _on_exit(self) -> None:
         with contextlib.suppress(RuntimeError):  # the loop was closed first: nobody waits
             self._loop.call_soon_threadsafe(self._exited.set)
 
     def _send(self, message: ToEngine) -> None:
+        """Post a message; it is lost if the engine has gone."""
         if not self._exited.is_set():
             sent = self._socket.send(self._encoder.encode(message), zmq.NOBLOCK)
             # What is lost is told by the end of the process.
@@ -311,43 +296,6 @@ class ProcessClient(_Client):
         await self._watching
         self._socket.close(linger=0)
         self._process.close()
-
-
-class ThreadClient(_Client):
-    """The client of an engine in a thread of this process; `build` runs in that thread."""
-
-    def __init__(self, build: Callable[[], Engine], *, watchdog_timeout: float = 60.0) -> None:
-        super().__init__(watchdog_timeout)
-        self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
-        self._exited = asyncio.Event()
-        self._thread = threading.Thread(target=self._run, args=(build,), name="engine", daemon=True)
-        self._thread.start()
-
-    def _send(self, message: ToEngine) -> None:
-        self._inbox.put(message)
-
-    def _take(self, timeout: float) -> list[ToEngine]:
-        messages = []
-        with contextlib.suppress(queue.Empty):
-            messages.append(self._inbox.get(timeout > 0, timeout))
-            while True:
-                messages.append(self._inbox.get_nowait())
-        return messages
-
-    def _run(self, build: Callable[[], Engine]) -> None:
-        def post(message: FromEngine) -> None:
-            self._loop.call_soon_threadsafe(self._receive, message)
-
-        drive(build, self._take, post)
-        self._loop.call_soon_threadsafe(self._exited.set)
-
-    async def close(self, drain_timeout: float = 0.0) -> None:
-        if not self._closing:
-            self._closing = True
-            self._send(Drain(drain_timeout))
-        with contextlib.suppress(TimeoutError):  # a stuck thread cannot be killed
-            await asyncio.wait_for(self._exited.wait(), drain_timeout + EXIT_GRACE)
-        self._fail("the engine was closed")
 
 
 def _forget(sent: asyncio.Future[zmq.MessageTracker | None]) -> None:

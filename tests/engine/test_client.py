@@ -1,4 +1,4 @@
-"""The clients: routing, refusals, and what they say when an engine is slow, stuck or gone."""
+"""The client: routing, refusals, and what they say when an engine is slow, stuck or gone."""
 
 import asyncio
 import os
@@ -14,15 +14,16 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
+import zmq
 
 from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch
 from minisgl.core.request import Delta, Request, SamplingParams
-from minisgl.engine.client import EngineDeadError, ProcessClient, ThreadClient, _Client
+from minisgl.engine.client import EngineDeadError, ProcessClient
 from minisgl.engine.loop import drive
-from minisgl.engine.messages import Drain, FromEngine, Ready, Status, Submit, ToEngine
+from minisgl.engine.messages import Drain, FromEngine, Ready, Status, Submit
 from minisgl.engine.process import EngineProcess
-from tests.engine.fakes import build, expected, make_engine
+from tests.engine.fakes import expected, make_engine
 
 FACTORY = "tests.engine.fakes:build"
 FOREVER = SamplingParams(max_tokens=200, ignore_eos=True, seed=1)
@@ -30,15 +31,10 @@ FOREVER = SamplingParams(max_tokens=200, ignore_eos=True, seed=1)
 
 @asynccontextmanager
 async def open_client(
-    kind: str, planted: str = "", *, watchdog_timeout: float = 60.0
-) -> AsyncIterator[ProcessClient | ThreadClient]:
-    config = EngineConfig(model=planted)
-    client: ProcessClient | ThreadClient
-    if kind == "process":
-        process = EngineProcess(FACTORY, config)
-        client = ProcessClient(process, watchdog_timeout=watchdog_timeout)
-    else:
-        client = ThreadClient(lambda: build(config), watchdog_timeout=watchdog_timeout)
+    planted: str = "", *, watchdog_timeout: float = 60.0
+) -> AsyncIterator[ProcessClient]:
+    process = EngineProcess(FACTORY, EngineConfig(model=planted))
+    client = ProcessClient(process, watchdog_timeout=watchdog_timeout)
     try:
         await client.ready()
         yield client
@@ -64,13 +60,9 @@ def play(scene: Awaitable[None]) -> None:
     asyncio.run(bounded())
 
 
-both = pytest.mark.parametrize("kind", ["process", "thread"])
-
-
-@both
-def test_concurrent_requests_get_their_own_tokens(kind):
+def test_concurrent_requests_get_their_own_tokens():
     async def scene():
-        async with open_client(kind) as client:
+        async with open_client() as client:
             assert client.health().ok
             assert client.info.limits.page_size == 16
             params = SamplingParams(max_tokens=30, ignore_eos=True, seed=2**64 - 1, n=3)
@@ -88,10 +80,9 @@ def test_concurrent_requests_get_their_own_tokens(kind):
     play(scene())
 
 
-@both
-def test_a_refusal_is_a_value_error_with_the_numbers(kind):
+def test_a_refusal_is_a_value_error_with_the_numbers():
     async def scene():
-        async with open_client(kind) as client:
+        async with open_client() as client:
             with pytest.raises(ValueError, match=r"300.*256"):
                 await collect(client, Request("long", [1] * 300, SamplingParams()))
             with pytest.raises(ValueError, match="grammar"):
@@ -105,10 +96,9 @@ def test_a_refusal_is_a_value_error_with_the_numbers(kind):
     play(scene())
 
 
-@both
-def test_an_aborted_choice_is_silent_and_the_others_go_on(kind):
+def test_an_aborted_choice_is_silent_and_the_others_go_on():
     async def scene():
-        async with open_client(kind, "seconds=0.001") as client:
+        async with open_client("seconds=0.001") as client:
             params = SamplingParams(max_tokens=60, ignore_eos=True, seed=1, n=2)
             request = Request("a", [1, 2, 3], params)
             tokens: dict[int, list[int]] = {0: [], 1: []}
@@ -127,10 +117,9 @@ def test_an_aborted_choice_is_silent_and_the_others_go_on(kind):
     play(scene())
 
 
-@both
-def test_aborting_a_whole_request_ends_its_stream(kind):
+def test_aborting_a_whole_request_ends_its_stream():
     async def scene():
-        async with open_client(kind, "seconds=0.01") as client:
+        async with open_client("seconds=0.01") as client:
             count = 0
             async for _ in client.submit(Request("a", [1, 2, 3], FOREVER)):
                 count += 1
@@ -142,10 +131,9 @@ def test_aborting_a_whole_request_ends_its_stream(kind):
     play(scene())
 
 
-@both
-def test_a_consumer_that_leaves_aborts_its_request(kind):
+def test_a_consumer_that_leaves_aborts_its_request():
     async def scene():
-        async with open_client(kind, "seconds=0.01") as client:
+        async with open_client("seconds=0.01") as client:
             async with aclosing(client.submit(Request("a", [1, 2, 3], FOREVER))) as deltas:
                 await anext(deltas)
             task = asyncio.create_task(collect(client, Request("b", [1, 2, 3], FOREVER)))
@@ -159,10 +147,9 @@ def test_a_consumer_that_leaves_aborts_its_request(kind):
     play(scene())
 
 
-@both
-def test_a_failed_step_reaches_every_request_with_its_reason(kind):
+def test_a_failed_step_reaches_every_request_with_its_reason():
     async def scene():
-        async with open_client(kind, "fail_at=5") as client:
+        async with open_client("fail_at=5") as client:
             requests = [Request(name, [1, 2, 3], FOREVER) for name in "abc"]
             for deltas in await asyncio.gather(*(collect(client, r) for r in requests)):
                 assert deltas[-1].finish_reason == "error"
@@ -175,20 +162,18 @@ def test_a_failed_step_reaches_every_request_with_its_reason(kind):
     play(scene())
 
 
-@both
-def test_an_engine_that_cannot_load_says_why(kind):
+def test_an_engine_that_cannot_load_says_why():
     async def scene():
         with pytest.raises(EngineDeadError, match="planted: the model cannot be loaded"):
-            async with open_client(kind, "refuse=1"):
+            async with open_client("refuse=1"):
                 pass
 
     play(scene())
 
 
-@both
-def test_a_drain_finishes_what_runs_and_refuses_the_rest(kind):
+def test_a_drain_finishes_what_runs_and_refuses_the_rest():
     async def scene():
-        async with open_client(kind, "seconds=0.005") as client:
+        async with open_client("seconds=0.005") as client:
             request = Request("a", [1, 2, 3], FOREVER)
             running = asyncio.create_task(collect(client, request))
             await until(lambda: client.stats() is not None and client.stats().steps > 0)
@@ -204,10 +189,9 @@ def test_a_drain_finishes_what_runs_and_refuses_the_rest(kind):
     play(scene())
 
 
-@both
-def test_a_drain_is_bounded_by_its_timeout(kind):
+def test_a_drain_is_bounded_by_its_timeout():
     async def scene():
-        async with open_client(kind, "seconds=0.05") as client:
+        async with open_client("seconds=0.05") as client:
             running = asyncio.create_task(collect(client, Request("a", [1, 2, 3], FOREVER)))
             await until(lambda: client.stats() is not None and client.stats().steps > 0)
             await client.close(drain_timeout=0.2)
@@ -218,7 +202,7 @@ def test_a_drain_is_bounded_by_its_timeout(kind):
 
 def test_a_killed_process_fails_its_requests_at_once_and_says_how_it_died():
     async def scene():
-        async with open_client("process", "seconds=0.01") as client:
+        async with open_client("seconds=0.01") as client:
             running = asyncio.create_task(collect(client, Request("a", [1, 2, 3], FOREVER)))
             await until(lambda: client.stats() is not None and client.stats().steps > 0)
             os.kill(client._process.pid, signal.SIGKILL)
@@ -234,18 +218,21 @@ def test_a_killed_process_fails_its_requests_at_once_and_says_how_it_died():
 def test_a_native_crash_while_loading_is_reported_with_the_last_lines(capfd):
     async def scene():
         with pytest.raises(EngineDeadError, match=r"exit code -11(.|\n)*planted: last words"):
-            async with open_client("process", "crash=1"):
+            async with open_client("crash=1"):
                 pass
 
     play(scene())
     assert "planted: last words" in capfd.readouterr().err
 
 
-class Unplugged(_Client):
-    """A client without an engine: the test says what it hears, and when."""
+class Unplugged:
+    """A process without an engine: the test says what its client hears, and when."""
 
-    def _send(self, message: ToEngine) -> None:
-        raise AssertionError("nobody is there")
+    def __init__(self) -> None:
+        self.socket = zmq.Context.instance().socket(zmq.PAIR)
+
+    def on_exit(self, callback: Callable[[], object]) -> None:
+        pass
 
 
 @pytest.mark.parametrize(
@@ -266,7 +253,7 @@ def test_how_long_a_silent_loop_counts_as_alive(monkeypatch, busy, longest, pati
 
     async def scene():
         nonlocal now
-        client = Unplugged(watchdog_timeout=50.0)
+        client = ProcessClient(Unplugged(), watchdog_timeout=50.0)
         client._receive(Ready(engine.info))
         client._receive(Status(busy, stats))
         now += patience
@@ -301,7 +288,7 @@ def test_a_loop_says_that_it_is_busy_before_its_first_step_and_goes_on_saying_so
 
 def test_health_notices_a_stopped_process_busy_or_idle_and_recovers():
     async def scene():
-        async with open_client("process", "seconds=0.001", watchdog_timeout=2.0) as client:
+        async with open_client("seconds=0.001", watchdog_timeout=2.0) as client:
             for _ in range(2):
                 os.kill(client._process.pid, signal.SIGSTOP)
                 await until(lambda: client.health().state == "stuck")
@@ -316,7 +303,7 @@ def test_health_notices_a_stopped_process_busy_or_idle_and_recovers():
 def test_the_socket_lies_in_a_private_directory_that_goes_away():
     async def scene():
         before = set(Path(tempfile.gettempdir()).glob("minisgl-*"))
-        async with open_client("process"):
+        async with open_client():
             (mine,) = set(Path(tempfile.gettempdir()).glob("minisgl-*")) - before
             assert mine.stat().st_mode & 0o777 == 0o700
         assert not mine.exists()

@@ -9,9 +9,9 @@ import pytest
 
 from minisgl.config import EngineConfig
 from minisgl.core.request import Request, SamplingParams
-from minisgl.engine.client import EngineDeadError, ProcessClient, ThreadClient
+from minisgl.engine.client import EngineDeadError, ProcessClient
 from minisgl.engine.process import EngineProcess
-from tests.engine.fakes import build, expected, make_engine
+from tests.engine.fakes import expected, make_engine
 
 TEN = SamplingParams(max_tokens=10, ignore_eos=True, seed=1)
 
@@ -149,15 +149,11 @@ def test_a_failed_engine_has_no_profile_to_start_and_says_why(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", ["process", "thread"])
-def test_a_client_starts_and_stops_profiles_of_a_running_engine(tmp_path, kind):
+def test_a_client_starts_and_stops_profiles_of_a_running_engine(tmp_path):
     config = EngineConfig(profile_dir=str(tmp_path), model="seconds=0.001")
 
     async def scene():
-        if kind == "process":
-            client = ProcessClient(EngineProcess("tests.engine.fakes:build", config))
-        else:
-            client = ThreadClient(lambda: build(config))
+        client = ProcessClient(EngineProcess("tests.engine.fakes:build", config))
         await client.ready()
         with pytest.raises(ValueError, match="no profile is running"):
             await client.stop_profile()
@@ -187,7 +183,7 @@ def test_an_engine_that_dies_answers_who_waits_for_a_profile(tmp_path):
     config = EngineConfig(profile_dir=str(tmp_path), model="seconds=0.2,fail_at=0")
 
     async def scene():
-        client = ThreadClient(lambda: build(config))
+        client = ProcessClient(EngineProcess("tests.engine.fakes:build", config))
         await client.ready()
         stream = client.submit(Request("a", [1, 2, 3], TEN))
         first = asyncio.create_task(anext(stream))
