@@ -56,7 +56,7 @@ class Bench:
         name = f"r{self._count}"
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0.0, seed=0)
         self.times[name], self.tokens[name] = [], []
-        self.engine.add(Request(name, prompt, params, arrival=time.monotonic()))
+        self.engine.add(Request(name, prompt, params))
         return name
 
     def step(self) -> None:

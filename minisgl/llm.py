@@ -169,8 +169,7 @@ class _Edge:
         if params.seed is None:
             params = msgspec.structs.replace(params, seed=secrets.randbits(64))
         name = f"offline-{next(self._ids)}"
-        request = Request(name, token_ids, params, arrival=time.monotonic())
-        return _Collector(request, text, self.tokenizer)
+        return _Collector(Request(name, token_ids, params), text, self.tokenizer)
 
 
 def make_config(model: str | os.PathLike[str] | None, options: Mapping[str, Any]) -> EngineConfig:

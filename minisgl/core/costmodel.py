@@ -101,10 +101,10 @@ def decode_work(num_tokens: int, num_context: int) -> StepWork:
     return StepWork(num_tokens, num_context, num_context, num_tokens)
 
 
-def prefill_work(num_tokens: int, start: int = 0, *, num_sampled: int = 1) -> StepWork:
+def prefill_work(num_tokens: int, start: int = 0) -> StepWork:
     """A chunk of one prompt, after `start` tokens of it."""
     pairs = num_tokens * start + num_tokens * (num_tokens + 1) // 2
-    return StepWork(num_tokens, pairs, start + num_tokens, num_sampled if num_tokens else 0)
+    return StepWork(num_tokens, pairs, start + num_tokens, int(num_tokens > 0))
 
 
 def add_work(a: StepWork, b: StepWork) -> StepWork:

@@ -3,15 +3,13 @@
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Literal
+from typing import get_args
 
 import msgspec
 
+from minisgl.config import BatchPolicy, SchedulePolicy
 from minisgl.core.costmodel import CostModel, StepWork, add_work, decode_work, prefill_work
 from minisgl.core.sequence import Sequence
-
-SchedulePolicy = Literal["fcfs", "lpm", "priority"]
-BatchPolicy = Literal["balanced", "prefill-first", "decode-first"]
 
 MATCH_WINDOW = 64  # oldest waiting sequences that `lpm` compares
 DECODE_SLOWDOWN = 2.0  # of streams while prompts are computed, if no target says otherwise
@@ -33,8 +31,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         for name, choices in (
-            ("schedule_policy", ("fcfs", "lpm", "priority")),
-            ("batch_policy", ("balanced", "prefill-first", "decode-first")),
+            ("schedule_policy", get_args(SchedulePolicy)),
+            ("batch_policy", get_args(BatchPolicy)),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(

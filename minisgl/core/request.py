@@ -99,7 +99,6 @@ class Request(msgspec.Struct, frozen=True, gc=False, array_like=True):
     priority: int = 0  # higher runs earlier under the `priority` policy
     cache_salt: str = ""  # prefixes are shared only between equal salts
     grammar: str | None = None  # specification of a grammar, read by the grammar backend
-    arrival: float = 0.0  # seconds on the monotonic clock of the engine's machine
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, gc=False, array_like=True):

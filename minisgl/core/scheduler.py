@@ -75,12 +75,9 @@ class Scheduler:
         self._steps: deque[PlannedStep] = deque()  # planned, not updated
         self._next_uid = 0
         self._num_steps = 0
-        self._num_prompt_tokens = 0
-        self._num_output_tokens = 0
         self._num_queried = 0
         self._num_hit = 0
         self._num_preemptions = 0
-        self._num_finished = 0
 
     # ---- requests in ------------------------------------------------------------------------
 
@@ -127,13 +124,10 @@ class Scheduler:
             num_cached_pages=pool.num_cached,
             num_idle_pages=pool.num_idle,
             num_steps=self._num_steps,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_output_tokens=self._num_output_tokens,
             num_queried_tokens=self._num_queried,
             num_hit_tokens=self._num_hit,
             num_spared_tokens=spared * self.limits.page_size,
             num_preemptions=self._num_preemptions,
-            num_finished=self._num_finished,
             num_drafts=0 if speculation is None else speculation.num_drafts,
             num_tried_drafts=0 if speculation is None else speculation.num_tried,
             num_accepted_drafts=0 if speculation is None else speculation.num_accepted,
@@ -307,7 +301,6 @@ class Scheduler:
         plan.num_pairs += count * start + count * (count + 1) // 2
         plan.num_context += stop
         plan.num_sampled += samples
-        self._num_prompt_tokens += count
         if samples and self._prefixes is not None:
             self._prefixes.join(seq.uid, seq.pages[: stop // self.limits.page_size])
         return count
@@ -400,7 +393,6 @@ class Scheduler:
                 self._speculation.take(seq, num_drafts, num_accepted)
         new, reason, stopped_by = seq.accept(new)
         num_accepted = min(num_accepted, len(new))
-        self._num_output_tokens += len(new)
         logprobs = output.logprobs[index][: len(new)] if index in output.logprobs else None
         prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, None
         if reason is not None:
@@ -464,7 +456,6 @@ class Scheduler:
     def _finish(self, seq: Sequence, reason: FinishReason) -> None:
         """Nothing more is planned for `seq`; what it holds goes back when its steps are."""
         was, seq.status, seq.finish_reason = seq.status, ENDED, reason
-        self._num_finished += 1
         choices = self._requests[seq.request.id]
         choices.remove(seq)
         if not choices:

@@ -13,13 +13,10 @@ class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
     num_cached_pages: int  # in the radix tree, shared with sequences or not
     num_idle_pages: int  # in the radix tree alone: evictable
     num_steps: int
-    num_prompt_tokens: int  # computed, recomputed ones included
-    num_output_tokens: int
     num_queried_tokens: int  # of prompts looked up in the cache
     num_hit_tokens: int  # of those, found
     num_spared_tokens: int  # of keys and values, not read again thanks to cascade groups
     num_preemptions: int
-    num_finished: int
     num_drafts: int  # verified
     num_tried_drafts: int  # of those: up to the first of a step that was wrong
     num_accepted_drafts: int

@@ -48,7 +48,7 @@ class Engine:
         self._grammars: dict[int, Grammar] = {}  # by uid, of constrained sequences
         self._uids: dict[tuple[str, int], int] = {}  # of the same, by request and choice
         self._steps = self._tokens = self._output_tokens = 0
-        self._busy_seconds = self._longest_step = 0.0
+        self._longest_step = 0.0
         self._next_step = 0
         self._profiler = Profiler(profile_dir, executor, info)
 
@@ -92,9 +92,7 @@ class Engine:
                     self._write_profile()
             except Exception as error:
                 self._fail(error)
-            seconds = time.perf_counter() - started
-            self._busy_seconds += seconds
-            self._longest_step = max(self._longest_step, seconds)
+            self._longest_step = max(self._longest_step, time.perf_counter() - started)
         deltas, self._deltas = self._deltas, []
         return deltas
 
@@ -103,7 +101,6 @@ class Engine:
             self._steps,
             self._tokens,
             self._output_tokens,
-            self._busy_seconds,
             self._longest_step,
             self._scheduler.stats(),
             self._executor.compilations,

@@ -25,7 +25,6 @@ class EngineStats(msgspec.Struct, frozen=True):
     steps: int  # collected
     tokens: int  # computed by those steps, prompts and recomputation included
     output_tokens: int  # emitted
-    busy_seconds: float  # spent inside `Engine.step`
     longest_step: float  # seconds
     scheduler: SchedulerStats
     compilations: int = 0  # kernels compiled since it was ready: each one made requests wait

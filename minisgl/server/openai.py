@@ -402,5 +402,4 @@ def _request(request_id: str, ids: list[int], params: SamplingParams, body: _Sam
         params,
         priority=body.priority or 0,
         cache_salt=body.cache_salt or "",
-        arrival=time.monotonic(),
     )

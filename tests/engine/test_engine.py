@@ -69,7 +69,7 @@ def test_tokens_are_the_models_own_in_any_batch(overlap, page_size, pages):
     assert stats.output_tokens == sum(map(len, tokens.values()))
     assert stats.scheduler.num_hit_tokens > 0
     assert (stats.scheduler.num_preemptions > 0) == (pages == 12)
-    assert stats.busy_seconds >= stats.longest_step > 0
+    assert stats.longest_step > 0
 
 
 def test_overlap_keeps_one_step_in_flight_and_its_absence_none():
