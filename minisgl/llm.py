@@ -84,6 +84,7 @@ class _Collector:
         self.fresh: deque[str] = deque()  # text of the first choice that nobody has read
         self._streams = [TextStream(tokenizer, params) for _ in range(params.n)]
         self._running = params.n
+        self._error: str | None = None
         self._start = time.perf_counter()
 
     @property
@@ -93,7 +94,8 @@ class _Collector:
     def take(self, delta: Delta) -> bool:
         """Add a delta. True when a stop string ended a choice that the engine still runs."""
         if delta.error is not None:
-            raise RuntimeError(f"request {delta.request_id} failed: {delta.error}")
+            self._error, self._running = delta.error, 0
+            return False
         stream, choice = self._streams[delta.choice], self.output.outputs[delta.choice]
         if stream.finish_reason is not None:
             return False
@@ -118,6 +120,12 @@ class _Collector:
         choice.stop_reason = stream.stop_string or delta.stop_token_id
         self._running -= 1
         return delta.finish_reason is None
+
+    def result(self) -> RequestOutput:
+        """What came of the request. Raises RuntimeError, saying why, when it failed."""
+        if self._error is not None:
+            raise RuntimeError(f"request {self.request.id} failed: {self._error}")
+        return self.output
 
 
 class _NoTokenizer(Tokenizer):
@@ -159,11 +167,10 @@ class _Edge:
         return [self.tokenizer.encode_chat(each, **options) for each in conversations], single
 
     def collector(self, prompt: Prompt, params: SamplingParams) -> _Collector:
-        text = prompt if isinstance(prompt, str) else None
         if isinstance(prompt, str):
-            token_ids = self.tokenizer.encode(prompt)
+            text, token_ids = prompt, self.tokenizer.encode(prompt)
         else:
-            token_ids = [operator.index(token) for token in prompt]
+            text, token_ids = None, list(map(operator.index, prompt))
         if params.stop and isinstance(self.tokenizer, _NoTokenizer):
             raise ValueError(f"stop needs a tokenizer, and the model has none: {params.stop!r}")
         if params.seed is None:
@@ -175,11 +182,10 @@ class _Edge:
 def make_config(model: str | os.PathLike[str] | None, options: Mapping[str, Any]) -> EngineConfig:
     """The configuration for keyword arguments. TypeError names unknown ones and the nearest."""
     known = [item.name for item in fields(EngineConfig)]
-    for name in options:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known are {known}"
-            raise TypeError(f"unknown option {name!r}{hint}")
+    for name in sorted(options.keys() - known):
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; known are {known}"
+        raise TypeError(f"unknown option {name!r}{hint}")
     return EngineConfig(model=os.fspath(model) if model is not None else None, **options)
 
 
@@ -196,9 +202,7 @@ def _each(params: Params, count: int) -> Iterator[SamplingParams]:
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> tuple[Sequence[Prompt], bool]:
     """The prompts as a list, and whether there was but one: a string, or a list of token ids."""
-    single = isinstance(prompts, str) or (
-        len(prompts) > 0 and not isinstance(prompts[0], str | Sequence)
-    )
+    single = isinstance(prompts, str) or bool(len(prompts) and not isinstance(prompts[0], Sequence))
     return cast(Sequence[Prompt], [prompts] if single else prompts), single
 
 
@@ -280,7 +284,7 @@ class LLM:
             self._run(collectors, use_tqdm)
         finally:
             self._drop(collectors)
-        outputs = [collector.output for collector in collectors]
+        outputs = [collector.result() for collector in collectors]
         return outputs[0] if single else outputs
 
     def chat(
@@ -315,7 +319,7 @@ class LLM:
                     yield collector.fresh.popleft()
         finally:
             self._drop([collector])
-        return collector.output
+        return collector.result()
 
     def start_profile(self, num_steps: int | None = None, *, traces: bool = True) -> str:
         """Profile the next `num_steps` steps, or all until `stop_profile`; returns the directory
@@ -334,9 +338,8 @@ class LLM:
 
     def close(self) -> None:
         """Release the device. Idempotent."""
-        if not self._closed:
-            self._closed = True
-            self._engine.close()
+        self._closed = True
+        self._engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -359,25 +362,22 @@ class LLM:
         """Advance the engine; return the requests that have ended."""
         ended = []
         for delta in self._engine.step():
-            collector = self._running.get(delta.request_id)
-            if collector is None:
-                continue
-            if collector.take(delta):
-                self._engine.abort(delta.request_id, delta.choice)
-            if collector.done:
-                ended.append(collector)
+            if collector := self._running.get(delta.request_id):
+                if collector.take(delta):
+                    self._engine.abort(delta.request_id, delta.choice)
+                if collector.done:
+                    ended.append(collector)
         return ended
 
     def _run(self, collectors: Sequence[_Collector], use_tqdm: bool) -> None:
         from tqdm import tqdm
 
-        waiting = {id(collector) for collector in collectors}
+        waiting = set(collectors)
         with tqdm(total=len(collectors), disable=not use_tqdm, unit="prompt") as bar:
             while waiting:
-                for collector in self._step():
-                    if id(collector) in waiting:
-                        waiting.discard(id(collector))
-                        bar.update()
+                ended = waiting.intersection(self._step())
+                waiting -= ended
+                bar.update(len(ended))
 
     def _drop(self, collectors: Sequence[_Collector]) -> None:
         for collector in collectors:
@@ -489,6 +489,7 @@ class AsyncLLM:
                 if collector.take(delta):
                     client.abort(delta.request_id, delta.choice)
                 yield collector
+        collector.result()  # raises where the request failed
 
     async def _connected(self) -> tuple[ProcessClient, _Edge]:
         if self._client is None:

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from minisgl import LLM, RequestOutput, SamplingParams
 from minisgl.config import EngineConfig
 from minisgl.llm import make_config
+from minisgl.server.tokenizer import Tokenizer
 from tests.engine.fakes import make_engine
 from tests.server.small_tokenizers import CORPUS
 
@@ -206,6 +207,19 @@ def test_a_failing_engine_raises_with_its_reason():
             llm.generate([[1, 2], [3]], params, use_tqdm=False)
         with pytest.raises(RuntimeError, match="planted fault"):
             llm.generate([1], params, use_tqdm=False)
+
+
+@pytest.mark.parametrize("first", ["one", "two"])
+def test_a_failing_engine_tells_every_stream(model_directory, first):
+    """The step that fails ends them all: none may wait for news that another one has taken."""
+    with LLM.from_engine(make_engine(fail_at=6), Tokenizer.from_directory(model_directory)) as llm:
+        params = SamplingParams(max_tokens=200, ignore_eos=True)
+        streams = {name: llm.stream([1, 2, 3], params) for name in ("one", "two")}
+        for stream in streams.values():
+            next(stream)
+        for stream in (streams.pop(first), *streams.values()):
+            with pytest.raises(RuntimeError, match="planted fault"):
+                list(stream)
 
 
 def test_a_model_without_a_tokenizer_takes_token_ids():
