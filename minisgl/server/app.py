@@ -10,6 +10,7 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from minisgl.engine.client import EngineClient, EngineDeadError
@@ -131,7 +132,7 @@ class Api:
         except ApiError as error:
             outcome(endpoint, "refused" if error.status < 500 else "failed").inc()
             raise
-        except ClientGone:
+        except ClientDisconnect:
             outcome(endpoint, "disconnected").inc()
             return Response(status_code=499)  # nobody reads it
         except Exception as error:  # answered here, where the connection survives it
@@ -173,12 +174,8 @@ class Api:
             self.metrics.requests.labels(endpoint, ended).inc()
 
 
-class ClientGone(Exception):
-    """The client has closed its connection."""
-
-
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` returns; when the client hangs up first, `work` is cancelled: ClientGone."""
+    """What `work` returns. ClientDisconnect when the client hangs up first: `work` is cancelled."""
 
     async def hang_up() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -189,7 +186,7 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise ClientGone
+        raise ClientDisconnect
     finally:
         task.cancel()
         gone.cancel()
@@ -209,7 +206,7 @@ class _EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._source), aclosing(self._events):
-            with suppress(ClientGone):
+            with suppress(ClientDisconnect):
                 await unless_gone(receive, self._send_all(send))
 
     async def _send_all(self, send: Send) -> None:

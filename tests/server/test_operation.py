@@ -113,6 +113,18 @@ def test_a_client_that_hangs_up_while_the_request_waits(server, engine):
     assert eventually(lambda: not engine.running)
 
 
+def test_a_client_that_hangs_up_before_its_body_is_there(server, caplog):
+    def disconnected():
+        name = 'minisgl_requests_total{endpoint="completions",outcome="disconnected"}'
+        return float(figures(server).get(name, 0))
+
+    before = disconnected()
+    with socket.create_connection(("127.0.0.1", server.port)) as raw:
+        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+    assert eventually(lambda: disconnected() == before + 1)
+    assert not caplog.records  # no failure of ours
+
+
 def test_many_calls_at_once(client, engine):
     engine.delay = 0.001
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
