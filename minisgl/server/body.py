@@ -98,7 +98,10 @@ def in_range(name: str, value: int | None, high: int) -> int | None:
 
 def shown(value: Any) -> str:
     """A wrong value as JSON, cut when it is long."""
-    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        return "a value nested too deeply to show"
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text)} characters)"
 
 
