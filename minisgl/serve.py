@@ -200,6 +200,7 @@ async def _serve(
     def stop() -> None:
         if http.should_exit:
             http.force_exit = True
+            process.kill()  # nor is the engine waited for
             return
         log.info("finishing what runs, then exiting; a second signal exits at once")
         http.should_exit = True

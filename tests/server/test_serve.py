@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import signal
 import socket
@@ -17,6 +18,7 @@ import pytest
 from minisgl.config import ServerConfig
 from minisgl.serve import flags_parser, read_flags
 from tests.server import small_tokenizers
+from tests.server.calls import eventually
 from tests.server.served import PATIENCE, ROOT, Served
 
 USER = [{"role": "user", "content": "hi"}]
@@ -375,6 +377,22 @@ def test_a_drain_that_takes_too_long_is_cut_with_an_error(model):
             last = [line for line in events if line][-1]
         assert "error" in json.loads(last.removeprefix("data: "))
         assert server.wait_exit() == 0, server.output
+
+
+def test_a_second_signal_does_not_wait_for_a_stuck_engine(model):
+    flags = (f"--model={model}", f"--drain-timeout={PATIENCE}")
+    with contextlib.closing(Served(*flags, module="tests.server.slow_engine")) as server:
+        server.wait_ready()
+        engine = server.engine_pid()
+        os.kill(engine, signal.SIGSTOP)
+        server.process.send_signal(signal.SIGTERM)
+        assert eventually(lambda: "a second signal exits" in server.output, PATIENCE)
+        server.process.send_signal(signal.SIGTERM)
+        try:
+            assert server.process.wait(PATIENCE / 2) == 0, server.output
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(engine, signal.SIGKILL)
 
 
 def test_the_engines_death_fails_its_requests_and_the_server(fresh):
