@@ -1,5 +1,6 @@
 """The one configuration of the engine and its server; command-line flags are generated from it."""
 
+import math
 from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -147,6 +148,8 @@ def _check_type(name: str, annotation: Any, value: object) -> None:
         return
     allowed = get_args(annotation) or (annotation,)
     if type(value) in allowed or (float in allowed and type(value) is int):
+        if value == math.inf:
+            raise ValueError(f"{name} must be finite, got {value}")
         return
     kinds = " or ".join("None" if kind is NoneType else kind.__name__ for kind in allowed)
     raise TypeError(f"{name} must be {kinds}, got {value!r} ({type(value).__name__})")

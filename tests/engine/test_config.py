@@ -106,7 +106,10 @@ def test_values_at_the_limits_are_taken():
     ServerConfig(port=65535)
 
 
-@pytest.mark.parametrize("values", [{"port": 65536}, {"port": -1}, {"watchdog_timeout": 0}])
+@pytest.mark.parametrize(
+    "values",
+    [{"port": 65536}, {"port": -1}, {"watchdog_timeout": 0}, {"drain_timeout": float("inf")}],
+)
 def test_server_values_are_checked_too(values):
     (name,) = values
     with pytest.raises(ValueError, match=f"{name} must be"):
