@@ -162,4 +162,4 @@ def _token_limit(request: Request, limits: Limits) -> int:
                 f"prompt ({length} tokens) + {name} ({count}) - 1 is {length + count - 1} "
                 f"tokens, more than the {what} of {capacity}"
             )
-    return max(capacity, length + 1) if wanted is None else length + wanted
+    return length + (wanted or max(capacity - length, request.params.min_tokens, 1))

@@ -63,7 +63,8 @@ def reference(request: Request, choice: int, limits: Limits) -> tuple[list[int],
     params, output = request.params, []
     stops = set(params.stop_token_ids) | (set() if params.ignore_eos else {EOS})
     capacity = min(limits.max_context, limits.num_pages * limits.page_size)
-    most = params.max_tokens or max(capacity - len(request.prompt_token_ids), 1)
+    most = params.max_tokens
+    most = most or max(capacity - len(request.prompt_token_ids), params.min_tokens, 1)
     kv = run_model(request.prompt_token_ids, request.cache_salt)
     while True:
         held = request.prompt_token_ids + output if params.needs_counts else None

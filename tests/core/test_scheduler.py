@@ -118,6 +118,7 @@ def test_a_full_prompt_yields_one_token():
         ({"stop_token_ids": (7,), "ignore_eos": True, "max_tokens": 3}, EOS, 3, "length"),
         ({"min_tokens": 4}, EOS, 4, "stop"),
         ({"max_tokens": 2, "min_tokens": 2}, EOS, 2, "stop"),
+        ({"min_tokens": 126}, 7, 126, "length"),  # all that 128 tokens of KV are enough for
     ],
 )
 def test_why_a_sequence_ends(params, token, count, reason):
