@@ -139,6 +139,7 @@ class TokenBudget:
             return add_work(decode, prefill_work(count, load.prefill_start))
 
         count = _largest(self._size, lambda n: model.cost(work(n)).compute_seconds <= filled)
+        count = max(count, 1)  # a long prompt's token may cost more than a whole step of short ones
         if self._target is not None:
             limit = self._target / self._margin
             count = _largest(count, lambda n: model.predict(work(n)) <= limit)

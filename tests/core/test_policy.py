@@ -112,6 +112,13 @@ def test_balanced_fills_a_step_beyond_the_ridge_and_not_far_beyond():
     assert 1.8 < cost.compute_seconds / model.cost(decode).memory_seconds <= 2.0
 
 
+def test_balanced_lets_a_long_prompt_go_on_beside_a_short_stream():
+    """One more of its tokens costs more than the whole step: all of it is attention."""
+    device = DeviceFacts(flops=1e9, bandwidth=1e15, overhead=0.0)
+    budget = TokenBudget(SchedulerConfig(), CostModel(MODEL, device))
+    assert budget.prefill_tokens(StepLoad(1, 10, prefill_start=1 << 20)) == 1
+
+
 def test_a_target_without_a_cost_model_is_refused():
     with pytest.raises(ValueError, match="itl_target_ms needs a cost model"):
         Scheduler(Limits(8, 4, 2, 32, 10), SchedulerConfig(itl_target_ms=20.0))
