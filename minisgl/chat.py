@@ -55,7 +55,8 @@ class RemotePartner:
         self._url = url
         self._path = url.path.rstrip("/").removesuffix("/v1") + "/v1"
         self._options = options
-        self._model: str = json.load(self._request("GET", "/models", None))["data"][0]["id"]
+        with closing(self._request("GET", "/models", None)) as response, _plain_errors(url.netloc):
+            self._model: str = json.load(response)["data"][0]["id"]
 
     def answer(self, messages: Conversation) -> Generator[str, None, None]:
         body: dict[str, Any] = {
@@ -66,16 +67,20 @@ class RemotePartner:
         }
         if self._options.max_tokens is not None:
             body["max_tokens"] = self._options.max_tokens
-        with closing(self._request("POST", "/chat/completions", body)) as response:
+        with (
+            closing(self._request("POST", "/chat/completions", body)) as response,
+            _plain_errors(self._url.netloc),
+        ):
             for line in response:
                 data = line.decode().strip().removeprefix("data: ")
-                if not data or data == "[DONE]":
-                    continue
-                chunk = json.loads(data)
+                if data == "[DONE]":
+                    return
+                chunk = json.loads(data) if data else {"choices": ()}
                 if "error" in chunk:
                     raise RuntimeError(chunk["error"]["message"])
                 for choice in chunk["choices"]:
                     yield choice["delta"].get("content") or ""
+            raise ConnectionError("it ended too early")
 
     def profile(self) -> str:
         raise ValueError("a server is profiled by POST /profile/start and /profile/stop")
@@ -83,20 +88,27 @@ class RemotePartner:
     def _request(self, method: str, path: str, body: Any) -> http.client.HTTPResponse:
         secure = self._url.scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        connection = kind(self._url.netloc)
         content = None if body is None else json.dumps(body)
         headers = {"Content-Type": "application/json", "Connection": "close"}
-        try:
+        with _plain_errors(self._url.netloc):
+            connection = kind(self._url.netloc)
             connection.request(method, self._path + path, content, headers)
             response = connection.getresponse()
-        except OSError as error:
-            raise RuntimeError(f"no answer from {self._url.netloc}: {error}") from error
-        if response.status != 200:
+            if response.status == 200:
+                return response
             said = response.read().decode(errors="replace")
-            with contextlib.suppress(ValueError, LookupError, TypeError):
-                said = json.loads(said)["error"]["message"]
-            raise RuntimeError(f"{self._url.netloc} answers {response.status}: {said}")
-        return response
+        with contextlib.suppress(ValueError, LookupError, TypeError):
+            said = json.loads(said)["error"]["message"]
+        raise RuntimeError(f"{self._url.netloc} answers {response.status}: {said}")
+
+
+@contextlib.contextmanager
+def _plain_errors(server: str) -> Generator[None, None, None]:
+    """RuntimeError for whatever keeps `server` from answering, or is no answer of OpenAI's API."""
+    try:
+        yield
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+        raise RuntimeError(f"no answer from {server}: {error or type(error).__name__}") from error
 
 
 class LocalPartner:
@@ -107,10 +119,10 @@ class LocalPartner:
         from minisgl.core.request import SamplingParams
         from minisgl.llm import LLM
 
-        self._llm = LLM.from_engine(build_engine(config))
         self._params = SamplingParams(
             temperature=options.temperature, max_tokens=options.max_tokens
         )
+        self._llm = LLM.from_engine(build_engine(config))
         self._profiling = False
 
     def answer(self, messages: Conversation) -> Generator[str, None, None]:

@@ -1,6 +1,8 @@
 """`python -m minisgl.chat` against a server, fed through its standard input."""
 
 import io
+import socket
+import threading
 
 import pytest
 
@@ -58,6 +60,42 @@ def test_a_failure_in_the_middle_is_told(talk, engine):
     assert "the device is gone" in err
 
 
+EVENT = b'data: {"choices": [{"delta": {"content": "begun"}}]}\n\n'
+STREAM = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n" % len(EVENT) + EVENT
+
+
+@pytest.mark.parametrize(
+    ("models", "reply", "code"),
+    [
+        (b'{"data": [{"id": "m"}]}', STREAM + b"\r\n", 0),
+        (b'{"data": [{"id": "m"}]}', STREAM + b"\r\n0\r\n\r\n", 0),  # ends well, but too early
+        (b'{"data": [{"id": "m"}]}', STREAM[:-9], 0),
+        (b'{"data": [{"id": "m"}]}', b"HTTP/1.1 500 x\r\nContent-Length: 9\r\n\r\nshort", 0),
+        (b'{"data": [{"id": "m"}]}', b"nonsense\r\n\r\n", 0),
+        (b"{}", b"", 1),
+        (b"<html>", b"", 1),
+    ],
+)
+def test_an_answer_that_breaks_off_or_is_none_is_told(monkeypatch, capsys, models, reply, code):
+    def serve():
+        for content in (b"HTTP/1.1 200 OK\r\n\r\n" + models, reply)[: 2 - code]:
+            connection, _ = listening.accept()
+            with connection:
+                sent = b""
+                while b"\r\n\r\n" not in sent or (b"POST" in sent and not sent.endswith(b"}")):
+                    sent += connection.recv(1 << 16)
+                connection.sendall(content)
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("x\n"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        assert chat.main(["--url", url]) == code
+        thread.join()
+    assert "minisgl.chat: no answer from 127.0.0.1" in capsys.readouterr().err
+
+
 def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(server, engine, capsys):
     partner = chat.RemotePartner(chat.Options(url=server.url + "/v1/"))
 
@@ -79,6 +117,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(server, engine, capsys):
     [
         (["--url", "nonsense"], "--url must be like"),
         (["--url", "http://127.0.0.1:9"], "no answer from 127.0.0.1:9"),
+        (["--url", "http://127.0.0.1:x"], "no answer from 127.0.0.1:x: nonnumeric port"),
     ],
 )
 def test_a_wrong_url_is_said(capsys, flags, words):
