@@ -56,6 +56,9 @@ class EngineConfig:
     cuda_graph_max_bs: int | None = _option(
         None, f"largest decode batch with a CUDA graph; {CUDA_GRAPH_MAX_BS} when absent"
     )
+    piecewise_cuda_graph_max_tokens: int | None = _option(
+        None, "most tokens of other steps captured in pieces around attention; none when absent"
+    )
     context_length: int | None = _option(None, "longest sequence; the model's own when absent")
     speculative_algorithm: SpeculativeAlgorithm = _option(
         "none", "how drafts are proposed: by a draft model, by ngram lookup, or not at all"
@@ -94,8 +97,10 @@ class EngineConfig:
             raise ValueError(f"itl_target_ms needs batch_policy balanced, got {self.batch_policy}")
         if self.schedule_policy == "lpm" and self.disable_radix_cache:
             raise ValueError("schedule_policy lpm needs the radix cache, got disable_radix_cache")
-        if self.disable_cuda_graph and self.cuda_graph_max_bs is not None:
-            raise ValueError("cuda_graph_max_bs needs CUDA graphs, got disable_cuda_graph")
+        _require_at_least(self, 1, "piecewise_cuda_graph_max_tokens")
+        for name in ("cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens"):
+            if self.disable_cuda_graph and getattr(self, name) is not None:
+                raise ValueError(f"{name} needs CUDA graphs, got disable_cuda_graph")
         if self.cascade_min_shared_tokens is not None:
             _require_at_least(self, 1, "cascade_min_shared_tokens")
             for name in ("disable_cascade", "disable_radix_cache", "batch_invariant"):

@@ -4,9 +4,19 @@ import torch
 
 from minisgl.device.cpu import CpuDevice, default_num_threads
 from minisgl.device.cuda import CudaDevice
-from minisgl.device.protocol import Device, Event, Graph, Memory
+from minisgl.device.protocol import Cut, Device, Event, Graph, Memory, Pieces
 
-__all__ = ["CpuDevice", "CudaDevice", "Device", "Event", "Graph", "Memory", "pick_device"]
+__all__ = [
+    "CpuDevice",
+    "CudaDevice",
+    "Cut",
+    "Device",
+    "Event",
+    "Graph",
+    "Memory",
+    "Pieces",
+    "pick_device",
+]
 
 
 def pick_device(name: str, *, index: int = 0, of: int = 1) -> Device:

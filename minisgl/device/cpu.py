@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minisgl.device.protocol import Memory, T
+from minisgl.device.protocol import Cut, Memory, T
 
 CACHE_LINE = 64  # bytes
 
@@ -56,6 +56,16 @@ class CallGraph:
 
     def replay(self) -> None:
         self.function()
+
+
+@dataclass(frozen=True)
+class CallPieces:
+    """Pieces on a device without graphs: a replay calls the function, and what it cuts out."""
+
+    function: Callable[[Cut], object]
+
+    def replay(self, *args: object) -> None:
+        self.function(lambda call: call(*args))
 
 
 class CpuDevice:
@@ -153,6 +163,9 @@ class CpuDevice:
 
     def capture(self, function: Callable[[], object]) -> CallGraph:
         return CallGraph(function)
+
+    def capture_pieces(self, function: Callable[[Cut], object]) -> CallPieces:
+        return CallPieces(function)
 
     def memory(self) -> Memory:
         meminfo = _read_kilobytes("/proc/meminfo")

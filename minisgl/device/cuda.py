@@ -6,13 +6,16 @@ order they need; downloads in one of their own, so that the next step does not w
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from minisgl.device.pinned import PinnedRing
-from minisgl.device.protocol import Graph, Memory, T
+from minisgl.device.protocol import Cut, Graph, Memory, T
 
 UPLOAD_BYTES = 32 * 2**20
 DOWNLOAD_BYTES = 16 * 2**20
@@ -42,6 +45,21 @@ class CudaEvent:
     def hold(self, stream: Any) -> None:
         """Hold `stream`, not the host, until the event has passed."""
         stream.wait_event(self._event)
+
+
+@dataclass(frozen=True)
+class CudaPieces:
+    """Graphs, and the calls between them."""
+
+    graphs: list[Any] = field(default_factory=list)
+    calls: list[Callable[..., object]] = field(default_factory=list)
+
+    def replay(self, *args: object) -> None:
+        first, *others = self.graphs
+        first.replay()
+        for call, graph in zip(self.calls, others, strict=True):
+            call(*args)
+            graph.replay()
 
 
 class CudaDevice:
@@ -119,16 +137,30 @@ class CudaDevice:
         return torch.zeros(tuple(shape), dtype=dtype, device=self.torch_device)
 
     def capture(self, function: Callable[[], object]) -> Graph:
-        function()  # compiles kernels and fills the allocator's cache
+        return self.capture_pieces(lambda _: function()).graphs[0]  # type: ignore[no-any-return]
+
+    def capture_pieces(self, function: Callable[[Cut], object]) -> CudaPieces:
+        function(lambda call: None)  # compiles kernels and fills the allocator's cache
         self.stream.synchronize()
-        graph: Any = torch.cuda.CUDAGraph()
-        # Not `torch.cuda.graph`, which empties the allocator's cache at every capture.
-        graph.capture_begin(pool=self._graph_pool, capture_error_mode="thread_local")
+        pieces = CudaPieces()
+
+        def begin() -> None:
+            graph: Any = torch.cuda.CUDAGraph()
+            # Not `torch.cuda.graph`, which empties the allocator's cache at every capture.
+            graph.capture_begin(pool=self._graph_pool, capture_error_mode="thread_local")
+            pieces.graphs.append(graph)
+
+        def cut(call: Callable[..., object]) -> None:
+            pieces.graphs[-1].capture_end()
+            pieces.calls.append(partial(copy_context().run, call))
+            begin()
+
+        begin()
         try:
-            function()
+            function(cut)
         finally:
-            graph.capture_end()
-        return graph  # type: ignore[no-any-return]
+            pieces.graphs[-1].capture_end()
+        return pieces
 
     def memory(self) -> Memory:
         torch.cuda.empty_cache()  # what torch keeps for later is free

@@ -45,6 +45,16 @@ class Graph(Protocol):
     def replay(self) -> None: ...
 
 
+Cut = Callable[[Callable[..., object]], object]
+
+
+class Pieces(Protocol):
+    """Work that was captured in pieces, between which what was cut out of it runs."""
+
+    def replay(self, *args: object) -> None:
+        """Replay the pieces, and call what was cut out with `args` where it was."""
+
+
 class Device(Protocol):
     """`submit`, `run`, `record`, `landed`, `memory` and `close` may be called anywhere, the other
     methods inside the stream only."""
@@ -85,6 +95,13 @@ class Device(Protocol):
 
     def capture(self, function: Callable[[], object]) -> Graph:
         """A graph of what `function` does to static buffers; on CPU the call itself."""
+
+    def capture_pieces(self, function: Callable[[Cut], object]) -> Pieces:
+        """Graphs of what `function` does to static buffers, without the calls that it cuts out.
+
+        It is given `cut`, and hands it what is to run, at each replay anew, between the work before
+        and the work after; in the context (of variables) that it was in then.
+        """
 
     def memory(self) -> Memory: ...
 

@@ -1,7 +1,9 @@
 """`ForwardInputs`, a `Batch` as tensors and the one argument of every forward pass; attention."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -12,6 +14,32 @@ from minisgl.kernels.qkv_prepare import qkv_prepare
 from minisgl.layers.linear import ColumnLinear, Part, RowLinear
 from minisgl.layers.norm import RMSNorm
 from minisgl.layers.weights import Placement, Weight
+
+Attend = Callable[["ForwardInputs", "AttentionSlices"], None]
+Space = tuple[torch.Tensor, torch.Tensor]
+
+
+class Seam(Protocol):
+    """How a layer hands over to attention, the one part of a pass that no padding makes alike."""
+
+    def space(self, like: torch.Tensor, shape: tuple[int, int, int]) -> Space:
+        """Where queries [T, Hq, D] are put, and what attention makes of them: both unfilled."""
+
+    def attend(self, call: Attend, inputs: "ForwardInputs", slices: "AttentionSlices") -> None:
+        """Have `call` fill the second of these from the first, for the step at hand."""
+
+
+class AtOnce:
+    """Attention where it stands, in memory of its own."""
+
+    def space(self, like: torch.Tensor, shape: tuple[int, int, int]) -> Space:
+        return like.new_empty(shape), like.new_empty(shape)
+
+    def attend(self, call: Attend, inputs: "ForwardInputs", slices: "AttentionSlices") -> None:
+        call(inputs, slices)
+
+
+AT_ONCE = AtOnce()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +65,7 @@ class ForwardInputs:
     # Decode sequences that begin with the same pages, as `kernels.cascade` has them; None: no such.
     groups: torch.Tensor | None = None  # [G, 3] int32
     shared: torch.Tensor | None = None  # [num_decode] int32
+    seam: Seam = AT_ONCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +144,19 @@ class Attention:
         kv: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         """x: [T, hidden]; kv: this layer's pools. Returns this rank's part of [T, hidden]."""
-        q = self._prepare(self.qkv(x), inputs, kv)
-        attended = torch.empty_like(q)
+        space = inputs.seam.space(x, (x.shape[0], self.num_heads, kv[0].shape[2]))
+        self._prepare(self.qkv(x), inputs, kv, space[0])
+        inputs.seam.attend(partial(self._attend, *space, kv), inputs, slices)
+        return self.out(space[1].flatten(1))
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        attended: torch.Tensor,
+        kv: tuple[torch.Tensor, torch.Tensor],
+        inputs: ForwardInputs,
+        slices: AttentionSlices,
+    ) -> None:
         facts = {"page_size": inputs.page_size, "scale": self.scale, "softcap": self.softcap}
         n = slices.decode_tokens
         if slices.decode_rows.shape[0]:
@@ -140,17 +180,20 @@ class Attention:
                 out=attended[n:],
                 **facts,
             )
-        return self.out(attended.flatten(1))
 
     def _prepare(
-        self, qkv: torch.Tensor, inputs: ForwardInputs, kv: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
+        self,
+        qkv: torch.Tensor,
+        inputs: ForwardInputs,
+        kv: tuple[torch.Tensor, torch.Tensor],
+        q: torch.Tensor,
+    ) -> None:
         q_weight, k_weight, eps, unit_offset = None, None, 0.0, False
         if self.qk_norm is not None:
             q_norm, k_norm = self.qk_norm
             q_weight, k_weight = q_norm.weight, k_norm.weight
             eps, unit_offset = q_norm.eps, q_norm.unit_offset
-        q: torch.Tensor = qkv_prepare(
+        qkv_prepare(
             qkv,
             inputs.positions,
             self.cos_sin,
@@ -161,5 +204,5 @@ class Attention:
             k_weight,
             eps,
             unit_offset,
+            out=q,
         )
-        return q

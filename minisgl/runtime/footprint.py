@@ -5,12 +5,13 @@ is measured and said.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from minisgl.models.config import ModelConfig
+from minisgl.models.decoder import ROPE_SLACK
 from minisgl.runtime.inputs import cascade_words, decode_words
 
 STAGING_SLACK = 2**16  # words for what a step sends besides: page-table patches, copy jobs, setups
@@ -25,15 +26,19 @@ class GraphSizes:
     """The decode graphs there are: by width (tokens per sequence), the numbers of sequences."""
 
     by_width: Mapping[int, Sequence[int]]  # each rising
+    pieces: Sequence[int] = ()  # numbers of tokens with piecewise graphs, rising
 
     @classmethod
-    def of(cls, most: int, widths: Iterable[int], on_cpu: bool, multiple: int) -> "GraphSizes":
-        """Graphs for up to `most` sequences.
+    def of(
+        cls, most: int, widths: Iterable[int], on_cpu: bool, multiple: int, most_in_pieces: int = 0
+    ) -> "GraphSizes":
+        """Graphs for up to `most` sequences, piecewise ones for up to `most_in_pieces` tokens.
 
         A CPU needs no padding, for any size replays at once there, but that of tokens to half of
-        `multiple` or its multiples.
+        `multiple` or its multiples. Piecewise graphs have their sizes everywhere.
         """
-        return cls({width: _sizes(most, width, on_cpu, multiple) for width in widths})
+        by_width = {width: _sizes(most, width, on_cpu, multiple) for width in widths}
+        return cls(by_width, tuple(piece_sizes(most_in_pieces)))
 
     @property
     def max_sequences(self) -> int:
@@ -76,6 +81,27 @@ class GraphSizes:
             + tokens * facts.hidden_size * dtype.itemsize
             + count * nodes * NODE_BYTES
         )
+
+    def pieces_bytes(self, facts: ModelConfig, dtype: torch.dtype, ranks: int) -> int:
+        """Of the piecewise graphs: what they share, activations of the largest, their launches."""
+        if not self.pieces:
+            return 0
+        most, heads = self.pieces[-1], 2 * facts.num_heads * facts.head_dim // ranks
+        nodes = len(self.pieces) * (facts.num_layers * NODES_PER_LAYER + OTHER_NODES)
+        return (
+            most * (20 + (heads + facts.hidden_size) * dtype.itemsize)
+            + workspace_bytes(facts, most, dtype, ranks)
+            + nodes * NODE_BYTES
+        )
+
+
+def piece_sizes(most: int) -> Iterator[int]:
+    """Multiples of 8 up to at least `most`, an eighth apart but at most as far as the rope tables
+    have slack: padding has positions of its own, from 0."""
+    size = 0
+    while size < most:
+        size += min(max(8, 2 ** (size.bit_length() - 4)), ROPE_SLACK)
+        yield size
 
 
 def padded_sizes(most: int) -> tuple[int, ...]:

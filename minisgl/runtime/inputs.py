@@ -38,6 +38,7 @@ class Geometry:
     page_size: int = field(kw_only=True)
     num_drafts: int = 0  # that a draft model proposes for a row, at most
     draft_sizes: Sequence[int] = ()  # numbers of rows that it has graphs for, rising
+    piece_sizes: Sequence[int] = ()  # numbers of tokens there are piecewise graphs for, rising
 
     def graph_for(self, num_sequences: int, width: int) -> tuple[int, int] | None:
         """(size, width) of the smallest graph that holds so many sequences of `width` tokens."""
@@ -81,6 +82,7 @@ class StepArrays:
     decode_width: int
     max_seqlen_q: int = 1
     replays: bool = False  # whether it is laid out for a decode graph
+    in_pieces: bool = False  # or, with T padded, for piecewise graphs
     num_points: int = 0  # N
     max_drafts: int = 0  # K
     num_passes: int = 0  # of the draft model: the most drafts that it proposes for a chunk
@@ -200,10 +202,15 @@ def _pack_ragged(
     token_ids, starts = _token_ids(chunks, num_decode, width)
     chunk_offsets = np.cumsum(widths, dtype=np.int32) - widths
     rows, own = chunk_rows, lengths
-    padding = padded_size(total, geometry.token_multiple) - total
+    sizes = geometry.piece_sizes
+    in_pieces = bool(sizes) and total <= sizes[-1]
+    if in_pieces:
+        padding = sizes[bisect_left(sizes, total)] - total
+    else:
+        padding = padded_size(total, geometry.token_multiple) - total
     if padding:
         # Empty sequences at the end of the decode slice, or one at the very end.
-        fits = num_decode > 0 and padding % width == 0
+        fits = num_decode > 0 and padding % width == 0 and not in_pieces
         at = num_decode if fits else len(chunks)
         filler = np.full(padding // width if fits else 1, width if fits else padding, np.int32)
         token_ids = np.insert(token_ids, num_decode * width if fits else total, [0] * padding)
@@ -229,6 +236,7 @@ def _pack_ragged(
         num_decode=num_decode,
         decode_width=width,
         max_seqlen_q=int(widths[num_decode:].max()) if num_decode < len(widths) else 1,
+        in_pieces=in_pieces,
     )
     sampling = np.flatnonzero([chunk.samples for chunk in chunks])
     if len(sampling):

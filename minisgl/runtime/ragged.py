@@ -1,5 +1,7 @@
 """The inputs of a forward pass over sequences of any lengths, in memory of their own."""
 
+from collections.abc import Sequence
+
 import torch
 
 from minisgl.kernels.advance import prepare_inputs
@@ -23,18 +25,23 @@ def ragged_inputs(
     max_seqlen_q: int = 1,
     groups: torch.Tensor | None = None,
     shared: torch.Tensor | None = None,
+    tokens: Sequence[torch.Tensor] | None = None,
 ) -> ForwardInputs:
     """For T tokens of the S sequences in rows `own`; tensors are `prepare_inputs`'s, the rest is
-    `ForwardInputs`'s."""
-    tokens = token_ids.shape[0]
+    `ForwardInputs`'s. tokens: where input_ids, positions and slot_mapping are to be, if not in
+    memory of their own."""
+    if tokens is None:
+        positions = torch.empty_like(token_ids, dtype=torch.int64)
+        tokens = torch.empty_like(token_ids), positions, torch.empty_like(positions)
+    input_ids, positions, slot_mapping = tokens
     inputs = ForwardInputs(
-        input_ids=torch.empty_like(token_ids),
-        positions=token_ids.new_empty(tokens, dtype=torch.int64),
+        input_ids=input_ids,
+        positions=positions,
         cu_seqlens_q=offsets,
         seq_lens=torch.empty_like(starts),
         rows=own,
         page_table=rows.page_table,
-        slot_mapping=token_ids.new_empty(tokens, dtype=torch.int64),
+        slot_mapping=slot_mapping,
         kv=pool.layers,
         page_size=pool.page_size,
         num_decode=num_decode,

@@ -18,6 +18,7 @@ from minisgl.runtime.draft import DraftRunner
 from minisgl.runtime.graphs import DecodeGraphs, Forward, StaticBuffers
 from minisgl.runtime.inputs import StepArrays, cascade_words, join, split
 from minisgl.runtime.kv_pool import KVPool
+from minisgl.runtime.piecewise import PiecewiseGraphs
 from minisgl.runtime.proposals import RAGGED
 from minisgl.runtime.ragged import ragged_inputs
 from minisgl.runtime.rows import RowBuffers
@@ -56,7 +57,7 @@ class Step:
 
 
 class Runner:
-    """One rank's model and buffers. Steps laid out for `graphs`, by width, are replayed by them."""
+    """One rank's model and buffers. Steps laid out for graphs are replayed by them."""
 
     def __init__(
         self,
@@ -67,23 +68,31 @@ class Runner:
         sampler: Sampler,
         graphs: Mapping[int, DecodeGraphs] | None = None,
         buffers: StaticBuffers | None = None,
+        pieces: PiecewiseGraphs | None = None,
         *,
         draft: DraftRunner | None = None,
         compare: Communicator | None = None,
     ) -> None:
-        """buffers: those of the graphs, where there are any. compare: each step, between ranks."""
+        """graphs: by width; buffers: theirs. pieces: of other steps. compare: each step, between
+        ranks."""
         self._device = device
         self._model = model
         self._pool = pool
         self._rows = rows
         self._sampler = sampler
         self._graphs = graphs or {}
+        self._pieces = pieces
         self._draft = draft
         self._staging = None if buffers is None else buffers.staging
         self._compare = compare
 
-    def with_graphs(self, graphs: Mapping[int, DecodeGraphs], buffers: StaticBuffers) -> "Runner":
-        """The same, replaying the decode steps that are laid out for `graphs`."""
+    def with_graphs(
+        self,
+        graphs: Mapping[int, DecodeGraphs],
+        buffers: StaticBuffers,
+        pieces: PiecewiseGraphs | None = None,
+    ) -> "Runner":
+        """The same, replaying the steps that are laid out for these graphs."""
         return Runner(
             self._device,
             self._model,
@@ -92,6 +101,7 @@ class Runner:
             self._sampler,
             graphs,
             buffers,
+            pieces,
             draft=self._draft,
             compare=self._compare,
         )
@@ -134,6 +144,7 @@ class Runner:
             step.hidden, step.positions = graphs.forward(arrays.num_sequences, half)
         else:
             sent, groups, shared = step.sent, None, None
+            pieces = self._pieces if arrays.in_pieces else None
             if "cascade" in sent:
                 words = cascade_words(arrays.num_decode)
                 groups, shared = sent["cascade"].split(words)  # type: ignore[no-untyped-call]
@@ -147,8 +158,10 @@ class Runner:
                 max_seqlen_q=arrays.max_seqlen_q,
                 groups=groups,
                 shared=shared,
+                tokens=None if pieces is None else pieces.tokens(arrays.num_tokens),
             )
-            step.hidden, step.positions = self._model.forward(inputs), inputs.positions
+            forward = self._model.forward if pieces is None else pieces.forward
+            step.hidden, step.positions = forward(inputs), inputs.positions
             step.input_ids = inputs.input_ids
         if self._compare is not None:
             compare_ranks(self._compare, arrays, step.hidden)

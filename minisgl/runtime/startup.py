@@ -122,11 +122,16 @@ def warm_up(
         proposed = Chunk(0, 0, row, 0, 1 + len(drafts), [], 0, [], True, drafts)
         batches.append(Batch(5, [proposed], 1, draft_chunks=[follows]))
     bits = np.full((1, mask_words(limits.vocab_size)), 2**32 - 1, np.uint32)
-    eager = replace(geometry, decode_sizes={}, staging=0)
+    eager = replace(geometry, decode_sizes={}, staging=0, piece_sizes=())
     for batch in batches if everything else batches[2:]:
         step = Step(pack_step(batch, host, eager))
         runner.forward(step)
         runner.sample(step, None if batch.step else GrammarMasks([0], bits))
+
+
+def capture_pieces(runner: Runner, limits: Limits, geometry: Geometry, tokens: int) -> None:
+    """Have the piecewise graphs of so many tokens captured, on the padding row."""
+    runner.forward(_padding_step(limits, geometry, 0, tokens))
 
 
 def run_largest(runner: Runner, limits: Limits, geometry: Geometry, prompt_tokens: int) -> None:
@@ -134,6 +139,13 @@ def run_largest(runner: Runner, limits: Limits, geometry: Geometry, prompt_token
 
     What it takes of the device's memory is then taken before serving, or the start fails.
     """
+    step = _padding_step(limits, geometry, limits.max_rows, prompt_tokens)
+    runner.forward(step)
+    runner.sample(step, None)
+
+
+def _padding_step(limits: Limits, geometry: Geometry, decoding: int, prompt_tokens: int) -> Step:
+    """A step of the padding row, so many times over."""
     row = limits.max_rows
     decode = Chunk(0, 0, row, 1, 1, [], 0, [], True)
     longest = min(prompt_tokens, limits.max_context)
@@ -142,6 +154,4 @@ def run_largest(runner: Runner, limits: Limits, geometry: Geometry, prompt_token
         lengths.append(prompt_tokens % longest)
     prompts = [Chunk(0, 0, row, 0, n, [0] * n, 0, [], True) for n in lengths]
     host = HostRows(limits.max_rows, limits.vocab_size, ())
-    step = Step(pack_step(Batch(0, [decode] * row + prompts, row), host, geometry))
-    runner.forward(step)
-    runner.sample(step, None)
+    return Step(pack_step(Batch(0, [decode] * decoding + prompts, decoding), host, geometry))

@@ -24,10 +24,11 @@ from minisgl.runtime.footprint import GraphSizes, logits_bytes, padded_sizes, wo
 from minisgl.runtime.graphs import DecodeGraphs, StaticBuffers
 from minisgl.runtime.inputs import Geometry
 from minisgl.runtime.kv_pool import KVPool, KVShape, check_graphs, plan_memory
+from minisgl.runtime.piecewise import PiecewiseGraphs
 from minisgl.runtime.rows import HostRows, RowBuffers
 from minisgl.runtime.runner import Model, Runner
 from minisgl.runtime.sampler import Sampler
-from minisgl.runtime.startup import Kernels, Stages, run_largest, warm_up
+from minisgl.runtime.startup import Kernels, Stages, capture_pieces, run_largest, warm_up
 
 log = get_logger(__name__)
 
@@ -85,6 +86,7 @@ class Worker:
             page_size=limits.page_size,
             num_drafts=draft.num_drafts if draft is not None else 0,
             draft_sizes=draft_sizes if draft is not None else (),
+            piece_sizes=graphs.pieces,
         )
         self.host_rows = HostRows(limits.max_rows, limits.vocab_size, eos_token_ids)
 
@@ -121,12 +123,17 @@ class Worker:
                 width: DecodeGraphs(device, model.forward, sampler, pool, rows, buffers, own, width)
                 for width, own in graphs.by_width.items()
             }
+            sizes = graphs.pieces
+            pieces = PiecewiseGraphs(device, model.forward, sizes) if sizes else None
+            runner = eager.with_graphs(by_width, buffers, pieces)
             if not on_cpu:  # where it costs nothing, graphs are made when they are first needed
                 with stages.stage("capture graphs"):
                     for decode in by_width.values():
                         decode.capture(_progress, cascade=cascade)
+                    for tokens in _progress(sizes[::-1]):
+                        capture_pieces(runner, limits, self.geometry, tokens)
                 self.graph_bytes = free - device.memory().free
-            return eager.with_graphs(by_width, buffers)
+            return runner
 
         self.runner = device.run(build)
         if prompt_tokens and not on_cpu:
@@ -186,7 +193,7 @@ def load_worker(
         max_rows, vocab = config.max_running_requests, facts.vocab_size
         num_drafts = config.num_draft_tokens
         graphs = _graph_sizes(config, dtype, on_cpu)
-        graph_bytes = graphs.static_bytes(vocab)
+        graph_bytes = graphs.static_bytes(vocab) + graphs.pieces_bytes(facts, dtype, comm.size)
         if not on_cpu:
             graph_bytes += graphs.captured_bytes(facts, dtype, comm.size, cascade)
         plan = plan_memory(
@@ -288,7 +295,9 @@ def _graph_sizes(config: EngineConfig, dtype: torch.dtype, on_cpu: bool) -> Grap
     if config.num_draft_tokens:
         longest = 1 + config.num_draft_tokens
         widths = range(1, longest + 1) if on_cpu else (1, longest)
-    return GraphSizes.of(most, widths, on_cpu, token_multiple(dtype, on_cpu))
+    steps = config.chunked_prefill_size + config.max_running_requests * widths[-1]
+    in_pieces = min(steps, config.piecewise_cuda_graph_max_tokens or 0)
+    return GraphSizes.of(most, widths, on_cpu, token_multiple(dtype, on_cpu), in_pieces)
 
 
 def _progress(sizes: Sequence[int]) -> Iterable[int]:

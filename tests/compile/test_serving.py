@@ -59,13 +59,13 @@ def counter(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("facts", [{"graphs": False}, {}, {"most_in_pieces": 100}], ids=str)
 @pytest.mark.parametrize("fixed", [False, True])
-def test_warm_up_has_compiled_whatever_a_step_launches(counter, graphs, fixed):
+def test_warm_up_has_compiled_whatever_a_step_launches(counter, facts, fixed):
     decoder = tiny_decoder(torch.bfloat16)
     model = FixedOrder(decoder, torch.device("cpu")) if fixed else decoder
     executor = make_executor(
-        model, dtype=torch.bfloat16, graphs=graphs, graph_widths=(1, 1 + DRAFTS), num_pages=60
+        model, dtype=torch.bfloat16, graph_widths=(1, 1 + DRAFTS), num_pages=60, **facts
     )
     worker, limits = executor._worker, executor.limits
     engine = EngineShapes(

@@ -60,6 +60,16 @@ from minisgl.config import EngineConfig, ServerConfig
             ValueError,
             "cuda_graph_max_bs needs CUDA graphs, got disable_cuda_graph",
         ),
+        (
+            {"piecewise_cuda_graph_max_tokens": 0},
+            ValueError,
+            "piecewise_cuda_graph_max_tokens must be at least 1, got 0",
+        ),
+        (
+            {"piecewise_cuda_graph_max_tokens": 64, "disable_cuda_graph": True},
+            ValueError,
+            "piecewise_cuda_graph_max_tokens needs CUDA graphs, got disable_cuda_graph",
+        ),
         ({"disable_radix_cache": "no"}, TypeError, "disable_radix_cache must be bool"),
         ({"log_level": "loud"}, ValueError, "log_level must be one of"),
         (

@@ -12,12 +12,16 @@ from minisgl.core.request import Request, SamplingParams
 from minisgl.device import CudaDevice
 from minisgl.device.cuda import DOWNLOAD_BYTES, UPLOAD_BYTES
 from minisgl.engine.engine import Engine
+from minisgl.runtime.executor import LocalExecutor
 
 pytestmark = pytest.mark.gpu
 
 CONFIG = EngineConfig(
     device="cuda", dtype="float32", max_total_tokens=8192, max_running_requests=20
 )
+
+
+IN_PIECES = {"piecewise_cuda_graph_max_tokens": 100, "chunked_prefill_size": 64}
 
 
 @pytest.fixture
@@ -63,19 +67,54 @@ def engine():
     made.close()
 
 
-def test_the_host_waits_at_events_only(engine: Engine):
+@pytest.fixture(scope="module")
+def in_pieces():
+    made = build_engine(replace(CONFIG, **IN_PIECES))
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("made", ["engine", "in_pieces"])
+def test_the_host_waits_at_events_only(made: str, request):
     torch.cuda.set_sync_debug_mode("error")
     try:
-        serve(engine, requests())
+        serve(request.getfixturevalue(made), requests())
         with pytest.raises(RuntimeError):
             torch.ones(1, device="cuda").item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_nothing_is_compiled_after_the_engine_is_ready(engine: Engine):
+@pytest.mark.parametrize("made", ["engine", "in_pieces"])
+def test_nothing_is_compiled_after_the_engine_is_ready(made: str, request):
+    engine = request.getfixturevalue(made)
     serve(engine, requests())
     assert engine.stats().compilations == 0
+
+
+def test_pieces_are_captured_before_serving_and_replayed_in_it(in_pieces: Engine):
+    """A piece more than there are layers, and attention eagerly between them."""
+    executor = in_pieces._executor
+    assert isinstance(executor, LocalExecutor)
+    worker = executor._worker
+    pieces = worker.runner._pieces
+    captured = dict(pieces._graphs)
+    assert sorted(captured) == list(worker.geometry.piece_sizes)
+    layers = len(worker.runner._pool.layers)
+    assert all(len(graph.graphs) == layers + 1 for graph in captured.values())
+    sizes: list[int] = []
+    forward = pieces.forward
+
+    def noted(inputs):
+        sizes.append(len(inputs.input_ids))
+        return forward(inputs)
+
+    pieces.forward = noted
+    serve(in_pieces, requests())
+    del pieces.forward
+    assert len(set(sizes)) > 1
+    assert set(sizes) <= set(captured)
+    assert pieces._graphs == captured
 
 
 @pytest.mark.parametrize(
@@ -85,6 +124,8 @@ def test_nothing_is_compiled_after_the_engine_is_ready(engine: Engine):
         {"disable_overlap_schedule": True},
         {"chunked_prefill_size": 16},
         {"cuda_graph_max_bs": 4},
+        IN_PIECES,
+        IN_PIECES | {"chunked_prefill_size": 16, "speculative_algorithm": "ngram"},
     ],
     ids=str,
 )
@@ -94,6 +135,19 @@ def test_the_tokens_do_not_depend_on_how_steps_are_run(engine: Engine, changes):
         assert serve(other, requests()) == serve(engine, requests())
     finally:
         other.close()
+
+
+def test_a_fixed_order_is_kept_in_pieces():
+    """Attention too, which runs outside of what was captured."""
+    config = replace(CONFIG, dtype="bfloat16", batch_invariant=True)
+    tokens = []
+    for changes in ({}, IN_PIECES):
+        engine = build_engine(replace(config, **changes))
+        try:
+            tokens.append(serve(engine, requests()))
+        finally:
+            engine.close()
+    assert tokens[0] == tokens[1]
 
 
 def test_uploads_arrive_whatever_their_size(device: CudaDevice):

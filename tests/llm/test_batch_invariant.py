@@ -92,6 +92,7 @@ def test_nothing_beside_a_request_changes_a_bit_of_it(family: str, dtype: str, t
     alone = _run(folder, False, disable_radix_cache=True, **ROOMY, **facts)
     assert _run(folder, True, **ROOMY, **facts) == alone
     assert _run(folder, True, **TIGHT, **facts) == alone
+    assert _run(folder, True, piecewise_cuda_graph_max_tokens=200, **ROOMY, **facts) == alone
     assert _run(folder, False, page_size=1, **TIGHT, **facts) == alone
 
 

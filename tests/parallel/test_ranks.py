@@ -28,6 +28,7 @@ TIGHT = {
 }
 
 
+IN_PIECES = {"piecewise_cuda_graph_max_tokens": 23}  # some steps have more tokens
 DRAFTING = {"speculative_algorithm": "draft", "speculative_draft_model": "tiny-draft"}
 
 
@@ -103,7 +104,9 @@ FAMILIES = [
 @pytest.mark.parametrize("name", FAMILIES)
 def test_two_ranks_give_the_tokens_of_one(name: str, tmp_path: Path) -> None:
     make(name, tmp_path)  # 211 tokens: the last rank holds a padding row
-    assert tokens_of(2, tmp_path) == tokens_of(1, tmp_path)
+    want = tokens_of(1, tmp_path)
+    assert tokens_of(2, tmp_path) == want
+    assert tokens_of(1, tmp_path, **IN_PIECES) == want
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +120,7 @@ def bundled() -> dict[tuple[str, int], list[int]]:
         # When debugging, every step is compared between the ranks.
         (2, {"log_level": "debug", "speculative_algorithm": "ngram"}),
         (2, DRAFTING | {"log_level": "debug"}),
+        (2, IN_PIECES | {"log_level": "debug"}),
         (2, {"disable_overlap_schedule": True, "disable_cuda_graph": True}),
         (4, {}),  # two ranks to a key head
     ],

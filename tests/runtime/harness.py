@@ -63,6 +63,7 @@ def make_executor(
     graphs: bool = True,
     graph_widths: Sequence[int] = (1,),
     graph_max_sequences: int = 256,
+    most_in_pieces: int = 0,
     dtype: torch.dtype = torch.float32,
     draft: Decoder | None = None,
     num_drafts: int = 3,
@@ -74,7 +75,8 @@ def make_executor(
     sizes = GraphSizes({})
     if graphs:
         most = min(max_rows, graph_max_sequences)
-        sizes = GraphSizes.of(most, graph_widths, True, token_multiple(dtype, True))
+        multiple = token_multiple(dtype, True)
+        sizes = GraphSizes.of(most, graph_widths, True, multiple, most_in_pieces)
     drafting = None if draft is None else Draft(draft, shape, num_drafts)
     worker = Worker(device, model, shape, limits, eos_token_ids=EOS, graphs=sizes, draft=drafting)
     return LocalExecutor(worker)

@@ -11,6 +11,7 @@ import torch
 
 from minisgl.device import cuda
 from minisgl.device.pinned import PinnedRing
+from minisgl.kernels.config import batch_invariant, fixed_order
 
 
 class World:
@@ -21,6 +22,7 @@ class World:
         self.streams = self.events = 0
         self.current = "none"
         self.passed: set[str] = set()
+        self.graphs: list[object] = []
 
     def patch(self, monkeypatch) -> None:
         world = self
@@ -54,11 +56,17 @@ class World:
                 world.log.append(f"host waits for {self.name}")
 
         class Graph:
+            def __init__(self):
+                world.graphs.append(self)
+
             def capture_begin(self, pool, capture_error_mode):
                 world.log.append(f"capture on {world.current}")
 
             def capture_end(self):
                 world.log.append("captured")
+
+            def replay(self):
+                world.log.append(f"replay {world.graphs.index(self)}")
 
         @contextmanager
         def on(stream):
@@ -160,6 +168,39 @@ def test_work_is_run_once_before_it_is_captured(world, device):
         "work",
         "captured",
     ]
+
+
+def test_pieces_are_captured_one_after_another_and_replayed_around_what_is_cut_out(world, device):
+    def work(cut):
+        world.log.append("work 0")
+        with fixed_order():
+            cut(lambda value: world.log.append(f"{value} {batch_invariant()}"))
+        world.log.append("work 1")
+        cut(lambda value: world.log.append(f"{value + 1} {batch_invariant()}"))
+        world.log.append("work 2")
+
+    pieces = device.run(device.capture_pieces, work)
+    once = ["work 0", "work 1", "work 2"]
+    between = ["captured", "capture on stream0"]
+    captured = ["capture on stream0", "work 0", *between, "work 1", *between, "work 2", "captured"]
+    assert world.take() == [*once, "host waits for stream0", *captured]
+    for value in (5, 7):
+        device.run(pieces.replay, value)
+        assert world.take() == [
+            "replay 0", f"{value} True", "replay 1", f"{value + 1} False", "replay 2",
+        ]  # fmt: skip
+
+
+def test_a_capture_that_fails_is_ended(world, device):
+    def work(cut):
+        cut(print)
+        if "capture on stream0" in world.log:
+            raise ValueError("in the second piece")
+
+    with pytest.raises(ValueError, match="in the second piece"):
+        device.run(device.capture_pieces, work)
+    log = world.take()
+    assert log.count("capture on stream0") == log.count("captured") == 2
 
 
 def test_a_failure_skips_what_follows_and_is_raised_by_events(world, device):

@@ -76,7 +76,10 @@ def batches(draw: st.DrawFn) -> tuple[World, Batch, Geometry]:
     multiple = draw(st.sampled_from([1, 8]))
     sizes = draw(st.sampled_from([{}, {1: (1, 2, 4, 8)}, {1: (1, 4), 3: (2, 4)}]))
     staging = draw(st.sampled_from([70, 10_000]))
-    geometry = Geometry(PAGES, ROWS, multiple, sizes, staging, page_size=page_size)
+    pieces = draw(st.sampled_from([(), (8, 16, 24)]))
+    geometry = Geometry(
+        PAGES, ROWS, multiple, sizes, staging, page_size=page_size, piece_sizes=pieces
+    )
     return world, Batch(7, chunks, num_decode), geometry
 
 
@@ -168,8 +171,14 @@ def test_inputs_say_what_the_batch_says(case: tuple[World, Batch, Geometry]):
     assert all(offsets[s + 1] - offsets[s] == width for s in range(step.num_decode))
     chunk_widths = np.diff(offsets[step.num_decode :])
     assert step.max_seqlen_q == (chunk_widths.max() if len(chunk_widths) else 1)
-    if geometry.token_multiple == 8 and not step.replays:
-        assert tokens == 4 or tokens % 8 == 0
+    if step.in_pieces:  # one sequence at the end
+        assert not step.replays
+        assert tokens == next(s for s in geometry.piece_sizes if s >= tokens)
+        assert sequences - len(batch.chunks) == (tokens > sum(np.diff(offsets)[order]))
+    elif not step.replays:
+        assert not geometry.piece_sizes or tokens > geometry.piece_sizes[-1]
+        if geometry.token_multiple == 8:
+            assert tokens == 4 or tokens % 8 == 0
 
 
 def decode_constants(step: StepArrays, packed: torch.Tensor) -> dict[str, torch.Tensor]:

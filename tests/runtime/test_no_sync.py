@@ -153,7 +153,11 @@ def run_steps(monkeypatch, fault=None, model=None, ops=OPS, batches=None, **fact
     return uploads
 
 
-@pytest.mark.parametrize("facts", [{"graphs": False}, {}, {"graph_widths": (1, 2, 3)}], ids=str)
+@pytest.mark.parametrize(
+    "facts",
+    [{"graphs": False}, {}, {"graph_widths": (1, 2, 3)}, {"most_in_pieces": 16}],
+    ids=str,
+)
 def test_a_step_never_waits_for_the_device(monkeypatch, facts):
     uploads = run_steps(monkeypatch, **facts)
     # Masks are filled while the forward pass runs; everything else comes at once before it.
@@ -168,15 +172,17 @@ def test_nor_does_one_with_a_draft_model(monkeypatch, facts):
     assert uploads == [1 if masks is None else 2 for _, masks in batches]
 
 
-@pytest.mark.parametrize("graphs", [False, True])
-def test_nor_do_a_models_layers(monkeypatch, graphs):
+@pytest.mark.parametrize(
+    "facts", [{"graphs": False}, {"graphs": True}, {"most_in_pieces": 16}], ids=str
+)
+def test_nor_do_a_models_layers(monkeypatch, facts):
     """Everything around attention, whose kernels read lengths and tables on the device."""
 
     def attend(q, *_, out, **__):
         return out.copy_(q)
 
-    def prepare(qkv, positions, cos_sin, k_pool, v_pool, slots, num_heads, *_):
-        return qkv[:, : num_heads * k_pool.shape[2]].unflatten(1, (num_heads, -1)).clone()
+    def prepare(qkv, positions, cos_sin, k_pool, v_pool, slots, num_heads, *_, out):
+        return out.copy_(qkv[:, : num_heads * k_pool.shape[2]].unflatten(1, (num_heads, -1)))
 
     for op, stand_in in (
         (attention, attend),
@@ -185,7 +191,7 @@ def test_nor_do_a_models_layers(monkeypatch, graphs):
         (qkv_prepare, prepare),
     ):
         monkeypatch.setitem(op._chosen, torch.device("cpu"), stand_in)
-    run_steps(monkeypatch, None, tiny_decoder(), (*OPS, *LAYER_OPS), graphs=graphs)
+    run_steps(monkeypatch, None, tiny_decoder(), (*OPS, *LAYER_OPS), **facts)
 
 
 FAULTS = {

@@ -28,13 +28,14 @@ def qkv_prepare_reference(
     eps: float = 1e-6,
     unit_offset: bool = False,
     interleaved: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns q [T, Hq, D] ready for attention, dense; writes the pools in place.
 
     qkv: [T, (Hq + 2 Hkv) D], dense, queries first, then keys, then values. k_pool, v_pool:
     [slots, Hkv, D]. slot_mapping: [T], -1 skips the token's KV. positions: [T]. cos_sin:
     [max_position, R] fp32. q_weight, k_weight: [D], both or neither, with the meaning of
-    `rmsnorm`'s weight, eps and unit_offset.
+    `rmsnorm`'s weight, eps and unit_offset. `out` receives q when given.
     """
     _, num_kv_heads, head_dim = k_pool.shape
     heads = qkv.unflatten(-1, (num_q_heads + 2 * num_kv_heads, head_dim)).float()
@@ -44,7 +45,8 @@ def qkv_prepare_reference(
         k = rmsnorm_reference(k, k_weight, eps, unit_offset=unit_offset)
     k = rotate(k, cos_sin, positions, interleaved)
     write_kv_reference(k.to(qkv.dtype), v.to(qkv.dtype), k_pool, v_pool, slot_mapping)
-    return rotate(q, cos_sin, positions, interleaved).to(qkv.dtype)
+    q = rotate(q, cos_sin, positions, interleaved).to(qkv.dtype)
+    return q if out is None else out.copy_(q)
 
 
 def qkv_prepare_cost(
@@ -69,6 +71,7 @@ def _case(
     norm: bool = True,
     unit_offset: bool = False,
     interleaved: bool = False,
+    out: bool = False,
 ) -> Case:
     rotary_dim = rotary_dim or head_dim
 
@@ -84,6 +87,7 @@ def _case(
         mapping = torch.randperm(slots, generator=generator, device=on)[:tokens]
         mapping[1::4] = -1
         pool = torch.full((slots, kv_heads, head_dim), torch.nan, device=device).to(dtype)
+        q = torch.full((tokens, q_heads, head_dim), torch.nan, device=device).to(dtype)
         return {
             "qkv": normal(tokens, (q_heads + 2 * kv_heads) * head_dim),
             "positions": torch.randint(0, 301, (tokens,), generator=generator, device=on).to(
@@ -99,10 +103,11 @@ def _case(
             "eps": 1e-6,
             "unit_offset": unit_offset,
             "interleaved": interleaved,
+            "out": q if out else None,
         }
 
     label = f"T{tokens}-Hq{q_heads}-Hkv{kv_heads}-D{head_dim}-R{rotary_dim}"
-    marks = {"norm": norm, "unit_offset": unit_offset, "interleaved": interleaved}
+    marks = {"norm": norm, "unit_offset": unit_offset, "interleaved": interleaved, "out": out}
     return Case("-".join([label, *(mark for mark, on in marks.items() if on)]), make)
 
 
@@ -112,6 +117,7 @@ CASES = (
     _case(5, 4, 2, 256, unit_offset=True),
     _case(7, 6, 2, 80, rotary_dim=32),
     _case(9, 4, 4, 96, norm=False, interleaved=True),
+    _case(3, 5, 1, 64, out=True),
 )
 
 qkv_prepare = Op(

@@ -19,11 +19,12 @@ def qkv_prepare_cpu(
     eps: float = 1e-6,
     unit_offset: bool = False,
     interleaved: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `qkv_prepare_reference`."""
     native = model_ops(qkv, k_pool, v_pool, q_weight, k_weight)
-    dense = qkv.is_contiguous() and k_pool.is_contiguous() and v_pool.is_contiguous()
-    if native is None or not dense:
+    tensors = (qkv, k_pool, v_pool, qkv if out is None else out)
+    if native is None or not all(tensor.is_contiguous() for tensor in tensors):
         return qkv_prepare_reference(
             qkv,
             positions,
@@ -37,11 +38,12 @@ def qkv_prepare_cpu(
             eps,
             unit_offset,
             interleaved,
+            out,
         )
     tokens = qkv.shape[0]
     _, num_kv_heads, head_dim = k_pool.shape
     positions, slots = positions.long().contiguous(), slot_mapping.long().contiguous()
-    q = torch.empty(tokens, num_q_heads, head_dim, dtype=qkv.dtype)
+    q = torch.empty(tokens, num_q_heads, head_dim, dtype=qkv.dtype) if out is None else out
     native.qkv_prepare(
         qkv.data_ptr(),
         positions.data_ptr(),

@@ -130,6 +130,7 @@ def qkv_prepare_portable(
     eps: float = 1e-6,
     unit_offset: bool = False,
     interleaved: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`qkv_prepare_reference` on a GPU. Raises ValueError for shapes that do not fit."""
     tokens = qkv.shape[0]
@@ -147,7 +148,10 @@ def qkv_prepare_portable(
     if (q_weight is None) != (k_weight is None):
         raise ValueError("q_weight and k_weight must be given together")
     rotary_dim = check_table(cos_sin, head_dim)
-    q = torch.empty((tokens, num_q_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    shape = (tokens, num_q_heads, head_dim)
+    q = torch.empty(shape, dtype=qkv.dtype, device=qkv.device) if out is None else out
+    if q.shape != shape or not q.is_contiguous():
+        raise ValueError(f"out must be dense {list(shape)}, got {list(q.shape)}")
     if tokens == 0:
         return q
     grid = (tokens, triton.cdiv(num_q_heads, HEADS) + triton.cdiv(kv_heads, HEADS))
