@@ -43,8 +43,8 @@ constexpr int64_t shared_bytes(const Call &call) {
     return call.width * kPackBytes + kThreads / 32 * static_cast<int64_t>(sizeof(float));
 }
 
-// Enqueues one kernel on a cudaStream_t; a cudaError_t. The caller has checked sizes, alignment, and that multimem has a multicast
-// address. `norm` says whether residual, weight and total are used.
+// Enqueues one kernel on a cudaStream_t; a cudaError_t. The caller has checked sizes, alignment, and
+// that multimem has a multicast address. `norm` says whether residual, weight and total are used.
 int launch(Path path, Type type, bool norm, const Call &call, void *stream);
 
 }  // namespace minisgl::all_reduce

@@ -20,7 +20,7 @@ def connect(
     ordered: bool,
     host: str | None = None,
 ) -> Communicator:
-    """The communicator of one rank; returns once all have come.
+    """The communicator of one rank; returns once all have come and are connected.
 
     local_size: ranks per machine. shared: descriptor of memory that ranks on one machine's CPUs
     map, where they have such. store: where ranks meet that have not, and GPUs. host: this
@@ -32,7 +32,10 @@ def connect(
         return SharedMemory(shared, rank, size)
     if store is None:
         raise ValueError("ranks without shared memory need a store to meet at")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of this thread
     group = TorchGroup(store, rank, size, device, ordered=ordered, host=host)
+    group.all_reduce(torch.zeros(1, device=device))  # NCCL connects at its first sum
     if device.type != "cuda" or local_size != size:
         return group
     return connect_peers(group, dist.PrefixStore("peer_memory", store), device)

@@ -4,6 +4,7 @@ Rank 0 plans: it sends every batch, and when to sample it. The others answer whe
 and when they fail. A connection that ends says the same on both sides: who was there is gone.
 """
 
+import select
 import socket
 import struct
 
@@ -12,6 +13,7 @@ import msgspec
 from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch
 
+MESSAGE_BYTES = 2**32 - 1
 _LENGTH = struct.Struct("<I")
 
 
@@ -35,10 +37,6 @@ class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
     """Finish what was sent, then end."""
 
 
-class Arrived(msgspec.Struct, frozen=True, array_like=True, tag="arrived"):
-    """The rank runs, and is about to meet the others."""
-
-
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     """The rank has loaded and is warm."""
 
@@ -57,7 +55,7 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
 
 
 ToRank = Dispatch | Sample | StartProfile | StopProfile | Stop
-FromRank = Arrived | Ready | Profiled | Failed
+FromRank = Ready | Profiled | Failed
 
 
 class Boot(msgspec.Struct, frozen=True):
@@ -72,9 +70,13 @@ class Boot(msgspec.Struct, frozen=True):
 
 
 class Channel:
-    """Whole messages over a connected stream socket. OSError or EOFError when it has ended."""
+    """Whole messages over a connected stream socket. OSError or EOFError when it has ended.
+
+    One thread may send while another receives.
+    """
 
     def __init__(self, connected: socket.socket) -> None:
+        self.longest = MESSAGE_BYTES  # that is received; OSError for a longer one
         self._socket = connected
         self._received = bytearray()
         if connected.family != socket.AF_UNIX:
@@ -93,14 +95,15 @@ class Channel:
         self._socket.sendall(_LENGTH.pack(len(message)) + message)
 
     def receive(self, timeout: float | None = None) -> bytes | None:
-        """The next message; None when none has come in whole within `timeout` seconds."""
+        """The next message; None when none has come in whole within `timeout` seconds, which with
+        0 are not waited for."""
         self._socket.settimeout(timeout)
         try:
             while (message := self._next()) is None:
                 if not (data := self._socket.recv(1 << 16)):
                     raise EOFError("the other side is gone")
                 self._received += data
-        except TimeoutError:
+        except (TimeoutError, BlockingIOError):
             return None
         finally:
             self._socket.settimeout(None)
@@ -109,12 +112,21 @@ class Channel:
     def _next(self) -> bytes | None:
         if len(self._received) < _LENGTH.size:
             return None
-        end = _LENGTH.size + _LENGTH.unpack_from(self._received)[0]
+        (length,) = _LENGTH.unpack_from(self._received)
+        if length > self.longest:
+            raise OSError(f"a message may have {self.longest} bytes here, got one of {length}")
+        end = _LENGTH.size + length
         if len(self._received) < end:
             return None
         message = bytes(self._received[_LENGTH.size : end])
         del self._received[:end]
         return message
+
+    def wait_for_end(self) -> None:
+        """Until the other side is gone, whatever it has said before that nobody has received."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLRDHUP)
+        poll.poll()
 
     def shut(self) -> None:
         """End the connection for both sides; whoever waits for it learns so."""

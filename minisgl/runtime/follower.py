@@ -7,6 +7,7 @@ import contextlib
 import os
 import socket
 import sys
+import threading
 from pathlib import Path
 
 import msgspec
@@ -17,7 +18,6 @@ from minisgl.device import pick_device
 from minisgl.log import configure, get_logger
 from minisgl.parallel import Communicator
 from minisgl.runtime.channel import (
-    Arrived,
     Boot,
     Channel,
     Dispatch,
@@ -41,14 +41,12 @@ log = get_logger(__name__)
 
 
 def follow(boot: Boot, channel: Channel, store: dist.Store | None) -> None:
-    """Load, and do as rank 0 does until it says stop. Raises what goes wrong, and EOFError or
-    OSError when rank 0 is gone."""
+    """Load, and do as rank 0 does until it says stop. Raises what goes wrong."""
     config = boot.config
     local_size = config.tp_size // config.nnodes
     device = pick_device(config.device, index=boot.rank % local_size, of=local_size)
     if device.torch_device.type == "cpu":
         plan_on_one_thread()
-    _say(channel, Arrived())
     host = channel.host if boot.channel is None else None
     comm = meet(config, device, boot.rank, store=store, shared=boot.shared, host=host)
     worker, _ = load_worker(config, Path(boot.path), device, comm)
@@ -111,7 +109,15 @@ def _open_channel(boot: Boot, store: dist.Store | None) -> Channel:
     if boot.channel is not None:
         return Channel(socket.socket(fileno=boot.channel))
     assert store is not None
-    return call(store.get("channel").decode(), boot.rank, store.get("key").decode())
+    return call(store.get("channel").decode(), boot.rank, store.get("key"))
+
+
+def _leave_with_rank_0(channel: Channel) -> None:
+    """Whatever this rank waits for then, it would not come. A thread of its own."""
+    channel.wait_for_end()
+    log.error("rank 0 is gone, or has ended all ranks; its own log may say why")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def main() -> int:
@@ -120,10 +126,9 @@ def main() -> int:
     configure(level, f"rank {boot.rank}")
     store = None if boot.shared is not None else open_store(boot.config, port=boot.port)
     channel = _open_channel(boot, store)
+    threading.Thread(target=_leave_with_rank_0, args=(channel,), daemon=True).start()
     try:
         follow(boot, channel, store)
-    except EOFError:
-        log.error("rank 0 is gone")
     except Exception as error:
         log.exception("rank %d failed", boot.rank)
         with contextlib.suppress(OSError):

@@ -5,10 +5,12 @@ On one machine the other ranks inherit all they need. Between machines the store
 told by those it lets in.
 """
 
+import contextlib
 import secrets
 import socket
 import time
 from datetime import timedelta
+from selectors import EVENT_READ, DefaultSelector
 
 import msgspec
 import torch.distributed as dist
@@ -17,9 +19,12 @@ from minisgl.config import EngineConfig
 from minisgl.device import Device
 from minisgl.parallel import Communicator
 from minisgl.parallel.connect import connect
-from minisgl.runtime.channel import Channel
+from minisgl.runtime.channel import MESSAGE_BYTES, Channel
 
 RENDEZVOUS_SECONDS = 600  # how long nodes wait for each other to start
+CONNECT_SECONDS = 30  # to a port that somebody listens at
+KEY_BYTES = 16
+HELLO_BYTES = 64  # at most, as msgpack
 LOOPBACK = "127.0.0.1"
 
 
@@ -27,7 +32,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
     """The first message over TCP: who comes, and that it was told the key."""
 
     rank: int
-    key: str
+    key: bytes
 
 
 def open_store(
@@ -40,16 +45,21 @@ def open_store(
     host, number = LOOPBACK, port or 0
     if config.dist_init_addr is not None:
         host, number = split_address(config.dist_init_addr)
-    patience = timedelta(seconds=RENDEZVOUS_SECONDS)
     if not serve:
         _wait_for_door(host, number)
     try:
-        return dist.TCPStore(
-            host, number, is_master=serve, wait_for_workers=False, timeout=patience
+        store = dist.TCPStore(
+            host,
+            number,
+            is_master=serve,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=CONNECT_SECONDS),
         )
     except dist.DistError as error:
         what = "cannot be listened on" if serve else "cannot be reached"
         raise RuntimeError(f"dist_init_addr {host}:{number} {what}: {error}") from error
+    store.set_timeout(timedelta(seconds=RENDEZVOUS_SECONDS))
+    return store
 
 
 def _wait_for_door(host: str, port: int) -> None:
@@ -77,25 +87,24 @@ def meet(
     shared: int | None,
     host: str | None = None,
 ) -> Communicator:
-    """The communicator of a rank, once all have come. host: its address for other nodes."""
+    """The communicator of a rank, once all have come. host: its address for other nodes.
+
+    On any thread, not in the device's stream: who waits for a rank that is gone, waits long.
+    """
     if host is None:
         host = LOOPBACK
         if config.dist_init_addr is not None:
             host = split_address(config.dist_init_addr)[0]
-
-    def connected() -> Communicator:
-        return connect(
-            device.torch_device,
-            rank,
-            config.tp_size,
-            local_size=config.tp_size // config.nnodes,
-            store=None if store is None else dist.PrefixStore("ranks", store),
-            shared=shared,
-            ordered=config.batch_invariant,
-            host=host,
-        )
-
-    return device.run(connected)
+    return connect(
+        device.torch_device,
+        rank,
+        config.tp_size,
+        local_size=config.tp_size // config.nnodes,
+        store=None if store is None else dist.PrefixStore("ranks", store),
+        shared=shared,
+        ordered=config.batch_invariant,
+        host=host,
+    )
 
 
 class Listener:
@@ -104,7 +113,11 @@ class Listener:
     def __init__(self, host: str) -> None:
         family, _, _, _, (address, *_) = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
         self._socket = socket.create_server((str(address), 0), family=family)
-        self.key = secrets.token_hex(16)
+        self._socket.setblocking(False)
+        self._guests: set[Channel] = set()  # who has not said yet what it is
+        self._selector = DefaultSelector()
+        self._selector.register(self._socket, EVENT_READ)
+        self.key = secrets.token_bytes(KEY_BYTES)
 
     @property
     def address(self) -> str:
@@ -113,33 +126,49 @@ class Listener:
         return f"{host}:{port}"
 
     def accept(self, timeout: float) -> tuple[int, Channel] | None:
-        """The next rank and its channel; None if none has come within `timeout` seconds."""
-        self._socket.settimeout(timeout)
-        try:
+        """A rank that has come, and its channel; None if nothing has happened within `timeout`
+        seconds, or nothing that made a rank of a guest."""
+        for key, _ in self._selector.select(timeout):
+            if not isinstance(key.fileobj, Channel):
+                self._let_in()
+            elif (rank := self._hear(key.fileobj)) is not None:
+                return rank, key.fileobj
+        return None
+
+    def _let_in(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # it has left already
             connected, _ = self._socket.accept()
-        except TimeoutError:
-            return None
-        connected.settimeout(None)
-        channel = Channel(connected)
+            guest = Channel(connected)
+            guest.longest = HELLO_BYTES
+            self._guests.add(guest)
+            self._selector.register(guest, EVENT_READ)
+
+    def _hear(self, guest: Channel) -> int | None:
+        """Its rank. None for who has not spoken yet, or is sent away for not knowing the key."""
         try:
-            message = channel.receive(timeout=10)
-            hello = msgspec.msgpack.decode(message or b"", type=Hello)
+            if (message := guest.receive(timeout=0)) is None:
+                return None
+            hello = msgspec.msgpack.decode(message, type=Hello)
         except (OSError, EOFError, msgspec.MsgspecError):
-            channel.close()
-            return None
-        if not secrets.compare_digest(hello.key, self.key):
-            channel.close()
-            return None
-        return hello.rank, channel
+            hello = Hello(0, b"")
+        self._selector.unregister(guest)
+        self._guests.remove(guest)
+        if secrets.compare_digest(hello.key, self.key):
+            guest.longest = MESSAGE_BYTES
+            return hello.rank
+        guest.close()
+        return None
 
     def close(self) -> None:
+        self._selector.close()
         self._socket.close()
+        for guest in self._guests:
+            guest.close()
 
 
-def call(address: str, rank: int, key: str) -> Channel:
+def call(address: str, rank: int, key: bytes) -> Channel:
     """Connect to rank 0's `Listener`."""
-    host, port = split_address(address)
-    channel = Channel(socket.create_connection((host, port), timeout=RENDEZVOUS_SECONDS))
+    channel = Channel(socket.create_connection(split_address(address), timeout=CONNECT_SECONDS))
     channel.send(msgspec.msgpack.encode(Hello(rank, key)))
     return channel
 

@@ -5,9 +5,10 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from selectors import EVENT_READ, DefaultSelector
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import msgspec
 import torch
@@ -23,7 +24,6 @@ from minisgl.models.config import ModelConfig
 from minisgl.models.loader import check_shares
 from minisgl.parallel import Communicator, shared_memory
 from minisgl.runtime.channel import (
-    Arrived,
     Boot,
     Channel,
     Dispatch,
@@ -44,7 +44,7 @@ from minisgl.runtime.worker import load_worker
 EXIT_GRACE = 5.0  # seconds a rank gets to leave when told to, before it is killed
 LAST_WORDS = 2.0  # seconds within which the end of a rank is known, once its work has failed
 
-Said = TypeVar("Said", Arrived, Ready, Profiled)
+Said = TypeVar("Said", Ready, Profiled)
 
 log = get_logger(__name__)
 
@@ -55,38 +55,31 @@ class Ranks:
     `failure` then says why. Methods are for the thread that plans.
     """
 
-    def __init__(self, config: EngineConfig, path: Path, device: Device) -> None:
-        """Starts the processes of this machine and waits for those of other nodes, who load while
-        the caller does. RuntimeError when one ends or does not come."""
+    def __init__(self, size: int) -> None:
         self.failure: str | None = None
         self._comm: Communicator | None = None
-        self._size = config.tp_size
+        self._size = size
         self._closing = False
         self._children: dict[int, Child] = {}
         self._channels: dict[int, Channel] = {}
-        self._said: dict[type, dict[int, FromRank]] = {Arrived: {}, Ready: {}, Profiled: {}}
+        self._hearing: list[threading.Thread] = []
+        self._said: dict[type, dict[int, FromRank]] = {Ready: {}, Profiled: {}}
         self._changed = threading.Condition()
         self._encode = msgspec.msgpack.Encoder().encode
-        self._watching: threading.Thread | None = None
         self._shared: int | None = None
-        try:
-            on_cpu = device.torch_device.type == "cpu"
-            if on_cpu and config.nnodes == 1 and shared_memory.available():
-                self._shared = shared_memory.create(self._size)
-            store = None if self._shared is not None else open_store(config, serve=True)
-            self._start_children(config, path, store)
-            if config.nnodes > 1:
-                assert store is not None
-                self._admit(config, store)
-            self._watching = threading.Thread(target=self._watch, name="ranks", daemon=True)
-            self._watching.start()
-            if store is not None:  # to meet blocks, so nobody may be missing
-                self._wait_for(Arrived)
-            self._comm = meet(config, device, 0, store=store, shared=self._shared)
-        except BaseException:
-            self.end()
-            self.close()
-            raise
+
+    def start(self, config: EngineConfig, path: Path, device: Device) -> Communicator:
+        """Start the processes of this machine and wait for those of other nodes; they load while
+        the caller does. RuntimeError when one ends or does not come."""
+        on_cpu = device.torch_device.type == "cpu"
+        if on_cpu and config.nnodes == 1 and shared_memory.available():
+            self._shared = shared_memory.create(self._size)
+        store = None if self._shared is not None else open_store(config, serve=True)
+        self._start_children(config, path, store)
+        if config.nnodes > 1:
+            assert store is not None
+            self._admit(config, store)
+        return self._connect(lambda: meet(config, device, 0, store=store, shared=self._shared))
 
     @property
     def comm(self) -> Communicator:
@@ -114,23 +107,24 @@ class Ranks:
             for channel in self._channels.values():
                 channel.send(data)
         except OSError as error:
-            raise self.explain(error) from error
+            self.explain(error)
 
     def check(self) -> None:
         """Raises RuntimeError when a rank has failed."""
         if self.failure is not None:
             raise RuntimeError(self.failure)
 
-    def explain(self, error: Exception) -> Exception:
-        """What to raise for an error of rank 0: the failure of another rank, if that is behind it.
+    def explain(self, error: BaseException) -> NoReturn:
+        """Raise an error of rank 0, or the failure of another rank if that is behind it.
 
-        Whoever waits for a rank may learn of its end before its watcher does.
+        Whoever waits for a rank may learn of its end before its listener does.
         """
-        if not isinstance(error, RuntimeError | OSError):
-            return error
-        with self._changed:
-            self._changed.wait_for(lambda: self.failure is not None, LAST_WORDS)
-        return error if self.failure is None else RuntimeError(self.failure)
+        if isinstance(error, RuntimeError | OSError):
+            with self._changed:
+                self._changed.wait_for(lambda: self.failure is not None, LAST_WORDS)
+            if self.failure is not None:
+                raise RuntimeError(self.failure) from error
+        raise error
 
     def end(self) -> None:
         """End all ranks at once, whatever they do; the communicator fails. Idempotent."""
@@ -156,11 +150,11 @@ class Ranks:
         for child in self._children.values():
             child.wait(max(0.0, deadline - time.monotonic()))
             child.close()
-        if self._watching is not None:
-            self._watching.join(max(0.0, deadline - time.monotonic()))
+        for thread in self._hearing:
+            thread.join(max(0.0, deadline - time.monotonic()))
         self._end_all()
-        if self._watching is not None:
-            self._watching.join()
+        for thread in self._hearing:
+            thread.join()
         for channel in self._channels.values():
             channel.close()
         if self._shared is not None:
@@ -171,10 +165,10 @@ class Ranks:
         port = store.port if isinstance(store, dist.TCPStore) else None
         for rank in range(1, self._size // config.nnodes):
             ours, theirs = socket.socketpair()
-            self._channels[rank] = Channel(ours)
             with theirs:
                 boot = Boot(config, str(path), rank, theirs.fileno(), self._shared, port)
                 self._children[rank] = start_rank(boot)
+            self._listen_to(rank, Channel(ours))
 
     def _admit(self, config: EngineConfig, store: dist.Store) -> None:
         """Let the ranks of the other nodes in."""
@@ -189,20 +183,49 @@ class Ranks:
                 "waiting for %d ranks of other nodes at %s", len(missing), config.dist_init_addr
             )
             while missing:
-                if (came := listener.accept(timeout=0.5)) is not None and came[0] in missing:
+                came = listener.accept(timeout=0.5)
+                self.check()
+                if came is not None:
                     rank, channel = came
-                    missing.discard(rank)
-                    self._channels[rank] = channel
-                for rank, child in self._children.items():
-                    if child.wait(0):
-                        raise RuntimeError(child.exit_reason(f"rank {rank}"))
-                if time.monotonic() > deadline:
+                    self._listen_to(rank, channel)
+                    if rank not in missing:
+                        raise RuntimeError(
+                            f"rank {rank} came where {sorted(missing)} are missing: is each node "
+                            "started with its own node_rank?"
+                        )
+                    missing.remove(rank)
+                elif time.monotonic() > deadline:
                     raise RuntimeError(
                         f"ranks {sorted(missing)} did not come to {config.dist_init_addr} within "
                         f"{RENDEZVOUS_SECONDS} s: is each node started, with its own node_rank?"
                     )
         finally:
             listener.close()
+
+    def _connect(self, connect: Callable[[], Communicator]) -> Communicator:
+        """What `connect` returns. Nothing can interrupt it while it waits for a rank that is gone,
+        so when one fails, its thread is left to itself."""
+        connecting: Future[Communicator] = Future()
+
+        def run() -> None:
+            try:
+                connecting.set_result(connect())
+            except BaseException as error:  # of any library below, raised where it is waited for
+                connecting.set_exception(error)
+            with self._changed:
+                self._changed.notify_all()
+
+        thread = threading.Thread(target=run, name="connect", daemon=True)
+        thread.start()
+        with self._changed:
+            self._changed.wait_for(lambda: self.failure is not None or connecting.done())
+            if self.failure is None:
+                self._comm = connecting.result()
+        if self.failure is not None:
+            # It ends soon or in minutes; native code must not come back to a Python that is ending.
+            thread.join(LAST_WORDS)
+        self.check()
+        return self.comm
 
     def _wait_for(self, kind: type[Said]) -> list[Said]:
         """The next such message of every rank, in order."""
@@ -216,30 +239,26 @@ class Ranks:
         self.check()
         return [said[rank] for rank in sorted(said)]  # type: ignore[misc]
 
-    def _watch(self) -> None:
-        """Hear what the ranks say until all have gone. A thread of its own."""
+    def _listen_to(self, rank: int, channel: Channel) -> None:
+        self._channels[rank] = channel
+        thread = threading.Thread(target=self._hear, args=(rank, channel), daemon=True)
+        self._hearing.append(thread)
+        thread.start()
+
+    def _hear(self, rank: int, channel: Channel) -> None:
+        """What a rank says, until it is gone. A thread of its own."""
         decode = msgspec.msgpack.Decoder(FromRank).decode
-        with DefaultSelector() as selector:
-            for rank, channel in self._channels.items():
-                selector.register(channel, EVENT_READ, rank)
-            while selector.get_map():
-                for key, _ in selector.select():
-                    rank = key.data
-                    try:
-                        data = self._channels[rank].receive()
-                        assert data is not None
-                        message = decode(data)
-                    except (OSError, EOFError):
-                        selector.unregister(key.fileobj)
-                        if not self._closing:
-                            self._fail(self._how_it_ended(rank))
-                        continue
-                    if isinstance(message, Failed):
-                        self._fail(f"rank {rank} failed: {message.reason}")
-                    elif type(message) in self._said:
-                        with self._changed:
-                            self._said[type(message)][rank] = message
-                            self._changed.notify_all()
+        with contextlib.suppress(OSError, EOFError):
+            while True:
+                message = decode(channel.receive() or b"")
+                if isinstance(message, Failed):
+                    self._fail(f"rank {rank} failed: {message.reason}")
+                    continue
+                with self._changed:
+                    self._said[type(message)][rank] = message
+                    self._changed.notify_all()
+        if not self._closing:
+            self._fail(self._how_it_ended(rank))
 
     def _how_it_ended(self, rank: int) -> str:
         child = self._children.get(rank)
@@ -262,9 +281,9 @@ class Ranks:
         """Nobody waits any longer, and nobody lives on."""
         if self._comm is not None:
             self._comm.abort()
-        for child in self._children.values():
+        for child in list(self._children.values()):  # more may just be starting
             child.kill()
-        for channel in self._channels.values():
+        for channel in list(self._channels.values()):
             channel.shut()
 
 
@@ -305,7 +324,7 @@ class ParallelExecutor:
             self._ranks.comm.check()
         except Exception as error:
             self._broken = True
-            raise self._ranks.explain(error) from error
+            self._ranks.explain(error)
         return output
 
     def check(self) -> None:
@@ -338,17 +357,17 @@ def load_ranks(
     Raises ValueError naming the field for what cannot be, RuntimeError when a rank fails.
     """
     check_shares(ModelConfig.from_hf(path), config.tp_size)
-    ranks = Ranks(config, path, device)
+    ranks = Ranks(config.tp_size)
     try:
-        worker, facts = load_worker(config, path, device, ranks.comm)
+        comm = ranks.start(config, path, device)
+        worker, facts = load_worker(config, path, device, comm)
         ranks.wait_ready()
     except BaseException as error:
-        reason = ranks.explain(error) if isinstance(error, Exception) else error
-        ranks.end()
-        ranks.close()
-        if reason is error:
-            raise
-        raise reason from error
+        try:
+            ranks.explain(error)
+        finally:
+            ranks.end()
+            ranks.close()
     local = LocalExecutor(worker, trace_details=config.profile_dir is not None)
     return ParallelExecutor(local, ranks), facts
 

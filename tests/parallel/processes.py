@@ -15,6 +15,17 @@ def children(parent: int | None = None) -> set[int]:
     return found
 
 
+def of_session(leader: int) -> set[int]:
+    """Living processes of the session that `leader` began."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(session) == leader and state != "Z":
+                found.add(int(stat.parent.name))
+    return found
+
+
 def alive(pid: int) -> bool:
     return _state(Path(f"/proc/{pid}/stat"))[0] not in ("Z", "")
 

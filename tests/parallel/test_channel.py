@@ -1,7 +1,10 @@
 """The sockets between ranks: whole messages, ends that are noticed, strangers turned away."""
 
+import contextlib
 import socket
+import struct
 import threading
+import time
 from collections.abc import Iterator
 
 import msgspec
@@ -10,6 +13,8 @@ import pytest
 from minisgl.core.batch import Batch, Chunk
 from minisgl.runtime.channel import Channel, Dispatch, Sample, Stop, ToRank
 from minisgl.runtime.meeting import Listener, call, split_address
+
+SECONDS = 10  # a single stranger may not take as long
 
 
 @pytest.fixture
@@ -59,27 +64,75 @@ def test_an_end_is_noticed_by_who_waits(pair: tuple[Channel, Channel]) -> None:
         right.send(b"x")
 
 
-def test_a_listener_lets_in_who_knows_the_key() -> None:
-    listener = Listener("127.0.0.1")
-    try:
-        stranger = call(listener.address, 1, "wrong")
-        assert listener.accept(timeout=30) is None
-        with pytest.raises((EOFError, OSError)):
-            stranger.receive(timeout=30)
-        with socket.create_connection(split_address(listener.address)) as noise:
-            noise.sendall(b"GET / HTTP/1.1\r\n\r\n" + b"\0" * 2**16)
-            noise.shutdown(socket.SHUT_WR)
-            assert listener.accept(timeout=30) is None
-        rank = call(listener.address, 7, listener.key)
-        came = listener.accept(timeout=30)
-        assert came is not None
-        number, channel = came
-        assert number == 7
-        channel.send(b"hello")
-        assert rank.receive(timeout=30) == b"hello"
-        assert listener.accept(timeout=0.01) is None
-    finally:
+def come(listener: Listener) -> tuple[int, Channel]:
+    deadline = time.monotonic() + SECONDS
+    while (came := listener.accept(timeout=0.1)) is None:
+        assert time.monotonic() < deadline
+    return came
+
+
+@pytest.fixture
+def listener() -> Iterator[Listener]:
+    with contextlib.closing(Listener("127.0.0.1")) as listener:
+        yield listener
+
+
+def test_a_listener_lets_in_who_knows_the_key(listener: Listener) -> None:
+    rank = call(listener.address, 7, listener.key)
+    number, channel = come(listener)
+    assert number == 7
+    channel.send(b"hello")
+    assert rank.receive(timeout=30) == b"hello"
+    long = b"x" * 1000  # what a guest may not send
+    rank.send(long)
+    assert channel.receive(timeout=30) == long
+    assert listener.accept(timeout=0.01) is None
+
+
+NOT_A_STRING = msgspec.msgpack.encode(["hello", 1, "k\u00e9y"])
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"GET / HTTP/1.1\r\n\r\n" + b"\0" * 2**16,
+        b"\x03\0\0\0\xc1\xc1\xc1",
+        struct.pack("<I", len(NOT_A_STRING)) + NOT_A_STRING,
+        b"",
+    ],
+)
+def test_a_listener_sends_strangers_away(listener: Listener, said: bytes) -> None:
+    stranger = call(listener.address, 1, b"wrong")
+    with socket.create_connection(split_address(listener.address)) as noise:
+        noise.sendall(said)
+        noise.shutdown(socket.SHUT_WR)
+        for _ in range(10):  # they knock and speak, and one of them for long
+            assert listener.accept(timeout=0.02) is None
+        noise.settimeout(30)
+        with contextlib.suppress(ConnectionResetError):  # where it had more to say
+            assert noise.recv(1) == b""
+    with pytest.raises((EOFError, OSError)):
+        stranger.receive(timeout=30)
+
+
+def test_strangers_who_say_nothing_hold_nobody_up(listener: Listener) -> None:
+    with contextlib.ExitStack() as stack:
+        strangers = [
+            stack.enter_context(socket.create_connection(split_address(listener.address)))
+            for _ in range(20)
+        ]
+        for stranger in strangers[::2]:
+            stranger.sendall(b"\x10\0\0\0par")
+        rank = call(listener.address, 3, listener.key)
+        number, channel = come(listener)
+        assert number == 3
+        rank.send(b"here")
+        assert channel.receive(timeout=30) == b"here"
         listener.close()
+        for stranger in strangers:
+            stranger.settimeout(30)
+            with contextlib.suppress(ConnectionResetError):
+                assert stranger.recv(1) == b""
 
 
 @pytest.mark.parametrize(
