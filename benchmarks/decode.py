@@ -12,8 +12,11 @@ fp32 and with --batch-invariant, elsewhere the share of equal ones is shown.
 Idle is the share of a run of decode steps in which the device's stream has nothing of a step to do,
 by its own events; on CUDA `kernels` says the same of single kernels, by the torch profiler. The
 roofline is the weights and the KV that a step must read, over the rate of a large copy measured in
-this run. Mixed rows are steps that also prefill a chunk: where launching one takes the host longer
-than the device needs, the device waits. The last line is JSON.
+this run. The last line is JSON.
+
+Mixed rows are steps that decode the first batch size and prefill a chunk of one prompt more, run
+eagerly and by piecewise graphs in turns. Where launching a step takes the host longer than the
+device needs, the device waits: a ratio below 1 says that pieces end that, and by how much.
 """
 
 import argparse
@@ -28,6 +31,7 @@ import time
 from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +58,9 @@ TINY = Shape("tiny", 4, 2, 16, 32, 48, 131)
 SHAPES = {"tiny": (TINY, 2), "qwen3-0.6b": (QWEN3_06B, 28), "qwen3-8b": (QWEN3_8B, 36)}
 TIED = ("qwen3-0.6b",)
 PAGE = 16
-CHUNKS = 4  # of a mixed row's prompt
+CHUNKS = 6  # of a mixed row's prompt
 TRACED = 20  # steps in a profiler's trace, at most
+HEAD = f"{'batch':>6} {'way':<12}{'step ms':>9}{'device':>9}{'launch':>9}{'ratio':>7}"
 SLACK = 16  # tokens that requests have left when the steps have been timed
 
 
@@ -66,9 +71,11 @@ class Way:
     name: str
     overlap: bool = True
     graphs: bool = True
+    pieces: bool = False
 
 
 WAYS = (Way("as it is"), Way("overlap off", overlap=False), Way("graphs off", graphs=False))
+MIXED = (Way("eager"), Way("piecewise", pieces=True))
 
 
 @dataclass
@@ -76,8 +83,9 @@ class Noted:
     """A collected step."""
 
     batch: Batch
-    output: StepOutput
     launch_seconds: float  # of the host, in `dispatch` and `sample`
+    output: StepOutput
+    collected: float  # the host's clock
 
     @property
     def prefills(self) -> bool:
@@ -96,14 +104,22 @@ class Figures:
     idle: list[float] = field(default_factory=list)
     bytes: list[float] = field(default_factory=list)
 
-    def row(self, copy_rate: float, kernels_idle: float | None) -> dict[str, Any]:
-        step = statistics.median(self.seconds)
+    def times(self) -> dict[str, Any]:
         return {
             "batch": self.batch,
             "way": self.way,
-            "step_ms": 1e3 * step,
+            "step_ms": 1e3 * statistics.median(self.seconds),
             "device_ms": 1e3 * statistics.median(self.device_seconds),
             "launch_ms": 1e3 * statistics.median(self.launch_seconds),
+        }
+
+    def ratio(self, first: "Figures") -> float:
+        """Of this way's steps to another's, round by round."""
+        return statistics.median(a / b for a, b in zip(self.seconds, first.seconds, strict=True))
+
+    def row(self, copy_rate: float, kernels_idle: float | None) -> dict[str, Any]:
+        step = statistics.median(self.seconds)
+        return self.times() | {
             "tokens_per_s": self.batch / step,
             "idle": statistics.median(self.idle),
             "kernels_idle": kernels_idle,
@@ -135,7 +151,7 @@ class Recorder:
 
     def collect(self) -> StepOutput:
         output = self._executor.collect()
-        self.steps.append(Noted(self._launched[0][0], output, self._launched.popleft()[1]))
+        self.steps.append(Noted(*self._launched.popleft(), output, time.perf_counter()))
         return output
 
 
@@ -144,21 +160,24 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, folder: Path, device: Device) -> None:
         self.args = args
-        longest = args.input_len + args.warmup + args.steps + SLACK
-        longest += CHUNKS * max(args.chunk, default=0)
+        most, chunk = max(args.batch), max(args.chunk, default=0)
+        self.max_tokens = args.warmup + args.steps + SLACK + CHUNKS
+        tokens = most * (args.input_len + self.max_tokens + PAGE) + CHUNKS * chunk + 2 * PAGE
         config = EngineConfig(
             model=str(folder),
             dtype=args.dtype,
             load_format=args.load_format,
-            max_running_requests=max(args.batch) + 1,
-            max_total_tokens=(max(args.batch) + 1) * (longest + PAGE),
+            max_running_requests=most + 1,
+            max_total_tokens=tokens,
             page_size=PAGE,
             batch_invariant=args.batch_invariant,
+            piecewise_cuda_graph_max_tokens=args.batch[0] + chunk if chunk else None,
         )
         self.worker, self.facts = load_worker(config, folder, device)
         self.executor = LocalExecutor(self.worker)
         self._geometry = self.worker.geometry
         dtype = self.worker.dtype
+        self.exact = dtype == torch.float32 or args.batch_invariant
         kv = KVShape(self.facts.num_layers, self.facts.num_kv_heads, self.facts.head_dim, dtype)
         self.kv_bytes = kv.bytes_per_token
         # A step looks up a few rows of an embedding that is not the head, too.
@@ -172,7 +191,8 @@ class Bench:
     def engine(self, way: Way, chunk: int = 2048, profile_dir: str | None = None) -> Engine:
         """A new engine over the same worker. Its executor is a `Recorder`."""
         sizes = self._geometry.decode_sizes if way.graphs else {}
-        self.worker.geometry = replace(self._geometry, decode_sizes=sizes)
+        pieces = self._geometry.piece_sizes if way.pieces else ()
+        self.worker.geometry = replace(self._geometry, decode_sizes=sizes, piece_sizes=pieces)
         limits = self.executor.limits
         scheduler = Scheduler(
             limits, SchedulerConfig(chunked_prefill_size=chunk, disable_radix_cache=True)
@@ -207,8 +227,7 @@ class Bench:
 
     def steady(self, engine: Engine, batch: int) -> None:
         """Let `batch` requests reach the point where all of them decode."""
-        most = self.args.warmup + self.args.steps + SLACK
-        for request in self.requests(batch, most + CHUNKS * len(self.args.chunk)):
+        for request in self.requests(batch, self.max_tokens):
             engine.add(request)
         waiting = dict.fromkeys(map(str, range(batch)), self.args.warmup)
         while any(left > 0 for left in waiting.values()):
@@ -260,9 +279,10 @@ class Bench:
         kinds = ("kernel", "gpu_memcpy", "gpu_memset")
         return idle_share([(e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") in kinds])
 
-    def mixed(self, batch: int, chunk: int) -> dict[str, Any]:
-        """Steps that decode `batch` sequences and prefill `chunk` tokens of one more."""
-        engine = self.engine(WAYS[0], chunk)
+    def mixed(self, way: Way, batch: int, chunk: int, figures: Figures) -> dict[str, list[int]]:
+        """Steps that decode `batch` sequences and prefill `chunk` tokens of one more, added to
+        `figures`. What they drew."""
+        engine = self.engine(way, chunk)
         recorder = _recorder(engine)
         self.steady(engine, batch)
         recorder.steps.clear()
@@ -273,13 +293,12 @@ class Bench:
             engine.step()
             steps = [noted for noted in recorder.steps if noted.prefills]
         self.drain(engine)
-        steps = steps[1:]  # the first one may meet a launch for the first time
-        return {
-            "batch": batch,
-            "chunk": chunk,
-            "device_ms": 1e3 * statistics.median(n.output.seconds for n in steps),
-            "launch_ms": 1e3 * statistics.median(n.launch_seconds for n in steps),
-        }
+        times = [after.collected - before.collected for before, after in pairwise(steps)]
+        figures.seconds.append(statistics.median(times))
+        # The first one may meet a launch for the first time.
+        figures.device_seconds.append(statistics.median(n.output.seconds for n in steps[1:]))
+        figures.launch_seconds.append(statistics.median(n.launch_seconds for n in steps[1:]))
+        return {"drawn": [token for n in steps for ids in n.output.token_ids for token in ids]}
 
 
 def _recorder(engine: Engine) -> Recorder:
@@ -361,28 +380,44 @@ def compare(outputs: dict[str, dict[str, list[int]]], exact: bool) -> float:
 def measure(bench: Bench, device: Device, rate: float, batch: int) -> list[dict[str, Any]]:
     """A row for each way, after their tokens were compared."""
     args = bench.args
-    exact = bench.worker.dtype == torch.float32 or args.batch_invariant
-    equal = compare({way.name: bench.tokens(way, batch) for way in WAYS}, exact)
+    equal = compare({way.name: bench.tokens(way, batch) for way in WAYS}, bench.exact)
     figures = {way.name: Figures(batch, way.name) for way in WAYS}
     for turn in range(args.rounds):
         for way in WAYS[:: -1 if turn % 2 else 1]:
             bench.decode(way, batch, figures[way.name])
     rows = []
-    first = figures[WAYS[0].name].seconds
     for way in WAYS:
         on_gpu = device.torch_device.type == "cuda"
         own = figures[way.name]
         row = own.row(rate, bench.kernels_idle(way, batch) if on_gpu else None)
-        ratios = [a / b for a, b in zip(own.seconds, first, strict=True)]
-        rows.append(row | {"ratio": statistics.median(ratios), "equal": equal})
+        rows.append(row | {"ratio": own.ratio(figures[WAYS[0].name]), "equal": equal})
     return rows
+
+
+def measure_mixed(bench: Bench, batch: int, chunk: int) -> list[dict[str, Any]]:
+    """A row for each way of mixed steps, after their tokens were compared."""
+    warm_up, figures = ({way.name: Figures(batch, way.name) for way in MIXED} for _ in range(2))
+    drawn = {way.name: bench.mixed(way, batch, chunk, warm_up[way.name]) for way in MIXED}
+    equal = compare(drawn, bench.exact)
+    for turn in range(bench.args.rounds):
+        for way in MIXED[:: -1 if turn % 2 else 1]:
+            bench.mixed(way, batch, chunk, figures[way.name])
+    facts = {"chunk": chunk, "equal": equal}
+    first, _ = figures.values()
+    return [own.times() | {"ratio": own.ratio(first)} | facts for own in figures.values()]
+
+
+def times(row: dict[str, Any]) -> str:
+    return (
+        f"{row['batch']:>6} {row['way']:<12}{row['step_ms']:>9.3f}{row['device_ms']:>9.3f}"
+        f"{row['launch_ms']:>9.3f}{row['ratio']:>7.3f}"
+    )
 
 
 def show(row: dict[str, Any]) -> None:
     kernels = "" if row["kernels_idle"] is None else f"{row['kernels_idle']:.1%}"
     print(
-        f"{row['batch']:>6} {row['way']:<12}{row['step_ms']:>9.3f}{row['device_ms']:>9.3f}"
-        f"{row['launch_ms']:>9.3f}{row['ratio']:>7.3f}{row['tokens_per_s']:>10.0f}"
+        f"{times(row)}{row['tokens_per_s']:>10.0f}"
         f"{row['idle']:>8.1%}{kernels:>9}{row['roofline']:>10.1%}{row['equal']:>8.1%}",
         flush=True,
     )
@@ -404,7 +439,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="of a run")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--check", type=int, default=16, help="tokens of each that are compared")
-    parser.add_argument("--chunk", type=int, nargs="*", default=[128, 512], help="of mixed steps")
+    parser.add_argument("--chunk", type=int, nargs="*", default=[32, 128, 512], help="mixed steps")
     parser.add_argument("--copy-mib", type=int, default=256, help="size of the copy")
     parser.add_argument("--batch-invariant", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
@@ -426,22 +461,19 @@ def main() -> None:
         bench = Bench(args, folder, device)
         name, dtype = args.shape or folder.name, str(bench.worker.dtype).removeprefix("torch.")
         print(f"{name} {dtype} on {device.name}; copies run at {rate / 1e9:.1f} GB/s")
-        print(
-            f"{'batch':>6} {'way':<12}{'step ms':>9}{'device':>9}{'launch':>9}{'ratio':>7}"
-            f"{'tok/s':>10}{'idle':>8}{'kernels':>9}{'roofline':>10}{'equal':>8}"
-        )
+        print(f"{HEAD}{'tok/s':>10}{'idle':>8}{'kernels':>9}{'roofline':>10}{'equal':>8}")
         rows = []
         for batch in args.batch:
             for row in measure(bench, device, rate, batch):
                 show(row)
                 rows.append(row)
         mixed = []
+        if args.chunk:
+            print(f"{HEAD}{'chunk':>8}{'equal':>8}")
         for chunk in args.chunk:
-            mixed.append(bench.mixed(args.batch[0], chunk))
-            print(
-                f"mixed: {mixed[-1]['batch']} decoding and a chunk of {chunk}: "
-                f"device {mixed[-1]['device_ms']:.3f} ms, launch {mixed[-1]['launch_ms']:.3f} ms"
-            )
+            for row in measure_mixed(bench, args.batch[0], chunk):
+                print(f"{times(row)}{row['chunk']:>8}{row['equal']:>8.1%}", flush=True)
+                mixed.append(row)
         compiled = bench.executor.compilations
     result = {"benchmark": "decode", "model": name, "device": device.name, "dtype": dtype}
     result |= {"copy_bytes_per_s": rate, "compilations_after_ready": compiled, "load": load}

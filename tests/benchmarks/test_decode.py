@@ -30,9 +30,11 @@ def test_a_tiny_shape_is_measured_in_every_way():
         assert 0 < row["roofline"] < 1
         assert row["tokens_per_s"] == pytest.approx(1e3 * row["batch"] / row["step_ms"])
     assert result["compilations_after_ready"] == 0
-    (mixed,) = result["mixed"]
-    assert mixed["chunk"] == 16
-    assert mixed["device_ms"] > 0
+    assert [row["way"] for row in result["mixed"]] == ["eager", "piecewise"]
+    for row in result["mixed"]:
+        assert (row["batch"], row["chunk"], row["equal"]) == (1, 16, 1)
+        assert min(row["step_ms"], row["device_ms"], row["launch_ms"]) > 0
+    assert result["mixed"][0]["ratio"] == 1
 
 
 @pytest.mark.parametrize(
