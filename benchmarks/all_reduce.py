@@ -35,7 +35,7 @@ from minisgl.kernels.all_reduce import (
     received_bytes,
 )
 from minisgl.kernels.all_reduce.peers import Peers
-from minisgl.kernels.all_reduce.virtual import VirtualRanks
+from minisgl.kernels.all_reduce.virtual import QUEUES, VirtualRanks
 from minisgl.parallel import Communicator, SumThenNorm, shared_memory
 from minisgl.parallel.peer_memory import Council, open_peers
 from minisgl.parallel.shared_memory import SharedMemory
@@ -347,6 +347,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(words: list[str] | None = None) -> None:
+    os.environ.update(QUEUES)  # before CUDA starts: a graph holds many calls of one rank
     args = parse(words)
     if args.device == "cpu":
         kind = "cpu"

@@ -4,6 +4,7 @@ The host waits for the device at events only. Uploads run in the stream of the c
 order they need; downloads in one of their own, so that the next step does not wait for them.
 """
 
+import contextlib
 import weakref
 from collections.abc import Callable, Sequence
 from contextvars import copy_context
@@ -88,6 +89,8 @@ class CudaDevice:
             self.run(function, *args)
         except BaseException as failure:  # reported by every later event, as on CPU
             self._failure = failure
+            if not isinstance(failure, Exception):
+                raise  # an interrupt is the caller's; the step it has cut off is nobody's
 
     def run(self, function: Callable[..., T], *args: object) -> T:
         if self._closed:
@@ -158,8 +161,11 @@ class CudaDevice:
         begin()
         try:
             function(cut)
-        finally:
-            pieces.graphs[-1].capture_end()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # "capture failed": why is about to be raised
+                pieces.graphs[-1].capture_end()
+            raise
+        pieces.graphs[-1].capture_end()
         return pieces
 
     def memory(self) -> Memory:

@@ -23,6 +23,7 @@ class World:
         self.current = "none"
         self.passed: set[str] = set()
         self.graphs: list[object] = []
+        self.broken = False  # as a capture is in which something forbidden was called
 
     def patch(self, monkeypatch) -> None:
         world = self
@@ -64,6 +65,8 @@ class World:
 
             def capture_end(self):
                 world.log.append("captured")
+                if world.broken:
+                    raise RuntimeError("operation failed due to a previous error during capture")
 
             def replay(self):
                 world.log.append(f"replay {world.graphs.index(self)}")
@@ -201,6 +204,31 @@ def test_a_capture_that_fails_is_ended(world, device):
         device.run(device.capture_pieces, work)
     log = world.take()
     assert log.count("capture on stream0") == log.count("captured") == 2
+
+
+def test_what_breaks_a_capture_is_what_is_raised(world, device):
+    def work():
+        if "capture on stream0" in world.log:
+            world.broken = True
+            raise ValueError("the reason")
+
+    with pytest.raises(ValueError, match="the reason"):
+        device.run(device.capture, work)
+    assert world.take().count("captured") == 1
+    with pytest.raises(RuntimeError, match="previous error"):  # where the function said nothing
+        device.run(device.capture, lambda: None)
+
+
+def test_an_interrupt_reaches_the_caller_and_ends_the_stream(world, device):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        device.submit(interrupted)
+    device.submit(world.log.append, "ran")
+    assert "ran" not in world.take()
+    with pytest.raises(RuntimeError, match="KeyboardInterrupt"):
+        device.record().wait()
 
 
 def test_a_failure_skips_what_follows_and_is_raised_by_events(world, device):

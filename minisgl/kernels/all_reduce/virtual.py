@@ -1,7 +1,8 @@
 """All ranks of an all-reduce on one GPU, in one process: for tests and benchmarks.
 
 The kernels, the protocol and the memory's layout are those of real ranks; only the mapping is not
-needed. Ranks wait for each other inside kernels, so all their blocks must fit on the GPU at once.
+needed. Ranks wait for each other inside kernels, so all their blocks must fit on the GPU at once,
+and none may be queued behind one that waits for it: see `QUEUES`.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +15,11 @@ from minisgl.kernels.all_reduce.memory import HostWord, PeerBuffer
 from minisgl.kernels.all_reduce.peers import BLOCKS, Peers, Segment, native_module
 
 T = TypeVar("T")
+# For the environment, before CUDA starts. By default streams share 8 hardware queues, which keep
+# their order; 8 ranks and the process's own streams are more, so two ranks may have one queue. If
+# the second call of one is there before the first of the other, it waits for its own first call,
+# that for the other rank, and the other rank behind it: for ever.
+QUEUES = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
 SPARE_BYTES = (1 << 19, 1 << 26)  # for each stream's outputs, small and large
 
 
@@ -72,7 +78,8 @@ class VirtualRanks:
     def run(self, call: Callable[[Peers], T], ranks: Sequence[int] | None = None) -> list[T]:
         """`call` on every rank's stream, behind the current one, which then waits for them all.
 
-        It may enqueue one all-reduce only: streams that share a hardware queue take turns.
+        It may enqueue one all-reduce only, so that no rank's second call comes before another's
+        first.
         """
         current = torch.cuda.current_stream(self.device)
         results = []
