@@ -6,6 +6,7 @@ post-mortems.
 """
 
 import codecs
+import contextlib
 import faulthandler
 import os
 import signal
@@ -92,8 +93,11 @@ class Child:
         while data := os.read(self._process.stderr.fileno(), 1 << 16):
             text = decode(data)
             self._said = (self._said + text)[-LAST_CHARACTERS:]
-            sys.stderr.write(text)
-            sys.stderr.flush()
+            with contextlib.suppress(
+                OSError, ValueError
+            ):  # ours is gone; the child's must not fill
+                sys.stderr.write(text)
+                sys.stderr.flush()
 
     def _wait(self) -> None:
         self._process.wait()

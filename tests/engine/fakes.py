@@ -203,6 +203,7 @@ def build(config: EngineConfig) -> Engine:
     if "crash" in planted:
         print("planted: last words", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGSEGV)
+    print("x" * int(planted.get("says", 0)), file=sys.stderr)
     fail_at = int(planted["fail_at"]) if "fail_at" in planted else None
     return make_engine(
         fail_at=fail_at,

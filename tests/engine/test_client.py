@@ -225,6 +225,19 @@ def test_a_native_crash_while_loading_is_reported_with_the_last_lines(capfd):
     assert "planted: last words" in capfd.readouterr().err
 
 
+def test_an_engine_that_says_much_needs_nobody_to_hear_it(monkeypatch):
+    class Gone:
+        def write(self, text: str) -> None:
+            raise OSError("the terminal was closed")
+
+    async def scene():
+        async with open_client(f"says={1 << 20}") as client:  # far more than a pipe holds
+            assert client.health().ok
+
+    monkeypatch.setattr("sys.stderr", Gone())
+    play(scene())
+
+
 class Unplugged:
     """A process without an engine: the test says what its client hears, and when."""
 
