@@ -5,7 +5,6 @@ stack is imported.
 """
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -18,7 +17,6 @@ from minisgl.core.costmodel import (
     ModelFacts,
     cascade_min_tokens,
 )
-from minisgl.core.executor import Executor
 from minisgl.core.ngram import NGramProposer
 from minisgl.core.policy import SchedulerConfig
 from minisgl.core.scheduler import Scheduler
@@ -39,26 +37,14 @@ BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny"
 log = get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class _Built:
-    executor: LocalExecutor | ParallelExecutor
-    facts: ModelConfig
-    path: Path
-    device: Device
-
-
-def build_executor(config: EngineConfig) -> Executor:
-    """The executor alone: the model loaded, its memory planned and allocated, kernels warm.
-
-    Raises ValueError naming the field for what the config asks and cannot have.
-    """
-    return _build(config).executor
-
-
 def build_engine(config: EngineConfig) -> Engine:
-    """A ready engine. Call it on the thread that will own the engine."""
-    built = _build(config)
-    limits = built.executor.limits
+    """A ready engine: the model loaded, its memory planned and allocated, kernels warm.
+
+    Call it on the thread that will own the engine. Raises ValueError naming the field for what the
+    config asks and cannot have.
+    """
+    executor, model, path, device = _load(config)
+    limits = executor.limits
     ngram = NGramProposer(*config.ngram_sizes)
     speculation = None
     if config.speculative_algorithm != "none":
@@ -67,13 +53,13 @@ def build_engine(config: EngineConfig) -> Engine:
             propose_on_device if on_device else ngram,
             config.num_draft_tokens,
             on_device=on_device,
-            any_width=built.device.torch_device.type == "cpu",
+            any_width=device.torch_device.type == "cpu",
             chunk_size=config.chunked_prefill_size,
         )
-    facts = ModelFacts(**built.facts.cost_facts(built.executor.dtype))
-    device_facts = _device_facts(built.device, config.tp_size)
+    facts = ModelFacts(**model.cost_facts(executor.dtype))
+    device_facts = _device_facts(device, config.tp_size)
     cascade_min = config.cascade_min_shared_tokens
-    if cascade_min is None and uses_cascade(config, built.facts, built.device):
+    if cascade_min is None and uses_cascade(config, model, device):
         cascade_min = cascade_min_tokens(facts, device_facts)
     scheduler = Scheduler(
         limits,
@@ -85,27 +71,26 @@ def build_engine(config: EngineConfig) -> Engine:
             disable_radix_cache=config.disable_radix_cache,
             cascade_min_shared_tokens=cascade_min,
         ),
-        built.facts.eos_token_ids,
+        model.eos_token_ids,
         CostModel(facts, device_facts),
         speculation=speculation,
     )
     ngram.continuation = scheduler.continuation
     info = EngineInfo(
         model=config.model or "minisgl-tiny",
-        model_path=str(built.path),
-        architecture=built.facts.architecture,
-        dtype=str(built.executor.dtype).removeprefix("torch."),
-        device=("" if config.tp_size == 1 else f"{config.tp_size} x ") + built.device.name,
-        eos_token_ids=list(built.facts.eos_token_ids),
+        model_path=str(path),
+        architecture=model.architecture,
+        dtype=str(executor.dtype).removeprefix("torch."),
+        device=("" if config.tp_size == 1 else f"{config.tp_size} x ") + device.name,
+        eos_token_ids=list(model.eos_token_ids),
         limits=limits,
     )
-    return Engine(
-        scheduler,
-        built.executor,
-        info,
-        overlap=not config.disable_overlap_schedule,
-        profile_dir=config.profile_dir,
-    )
+    overlap = not config.disable_overlap_schedule
+    try:
+        return Engine(scheduler, executor, info, overlap=overlap, profile_dir=config.profile_dir)
+    except ValueError:  # of profile_dir
+        executor.close()
+        raise
 
 
 def run_ranks(config: EngineConfig) -> None:
@@ -119,7 +104,9 @@ def _model_path(config: EngineConfig) -> Path:
     return model_directory(config.model, weights=config.load_format != "dummy")
 
 
-def _build(config: EngineConfig) -> _Built:
+def _load(
+    config: EngineConfig,
+) -> tuple[LocalExecutor | ParallelExecutor, ModelConfig, Path, Device]:
     if config.node_rank != 0:
         raise ValueError(
             f"node_rank must be 0 where the engine is, got {config.node_rank}; "
@@ -134,15 +121,15 @@ def _build(config: EngineConfig) -> _Built:
             plan_on_one_thread()
         executor: LocalExecutor | ParallelExecutor
         if config.tp_size == 1:
-            worker, facts = load_worker(config, path, device)
+            worker, model = load_worker(config, path, device)
             executor = LocalExecutor(worker, trace_details=config.profile_dir is not None)
         else:
-            executor, facts = load_ranks(config, path, device)
+            executor, model = load_ranks(config, path, device)
     except BaseException:
         device.close()
         raise
     log.info("model %s is ready after %.1f s", path.name, time.perf_counter() - started)
-    return _Built(executor, facts, path, device)
+    return executor, model, path, device
 
 
 def _say_device(config: EngineConfig, device: Device) -> None:

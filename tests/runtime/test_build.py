@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from minisgl.build import build_engine, build_executor
+from minisgl.build import build_engine
 from minisgl.config import EngineConfig
 from minisgl.core.request import Request, SamplingParams
 from tests.runtime.test_plan import CONFIG
@@ -56,13 +56,14 @@ def test_an_engine_serves_and_says_what_it_is(config: EngineConfig, caplog):
         ),
         ({"context_length": 1000}, "context_length must be at most"),
         ({"model": "/no/such/model/anywhere"}, "model"),
+        ({"profile_dir": "/dev/null/x"}, "profile_dir: cannot make /dev/null/x"),
     ],
 )
 def test_a_build_that_fails_leaves_no_thread(config: EngineConfig, changes, message: str):
     facts = {name: getattr(config, name) for name in ("model", "load_format", "device")}
     before = threading.active_count()
     with pytest.raises(ValueError, match=message):
-        build_executor(EngineConfig(**(facts | changes)))
+        build_engine(EngineConfig(**(facts | changes)))
     assert threading.active_count() == before
 
 
