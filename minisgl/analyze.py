@@ -9,6 +9,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+
 from minisgl.core.costmodel import (
     DEVICES,
     Cost,
@@ -67,8 +69,7 @@ def load_facts(model: str, dtype: str) -> ModelFacts:
     """
     if model.lower() in SHAPES:
         facts, width = SHAPES[model.lower()], BYTES[dtype]
-        values = {name: getattr(facts, name) for name in facts.__struct_fields__}
-        return ModelFacts(**{**values, "bytes_per_weight": width, "bytes_per_kv": width})
+        return msgspec.structs.replace(facts, bytes_per_weight=width, bytes_per_kv=width)
     # torch is needed only here.
     from minisgl.models.config import DTYPES, ModelConfig
     from minisgl.models.hub import model_directory

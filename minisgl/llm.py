@@ -26,11 +26,12 @@ from minisgl.engine.client import ProcessClient
 from minisgl.engine.engine import Engine
 from minisgl.engine.messages import EngineInfo, EngineStats
 from minisgl.engine.process import EngineProcess
-from minisgl.server.text import Message, TextStream, Tokenizer
+from minisgl.server.text import TextStream
+from minisgl.server.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 Params = SamplingParams | Sequence[SamplingParams] | None
-Conversation = Sequence[Message]
+Conversation = Sequence[Mapping[str, Any]]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
@@ -83,18 +84,14 @@ class _Collector:
         )
         self.fresh: deque[str] = deque()  # text of the first choice that nobody has read
         self._streams = [TextStream(tokenizer, params) for _ in range(params.n)]
-        self._running = params.n
+        self.running = params.n  # choices
         self._error: str | None = None
         self._start = time.perf_counter()
-
-    @property
-    def done(self) -> bool:
-        return self._running == 0
 
     def take(self, delta: Delta) -> bool:
         """Add a delta. True when a stop string ended a choice that the engine still runs."""
         if delta.error is not None:
-            self._error, self._running = delta.error, 0
+            self._error, self.running = delta.error, 0
             return False
         stream, choice = self._streams[delta.choice], self.output.outputs[delta.choice]
         if stream.finish_reason is not None:
@@ -118,7 +115,7 @@ class _Collector:
             return False
         choice.finish_reason = piece.finish_reason
         choice.stop_reason = stream.stop_string or delta.stop_token_id
-        self._running -= 1
+        self.running -= 1
         return delta.finish_reason is None
 
     def result(self) -> RequestOutput:
@@ -137,7 +134,7 @@ class _NoTokenizer(Tokenizer):
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         raise ValueError(f"{self._directory} has no tokenizer: prompts must be token ids")
 
-    def encode_chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
+    def encode_chat(self, messages: Conversation, **options: Any) -> list[int]:
         raise ValueError(f"{self._directory} has no tokenizer: prompts must be token ids")
 
     def is_special(self, token_id: int) -> bool:
@@ -312,7 +309,7 @@ class LLM:
         """
         collector = self._submit(prompt, _one_choice(sampling_params))
         try:
-            while collector.fresh or not collector.done:
+            while collector.fresh or collector.running:
                 if not collector.fresh:
                     self._step()
                 while collector.fresh:
@@ -365,7 +362,7 @@ class LLM:
             if collector := self._running.get(delta.request_id):
                 if collector.take(delta):
                     self._engine.abort(delta.request_id, delta.choice)
-                if collector.done:
+                if not collector.running:
                     ended.append(collector)
         return ended
 
@@ -382,7 +379,7 @@ class LLM:
     def _drop(self, collectors: Sequence[_Collector]) -> None:
         for collector in collectors:
             del self._running[collector.request.id]
-            if not collector.done:
+            if collector.running:
                 self._engine.abort(collector.request.id)
 
 

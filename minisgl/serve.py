@@ -156,9 +156,8 @@ def _run_ranks(config: ServerConfig, early: list[int]) -> int:
         return 0
     from minisgl.build import run_ranks
 
-    facts = {item.name: getattr(config, item.name) for item in fields(EngineConfig)}
     try:
-        run_ranks(EngineConfig(**facts))
+        run_ranks(config)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"minisgl.serve: {error}", file=sys.stderr)
         return 1
@@ -238,7 +237,7 @@ async def _serve(
 
 def _served_model(info: "EngineInfo", config: ServerConfig) -> "ServedModel":
     from minisgl.server.openai import ServedModel
-    from minisgl.server.text import Tokenizer
+    from minisgl.server.tokenizer import Tokenizer
 
     limits = info.limits
     return ServedModel(

@@ -43,8 +43,7 @@ class EngineProcess:
         self.socket.set_hwm(0)  # never block, never drop: backlogs are bounded by admission
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.bind(endpoint)
-        facts = {name: getattr(config, name) for name in EngineConfig.__dataclass_fields__}
-        boot = msgspec.msgpack.encode(_Boot(factory, EngineConfig(**facts), endpoint))
+        boot = msgspec.msgpack.encode(_Boot(factory, config, endpoint))
         self._child = Child("minisgl.engine.process", boot)
 
     @property

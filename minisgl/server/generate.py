@@ -10,7 +10,8 @@ from minisgl.core.request import Delta, FinishReason, Request, TokenLogprobs
 from minisgl.engine.client import EngineClient, EngineDeadError
 from minisgl.server.body import ApiError
 from minisgl.server.openai import Call
-from minisgl.server.text import TextStream, Tokenizer
+from minisgl.server.text import TextStream
+from minisgl.server.tokenizer import Tokenizer
 
 T = TypeVar("T")
 

@@ -34,13 +34,6 @@ _COUNTERS = {
     "num_accepted_drafts": ("minisgl_accepted_draft_tokens", "Draft tokens accepted"),
     "num_preemptions": ("minisgl_preemptions", "Sequences put back to be recomputed"),
 }
-# The same of the engine's figures.
-_ENGINE_COUNTERS = {
-    "compilations": (
-        "minisgl_compilations_after_ready",
-        "Kernels compiled while serving; 0 unless warm-up missed one",
-    ),
-}
 
 
 class Metrics:
@@ -135,5 +128,8 @@ class _EngineFigures(Collector):
             yield GaugeMetricFamily(metric, help_text, getattr(stats.scheduler, name))
         for name, (metric, help_text) in _COUNTERS.items():
             yield CounterMetricFamily(metric, help_text, getattr(stats.scheduler, name))
-        for name, (metric, help_text) in _ENGINE_COUNTERS.items():
-            yield CounterMetricFamily(metric, help_text, getattr(stats, name))
+        yield CounterMetricFamily(
+            "minisgl_compilations_after_ready",
+            "Kernels compiled while serving; 0 unless warm-up missed one",
+            stats.compilations,
+        )

@@ -15,7 +15,7 @@ import msgspec
 
 from minisgl.core.request import MAX_TOP_LOGPROBS, Request, SamplingParams
 from minisgl.server.body import ApiError, Neutral, convert, in_range, only_known, read, shown
-from minisgl.server.text import Tokenizer
+from minisgl.server.tokenizer import Tokenizer
 
 MAX_PROMPTS = 1024  # in one completions body
 MAX_STOP_STRINGS = 64
@@ -232,30 +232,18 @@ def _prompts(prompt: Any) -> list[tuple[str, str | list[int]]]:
         case str():
             return [("prompt", prompt)]
         case [int(), *_]:
-            return [("prompt", convert({"prompt": prompt}, _TokenIds).prompt)]
+            return [("prompt", convert(prompt, list[_Int], "prompt"))]
         case [str() | list(), *_] if len(prompt) > MAX_PROMPTS:
             message = f"prompt must hold at most {MAX_PROMPTS} prompts, got {len(prompt)}"
             raise ApiError(message, param="prompt")
         case [str(), *_]:
-            texts = convert({"prompt": prompt}, _Texts).prompt
+            texts = convert(prompt, list[str], "prompt")
             return [(f"prompt[{i}]", text) for i, text in enumerate(texts)]
         case [list(), *_]:
-            lists = convert({"prompt": prompt}, _TokenIdLists).prompt
+            lists = convert(prompt, list[list[_Int]], "prompt")
             return [(f"prompt[{i}]", ids) for i, ids in enumerate(lists)]
     kinds = "a string, token ids, or a list of strings or of token ids"
     raise ApiError(f"prompt must be {kinds}, got {shown(prompt)}", param="prompt")
-
-
-class _TokenIds(msgspec.Struct):
-    prompt: list[_Int]
-
-
-class _Texts(msgspec.Struct):
-    prompt: list[str]
-
-
-class _TokenIdLists(msgspec.Struct):
-    prompt: list[list[_Int]]
 
 
 def _max_completion_tokens(body: _ChatBody) -> tuple[str, int | None]:

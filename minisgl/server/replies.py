@@ -8,7 +8,7 @@ from minisgl import __version__
 from minisgl.core.request import FinishReason
 from minisgl.server.generate import Part, Scored, Usage
 from minisgl.server.openai import Call
-from minisgl.server.text import Tokenizer
+from minisgl.server.tokenizer import Tokenizer
 
 LOWEST_LOGPROB = -9999.0  # OpenAI's for a probability of zero; JSON has no infinity
 

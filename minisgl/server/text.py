@@ -5,10 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from minisgl.core.request import Delta, FinishReason, SamplingParams, TokenLogprobs
-from minisgl.server.chat_template import ChatTemplate, Message
 from minisgl.server.tokenizer import Tokenizer
-
-__all__ = ["ChatTemplate", "Message", "Piece", "StopMatcher", "TextStream", "Tokenizer"]
 
 
 class Piece(NamedTuple):

@@ -13,7 +13,7 @@ from minisgl.engine.client import EngineDeadError, Health
 from minisgl.server.app import Api
 from minisgl.server.chat_template import ChatTemplate
 from minisgl.server.openai import ServedModel
-from minisgl.server.text import Tokenizer
+from minisgl.server.tokenizer import Tokenizer
 from tests.server import small_tokenizers
 
 VOCAB = 400  # the "model's", padded beyond the tokenizer's

@@ -5,7 +5,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from minisgl.core.request import Delta, SamplingParams, TokenLogprobs
-from minisgl.server.text import StopMatcher, TextStream, Tokenizer
+from minisgl.server.text import StopMatcher, TextStream
+from minisgl.server.tokenizer import Tokenizer
 from tests.server import small_tokenizers
 
 CONFIG = {"eos_token": "<|im_end|>"}
