@@ -28,7 +28,7 @@ REQUIRES = [
     "numpy>=2.0,<3",  # 2.0 settled integer promotion (NEP 50), which the page ledger relies on
     "msgspec>=0.19,<1",  # the wire format; before 1.0 a minor release may break it
     "pyzmq>=26,<28",  # majors drop old Pythons and sockets' defaults
-    "tokenizers>=0.21,<1",  # DecodeStream; before 1.0 a minor release may break it
+    "tokenizers>=0.21,<1",  # before 1.0 a minor release may break it
     "jinja2>=3.1.6,<4",  # 3.1.6 closes the last known escape from the template sandbox
     "safetensors>=0.5,<1",
     "huggingface-hub>=0.30,<3",
@@ -45,10 +45,11 @@ REQUIRES = [
 ]
 
 HF = ["transformers>=4.57,<6"]  # only for models that ship no tokenizer.json
-BENCH = ["httpx>=0.27,<1", "matplotlib>=3.9,<4"]
+BENCH = ["matplotlib>=3.9,<4"]
 TEST = [
     *HF,  # the oracle of the models
     *BENCH,
+    "httpx>=0.27,<1",
     "hypothesis>=6.100,<7",
     "jsonschema>=4.20,<5",
     "mypy>=1.15,<3",
