@@ -65,7 +65,7 @@ STAGES = (
     module("hopper", 31, f"{KERNELS} --op attention --without portable tma", ("triton",)),
     module("all-reduce", 25, "benchmarks.all_reduce --device {device}", ENGINE),
     module("decode", 44, f"benchmarks.decode {MODEL} --batch 1 16 256", ENGINE),
-    module("decode-8b", 44, f"benchmarks.decode {LARGE} --batch 1 16 64", ENGINE),
+    module("decode-8b", 44, f"benchmarks.decode {LARGE} --batch 1 16 64 --chunk 128", ENGINE),
     module("cascade", 35, f"benchmarks.cascade {MODEL} --batch 64 --shared 4096", ENGINE),
     module("speculative", 55, f"benchmarks.speculative {FEW}", ENGINE),
     module("offline", 35, "benchmarks.offline --num-requests 48", ENGINE),

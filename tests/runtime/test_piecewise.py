@@ -1,10 +1,13 @@
 """Mixed steps in captured pieces: the same tokens as eagerly, and only attention between them."""
 
 from contextlib import contextmanager
+from itertools import zip_longest
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch
@@ -12,6 +15,10 @@ from minisgl.core.executor import GrammarMasks
 from minisgl.core.policy import SchedulerConfig
 from minisgl.core.speculation import Speculation
 from minisgl.device.cpu import CallPieces
+from minisgl.kernels.activation import silu_and_mul
+from minisgl.kernels.linear import linear
+from minisgl.kernels.qkv_prepare import qkv_prepare
+from minisgl.kernels.rmsnorm import rmsnorm
 from minisgl.models.decoder import ROPE_SLACK
 from minisgl.runtime.executor import LocalExecutor
 from minisgl.runtime.footprint import piece_sizes
@@ -162,6 +169,67 @@ def test_between_two_pieces_there_is_attention_and_nothing_else(executors, monke
     kinds = {("attention",), ("decode", "attention"), ("cascade", "attention")}
     assert set(between) == kinds
     assert len(between) < len(found.batches)
+
+
+class Tape(TorchDispatchMode):
+    """Takes down a piece's operations on tensors: what a captured graph knows of a pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces: list[list[tuple]] = [[]]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.pieces[-1].append((function, args, kwargs or {}, result))
+        return result
+
+
+class Taped:
+    """Replays a capture's operations on its tensors, and calls what was cut out between."""
+
+    def __init__(self, function) -> None:
+        function(lambda call: None)
+        self.tape, self.calls = Tape(), []
+
+        def cut(call):
+            self.calls.append(call)
+            self.tape.pieces.append([])
+
+        with self.tape:
+            function(cut)
+
+    def replay(self, *args):
+        now: dict[int, torch.Tensor] = {}  # what is made anew, by what was made when capturing
+
+        def current(value):
+            return now.get(id(value), value)
+
+        for piece, call in zip_longest(self.tape.pieces, self.calls):
+            for function, given, named, made in piece:
+                result = function(*tree_map(current, given), **tree_map(current, named))
+                now |= {
+                    id(a): b for a, b in zip(tree_leaves(made), tree_leaves(result), strict=True)
+                }
+            if call is not None:
+                call(*args)
+
+
+def test_what_was_captured_at_a_start_serves_every_step(executors, monkeypatch):
+    """Nothing of a pass but its operations on tensors is left when its pieces are replayed."""
+    for op in (linear, rmsnorm, silu_and_mul, qkv_prepare):  # native ones are not taken down
+        monkeypatch.setitem(op._chosen, torch.device("cpu"), op.reference)
+    requests = shared_requests(5, seed=4) + mixed_requests(9, seed=9)[3:]
+    eager = serve(executors(0), requests).tokens
+    executor = executors()
+    worker = executor._worker
+    worker.device.capture_pieces = Taped
+    sizes = worker.geometry.piece_sizes
+    for size in sizes[::-1]:
+        worker.device.run(capture_pieces, worker.runner, worker.limits, worker.geometry, size)
+    taped = worker.runner._pieces._graphs
+    assert [len(taped[size].calls) for size in sizes] == [2] * len(sizes)
+    assert all(len(piece) > 5 for size in sizes for piece in taped[size].tape.pieces)
+    assert serve(executor, requests).tokens == eager
 
 
 def test_pieces_know_a_steps_tokens_alone_and_nothing_moves(executors):
