@@ -86,7 +86,7 @@ def serving_launches(
     model: ModelShapes, engine: EngineShapes, arch: Architecture
 ) -> Iterator[Launch]:
     """Every launch that serving `model` within `engine`'s limits can need, labels unique."""
-    counts = range(1, engine.max_rows + 1)
+    counts = range(1, engine.max_rows + 8)  # graphs are padded, to multiples of 8 at most
     yield from rowwise(model)
     yield from heads(model, engine)
     for window in model.windows:

@@ -30,6 +30,7 @@ from minisgl.runtime.rows import RowBuffers
 
 RESOLVED = ("decode", "token_ids", "drafts", "point_drafts")  # sections that may hold drafts
 FIRST_WIDTH = 2
+GRAPHS_PER_SIZE = 4  # a first pass and a later one, each plain and with penalties
 
 
 class DraftRunner:

@@ -16,7 +16,14 @@ from minisgl.models.decoder import Decoder
 from minisgl.models.hub import model_directory
 from minisgl.models.loader import load_model
 from minisgl.parallel import Communicator
-from minisgl.runtime.draft import DraftRunner
+from minisgl.runtime.draft import FIRST_WIDTH, GRAPHS_PER_SIZE, DraftRunner
+from minisgl.runtime.footprint import (
+    NODE_BYTES,
+    NODES_PER_LAYER,
+    OTHER_NODES,
+    padded_sizes,
+    workspace_bytes,
+)
 from minisgl.runtime.kv_pool import KVPool, KVShape
 from minisgl.runtime.rows import RowBuffers
 
@@ -37,6 +44,25 @@ class Draft:
         weights = () if self.model is None else self.model.weights()
         return sum(w.target.numel() * w.target.element_size() for w in weights)
 
+    def workspace(self, tokens: int) -> int:
+        """Bytes of its activations while it computes that many tokens."""
+        if self.model is None or self.shape is None:
+            return 0
+        return workspace_bytes(self.model.config, tokens, self.shape.dtype, 1)
+
+    def graph_bytes(self, sizes: Sequence[int], *, captures: bool) -> int:
+        """What a `DraftRunner` for these numbers of rows takes: its buffers, and where it captures,
+        activations and logits of the largest pass and the launches of all."""
+        most = sizes[-1]
+        buffers = 4 * (1 + 2 * self.num_drafts) * most + 8
+        if self.model is None or not captures:
+            return buffers
+        facts = self.model.config
+        nodes = facts.num_layers * NODES_PER_LAYER + OTHER_NODES
+        logits = 2 * most * facts.vocab_size * 4
+        launches = GRAPHS_PER_SIZE * len(sizes) * nodes * NODE_BYTES
+        return buffers + self.workspace(FIRST_WIDTH * most) + logits + launches
+
     def runner(
         self,
         device: Device,
@@ -53,6 +79,11 @@ class Draft:
             pool = KVPool(device, self.shape, limits.num_pages, limits.page_size)
         model, count = self.model, self.num_drafts
         return DraftRunner(device, model, pool, rows, comm, sizes, count, graphs=graphs)
+
+
+def draft_sizes(max_rows: int, on_cpu: bool) -> tuple[int, ...]:
+    """The numbers of rows that a pass may have: on a GPU those of its graphs."""
+    return tuple(range(1, max_rows + 1)) if on_cpu else padded_sizes(max_rows)
 
 
 def load_draft(

@@ -18,9 +18,9 @@ from minisgl.models.loader import load_model
 from minisgl.parallel import Communicator, Solo
 from minisgl.runtime.agreement import fewest, share_of_memory
 from minisgl.runtime.draft import FIRST_WIDTH
-from minisgl.runtime.draft_loading import Draft, load_draft
+from minisgl.runtime.draft_loading import Draft, draft_sizes, load_draft
 from minisgl.runtime.fixed_order import FixedOrder, check_fixed_order
-from minisgl.runtime.footprint import GraphSizes, logits_bytes, padded_sizes, workspace_bytes
+from minisgl.runtime.footprint import GraphSizes, logits_bytes, workspace_bytes
 from minisgl.runtime.graphs import DecodeGraphs, StaticBuffers
 from minisgl.runtime.inputs import Geometry
 from minisgl.runtime.kv_pool import KVPool, KVShape, check_graphs, plan_memory
@@ -75,8 +75,7 @@ class Worker:
         graphs, stages = graphs or GraphSizes({}), stages or Stages()
         on_cpu = device.torch_device.type == "cpu"
         max_pages = _page_table_width(limits)
-        every = tuple(range(1, limits.max_rows + 1))
-        draft_sizes = every if on_cpu else padded_sizes(limits.max_rows)
+        passes = () if draft is None else draft_sizes(limits.max_rows, on_cpu)
         self.geometry = Geometry(
             max_pages,
             limits.max_rows,
@@ -85,7 +84,7 @@ class Worker:
             graphs.staging_words,
             page_size=limits.page_size,
             num_drafts=draft.num_drafts if draft is not None else 0,
-            draft_sizes=draft_sizes if draft is not None else (),
+            draft_sizes=passes,
             piece_sizes=graphs.pieces,
         )
         self.host_rows = HostRows(limits.max_rows, limits.vocab_size, eos_token_ids)
@@ -97,9 +96,7 @@ class Worker:
                 drafting = None
                 if draft is not None:
                     captures = bool(graphs.by_width)
-                    drafting = draft.runner(
-                        device, limits, rows, comm, draft_sizes, graphs=captures
-                    )
+                    drafting = draft.runner(device, limits, rows, comm, passes, graphs=captures)
                 keeps_previous = draft is not None
                 sampler = Sampler(device, model.logits, rows, comm, keeps_previous=keeps_previous)
                 eager = Runner(
@@ -112,12 +109,12 @@ class Worker:
                     compare=comm if compare else None,
                 )
                 warm_up(eager, limits, self.geometry, cascade=cascade, everything=not on_cpu)
-            if drafting is not None and not on_cpu:
-                with stages.stage("capture the draft model"):
-                    drafting.capture()
             if not graphs.by_width:
                 return eager
             free = device.memory().free
+            if drafting is not None and not on_cpu:
+                with stages.stage("capture the draft model"):
+                    drafting.capture()
             buffers = StaticBuffers(device, limits.vocab_size, graphs)
             by_width = {
                 width: DecodeGraphs(device, model.forward, sampler, pool, rows, buffers, own, width)
@@ -196,15 +193,18 @@ def load_worker(
         graph_bytes = graphs.static_bytes(vocab) + graphs.pieces_bytes(facts, dtype, comm.size)
         if not on_cpu:
             graph_bytes += graphs.captured_bytes(facts, dtype, comm.size, cascade)
+        workspace = workspace_bytes(facts, config.chunked_prefill_size + max_rows, dtype, comm.size)
+        if draft is not None:  # which computes before the target, never beside it
+            workspace = max(workspace, draft.workspace(config.chunked_prefill_size + max_rows))
+            captures = bool(graphs.by_width) and not on_cpu
+            graph_bytes += draft.graph_bytes(draft_sizes(max_rows, on_cpu), captures=captures)
         plan = plan_memory(
             device.run(share_of_memory, comm, device, config.tp_size // config.nnodes),
             shape,
             on_cpu=on_cpu,
             draft_shape=None if draft is None else draft.shape,
             weights=weights + (0 if draft is None else draft.weights),
-            workspace=workspace_bytes(
-                facts, config.chunked_prefill_size + max_rows, dtype, comm.size
-            ),
+            workspace=workspace,
             logits=logits_bytes(vocab, max_rows * (1 + num_drafts)),
             counts=RowBuffers.counts_bytes(max_rows, vocab),
             graphs=graph_bytes,
@@ -235,7 +235,9 @@ def load_worker(
         )
         kernels.build(model, launched, comm)
         if draft is not None and draft.model is not None:
-            passes = replace(launched, widths=(1, FIRST_WIDTH), cascade=False)
+            passes = replace(
+                launched, widths=(1, FIRST_WIDTH), cascade=False, batch_invariant=False
+            )
             kernels.build(draft.model, passes, Solo())
     worker = Worker(
         device,
