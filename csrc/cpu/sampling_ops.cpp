@@ -168,6 +168,7 @@ class Filter {
     Index draw(const Noise &noise) {
         const float most = maximum(x_, n_);
         if (!(most > -INF)) return 0;
+        if (most == INF) return greedy(x_, n_);  // it has all the mass
         top_ = most / p_.temperature;
         if (p_.top_p < 1.0f && !k_) total_ = whole_mass();
         for (const float depth : {4.0f, 7.0f, 9.0f, 11.0f, 14.0f, 20.0f, INF}) {

@@ -132,13 +132,13 @@ def check_graphs(plan: MemoryPlan, taken: int) -> None:
     """Say what capturing took beside the plan; a warning when it is more."""
     if taken > plan.graphs:
         log.warning(
-            "decode graphs take %.0f MiB, planned were %.0f: lower mem_fraction_static if memory "
+            "graphs take %.0f MiB, planned were %.0f: lower mem_fraction_static if memory "
             "runs out",
             taken / 2**20,
             plan.graphs / 2**20,
         )
     elif taken:
-        log.info("decode graphs take %.0f of %.0f MiB", taken / 2**20, plan.graphs / 2**20)
+        log.info("graphs take %.0f of %.0f MiB", taken / 2**20, plan.graphs / 2**20)
 
 
 class KVPool:

@@ -117,6 +117,24 @@ def params_of(table: Table) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("draw", DRAWS)
+def test_what_overflowed_in_a_model_still_draws_a_token(draw):
+    params = make_params(
+        6,
+        temperature=np.array([0.0, 0.8, 0.8, 0.8, 0.8, 1.0]),
+        top_k=np.array([0, 0, 12, 0, 0, 5]),
+        top_p=np.array([1.0, 1.0, 1.0, 0.9, 1.0, 0.9]),
+        min_p=np.array([0.0, 0.0, 0.0, 0.0, 0.1, 0.1]),
+    )
+    rows, positions = torch.arange(6, dtype=INT), torch.arange(6)
+    for value in (np.inf, np.nan):
+        for places in (slice(5, 6), slice(60, 62), slice(None)):
+            logits = torch.randn(6, VOCAB, generator=torch.Generator().manual_seed(1))
+            logits[:, places] = value
+            tokens = draw(logits, rows, positions, params)
+            assert ((tokens >= 0) & (tokens < VOCAB)).all()
+
+
+@pytest.mark.parametrize("draw", DRAWS)
 def test_a_row_is_drawn_alike_in_any_batch(draw):
     generator = torch.Generator().manual_seed(3)
     count = 23
