@@ -132,8 +132,7 @@ def check_graphs(plan: MemoryPlan, taken: int) -> None:
     """Say what capturing took beside the plan; a warning when it is more."""
     if taken > plan.graphs:
         log.warning(
-            "graphs take %.0f MiB, planned were %.0f: lower mem_fraction_static if memory "
-            "runs out",
+            "graphs take %.0f MiB, planned were %.0f: lower mem_fraction_static if memory runs out",
             taken / 2**20,
             plan.graphs / 2**20,
         )
