@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from minisgl.config import EngineConfig
 from minisgl.core.executor import Limits
 from minisgl.device import Device
+from minisgl.kernels.shapes import EngineShapes
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
 from minisgl.models.hub import model_directory
@@ -84,6 +85,12 @@ class Draft:
 def draft_sizes(max_rows: int, on_cpu: bool) -> tuple[int, ...]:
     """The numbers of rows that a pass may have: on a GPU those of its graphs."""
     return tuple(range(1, max_rows + 1)) if on_cpu else padded_sizes(max_rows)
+
+
+def draft_launches(engine: EngineShapes) -> EngineShapes:
+    """What the draft model is launched with in that engine: its passes' widths, no groups, and no
+    fixed order, since what is drafted changes no token."""
+    return replace(engine, widths=(1, FIRST_WIDTH), cascade=False, batch_invariant=False)
 
 
 def load_draft(

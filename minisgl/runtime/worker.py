@@ -1,7 +1,6 @@
 """`Worker`: one rank's device, model, memory and runner, built and warmed up."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,8 +16,7 @@ from minisgl.models.decoder import ROPE_SLACK
 from minisgl.models.loader import load_model
 from minisgl.parallel import Communicator, Solo
 from minisgl.runtime.agreement import fewest, share_of_memory
-from minisgl.runtime.draft import FIRST_WIDTH
-from minisgl.runtime.draft_loading import Draft, draft_sizes, load_draft
+from minisgl.runtime.draft_loading import Draft, draft_launches, draft_sizes, load_draft
 from minisgl.runtime.fixed_order import FixedOrder, check_fixed_order
 from minisgl.runtime.footprint import GraphSizes, logits_bytes, workspace_bytes
 from minisgl.runtime.graphs import DecodeGraphs, StaticBuffers
@@ -235,10 +233,7 @@ def load_worker(
         )
         kernels.build(model, launched, comm)
         if draft is not None and draft.model is not None:
-            passes = replace(
-                launched, widths=(1, FIRST_WIDTH), cascade=False, batch_invariant=False
-            )
-            kernels.build(draft.model, passes, Solo())
+            kernels.build(draft.model, draft_launches(launched), Solo())
     worker = Worker(
         device,
         FixedOrder(model, device.torch_device) if config.batch_invariant else model,

@@ -4,6 +4,7 @@ A real executor serves real batches while the CPU's tensors go to the GPU's laun
 for sm_90 and stop. What they would have computed is zero.
 """
 
+import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
 from unittest.mock import patch
@@ -16,12 +17,13 @@ import triton
 from minisgl.core.batch import Batch
 from minisgl.core.executor import GrammarMasks
 from minisgl.core.policy import SchedulerConfig
-from minisgl.core.speculation import Speculation
+from minisgl.core.speculation import Speculation, propose_on_device
 from minisgl.kernels.config import table_for
-from minisgl.kernels.offline import offline
+from minisgl.kernels.offline import OfflineDriver, offline
 from minisgl.kernels.op import forced
 from minisgl.kernels.shapes import EngineShapes
 from minisgl.kernels.warmup import CompileCounter, serving_launches
+from minisgl.runtime.draft_loading import draft_launches
 from minisgl.runtime.fixed_order import FixedOrder
 from minisgl.runtime.kernel_shapes import model_shapes
 from tests.kernels.cards import all_ops
@@ -51,8 +53,14 @@ def on_gpu_launchers() -> ExitStack:
     return stack
 
 
+NEW_DEVICE = itertools.count(1000)
+
+
 @pytest.fixture
 def counter(monkeypatch):
+    """On a device of the test's own: this process has compiled nothing for it."""
+    device = next(NEW_DEVICE)
+    monkeypatch.setattr(OfflineDriver, "get_current_device", lambda self: device)
     monkeypatch.setattr(triton.knobs.compilation, "listener", None)
     made = CompileCounter()
     made.install()
@@ -105,6 +113,52 @@ def test_warm_up_has_compiled_whatever_a_step_launches(counter, facts, fixed):
         assert counter.names[before:] == []
         assert any(chunk.drafts for batch in drafted.batches for chunk in batch.chunks)
         assert any(batch.cascade_groups for batch in grouped.batches) != fixed
+    finally:
+        worker.device.run(contexts.close)
+        worker.close()
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_warm_up_has_compiled_whatever_a_draft_model_launches(counter, fixed):
+    """Of another shape than the target, whose kernels are no help."""
+    target = tiny_decoder(torch.bfloat16)
+    draft = tiny_decoder(torch.bfloat16, seed=1, hidden_size=48, num_key_value_heads=1)
+    model = FixedOrder(target, torch.device("cpu")) if fixed else target
+    executor = make_executor(
+        model, dtype=torch.bfloat16, graph_widths=(1, 1 + DRAFTS), draft=draft, num_drafts=DRAFTS
+    )
+    worker, limits = executor._worker, executor.limits
+    engine = EngineShapes(
+        limits.page_size,
+        limits.num_pages,
+        worker.geometry.page_table_width,
+        limits.max_rows,
+        max_drafts=DRAFTS,
+        batch_invariant=fixed,
+    )
+    table = table_for(ARCH)
+    launches = [*serving_launches(model_shapes(target), engine, table)]
+    launches += serving_launches(model_shapes(draft), draft_launches(engine), table)
+
+    def warm_up() -> None:
+        for launch in launches:
+            launch.run()
+
+    contexts = worker.device.run(on_gpu_launchers)
+    if fixed:
+        model._choices = PORTABLE | {"linear": "persistent"}
+    try:
+        worker.device.run(warm_up)
+        before = counter.total
+        guess = Speculation(
+            propose_on_device, DRAFTS, on_device=True, adaptive=False, chunk_size=24
+        )
+        config = SchedulerConfig(chunked_prefill_size=24)
+        requests = mixed_requests(7, seed=1, max_tokens=5)
+        drafted = serve(executor, requests, speculation=guess, config=config)
+        assert counter.names[before:] == []
+        assert any(batch.draft_chunks for batch in drafted.batches)
+        assert any(chunk.drafts for batch in drafted.batches for chunk in batch.chunks)
     finally:
         worker.device.run(contexts.close)
         worker.close()

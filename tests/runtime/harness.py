@@ -30,7 +30,8 @@ EOS = (1,)
 Masks = Callable[[Batch], GrammarMasks | None]
 
 
-def tiny_decoder(dtype: torch.dtype = torch.float32, seed: int = 0) -> Decoder:
+def tiny_decoder(dtype: torch.dtype = torch.float32, seed: int = 0, **other: int) -> Decoder:
+    """`other`: what its config.json says otherwise."""
     config = ModelConfig.from_dict(
         {
             "architectures": ["Qwen3ForCausalLM"],
@@ -48,6 +49,7 @@ def tiny_decoder(dtype: torch.dtype = torch.float32, seed: int = 0) -> Decoder:
             "hidden_act": "silu",
             "eos_token_id": EOS[0],
         }
+        | other
     )
     device = torch.device("cpu")
     return load_model(config, "", dtype=dtype, device=device, load_format="dummy", seed=seed)
@@ -77,7 +79,11 @@ def make_executor(
         most = min(max_rows, graph_max_sequences)
         multiple = token_multiple(dtype, True)
         sizes = GraphSizes.of(most, graph_widths, True, multiple, most_in_pieces)
-    drafting = None if draft is None else Draft(draft, shape, num_drafts)
+    drafting = None
+    if draft is not None:
+        facts = draft.config
+        own = KVShape(facts.num_layers, facts.num_kv_heads, facts.head_dim, dtype)
+        drafting = Draft(draft, own, num_drafts)
     worker = Worker(device, model, shape, limits, eos_token_ids=EOS, graphs=sizes, draft=drafting)
     return LocalExecutor(worker)
 
