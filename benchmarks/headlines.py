@@ -94,9 +94,14 @@ CHANCE = 4  # tokens that two random prompts may begin with alike
 BATCH = 16  # sequences at once where batching is compared
 
 
+def part(count: int, bench: Bench) -> int:
+    """`count` at the bench's scale, which is a tenth of the user's for a warm-up; never nothing."""
+    return max(1, round(count * bench.scale))
+
+
 def long_tailed(bench: Bench, generator: random.Random) -> list[tuple[list[int], int]]:
     """96 requests whose output lengths are as uneven as people's: log-normal, 4 to 512 tokens."""
-    drawn = [generator.lognormvariate(3.9, 1.0) for _ in range(round(96 * bench.scale))]
+    drawn = [generator.lognormvariate(3.9, 1.0) for _ in range(part(96, bench))]
     lengths = [min(512, max(4, round(length * bench.scale))) for length in drawn]
     return [(bench.prompt(generator, generator.randint(8, 64)), length) for length in lengths]
 
@@ -166,7 +171,7 @@ def worst_gap(bench: Bench, generator: random.Random) -> dict[str, float]:
 
 def steady(bench: Bench, generator: random.Random) -> dict[str, float]:
     """Plain decoding of a full batch."""
-    work = [(bench.prompt(generator, 32), round(128 * bench.scale)) for _ in range(2 * BATCH)]
+    work = [(bench.prompt(generator, 32), part(128, bench)) for _ in range(2 * BATCH)]
     return {"tokens_per_second": sum(length for _, length in work) / bench.run(work)}
 
 
@@ -177,9 +182,9 @@ def conversations(bench: Bench, generator: random.Random) -> dict[str, float]:
     seconds = 0.0
     for _ in range(5):
         for history in histories:
-            history += bench.prompt(generator, round(128 * bench.scale))
+            history += bench.prompt(generator, part(128, bench))
         start = time.perf_counter()
-        names = [bench.submit(list(history), round(48 * bench.scale)) for history in histories]
+        names = [bench.submit(list(history), part(48, bench)) for history in histories]
         bench.finish(names)
         seconds += time.perf_counter() - start
         for name, history in zip(names, histories, strict=True):

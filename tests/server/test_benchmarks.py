@@ -144,5 +144,8 @@ def test_work_is_the_same_for_both_sides():
 
     first, second = (headlines.long_tailed(Bench(), random.Random(3)) for _ in range(2))
     assert first == second
+    tiny = Bench()
+    tiny.scale = 0.001
+    assert len(headlines.long_tailed(tiny, random.Random(3))) == 1
     lengths = sorted(length for _, length in first)
     assert lengths[-1] > 4 * lengths[len(lengths) // 2]  # a long tail
