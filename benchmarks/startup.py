@@ -2,82 +2,152 @@
 
     python -m benchmarks.startup                 # the bundled model, five fresh processes
     python -m benchmarks.startup --model DIR --rounds 3
+    python -m benchmarks.startup --shape qwen3-8b --device cuda --rounds 1
 
-Each round is a new process; the medians are shown. The first round, which may find cold files and
-caches, is shown apart. The last line is JSON.
+Each round is a new process; the medians are shown. The first round is shown apart: on a GPU it
+compiles every kernel, which later ones find on disk, and it may find cold files (not with --shape,
+for whose config this process imports torch). Below "load and warm up" are the engine's own stages.
+The last line is JSON.
 """
 
 import argparse
 import itertools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 STAGES = ("interpreter", "import torch", "import minisgl", "load and warm up", "first token")
+LOADING = "load and warm up"
+TABLE = re.compile(r"start-up:\n((?:  .+\n)+)")
+LINE = re.compile(r"  (.+?) +([\d.]+) s")
+
+Round = dict[str, Any]
 
 
-def child(model: str | None, load_format: str, born: float) -> None:
+def child(args: argparse.Namespace) -> None:
     """One round, in the new process: print the seconds of each stage and the peak in MB."""
-    marks = [born, time.time()]
+    marks = [args.born, time.time()]
     import torch
 
     marks.append(time.time())
     from minisgl import LLM, SamplingParams
+    from minisgl.log import configure
 
     marks.append(time.time())
-    with LLM(model, load_format=load_format, log_level="warning") as llm:
+    configure("info")
+    with LLM(args.model, load_format=args.load_format, device=args.device) as llm:
         marks.append(time.time())
         params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
         llm.generate([1, 2, 3], params, use_tqdm=False)
         marks.append(time.time())
+        device = llm.info.device
     import resource
 
     seconds = [after - before for before, after in itertools.pairwise(marks)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": seconds, "peak_mb": peak, "torch": torch.__version__}))
+    about = {"peak_mb": peak, "torch": torch.__version__, "device": device}
+    print(json.dumps({"seconds": seconds} | about))
 
 
-def run_once() -> dict:
-    command = [sys.executable, "-m", "benchmarks.startup", *sys.argv[1:]]
-    command += ["--born", repr(time.time())]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def engine_stages(log: str) -> dict[str, float]:
+    """Seconds by stage in the table that an engine logs, its total left out."""
+    table = TABLE.search(log)
+    lines = LINE.findall(table[1] if table is not None else "")
+    return {name: float(seconds) for name, seconds in lines if name != "total"}
+
+
+def run_once(words: list[str], kernels: str) -> Round:
+    command = [sys.executable, "-m", "benchmarks.startup", *words, "--born", repr(time.time())]
+    environment = os.environ | {"TRITON_CACHE_DIR": kernels}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        sys.stderr.write(done.stderr)
+        raise SystemExit(f"a start ended with exit status {done.returncode}")
+    result = json.loads(done.stdout.splitlines()[-1])
+    print(f"a start took {sum(result['seconds']):.2f} s", flush=True)
+    return result | {"engine": engine_stages(done.stderr)}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--model", help="directory or hub id; the bundled model when absent")
+    source.add_argument("--shape", help="one that benchmarks.decode knows, with random weights")
+    parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--rounds", type=int, default=5, help="processes timed after the first")
+    parser.add_argument("--born", type=float, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def write_shape(shape: str, folder: Path) -> None:
+    from benchmarks.decode import SHAPES, write_config
+
+    if shape not in SHAPES:
+        raise SystemExit(f"--shape must be among {', '.join(SHAPES)}, got {shape}")
+    write_config(shape, folder)
+
+
+def show(first: Round, rounds: list[Round]) -> dict[str, float]:
+    """Prints the table; returns medians by stage, the engine's among them."""
+    medians: dict[str, float] = {}
+
+    def line(name: str, cold: float, later: list[float]) -> None:
+        medians[name.strip()] = statistics.median(later)
+        print(f"{name:<30}{cold:>10.2f}{medians[name.strip()]:>11.2f}")
+
+    print(f"{'stage':<30}{'first, s':>10}{'median, s':>11}")
+    for i, stage in enumerate(STAGES):
+        line(stage, first["seconds"][i], [r["seconds"][i] for r in rounds])
+        for own in first["engine"] if stage == LOADING else ():
+            line(f"  {own}", first["engine"][own], [r["engine"][own] for r in rounds])
+    return medians
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="directory or hub id; the bundled model when absent")
-    parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto")
-    parser.add_argument("--rounds", type=int, default=5, help="processes timed after the first")
-    parser.add_argument("--born", type=float, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse()
     if args.born is not None:
-        child(args.model, args.load_format, args.born)
+        child(args)
         return
     load = os.getloadavg()[0]  # a busy machine's figures mean little
-    first = run_once()
-    rounds = [run_once() for _ in range(args.rounds)] or [first]
-    columns = zip(*(r["seconds"] for r in rounds), strict=True)
-    median = [statistics.median(column) for column in columns]
-    total, peak = sum(median), max(r["peak_mb"] for r in rounds)
-    print(f"{'stage':<20}{'first, s':>10}{'median, s':>11}")
-    for stage, cold, warm in zip(STAGES, first["seconds"], median, strict=True):
-        print(f"{stage:<20}{cold:>10.2f}{warm:>11.2f}")
-    print(f"{'to the first token':<20}{sum(first['seconds']):>10.2f}{total:>11.2f}")
-    print(f"peak memory {peak:.0f} MB, torch {first['torch']}, {args.rounds} rounds")
-    print(f"before it, {load:.1f} tasks wanted the {os.cpu_count()} cores")
-    stages = dict(zip(STAGES, (round(s, 3) for s in median), strict=True))
+    with ExitStack() as stack:
+        kernels = stack.enter_context(tempfile.TemporaryDirectory())
+        if args.shape is not None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            write_shape(args.shape, Path(folder))
+            args.model, args.load_format = folder, "dummy"
+        words = ["--load-format", args.load_format, "--device", args.device]
+        if args.model is not None:
+            words += ["--model", args.model]
+        first = run_once(words, kernels)
+        rounds = [run_once(words, kernels) for _ in range(args.rounds)] or [first]
+    medians = show(first, rounds)
+    stages = {stage: round(medians[stage], 3) for stage in STAGES}
+    total, peak = sum(stages.values()), max(r["peak_mb"] for r in rounds)
+    print(f"{'to the first token':<30}{sum(first['seconds']):>10.2f}{total:>11.2f}")
+    print(f"{first['device']}, peak memory of the host {peak:.0f} MB, torch {first['torch']}")
+    print(f"{args.rounds} rounds; before, {load:.1f} tasks wanted the {os.cpu_count()} cores")
     print(
         json.dumps(
             {
                 "benchmark": "startup",
-                "model": args.model or "bundled",
+                "model": args.shape or args.model or "bundled",
+                "device": first["device"],
                 "seconds": round(total, 3),
                 "first_seconds": round(sum(first["seconds"]), 3),
                 "stages": stages,
+                "engine_stages": {name: round(medians[name], 3) for name in first["engine"]},
+                "first_engine_stages": first["engine"],
                 "load_before": round(load, 1),
                 "peak_mb": round(peak, 1),
             }

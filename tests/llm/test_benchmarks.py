@@ -27,8 +27,25 @@ def test_offline_compares_engines_in_turns(model_directory: Path):
     assert result["ratio"] > 0
 
 
-def test_startup_names_its_stages(model_directory: Path):
+def test_startup_names_its_stages_and_the_engines(model_directory: Path):
     options = ["--model", str(model_directory), *DUMMY, "--rounds", "1"]
     result = run("benchmarks.startup", *options)
     assert abs(sum(result["stages"].values()) - result["seconds"]) < 0.01
     assert result["peak_mb"] > 0
+    assert list(result["engine_stages"]) == list(result["first_engine_stages"])
+    within = sum(result["engine_stages"].values())
+    assert 0 < within <= result["stages"]["load and warm up"] + 0.05  # as they are rounded
+
+
+def test_startup_takes_a_shape():
+    result = run("benchmarks.startup", "--shape", "tiny", "--device", "cpu", "--rounds", "0")
+    assert result["model"] == "tiny"
+    assert abs(result["seconds"] - result["first_seconds"]) < 0.01  # which is all there was
+    assert {"load weights", "plan memory", "warm up"} <= set(result["engine_stages"])
+
+
+def test_startup_refuses_an_unknown_shape():
+    command = [sys.executable, "-m", "benchmarks.startup", "--shape", "qwen3-9b"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "must be among tiny, qwen3-0.6b, qwen3-8b, got qwen3-9b" in done.stderr
