@@ -9,10 +9,9 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not gpu" --durations=5
-# mypy --strict: the pure core, the engine, the native loader and every protocol.
-TYPED := $(wildcard minisgl/__init__.py minisgl/core minisgl/engine minisgl/csrc minisgl/log.py \
-	minisgl/child.py minisgl/config.py minisgl/trace.py minisgl/device minisgl/parallel/__init__.py \
-	minisgl/kernels/op.py)
+# mypy --strict: all that holds no tensors, what people run, and every protocol.
+TYPED := $(wildcard minisgl/*.py minisgl/core minisgl/engine minisgl/server minisgl/csrc \
+	minisgl/device minisgl/parallel/__init__.py minisgl/kernels/op.py)
 
 # $(call stage,name,command): says what runs, and how long it took.
 define stage

@@ -75,7 +75,7 @@ def load_facts(model: str, dtype: str) -> ModelFacts:
     from minisgl.models.hub import model_directory
 
     path = Path(model) if Path(model).is_dir() else model_directory(model, weights=False)
-    return ModelFacts(**ModelConfig.from_hf(path).cost_facts(DTYPES[dtype]))  # type: ignore[arg-type]
+    return ModelFacts(**ModelConfig.from_hf(path).cost_facts(DTYPES[dtype]))
 
 
 def ridge_streams(model: CostModel, context: int) -> int | None:

@@ -75,7 +75,7 @@ class RemotePartner:
                 data = line.decode().strip().removeprefix("data: ")
                 if data == "[DONE]":
                     return
-                chunk = json.loads(data) if data else {"choices": ()}
+                chunk: dict[str, Any] = json.loads(data) if data else {"choices": ()}
                 if "error" in chunk:
                     raise RuntimeError(chunk["error"]["message"])
                 for choice in chunk["choices"]:

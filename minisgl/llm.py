@@ -134,7 +134,7 @@ class _NoTokenizer(Tokenizer):
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         raise ValueError(f"{self._directory} has no tokenizer: prompts must be token ids")
 
-    def encode_chat(self, messages: Conversation, **options: Any) -> list[int]:
+    def encode_chat(self, messages: Conversation, /, **options: Any) -> list[int]:
         raise ValueError(f"{self._directory} has no tokenizer: prompts must be token ids")
 
     def is_special(self, token_id: int) -> bool:
