@@ -1,5 +1,6 @@
 """A machine that serves nothing itself: it runs its ranks for node 0, until that one stops them."""
 
+import contextlib
 import threading
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def run_node(config: EngineConfig, path: Path) -> None:
     ranks = f"rank {first}" if count == 1 else f"ranks {first} to {first + count - 1}"
     who = f"node {config.node_rank} of {config.nnodes} with {ranks}"
     log.info("%s waits for node 0 at %s", who, config.dist_init_addr)
-    _compare(config, open_store(config))
+    store = open_store(config)
+    _compare(config, store)
     ended = threading.Semaphore(0)
     children: dict[int, Child] = {}
     try:
@@ -42,6 +44,10 @@ def run_node(config: EngineConfig, path: Path) -> None:
             for rank, child in children.items():
                 if child.exit_code:
                     raise RuntimeError(child.exit_reason(f"rank {rank}"))
+    except RuntimeError as error:
+        with contextlib.suppress(dist.DistError):  # node 0 may be gone, or need not be told
+            store.set("failed", f"node {config.node_rank}: {error}")
+        raise
     finally:
         for child in children.values():
             child.close()

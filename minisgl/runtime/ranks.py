@@ -185,15 +185,18 @@ class Ranks:
             while missing:
                 came = listener.accept(timeout=0.5)
                 self.check()
+                if store.check(["failed"]):  # of a rank that has not come
+                    raise RuntimeError(store.get("failed").decode())
                 if came is not None:
                     rank, channel = came
-                    self._listen_to(rank, channel)
                     if rank not in missing:
+                        channel.close()
                         raise RuntimeError(
                             f"rank {rank} came where {sorted(missing)} are missing: is each node "
                             "started with its own node_rank?"
                         )
                     missing.remove(rank)
+                    self._listen_to(rank, channel)
                 elif time.monotonic() > deadline:
                     raise RuntimeError(
                         f"ranks {sorted(missing)} did not come to {config.dist_init_addr} within "
@@ -279,8 +282,8 @@ class Ranks:
 
     def _end_all(self) -> None:
         """Nobody waits any longer, and nobody lives on."""
-        if self._comm is not None:
-            self._comm.abort()
+        if (comm := self._comm) is not None:
+            comm.abort()
         for child in list(self._children.values()):  # more may just be starting
             child.kill()
         for channel in list(self._channels.values()):

@@ -2,7 +2,8 @@
 
     MORTAL=1:5 python -m tests.parallel.dying '{"tp_size": 2, ...}'
 
-runs the node of that config; rank 1 is gone after its fifth call to the store, with 0 before all.
+runs the node of that config; rank 1 is gone after its fifth call to the store, with 0 before all,
+and with -1 before it has said to rank 0 that it is there.
 Without words it is a rank's process, in place of `minisgl.runtime.follower`.
 """
 
@@ -74,6 +75,8 @@ def start_rank(boot: Boot) -> Child:
 
 def main() -> int:
     meeting.connect = connect_or_die
+    if CALLS < 0:
+        follower.call = lambda *words: die()
     ranks.start_rank = node.start_rank = start_rank
     if len(sys.argv) == 1:
         return follower.main()

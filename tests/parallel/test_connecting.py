@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -68,17 +67,25 @@ def test_a_rank_that_dies_ends_rank_0(start: Start, calls: int, shared: bool) ->
     assert f"ended: rank 1 {KILLED}" in output
 
 
-@pytest.mark.parametrize("mortal", [f"1:{LAST_CALL}", "0:1"])
-def test_a_rank_that_dies_ends_all_nodes(start: Start, mortal: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+@pytest.mark.parametrize(
+    ("mortal", "reason"),
+    [
+        ("1:-1", f"ended: node 1: rank 1 {KILLED}"),
+        (f"1:{LAST_CALL}", "ended: rank 1, on another node, is gone"),
+    ],
+)
+def test_a_rank_that_dies_ends_all_nodes(
+    start: Start, address: str, mortal: str, reason: str
+) -> None:
     nodes = {"nnodes": 2, "dist_init_addr": address}
-    other = start(mortal, **nodes, node_rank=1)
-    first = start(mortal, **nodes)
-    if mortal.startswith("0"):
-        first.communicate(timeout=2 * SECONDS)
-        assert first.returncode == -signal.SIGKILL
-        assert "rank 0 is gone" in end_of(other)
-    else:
-        assert "ended: rank 1, on another node, is gone" in end_of(first)
-        assert f"ended: rank 1 {KILLED}" in end_of(other)
+    other, first = start(mortal, **nodes, node_rank=1), start(mortal, **nodes)
+    assert reason in end_of(first)
+    assert f"ended: rank 1 {KILLED}" in end_of(other)
+
+
+def test_rank_0_that_dies_ends_all_nodes(start: Start, address: str) -> None:
+    nodes = {"nnodes": 2, "dist_init_addr": address}
+    other, first = start("0:1", **nodes, node_rank=1), start("0:1", **nodes)
+    first.communicate(timeout=2 * SECONDS)
+    assert first.returncode == -signal.SIGKILL
+    assert "rank 0 is gone" in end_of(other)

@@ -21,6 +21,7 @@ from minisgl.core.request import Delta, Request, SamplingParams
 from minisgl.engine.engine import Engine
 from minisgl.runtime import ranks
 from minisgl.runtime.channel import Boot
+from minisgl.runtime.meeting import call, open_store
 from tests.parallel.processes import alive, children
 from tests.runtime.test_plan import CONFIG
 
@@ -122,6 +123,32 @@ def test_a_rank_that_computes_something_else_is_found_when_debugging(
     found = r"step \d+: the sum of the hidden states is -?\d+ on rank 1 and -?\d+ on rank 0"
     with pytest.raises(RuntimeError, match=found):
         build_engine(config)  # the steps that warm up are compared, too
+    assert children() <= before
+
+
+def test_nodes_that_take_each_others_ranks_are_told(config: EngineConfig, address: str) -> None:
+    """Two nodes of three with one node_rank: their ranks come twice, the third's never."""
+    config = _with(config, tp_size=3, nnodes=3, dist_init_addr=address)
+    before, said = children(), []
+
+    def build() -> None:
+        try:
+            build_engine(config)
+        except RuntimeError as error:
+            said.append(str(error))
+
+    first = threading.Thread(target=build)
+    first.start()
+    store = open_store(config)
+    door, key = store.get("channel").decode(), store.get("key")
+    twice = [call(door, 1, key) for _ in range(2)]
+    first.join(SECONDS)
+    assert said == [
+        "rank 1 came where [2] are missing: is each node started with its own node_rank?"
+    ]
+    for rank in twice:  # sent away
+        rank.wait_for_end()
+        rank.close()
     assert children() <= before
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator
 from datetime import timedelta
@@ -30,12 +29,6 @@ def answer() -> str:
     """What one rank says."""
     with LLM(dtype="float32", device="cpu", max_total_tokens=1024) as llm:
         return llm.generate(PROMPT, SamplingParams(max_tokens=24, temperature=0.0)).text
-
-
-@pytest.fixture
-def address() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 def descendants(pid: int) -> set[int]:
