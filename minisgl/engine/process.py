@@ -4,7 +4,6 @@ The two sides share one pair of ZeroMQ sockets in a private directory; messages 
 """
 
 import contextlib
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -37,8 +36,9 @@ class EngineProcess:
     """
 
     def __init__(self, factory: str, config: EngineConfig) -> None:
-        self._directory = tempfile.mkdtemp(prefix="minisgl-")  # mode 0700: only this user connects
-        endpoint = f"ipc://{self._directory}/engine"
+        # Mode 0700: only this user connects. It goes at exit, if nobody closes this process before.
+        self._directory = tempfile.TemporaryDirectory(prefix="minisgl-", ignore_cleanup_errors=True)
+        endpoint = f"ipc://{self._directory.name}/engine"
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
         self.socket.set_hwm(0)  # never block, never drop: backlogs are bounded by admission
         self.socket.setsockopt(zmq.LINGER, 0)
@@ -66,7 +66,7 @@ class EngineProcess:
         """Kill the child and remove its directory. Idempotent."""
         self._child.close()
         self.socket.close(linger=0)
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._directory.cleanup()
 
 
 def main() -> int:

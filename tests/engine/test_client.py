@@ -324,6 +324,19 @@ def test_the_socket_lies_in_a_private_directory_that_goes_away():
     play(scene())
 
 
+UNCLOSED = """
+from minisgl.config import EngineConfig
+from minisgl.engine.process import EngineProcess
+process = EngineProcess("tests.engine.fakes:build", EngineConfig())
+"""
+
+
+def test_it_goes_away_though_nobody_closes_the_process(tmp_path):
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", UNCLOSED], env=env, check=True)
+    assert list(tmp_path.iterdir()) == []
+
+
 PARENT = """
 import sys, time
 from minisgl.config import EngineConfig
