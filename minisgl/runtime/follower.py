@@ -126,9 +126,12 @@ def main() -> int:
     configure(level, f"rank {boot.rank}")
     store = None if boot.shared is not None else open_store(boot.config, port=boot.port)
     channel = _open_channel(boot, store)
-    threading.Thread(target=_leave_with_rank_0, args=(channel,), daemon=True).start()
+    leaving = threading.Thread(target=_leave_with_rank_0, args=(channel,), daemon=True)
+    leaving.start()
     try:
         follow(boot, channel, store)
+    except (EOFError, ConnectionResetError):
+        leaving.join()
     except Exception as error:
         log.exception("rank %d failed", boot.rank)
         with contextlib.suppress(OSError):

@@ -42,11 +42,11 @@ class RankProfiler:
         if self._trace is None:
             return []
         self._device.run(self._stop)
+        trace, self._trace = self._trace, None
         path = Path(directory, f"rank{self._rank}.trace.json.gz")
         path.parent.mkdir(parents=True, exist_ok=True)  # another node may not have it
         path.touch()  # torch itself would only log that it could not write
-        self._trace.export_chrome_trace(str(path))
-        self._trace = None
+        trace.export_chrome_trace(str(path))
         return [str(path)]
 
     def spans(self, events: Sequence[Event]) -> list[tuple[float, float]]:
