@@ -32,7 +32,7 @@ REQUIRES = [
     "jinja2>=3.1.6,<4",  # 3.1.6 closes the last known escape from the template sandbox
     "safetensors>=0.5,<1",
     "huggingface-hub>=0.30,<3",
-    "fastapi>=0.115,<1",
+    "starlette>=0.40,<2",
     "uvicorn>=0.30,<1",
     "uvloop>=0.21,<1; platform_system != 'Windows'",
     "httptools>=0.6,<1",

@@ -100,7 +100,7 @@ def test_everything_imported_is_required(wheel):
             imported |= {name.split(".")[0]: path.name for name in names}
     at_run_time = [r for r in requirements(wheel) if not re.search("test|bench", str(r.marker))]
     required = {canonical(requirement.name) for requirement in at_run_time}
-    required |= {"cuda-bindings", "starlette"}  # the parts of cuda-python and fastapi we name
+    required |= {"cuda-bindings"}  # the part of cuda-python we name
     for name, where in imported.items():
         if name != "minisgl" and name not in sys.stdlib_module_names:
             found = {canonical(distribution) for distribution in distributions.get(name, [name])}

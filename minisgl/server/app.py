@@ -7,10 +7,10 @@ from contextlib import aclosing, contextmanager, suppress
 from typing import Any, TypeVar
 
 import msgspec
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import StreamingResponse
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from minisgl.engine.client import EngineClient, EngineDeadError
@@ -48,15 +48,15 @@ class Api:
         self.metrics = Metrics(engine)
         self._engine = engine
         self._model: ServedModel | None = None
-        self.app = FastAPI(title="minisgl", openapi_url=None)
-        self.app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
-        self.app.add_api_route("/v1/completions", self.completions, methods=["POST"])
-        self.app.add_api_route("/v1/models", self.models, methods=["GET"])
-        self.app.add_api_route("/v1/models/{name:path}", self.model_by_name, methods=["GET"])
-        self.app.add_api_route("/health", self.health, methods=["GET"])
-        self.app.add_api_route("/metrics", self.metrics_text, methods=["GET"])
-        self.app.add_api_route("/profile/start", self.start_profile, methods=["POST"])
-        self.app.add_api_route("/profile/stop", self.stop_profile, methods=["POST"])
+        self.app = Starlette()
+        self.app.add_route("/v1/chat/completions", self.chat, ["POST"])
+        self.app.add_route("/v1/completions", self.completions, ["POST"])
+        self.app.add_route("/v1/models", self.models)
+        self.app.add_route("/v1/models/{name:path}", self.model_by_name)
+        self.app.add_route("/health", self.health)
+        self.app.add_route("/metrics", self.metrics_text)
+        self.app.add_route("/profile/start", self.start_profile, ["POST"])
+        self.app.add_route("/profile/stop", self.stop_profile, ["POST"])
         self.app.add_exception_handler(ApiError, _api_error)
         self.app.add_exception_handler(HTTPException, _http_error)
         self.app.add_exception_handler(Exception, _unexpected_error)
@@ -71,23 +71,23 @@ class Api:
     async def completions(self, request: Request) -> Response:
         return await self._answer(request, "completions", parse_completion)
 
-    async def models(self) -> Response:
+    async def models(self, _: Request) -> Response:
         return _json({"object": "list", "data": [_model_json(self._served())]})
 
-    async def model_by_name(self, name: str) -> Response:
-        model = self._served()
+    async def model_by_name(self, request: Request) -> Response:
+        model, name = self._served(), request.path_params["name"]
         if name != model.name:
             raise unknown_model(name, model.name)
         return _json(_model_json(model))
 
-    async def health(self) -> Response:
+    async def health(self, _: Request) -> Response:
         """200 only where a request would be served: the engine warm and its loop alive."""
         health = self._engine.health()
         state = "starting" if health.ok and self._model is None else health.state
         ready = state == "ready"
         return _json({"status": state, "reason": health.reason}, 200 if ready else 503)
 
-    async def metrics_text(self) -> Response:
+    async def metrics_text(self, _: Request) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def start_profile(self, request: Request) -> Response:
