@@ -5,7 +5,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -319,16 +319,23 @@ class ParallelExecutor:
         self._local.sample(step, masks)
 
     def drafts(self, step: int) -> list[list[int]]:
-        return self._local.drafts(step)
+        with self._explained():
+            return self._local.drafts(step)
 
     def collect(self) -> StepOutput:
-        try:
+        with self._explained():
             output = self._local.collect()
             self._ranks.comm.check()
+            return output
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Where rank 0 waits for its device, which may be waiting for a rank that is gone."""
+        try:
+            yield
         except Exception as error:
             self._broken = True
             self._ranks.explain(error)
-        return output
 
     def check(self) -> None:
         self._ranks.check()

@@ -126,6 +126,29 @@ def test_a_rank_that_computes_something_else_is_found_when_debugging(
     assert children() <= before
 
 
+class Gone:
+    """An executor whose device waited for a rank in vain."""
+
+    def collect(self) -> None:
+        raise RuntimeError("the step failed: a collective was given up")
+
+    def drafts(self, step: int) -> None:
+        self.collect()
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("wait", [lambda executor: executor.drafts(0), lambda e: e.collect()])
+def test_whatever_rank_0_waits_for_the_rank_that_is_gone_is_the_reason(wait) -> None:
+    others = ranks.Ranks(2)
+    executor = ranks.ParallelExecutor(Gone(), others)  # type: ignore[arg-type]
+    threading.Timer(0.1, others._fail, args=("rank 1 has had enough",)).start()  # known a bit later
+    with pytest.raises(RuntimeError, match=r"^rank 1 has had enough$"):
+        wait(executor)
+    executor.close()
+
+
 def test_nodes_that_take_each_others_ranks_are_told(config: EngineConfig, address: str) -> None:
     """Two nodes of three with one node_rank: their ranks come twice, the third's never."""
     config = _with(config, tp_size=3, nnodes=3, dist_init_addr=address)
