@@ -29,7 +29,7 @@ from minisgl.models.config import ModelConfig
 from minisgl.models.hub import model_directory
 from minisgl.runtime.executor import LocalExecutor, plan_on_one_thread
 from minisgl.runtime.node import run_node
-from minisgl.runtime.ranks import ParallelExecutor, load_ranks
+from minisgl.runtime.parallel_executor import ParallelExecutor, load_ranks
 from minisgl.runtime.worker import load_worker, uses_cascade
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny"

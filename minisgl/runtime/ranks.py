@@ -1,45 +1,34 @@
-"""Rank 0's side of tensor parallelism: the other ranks' processes, and the executor over all."""
+"""The ranks that rank 0 leads: their processes, who comes, what they are told, how they end."""
 
 import contextlib
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import msgspec
-import torch
 import torch.distributed as dist
 
 from minisgl.child import Child
 from minisgl.config import EngineConfig
-from minisgl.core.batch import Batch, StepOutput
-from minisgl.core.executor import GrammarMasks, Limits
 from minisgl.device import Device
 from minisgl.log import get_logger
-from minisgl.models.config import ModelConfig
-from minisgl.models.loader import check_shares
 from minisgl.parallel import Communicator, shared_memory
 from minisgl.runtime.channel import (
     Boot,
     Channel,
-    Dispatch,
     Failed,
     FromRank,
     Profiled,
     Ready,
-    Sample,
-    StartProfile,
     Stop,
-    StopProfile,
     ToRank,
 )
-from minisgl.runtime.executor import LocalExecutor
 from minisgl.runtime.meeting import RENDEZVOUS_SECONDS, Listener, meet, open_store, split_address
-from minisgl.runtime.worker import load_worker
 
 EXIT_GRACE = 5.0  # seconds a rank gets to leave when told to, before it is killed
 LAST_WORDS = 2.0  # seconds within which the end of a rank is known, once its work has failed
@@ -288,98 +277,6 @@ class Ranks:
             child.kill()
         for channel in list(self._channels.values()):
             channel.shut()
-
-
-class ParallelExecutor:
-    """The engine's `Executor` over all ranks: whatever the local one is told, they are told too."""
-
-    def __init__(self, local: LocalExecutor, ranks: Ranks) -> None:
-        self._local = local
-        self._ranks = ranks
-        self._broken = False
-
-    @property
-    def limits(self) -> Limits:
-        return self._local.limits
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._local.dtype
-
-    @property
-    def compilations(self) -> int:
-        return self._local.compilations
-
-    def dispatch(self, batch: Batch) -> None:
-        self._ranks.send(Dispatch(batch))
-        self._local.dispatch(batch)
-
-    def sample(self, step: int, masks: GrammarMasks | None = None) -> None:
-        self._ranks.send(Sample(step))  # the masks stay here: only rank 0 draws
-        self._local.sample(step, masks)
-
-    def drafts(self, step: int) -> list[list[int]]:
-        with self._explained():
-            return self._local.drafts(step)
-
-    def collect(self) -> StepOutput:
-        with self._explained():
-            output = self._local.collect()
-            self._ranks.comm.check()
-            return output
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Where rank 0 waits for its device, which may be waiting for a rank that is gone."""
-        try:
-            yield
-        except Exception as error:
-            self._broken = True
-            self._ranks.explain(error)
-
-    def check(self) -> None:
-        self._ranks.check()
-
-    def start_profile(self, *, traces: bool) -> None:
-        self._ranks.send(StartProfile(traces))
-        self._local.start_profile(traces=traces)
-
-    def stop_profile(self, directory: str) -> list[str]:
-        self._ranks.send(StopProfile(directory))
-        try:
-            own = self._local.stop_profile(directory)
-        finally:
-            others = self._ranks.wait_profiled()
-        return own + others
-
-    def close(self) -> None:
-        if self._broken:  # the others may wait for a step that will never come
-            self._ranks.end()
-        self._local.close()
-        self._ranks.close()
-
-
-def load_ranks(
-    config: EngineConfig, path: Path, device: Device
-) -> tuple[ParallelExecutor, ModelConfig]:
-    """Start all ranks and load the model into them; `device` is rank 0's.
-
-    Raises ValueError naming the field for what cannot be, RuntimeError when a rank fails.
-    """
-    check_shares(ModelConfig.from_hf(path), config.tp_size)
-    ranks = Ranks(config.tp_size)
-    try:
-        comm = ranks.start(config, path, device)
-        worker, facts = load_worker(config, path, device, comm)
-        ranks.wait_ready()
-    except BaseException as error:
-        try:
-            ranks.explain(error)
-        finally:
-            ranks.end()
-            ranks.close()
-    local = LocalExecutor(worker, trace_details=config.profile_dir is not None)
-    return ParallelExecutor(local, ranks), facts
 
 
 def start_rank(boot: Boot) -> Child:

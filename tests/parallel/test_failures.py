@@ -22,6 +22,7 @@ from minisgl.engine.engine import Engine
 from minisgl.runtime import ranks
 from minisgl.runtime.channel import Boot
 from minisgl.runtime.meeting import call, open_store
+from minisgl.runtime.parallel_executor import ParallelExecutor
 from tests.parallel.processes import alive, children
 from tests.runtime.test_plan import CONFIG
 
@@ -142,7 +143,7 @@ class Gone:
 @pytest.mark.parametrize("wait", [lambda executor: executor.drafts(0), lambda e: e.collect()])
 def test_whatever_rank_0_waits_for_the_rank_that_is_gone_is_the_reason(wait) -> None:
     others = ranks.Ranks(2)
-    executor = ranks.ParallelExecutor(Gone(), others)  # type: ignore[arg-type]
+    executor = ParallelExecutor(Gone(), others)  # type: ignore[arg-type]
     threading.Timer(0.1, others._fail, args=("rank 1 has had enough",)).start()  # known a bit later
     with pytest.raises(RuntimeError, match=r"^rank 1 has had enough$"):
         wait(executor)
