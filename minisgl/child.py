@@ -93,9 +93,8 @@ class Child:
         while data := os.read(self._process.stderr.fileno(), 1 << 16):
             text = decode(data)
             self._said = (self._said + text)[-LAST_CHARACTERS:]
-            with contextlib.suppress(
-                OSError, ValueError
-            ):  # ours is gone; the child's must not fill
+            # Ours may be gone; the child's must not fill up, which would stop it.
+            with contextlib.suppress(OSError, ValueError, AttributeError):
                 sys.stderr.write(text)
                 sys.stderr.flush()
 

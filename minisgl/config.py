@@ -89,6 +89,7 @@ class EngineConfig:
         _check_nodes(self)
         _require_at_least(self, 1, "max_running_requests", "chunked_prefill_size")
         _require_at_least(self, 1, "max_total_tokens", "context_length", "cuda_graph_max_bs")
+        _require_at_least(self, 1, "cascade_min_shared_tokens")
         if self.profile_dir == "":
             raise ValueError("profile_dir must name a folder, got ''")
         _require_at_least(self, 0, "random_seed")
@@ -102,13 +103,13 @@ class EngineConfig:
             if self.disable_cuda_graph and getattr(self, name) is not None:
                 raise ValueError(f"{name} needs CUDA graphs, got disable_cuda_graph")
         if self.cascade_min_shared_tokens is not None:
-            _require_at_least(self, 1, "cascade_min_shared_tokens")
             for name in ("disable_cascade", "disable_radix_cache", "batch_invariant"):
                 if getattr(self, name):
                     raise ValueError(f"cascade_min_shared_tokens needs cascade groups, got {name}")
-        share = self.mem_fraction_static
-        if share > 1:
-            raise ValueError(f"mem_fraction_static must be at most 1, got {share}")
+        if self.mem_fraction_static > 1:
+            raise ValueError(
+                f"mem_fraction_static must be at most 1, got {self.mem_fraction_static}"
+            )
         _check_speculation(self)
 
     @property
@@ -132,7 +133,6 @@ class ServerConfig(EngineConfig):
     host: str = _option("127.0.0.1", "address to listen on")
     port: int = _option(30000, "TCP port to listen on")
     served_model_name: str | None = _option(None, "name in /v1/models; the model's when absent")
-
     watchdog_timeout: float = _option(60.0, "seconds a step may take before /health says 503")
     drain_timeout: float = _option(30.0, "seconds a shutdown waits for running requests")
 

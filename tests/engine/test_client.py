@@ -225,16 +225,18 @@ def test_a_native_crash_while_loading_is_reported_with_the_last_lines(capfd):
     assert "planted: last words" in capfd.readouterr().err
 
 
-def test_an_engine_that_says_much_needs_nobody_to_hear_it(monkeypatch):
-    class Gone:
-        def write(self, text: str) -> None:
-            raise OSError("the terminal was closed")
+class Gone:
+    def write(self, text: str) -> None:
+        raise OSError("the terminal was closed")
 
+
+@pytest.mark.parametrize("stderr", [Gone(), None])
+def test_an_engine_that_says_much_needs_nobody_to_hear_it(monkeypatch, stderr):
     async def scene():
         async with open_client(f"says={1 << 20}") as client:  # far more than a pipe holds
             assert client.health().ok
 
-    monkeypatch.setattr("sys.stderr", Gone())
+    monkeypatch.setattr("sys.stderr", stderr)
     play(scene())
 
 
