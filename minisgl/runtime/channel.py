@@ -14,6 +14,9 @@ from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch
 
 MESSAGE_BYTES = 2**32 - 1
+# Seconds of silence before the other machine is asked and between questions, how many of them; and
+# milliseconds that what was sent may go unheard, in which nobody asks.
+NOTICE = {"TCP_KEEPIDLE": 4, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 20_000}
 _LENGTH = struct.Struct("<I")
 
 
@@ -140,8 +143,8 @@ class Channel:
 
 
 def _notice_dead_machines(connected: socket.socket) -> None:
-    """Within some ten seconds: a machine that loses power closes no connection."""
+    """Within seconds: a machine that loses power closes no connection."""
     connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
+    for name, value in NOTICE.items():
         if hasattr(socket, name):
             connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
