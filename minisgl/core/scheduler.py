@@ -168,14 +168,17 @@ class Scheduler:
 
     def _plan_decode(self, plan: Plan) -> list[Sequence]:
         """Plan all sequences whose next input is on the device; returns those with prompt left."""
-        prefilling = []
+        running = tuple(self._running)
+        prefilling = [seq for seq in running if seq.num_computed < seq.num_fed]
         chunks, planned, speculation = plan.chunks, plan.sequences, self._speculation
-        drafting = speculation is not None and speculation.begin(len(self._running))
+        drafting = False
+        if speculation is not None:
+            prefills = bool(prefilling or (self._waiting and self._rows))
+            drafting = speculation.begin(len(running) - len(prefilling), prefills)
         num_tokens = num_context = 0
-        for seq in tuple(self._running):
+        for seq in running:
             start = seq.num_computed
             if start < seq.num_fed:
-                prefilling.append(seq)
                 continue
             ahead = seq.num_tokens + seq.num_pending + seq.num_slack
             if ahead >= seq.limit or seq.status is not RUNNING:

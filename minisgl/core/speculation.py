@@ -22,15 +22,17 @@ NONE: list[int] = []
 Proposer = Callable[[Sequence, int], list[int]]
 
 RATE = 0.1  # of moving averages
+TOKEN_RATE = 1 / 64  # of that of tokens: one sequence's luck is another number in every step
 FEW = 4  # measured steps with drafts from which on they are judged
 FEW_TOKENS = 24  # and so many sequences in them together
+WORTH = 1.05  # the gain asked for: planning and packing drafts are not in a step's time
 HOPELESS = 1.25  # the gain, were every draft accepted, that is judged at once
 REFRESH = 256  # steps after which a plain one is measured again
-PROBE_AFTER = 128  # steps after which drafting is tried anew where it did not pay; doubles
-PROBE_MOST = 8192
-PROBE_TOKENS = 256  # of catching up in a step then
-PROBE_MISSES = 32  # steps with drafts and no measure, beside prompts, after which it is given up
-RETRY_AFTER = 32  # plans after which a sequence without luck gets a draft again
+RETRY_STEPS = 128  # after which drafting is tried anew where it did not pay; doubles
+RETRY_STEPS_MOST = 8192
+RETRY_TOKENS = 512  # that the draft model catches up with in a step then
+TRIAL_MISSES = 32  # steps that only get ready for it, after which a trial is given up
+SECOND_CHANCE = 32  # plans after which a sequence without luck gets a draft again
 PRIOR = 4.0  # drafts that the common acceptance counts for in a sequence's own
 FORGETTING = 0.97  # of a sequence's drafts, per step
 
@@ -41,14 +43,17 @@ def propose_on_device(sequence: Sequence, count: int) -> list[int]:
 
 
 class _Load:
-    """What drafting costs and gains at one number of decoding sequences (a power of two)."""
+    """What drafting costs and gains at one number of decoding sequences (a power of two).
+
+    First it is tried, then judged. Where it does not pay it is tried again, ever less often.
+    """
 
     def __init__(self) -> None:
         self.plain = 0.0  # seconds of a step without drafts
-        self.pays = True  # until measured
+        self.pays = False  # as measured
         self._num_plain = 0
-        self._turns = 0  # steps since `pays` changed, or a plain step was measured on purpose
-        self._patience = PROBE_AFTER
+        self._turns = 0  # steps since it was judged, or a plain step was measured on purpose
+        self._rest = 0  # steps between two trials
         self._forget()
 
     def _forget(self) -> None:
@@ -75,6 +80,11 @@ class _Load:
         """Whether it is known what drafts cost."""
         return self._num_drafted >= FEW
 
+    @property
+    def is_retried(self) -> bool:
+        """Whether steps with drafts would be a trial after one that failed."""
+        return not self.pays and self._rest > 0
+
     def turn(self) -> bool:
         """A step begins: whether it may draft."""
         self._turns += 1
@@ -82,9 +92,9 @@ class _Load:
             return False
         if self.pays:
             return self._turns < REFRESH
-        if self._turns == self._patience:
+        if self._turns == self._rest:
             self._forget()
-        return self._turns >= self._patience
+        return self._turns >= self._rest
 
     def observe(self, seconds: float, count: int, num_drafts: int, tokens: float) -> None:
         """A step of `count` sequences decoding, of so many drafts at most and tokens on average."""
@@ -100,34 +110,34 @@ class _Load:
         n = self._num_drafted
         self.slowdown = _average(self.slowdown, seconds / self.plain, n)
         self.drafts = _average(self.drafts, num_drafts, n)
-        self.tokens = _average(self.tokens, tokens, n)
+        self.tokens = _average(self.tokens, tokens, n, min(RATE, TOKEN_RATE * count))
         hopeless = n > 1 and (1.0 + self.drafts) / self.slowdown < HOPELESS
         if hopeless or (n >= FEW and n * count >= FEW_TOKENS):
-            self.judge(self.gain >= 1.0)
+            self.judge(self.gain >= WORTH)
 
     def miss(self) -> None:
-        """A step had drafts, but tells nothing of what they cost."""
+        """A step got ready to draft, which tells nothing of what that costs."""
         self._num_missed += 1
-        if not self.pays and self._num_missed >= PROBE_MISSES:
+        if not self.pays and self._num_missed >= TRIAL_MISSES:
             self._forget()
             self.judge(False)
 
     def judge(self, pays: bool) -> None:
         """Measured: whether to draft at this load. A refusal holds the longer the more follow."""
-        if pays:
-            self._patience = PROBE_AFTER
-        elif not self.pays:
-            self._patience = min(self._patience * 2, PROBE_MOST)
+        if pays or self.pays:
+            self._rest = RETRY_STEPS
+        else:
+            self._rest = min(max(2 * self._rest, RETRY_STEPS), RETRY_STEPS_MOST)
         if not (pays and self.pays):
             self._turns = 0
         self.pays = pays
 
 
-def _average(before: float, value: float, count: int) -> float:
+def _average(before: float, value: float, count: int, rate: float = RATE) -> float:
     """A moving average that starts as a mean; a single stray value counts three times at most."""
     if count > 3:
         value = min(value, 3.0 * before)
-    return before + max(RATE, 1.0 / count) * (value - before)
+    return before + max(rate, 1.0 / count) * (value - before)
 
 
 class Speculation:
@@ -166,16 +176,21 @@ class Speculation:
         self._chunks: list[tuple[Sequence, Chunk]] = []
         self._left = 0  # tokens that may still be caught up in this plan
         self._follows = True  # whether prompts go through the draft model too
+        self._waits = False  # with drafts, for a step that they can be judged by
 
     @property
     def gain(self) -> float:
         """Tokens per second against those without drafts, as measured at the present load."""
         return self._load.gain if self._load.pays else 1.0
 
-    def begin(self, num_sequences: int) -> bool:
-        """A plan begins; whether its `num_sequences` decoding sequences may have drafts."""
-        self._chunks = []
-        self._left = self._chunk_size
+    def begin(self, num_sequences: int, prefills: bool) -> bool:
+        """A plan begins; whether its `num_sequences` decoding sequences may have drafts.
+
+        prefills: whether it may compute prompts beside them.
+        """
+        # A step that waits leaves a hole of one token for every sequence.
+        ready = self._follows and all(chunk.length == 1 for _, chunk in self._chunks)
+        self._chunks, self._left = [], self._chunk_size
         if not self._adaptive:
             return True
         bucket = num_sequences.bit_length()
@@ -186,11 +201,12 @@ class Speculation:
         if may and load.pays and not self._best_count(self._acceptance):
             load.judge(False)
             may = False
-        self._retries = self._turns % RETRY_AFTER == 0
+        self._retries = self._turns % SECOND_CHANCE == 0
         self._turns += 1
-        self._follows = load.pays
-        if may and not load.pays:
-            self._left = PROBE_TOKENS
+        self._follows = may
+        self._waits = not load.pays and (prefills or not ready)
+        if load.is_retried:  # for what will most likely be given up again
+            self._left = min(self._left, RETRY_TOKENS)
         return may
 
     def propose(self, seq: Sequence, most: int) -> list[int]:
@@ -199,6 +215,8 @@ class Speculation:
         if count <= 0:
             return NONE
         if self.on_device and not self._catch_up(seq, seq.num_computed - 1):
+            return NONE
+        if self._waits:
             return NONE
         return self._proposer(seq, count)
 
@@ -231,12 +249,12 @@ class Speculation:
     def observe(self, batch: Batch, output: StepOutput) -> None:
         """Learn from a step's measured time, if it did nothing but decode."""
         count = batch.num_decode
-        if batch.draft_chunks or count != len(batch.chunks) or output.seconds <= 0.0:
-            if any(chunk.drafts for chunk in batch.chunks):
-                self._load.miss()
-            return
         load = self._loads.get(count.bit_length())
-        if load is not None:
+        if load is None or output.seconds <= 0.0:
+            return
+        if any(chunk.length > 1 for chunk in batch.draft_chunks):
+            load.miss()
+        elif count == len(batch.chunks):
             num_drafts = max(len(chunk.drafts) for chunk in batch.chunks)
             load.observe(output.seconds, count, num_drafts, sum(map(len, output.token_ids)) / count)
 
@@ -249,7 +267,7 @@ class Speculation:
     def _best_count(self, p: float) -> int:
         """The number of drafts with the most tokens per second, at acceptance `p`."""
         cost = self._load.cost
-        best, count, tokens, reached = 1.0, 0, 1.0, 1.0
+        best, count, tokens, reached = WORTH, 0, 1.0, 1.0
         # Where drafts do not pay, finding out with many would be what slows the server.
         most = 1 if self._any_width and not self._load.is_measured else self._most
         for k in range(1, most + 1):
@@ -265,8 +283,6 @@ class Speculation:
         if start >= stop:
             return True
         count = min(stop - start, self._left)
-        if count < stop - start and not self._follows:
-            return False  # a probe is not worth a long chunk
         if count > 0:
             ids = seq.token_ids(start, start + count)
             chunk = Chunk(seq.uid, seq.epoch, seq.row, start, count, ids, 0, NONE, False)

@@ -8,6 +8,7 @@ import pytest
 from minisgl.core.batch import Batch, Chunk, StepOutput
 from minisgl.core.executor import Limits
 from minisgl.core.ngram import NGramProposer
+from minisgl.core.policy import SchedulerConfig
 from minisgl.core.request import Request, SamplingParams
 from minisgl.core.scheduler import Scheduler
 from minisgl.core.sequence import Sequence, make_sequences
@@ -236,6 +237,57 @@ def test_sequences_of_one_batch_differ():
     assert drafts[1] <= 1
 
 
+# ---- a server, in which prompts come and go -----------------------------------------------------
+
+
+def tokens_per_second(speculation: Speculation | None, users: int, share: float, row: float):
+    """Users who ask anew when they have been answered, of a device that takes 5 ms at least for a
+    step, and `row` seconds for a token of one; a tenth of it for one of the draft model's."""
+    lengths, luck = Random(1), Random(2)
+    config = SchedulerConfig(disable_radix_cache=True)
+    scheduler = Scheduler(Limits(8000, 16, 256, 4000, 1000), config, speculation=speculation)
+
+    def ask(name: str) -> None:
+        params = SamplingParams(max_tokens=lengths.randrange(50, 200), ignore_eos=True)
+        scheduler.add(Request(name, [1] * lengths.randrange(100, 400), params))
+
+    for user in range(users):
+        ask(str(user))
+    clock, said = 0.0, 0
+    for step in range(1000):
+        batch = scheduler.plan()
+        widest = max(chunk.length for chunk in batch.chunks[: batch.num_decode] or batch.chunks)
+        prompts = sum(chunk.length for chunk in batch.chunks[batch.num_decode :])
+        rows = prompts + batch.num_decode * (widest if batch.num_decode else 0)
+        drafted = 0.0
+        if any(chunk.drafts for chunk in batch.chunks):
+            drafted = 4 * max(0.0004, 0.1 * row * batch.num_decode)
+        drafted += 0.1 * row * sum(chunk.length for chunk in batch.draft_chunks)
+        seconds = (0.0003 + max(0.005, rows * row) + drafted) * luck.uniform(0.95, 1.05)
+        new = [[5] * chunk.samples for chunk in batch.chunks]
+        for tokens, chunk in zip(new, batch.chunks, strict=True):
+            while len(tokens) <= len(chunk.drafts) and luck.random() < share:
+                tokens.append(5)
+        clock += seconds
+        for delta in scheduler.update(batch, StepOutput(batch.step, new, seconds=seconds)):
+            said += len(delta.token_ids)
+            if delta.finish_reason:
+                ask(f"{delta.request_id} {step}")
+    return said / clock
+
+
+@pytest.mark.parametrize("row", [5e-6, 1e-4])
+@pytest.mark.parametrize("share", [0.3, 0.9])
+@pytest.mark.parametrize("users", [1, 16, 100])
+def test_a_server_is_hardly_ever_slowed_by_drafts(users, share, row):
+    """Though most of its steps have prompts in them, of which nothing can be learnt. Where steps
+    wait for memory and drafts are right, it is faster."""
+    speculation = Speculation(propose_on_device, 4, on_device=True, any_width=False)
+    plain = tokens_per_second(None, users, share, row)
+    gain = tokens_per_second(speculation, users, share, row) / plain
+    assert gain > (1.3 if share > 0.8 and row < 1e-5 else 0.95)
+
+
 # ---- the draft model's holes ------------------------------------------------------------------
 
 
@@ -253,7 +305,7 @@ def test_what_was_decoded_without_drafts_is_caught_up_before_the_next_proposal()
     batch = decode(speculation, scheduler)
     ((chunk,),) = (batch.draft_chunks,)  # the prompt goes through the draft model beside it
     assert (chunk.start, chunk.token_ids, chunk.samples) == (0, [1, 2, 3, 4, 5, 6], False)
-    begin, speculation.begin = speculation.begin, lambda count: bool(begin(count)) and False
+    begin, speculation.begin = speculation.begin, lambda *args: begin(*args) and False
     for _ in range(14):
         batch = decode(speculation, scheduler)
         assert not batch.draft_chunks
