@@ -78,12 +78,16 @@ def tokens_of(ranks: int, model: Path | None, **options: Any) -> dict[tuple[str,
         model=None if model is None else str(model), tp_size=ranks, **(TIGHT | options)
     )
     engine = build_engine(config)
+    speculation = engine._scheduler._speculation
+    if speculation is not None:
+        speculation._adaptive = False  # it drafts whether it pays or not
     try:
         assert len(children() - before) >= ranks - 1
         tokens = serve(engine, engine.info.limits.vocab_size)
         stats = engine.stats().scheduler
         assert stats.num_preemptions > 0
         assert stats.num_hit_tokens > 0
+        assert (stats.num_drafts > 0) == (speculation is not None)
     finally:
         engine.close()
     assert children() <= before
@@ -131,6 +135,11 @@ def test_the_bundled_model_is_the_same_on_several_ranks(
     options: dict[str, Any],
 ) -> None:
     assert tokens_of(ranks, None, **options) == bundled
+
+
+def test_two_ranks_draft_in_fixed_orders() -> None:
+    options = {"batch_invariant": True, "dtype": "bfloat16", "max_total_tokens": 8 * 16}
+    assert tokens_of(2, None, **options, **DRAFTING) == tokens_of(2, None, **options)
 
 
 def test_two_ranks_are_batch_invariant_and_profiled(tmp_path: Path) -> None:
