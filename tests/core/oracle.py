@@ -301,8 +301,8 @@ class Fickle(Speculation):
         super().__init__(*args, **facts)
         self.random, self.steady = random, random.choice([0.5, 0.9, 1.0])
 
-    def begin(self, num_sequences: int) -> bool:
-        super().begin(num_sequences)
+    def begin(self, num_sequences: int, prefills: bool) -> bool:
+        super().begin(num_sequences, prefills)
         self._follows = self.random.random() < self.steady
         return self.random.random() < self.steady
 

@@ -69,9 +69,7 @@ def test_the_same_tokens_over_many_prompts(sides, temperature):
 def test_the_same_tokens_over_many_prompts_in_fixed_orders():
     """In bf16, where only the batch-invariant mode promises it; every second prompt greedy."""
     prompts = questions(NUM_PROMPTS, "chat")
-    params = [
-        SamplingParams(temperature=i % 2, seed=i, max_tokens=12) for i in range(NUM_PROMPTS)
-    ]
+    params = [SamplingParams(temperature=i % 2, seed=i, max_tokens=12) for i in range(NUM_PROMPTS)]
     said = []
     for name in ("plain", "draft"):
         with open_llm(name, batch_invariant=True, dtype="bfloat16") as llm:
