@@ -21,7 +21,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, gc=False, array_
     `top_p=1.0` switch those filters off; `temperature=0` is greedy. `logprobs=k` asks for the
     chosen token's log-probability and the k most likely ones; `prompt_logprobs` likewise for the
     prompt. `stop` strings end the text where they begin and are not part of it. `seed=None` is
-    replaced by a random 64-bit seed where the request enters the engine.
+    replaced by a random 64-bit seed where the request enters the engine. One string will do for
+    `stop`, a mapping for `logit_bias`, and None for either and for `stop_token_ids`.
 
     Raises ValueError naming the field, its limit and the value given; TypeError where a value is
     not of the field's type.
@@ -46,11 +47,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, gc=False, array_
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (
-            ("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)),
-            ("stop_token_ids", tuple(self.stop_token_ids)),
-            ("logit_bias", _as_pairs(self.logit_bias)),
+        for name, kind, convert in (
+            ("stop", "a string or a list", lambda s: (s,) if isinstance(s, str) else tuple(s)),
+            ("stop_token_ids", "a list", tuple),
+            ("logit_bias", "a mapping or pairs", _as_pairs),
         ):
+            given = getattr(self, name)
+            try:
+                value = () if given is None else convert(given)
+            except (TypeError, ValueError) as error:
+                raise TypeError(f"{name} must be {kind}, got {given!r}") from error
             msgspec.structs.force_setattr(self, name, value)
         _check_types(self)
         _require("max_tokens", self.max_tokens, low=1, high=MAX_INT)

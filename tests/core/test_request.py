@@ -21,6 +21,10 @@ from minisgl.core.request import SamplingParams
         ({"top_p": 0.0}, ValueError, "top_p must be greater than 0.0 and at most 1.0, got 0.0"),
         ({"seed": 2**64}, ValueError, "seed .* at most 18446744073709551615"),
         ({"stop": [1]}, TypeError, "stop must hold strings, got 1"),
+        ({"stop": 1}, TypeError, "stop must be a string or a list, got 1"),
+        ({"stop_token_ids": 0}, TypeError, "stop_token_ids must be a list, got 0"),
+        ({"logit_bias": [5]}, TypeError, r"logit_bias must be a mapping or pairs, got \[5\]"),
+        ({"logit_bias": 1.5}, TypeError, "logit_bias must be a mapping or pairs, got 1.5"),
         ({"stop": ""}, ValueError, "stop must not contain an empty string"),
         ({"stop_token_ids": [1.0]}, TypeError, "stop_token_ids must hold ints, got 1.0"),
         ({"stop_token_ids": [-1]}, ValueError, "stop_token_ids must be at least 0, got -1"),
@@ -39,3 +43,5 @@ def test_friendly_forms_are_taken():
     assert params.stop == ("end",)
     assert params.stop_token_ids == (3,)
     assert params.logit_bias == ((5, 1), (6, -2.5))
+    absent = SamplingParams(stop=None, stop_token_ids=None, logit_bias=None)
+    assert absent == SamplingParams()
