@@ -26,6 +26,7 @@ from minisgl.kernels.warmup import CompileCounter, serving_launches
 from minisgl.runtime.draft_loading import draft_launches
 from minisgl.runtime.fixed_order import FixedOrder
 from minisgl.runtime.kernel_shapes import model_shapes
+from minisgl.runtime.kv_pool import KVShape
 from tests.kernels.cards import all_ops
 from tests.runtime.harness import VOCAB, make_executor, mixed_requests, serve, tiny_decoder
 from tests.runtime.test_cascade import shared_requests
@@ -125,7 +126,12 @@ def test_warm_up_has_compiled_whatever_a_draft_model_launches(counter, fixed):
     draft = tiny_decoder(torch.bfloat16, seed=1, hidden_size=48, num_key_value_heads=1)
     model = FixedOrder(target, torch.device("cpu")) if fixed else target
     executor = make_executor(
-        model, dtype=torch.bfloat16, graph_widths=(1, 1 + DRAFTS), draft=draft, num_drafts=DRAFTS
+        model,
+        dtype=torch.bfloat16,
+        graph_widths=(1, 1 + DRAFTS),
+        draft=draft,
+        draft_shape=KVShape(2, 1, 16, torch.bfloat16),
+        num_drafts=DRAFTS,
     )
     worker, limits = executor._worker, executor.limits
     engine = EngineShapes(

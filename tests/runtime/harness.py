@@ -68,6 +68,7 @@ def make_executor(
     most_in_pieces: int = 0,
     dtype: torch.dtype = torch.float32,
     draft: Decoder | None = None,
+    draft_shape: KVShape | None = None,
     num_drafts: int = 3,
 ) -> LocalExecutor:
     model = model or tiny_decoder(dtype)
@@ -79,11 +80,7 @@ def make_executor(
         most = min(max_rows, graph_max_sequences)
         multiple = token_multiple(dtype, True)
         sizes = GraphSizes.of(most, graph_widths, True, multiple, most_in_pieces)
-    drafting = None
-    if draft is not None:
-        facts = draft.config
-        own = KVShape(facts.num_layers, facts.num_kv_heads, facts.head_dim, dtype)
-        drafting = Draft(draft, own, num_drafts)
+    drafting = None if draft is None else Draft(draft, draft_shape or shape, num_drafts)
     worker = Worker(device, model, shape, limits, eos_token_ids=EOS, graphs=sizes, draft=drafting)
     return LocalExecutor(worker)
 
