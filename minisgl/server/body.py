@@ -89,13 +89,6 @@ def convert(given: Any, kind: type[T], path: str = "") -> T:
         raise ApiError(f"{param or 'the body'}: {expected}{got}", param=param or None) from error
 
 
-def in_range(name: str, value: int | None, high: int) -> int | None:
-    """`value`, refused unless it is None or in 0..high."""
-    if value is not None and not 0 <= value <= high:
-        raise ApiError(f"{name} must be at least 0 and at most {high}, got {value}", param=name)
-    return value
-
-
 def shown(value: Any) -> str:
     """A wrong value as JSON, cut when it is long."""
     try:

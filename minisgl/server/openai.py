@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from minisgl.core.request import MAX_TOP_LOGPROBS, Request, SamplingParams
-from minisgl.server.body import ApiError, Neutral, convert, in_range, only_known, read, shown
+from minisgl.server.body import ApiError, Neutral, convert, only_known, read, shown
 from minisgl.server.tokenizer import Tokenizer
 
 MAX_PROMPTS = 1024  # in one completions body
@@ -190,7 +190,7 @@ def parse_completion(content: bytes, model: ServedModel) -> Call:
         body,
         model,
         max_tokens=body.max_tokens,
-        logprobs=in_range("logprobs", body.logprobs, MAX_TOP_LOGPROBS),
+        logprobs=body.logprobs,
         prompt_logprobs=echo_logprobs,
     )
     call_id = f"cmpl-{uuid.uuid4().hex}"
@@ -262,10 +262,13 @@ def _max_completion_tokens(body: _ChatBody) -> tuple[str, int | None]:
 
 
 def _chat_logprobs(body: _ChatBody) -> int | None:
-    if body.top_logprobs is not None and not body.logprobs:
-        message = f"top_logprobs needs logprobs to be true, got top_logprobs {body.top_logprobs}"
+    top = body.top_logprobs
+    if top is not None and not body.logprobs:
+        message = f"top_logprobs needs logprobs to be true, got top_logprobs {top}"
         raise ApiError(message, param="top_logprobs")
-    top = in_range("top_logprobs", body.top_logprobs, MAX_TOP_LOGPROBS)
+    if top is not None and not 0 <= top <= MAX_TOP_LOGPROBS:
+        message = f"top_logprobs must be at least 0 and at most {MAX_TOP_LOGPROBS}, got {top}"
+        raise ApiError(message, param="top_logprobs")
     return (top or 0) if body.logprobs else None
 
 

@@ -2,7 +2,7 @@
 
 import codecs
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 from minisgl import __version__
 from minisgl.core.request import FinishReason
@@ -15,22 +15,9 @@ LOWEST_LOGPROB = -9999.0  # OpenAI's for a probability of zero; JSON has no infi
 Json = dict[str, Any]
 
 
-class Shape(Protocol):
-    """How one API writes its choices."""
-
-    whole_object: str
-    chunk_object: str
-
-    def whole(
-        self, choice: int, text: str, scored: list[Scored], finish_reason: FinishReason | None
-    ) -> Json:
-        """A choice of a whole answer."""
-
-    def chunks(self, part: Part) -> Iterator[Json]:
-        """A part as choices of chunks: none while it shows nothing."""
-
-
 class ChatShape:
+    """How the chat API writes its choices."""
+
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
@@ -41,6 +28,7 @@ class ChatShape:
     def whole(
         self, choice: int, text: str, scored: list[Scored], finish_reason: FinishReason | None
     ) -> Json:
+        """A choice of a whole answer."""
         return {
             "index": choice,
             "message": {"role": "assistant", "content": text, "refusal": None},
@@ -49,6 +37,7 @@ class ChatShape:
         }
 
     def chunks(self, part: Part) -> Iterator[Json]:
+        """A part as choices of chunks: none while it shows nothing."""
         if part.is_first:
             yield self._chunk(part.choice, {"role": "assistant", "content": "", "refusal": None})
         if part.text or part.scored:
@@ -91,6 +80,8 @@ class ChatShape:
 
 
 class CompletionShape:
+    """How the completions API writes its choices."""
+
     whole_object = chunk_object = "text_completion"
 
     def __init__(self, call: Call, tokenizer: Tokenizer) -> None:
@@ -164,7 +155,7 @@ class Reply:
 
     def __init__(self, call: Call, tokenizer: Tokenizer) -> None:
         shape = ChatShape if call.kind == "chat" else CompletionShape
-        self._shape: Shape = shape(call, tokenizer)
+        self._shape = shape(call, tokenizer)
         self._call = call
 
     def whole(self, parts: Iterable[Part], usage: Usage) -> Json:
