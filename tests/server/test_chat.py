@@ -88,11 +88,11 @@ def test_an_answer_that_breaks_off_or_is_none_is_told(monkeypatch, capsys, model
 
     monkeypatch.setattr("sys.stdin", io.StringIO("x\n"))
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        thread = threading.Thread(target=serve)
+        thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         assert chat.main(["--url", url]) == code
-        thread.join()
+        thread.join(10)
     assert "minisgl.chat: no answer from 127.0.0.1" in capsys.readouterr().err
 
 

@@ -121,7 +121,7 @@ def test_a_client_that_hangs_up_before_its_body_is_there(server, caplog):
     before = disconnected()
     with socket.create_connection(("127.0.0.1", server.port)) as raw:
         raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
-    assert eventually(lambda: disconnected() == before + 1)
+    assert eventually(lambda: disconnected() > before)
     assert not caplog.records  # no failure of ours
 
 
