@@ -17,6 +17,9 @@ import torch
 
 from minisgl.device.pinned import PinnedRing
 from minisgl.device.protocol import Cut, Graph, Memory, T
+from minisgl.log import get_logger
+
+log = get_logger(__name__)
 
 UPLOAD_BYTES = 32 * 2**20
 DOWNLOAD_BYTES = 16 * 2**20
@@ -176,8 +179,11 @@ class CudaDevice:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            self.stream.synchronize()
-            self._copies.synchronize()
+            try:
+                self.stream.synchronize()
+                self._copies.synchronize()
+            except RuntimeError as error:  # of work whose event has raised it, or nobody waits for
+                log.warning("%s was not left in peace: %s", self.torch_device, error)
 
 
 def _pinned(size: int) -> PinnedRing:

@@ -83,8 +83,10 @@ class ParallelExecutor:
     def close(self) -> None:
         if self._broken:  # the others may wait for a step that will never come
             self._ranks.end()
-        self._local.close()
-        self._ranks.close()
+        try:
+            self._local.close()
+        finally:
+            self._ranks.close()
 
 
 def load_ranks(

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -20,7 +21,7 @@ from minisgl.config import EngineConfig
 from minisgl.core.request import Delta, Request, SamplingParams
 from minisgl.engine.engine import Engine
 from minisgl.runtime import ranks
-from minisgl.runtime.channel import Boot
+from minisgl.runtime.channel import Boot, Channel
 from minisgl.runtime.meeting import call, open_store
 from minisgl.runtime.parallel_executor import ParallelExecutor
 from tests.parallel.processes import alive, children
@@ -137,7 +138,7 @@ class Gone:
         self.collect()
 
     def close(self) -> None:
-        pass
+        raise OSError("nor can it be closed")
 
 
 @pytest.mark.parametrize("wait", [lambda executor: executor.drafts(0), lambda e: e.collect()])
@@ -147,7 +148,12 @@ def test_whatever_rank_0_waits_for_the_rank_that_is_gone_is_the_reason(wait) -> 
     threading.Timer(0.1, others._fail, args=("rank 1 has had enough",)).start()  # known a bit later
     with pytest.raises(RuntimeError, match=r"^rank 1 has had enough$"):
         wait(executor)
-    executor.close()
+    left, right = socket.socketpair()
+    others._listen_to(1, Channel(left))
+    with right, pytest.raises(OSError, match="nor can it be closed"):
+        executor.close()
+    with pytest.raises(OSError, match="Bad file"):  # the others are ended all the same
+        left.send(b"x")
 
 
 def test_nodes_that_take_each_others_ranks_are_told(config: EngineConfig, address: str) -> None:

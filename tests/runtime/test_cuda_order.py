@@ -24,6 +24,7 @@ class World:
         self.passed: set[str] = set()
         self.graphs: list[object] = []
         self.broken = False  # as a capture is in which something forbidden was called
+        self.lost = False  # as a device is that has read where nothing is
 
     def patch(self, monkeypatch) -> None:
         world = self
@@ -41,6 +42,8 @@ class World:
 
             def synchronize(self):
                 world.log.append(f"host waits for {self.name}")
+                if world.lost:
+                    raise RuntimeError("an illegal memory access was encountered")
 
         class Event:
             def __init__(self, enable_timing):
@@ -229,6 +232,14 @@ def test_an_interrupt_reaches_the_caller_and_ends_the_stream(world, device):
     assert "ran" not in world.take()
     with pytest.raises(RuntimeError, match="KeyboardInterrupt"):
         device.record().wait()
+
+
+def test_a_device_that_has_failed_can_be_closed(world, device, caplog):
+    world.lost = True
+    device.close()
+    assert world.take() == ["host waits for stream0"]
+    assert "illegal memory access" in caplog.text
+    device.close()
 
 
 def test_a_failure_skips_what_follows_and_is_raised_by_events(world, device):
