@@ -19,7 +19,6 @@ from minisgl.server.tokenizer import Tokenizer
 
 MAX_PROMPTS = 1024  # in one completions body
 MAX_STOP_STRINGS = 64
-COMPLETION_TOKENS = 16  # of a completion whose body has no max_tokens, as at OpenAI
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Call:
 
     @property
     def params(self) -> SamplingParams:
-        """Equal for all requests but for the seed, and max_tokens where none was given."""
+        """Equal for all requests but for the seed."""
         return self.requests[0].params
 
 
@@ -198,10 +197,7 @@ def parse_completion(content: bytes, model: ServedModel) -> Call:
     for index, (param, prompt) in enumerate(_prompts(body.prompt)):
         ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         _check_prompt(ids, param, params, "max_tokens", model)
-        room = min(model.max_context, model.max_pool_tokens) - len(ids) + 1
-        most = params.max_tokens or max(min(COMPLETION_TOKENS, room), params.min_tokens)
-        bounded = msgspec.structs.replace(params, max_tokens=most)
-        requests.append(_request(f"{call_id}-{index}", ids, bounded, body))
+        requests.append(_request(f"{call_id}-{index}", ids, params, body))
         texts.append(prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt))
     return Call(
         id=call_id,

@@ -3,7 +3,6 @@
 import json
 
 import httpx
-import openai
 import pytest
 
 from minisgl.core.request import SamplingParams
@@ -216,22 +215,12 @@ def test_roles_and_content_parts(client, engine):
 
 
 def test_completion(client, engine):
-    answer = complete(client, max_tokens=50)
+    answer = complete(client)
     assert answer.object == "text_completion"
     assert answer.choices[0].text == engine.text
     assert answer.choices[0].finish_reason == "stop"
     assert answer.choices[0].logprobs is None
     assert engine.requests[0].prompt_token_ids == engine.model.tokenizer.encode("Once")
-
-
-def test_without_max_tokens_a_completion_has_openais_16_or_what_fits(client, engine):
-    prompts = [[40], [41] * 90]  # of a context of 96; the last token needs no room
-    complete(client, prompts)
-    assert [request.params.max_tokens for request in engine.requests] == [16, 7]
-    with pytest.raises(openai.BadRequestError, match="min_tokens asks for 8"):
-        complete(client, prompts, extra_body={"min_tokens": 8})
-    complete(client, extra_body={"min_tokens": 20})
-    assert engine.requests[-1].params.max_tokens == 20
 
 
 @pytest.mark.parametrize(

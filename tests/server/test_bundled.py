@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from tests.server.served import Served
+from minisgl.server.tokenizer import Tokenizer
+from tests.server.served import ROOT, Served
 
 
 @pytest.fixture(scope="module")
@@ -84,17 +85,17 @@ def test_logprobs_are_of_the_text(client):
         )
 
 
-def test_without_a_limit_only_the_context_ends_a_chat(client):
+def test_without_a_limit_only_the_context_ends_an_answer(client):
+    tokenizer = Tokenizer.from_directory(ROOT / "minisgl/assets/tiny")
     (served,) = client.models.list().data
-    answer = client.chat.completions.create(
-        model=served.id,
-        messages=[{"role": "user", "content": "Once upon a time " * 250}],
-        temperature=0,
-        extra_body={"ignore_eos": True},
+    context = served.max_model_len
+    prompt = (tokenizer.encode("Once upon a time ") * context)[: context - 40]
+    answer = client.completions.create(
+        model=served.id, prompt=prompt, temperature=0, extra_body={"ignore_eos": True}
     )
     assert answer.choices[0].finish_reason == "length"
-    assert answer.usage.completion_tokens < 1000
-    assert answer.usage.total_tokens == served.max_model_len
+    assert answer.usage.prompt_tokens == len(prompt)
+    assert answer.usage.completion_tokens == 40
 
 
 def test_the_wire_is_json_line_by_line(served):
