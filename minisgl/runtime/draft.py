@@ -76,7 +76,8 @@ class DraftRunner:
             asked = self._asked[: (1 + self._num_drafts) * size].view(-1, size)
             asked[0].fill_(self._rows.padding)
             asked[1:].zero_()
-            for width in (FIRST_WIDTH, 1):
+            for nth, width in enumerate((FIRST_WIDTH, 1)[: self._num_drafts]):
+                self._nth.fill_(nth)
                 for adjusts in (False, True):
                     self._graph(size, width, adjusts)
 
@@ -95,7 +96,9 @@ class DraftRunner:
         size = sent["propose"].numel() // (1 + self._num_drafts)
         if self._model is not None:
             self._asked[: sent["propose"].numel()].copy_(sent["propose"])
-            for width in (FIRST_WIDTH, *[1] * (passes - 1)):
+            for nth in range(passes):
+                self._nth.fill_(nth)
+                width = 1 if nth else FIRST_WIDTH
                 if self._captures:
                     self._graph(size, width, adjusts).replay()
                 else:
@@ -125,7 +128,10 @@ class DraftRunner:
         return self._drafted[: size * self._num_drafts].view(size, self._num_drafts)
 
     def _pass(self, size: int, width: int, adjusts: bool) -> None:
-        """One pass over `size` rows: the first, of two tokens, or the next one, of one."""
+        """Pass `nth` over `size` rows: the first is of two tokens, later ones are of one.
+
+        `nth` is set by whoever runs it, since capturing a graph runs it once more than is asked.
+        """
         assert self._model is not None
         assert self._pool is not None
         rows = self._rows
@@ -134,12 +140,10 @@ class DraftRunner:
         lengths = rows.lengths.index_select(0, own)
         if width > 1:
             drafted.fill_(PENDING)
-            nth.zero_()
             last, previous = rows.last.index_select(0, own), rows.previous.index_select(0, own)
             ids, starts = torch.stack((previous, last), 1).view(-1), lengths - 1
         else:
-            ids = drafted.index_select(1, nth).view(-1)
-            nth.add_(1)
+            ids = drafted.index_select(1, nth - 1).view(-1)
             starts = lengths + nth.int()
         every = torch.arange(size + 1, dtype=torch.int32, device=own.device)
         counts = asked[1:].index_select(0, nth).view(-1)

@@ -18,6 +18,7 @@ from minisgl.core.policy import SchedulerConfig
 from minisgl.core.request import Request, SamplingParams
 from minisgl.core.scheduler import Scheduler
 from minisgl.core.speculation import PENDING, Speculation, propose_on_device
+from minisgl.device import CpuDevice
 from minisgl.engine.engine import Engine
 from minisgl.engine.messages import EngineInfo
 from minisgl.kernels.advance import advance_rows
@@ -97,6 +98,32 @@ def test_a_draft_model_that_is_the_target_is_always_right(model, executors, over
     assert stats.num_accepted_drafts > 50
     assert rejected(served) == 0
     assert len(served.batches) < len(plain.batches)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_capture_that_runs_what_it_captures_leaves_nothing_behind(
+    model, executors, monkeypatch, count
+):
+    """As on a GPU: warmed up with a draft graph that is not there yet, then all of them captured."""
+    requests = mixed_requests(8, seed=6)
+    plain = serve(executors(), requests)
+    capture = CpuDevice.capture
+
+    def run_and_capture(device, function):
+        function()
+        return capture(device, function)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CpuDevice, "capture", run_and_capture)
+        executor = executors(draft=model, num_drafts=count, graph_widths=(1, 1 + count))
+        worker = executor._worker
+        worker.device.run(worker.runner._draft.capture)
+        for graphs in worker.runner._graphs.values():
+            worker.device.run(graphs.capture)
+    served = serve(executor, requests, speculation=steady(count))
+    assert served.tokens == plain.tokens
+    assert served.scheduler.stats().num_accepted_drafts > 20
+    assert rejected(served) == 0
 
 
 @pytest.mark.parametrize("overlap", [False, True])
