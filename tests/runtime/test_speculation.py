@@ -104,7 +104,7 @@ def test_a_draft_model_that_is_the_target_is_always_right(model, executors, over
 def test_a_capture_that_runs_what_it_captures_leaves_nothing_behind(
     model, executors, monkeypatch, count
 ):
-    """As on a GPU: warmed up with a draft graph that is not there yet, then all of them captured."""
+    """As on a GPU: warmed up with draft graphs that are not there yet, then all captured."""
     requests = mixed_requests(8, seed=6)
     plain = serve(executors(), requests)
     capture = CpuDevice.capture
