@@ -131,27 +131,33 @@ def warm_up(
 
 def capture_pieces(runner: Runner, limits: Limits, geometry: Geometry, tokens: int) -> None:
     """Have the piecewise graphs of so many tokens captured, on the padding row."""
-    runner.forward(_padding_step(limits, geometry, 0, tokens))
+    runner.forward(_padding_step(limits, geometry, [], tokens))
 
 
-def run_largest(runner: Runner, limits: Limits, geometry: Geometry, prompt_tokens: int) -> None:
-    """Run a step of every row and `prompt_tokens` more, the most there can be, on the padding row.
+def run_largest(
+    runner: Runner, limits: Limits, geometry: Geometry, prompt_tokens: int, num_drafts: int
+) -> None:
+    """Run the largest step there can be, on the padding row: every row with `num_drafts` drafts,
+    and `prompt_tokens` more.
 
     What it takes of the device's memory is then taken before serving, or the start fails.
     """
-    step = _padding_step(limits, geometry, limits.max_rows, prompt_tokens)
+    drafts = [0] * num_drafts
+    decode = Chunk(0, 0, limits.max_rows, 1, 1 + num_drafts, [], 0, [], True, drafts)
+    step = _padding_step(limits, geometry, [decode] * limits.max_rows, prompt_tokens)
     runner.forward(step)
     runner.sample(step, None)
 
 
-def _padding_step(limits: Limits, geometry: Geometry, decoding: int, prompt_tokens: int) -> Step:
-    """A step of the padding row, so many times over."""
+def _padding_step(
+    limits: Limits, geometry: Geometry, decoding: list[Chunk], prompt_tokens: int
+) -> Step:
+    """A step of these chunks and of prompts, all on the padding row."""
     row = limits.max_rows
-    decode = Chunk(0, 0, row, 1, 1, [], 0, [], True)
     longest = min(prompt_tokens, limits.max_context)
     lengths = [longest] * (prompt_tokens // longest)
     if prompt_tokens % longest:
         lengths.append(prompt_tokens % longest)
     prompts = [Chunk(0, 0, row, 0, n, [0] * n, 0, [], True) for n in lengths]
     host = HostRows(limits.max_rows, limits.vocab_size, ())
-    return Step(pack_step(Batch(0, [decode] * decoding + prompts, decoding), host, geometry))
+    return Step(pack_step(Batch(0, decoding + prompts, len(decoding)), host, geometry))

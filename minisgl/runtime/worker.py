@@ -57,13 +57,15 @@ class Worker:
         cascade: bool = False,
         draft: Draft | None = None,
         prompt_tokens: int = 0,
+        num_drafts: int = 0,
     ) -> None:
         """Allocates the pool and the rows of `limits`, warms up and captures `graphs`.
 
         stages: where the time this takes is noted. compiled: how many kernels this process has
         compiled so far. compare: every step checks that all ranks of `comm` compute the same.
         cascade: whether steps may come with cascade groups, and are to be ready for. prompt_tokens:
-        of a step, at most; on a GPU such a step is run last.
+        of a step, at most, beside rows with up to `num_drafts` drafts; on a GPU such a step is run
+        last.
         """
         comm = comm or Solo()
         self.device = device
@@ -133,7 +135,8 @@ class Worker:
         self.runner = device.run(build)
         if prompt_tokens and not on_cpu:
             with stages.stage("largest step"):
-                device.run(run_largest, self.runner, limits, self.geometry, prompt_tokens)
+                most = prompt_tokens, num_drafts
+                device.run(run_largest, self.runner, limits, self.geometry, *most)
                 device.record().wait()
         self._compiled, self._compiled_at_start = compiled, compiled()
 
@@ -191,9 +194,10 @@ def load_worker(
         graph_bytes = graphs.static_bytes(vocab) + graphs.pieces_bytes(facts, dtype, comm.size)
         if not on_cpu:
             graph_bytes += graphs.captured_bytes(facts, dtype, comm.size, cascade)
-        workspace = workspace_bytes(facts, config.chunked_prefill_size + max_rows, dtype, comm.size)
+        most_tokens = config.chunked_prefill_size + max_rows * (1 + num_drafts)
+        workspace = workspace_bytes(facts, most_tokens, dtype, comm.size)
         if draft is not None:  # which computes before the target, never beside it
-            workspace = max(workspace, draft.workspace(config.chunked_prefill_size + max_rows))
+            workspace = max(workspace, draft.workspace(most_tokens))
             captures = bool(graphs.by_width) and not on_cpu
             graph_bytes += draft.graph_bytes(draft_sizes(max_rows, on_cpu), captures=captures)
         plan = plan_memory(
@@ -248,6 +252,7 @@ def load_worker(
         cascade=cascade,
         draft=draft,
         prompt_tokens=config.chunked_prefill_size,
+        num_drafts=num_drafts,
     )
     check_graphs(plan, worker.graph_bytes)
     if comm.rank == 0:

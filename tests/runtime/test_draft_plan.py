@@ -20,7 +20,12 @@ from minisgl.parallel import Solo
 from minisgl.runtime import worker
 from minisgl.runtime.draft import FIRST_WIDTH, DraftRunner
 from minisgl.runtime.draft_loading import Draft, draft_sizes
-from minisgl.runtime.footprint import NODE_BYTES, NODES_PER_LAYER, OTHER_NODES
+from minisgl.runtime.footprint import (
+    NODE_BYTES,
+    NODES_PER_LAYER,
+    OTHER_NODES,
+    workspace_bytes,
+)
 from minisgl.runtime.kv_pool import KVShape, MemoryPlan, plan_memory
 from minisgl.runtime.rows import RowBuffers
 from tests.runtime.test_plan import CONFIG
@@ -136,3 +141,6 @@ def test_the_draft_models_share_reaches_the_plan(monkeypatch: pytest.MonkeyPatch
     assert within["graphs"] - without["graphs"] == 4 * 5 * (1 + 2 * DRAFTS) + 8
     assert within["weights"] > without["weights"]
     assert within["workspace"] == without["workspace"]  # the bundled draft model is smaller
+    facts = ModelConfig.from_hf(BUNDLED_MODEL)
+    most = 64 + 5 * (1 + DRAFTS)  # tokens: prompts', and every row's with its drafts
+    assert without["workspace"] == workspace_bytes(facts, most, facts.dtype, 1)

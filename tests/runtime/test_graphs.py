@@ -144,8 +144,8 @@ def test_a_warm_up_asks_for_everything_and_leaves_padding_greedy(executors, page
     assert serve(executor, requests).tokens == serve(executors(**facts), requests).tokens
 
 
-@pytest.mark.parametrize("tokens", [20, 300])  # the context is 128
-def test_the_largest_step_has_every_row_and_leaves_nothing_behind(executors, tokens):
+@pytest.mark.parametrize(("tokens", "drafts"), [(20, 0), (300, 0), (20, 3)])  # the context is 128
+def test_the_largest_step_has_every_row_and_leaves_nothing_behind(executors, tokens, drafts):
     executor = executors()
     worker, sizes = executor._worker, []
 
@@ -157,11 +157,12 @@ def test_the_largest_step_has_every_row_and_leaves_nothing_behind(executors, tok
 
     runner = worker.runner
     runner.__class__ = Watched
-    worker.device.run(run_largest, runner, worker.limits, worker.geometry, tokens)
+    worker.device.run(run_largest, runner, worker.limits, worker.geometry, tokens, drafts)
     ((most, points, replays),) = sizes
     chunks = -(-tokens // 128)
-    assert most == -(-(8 + tokens) // 8) * 8  # padded, in fp32
-    assert (points, replays) == (8 + chunks, False)
+    decoding = 8 * (1 + drafts)
+    assert most == -(-(decoding + tokens) // 8) * 8  # padded, in fp32
+    assert (points, replays) == (decoding + chunks, False)
     requests = mixed_requests(7, seed=8)
     assert serve(executor, requests).tokens == serve(executors(), requests).tokens
 
