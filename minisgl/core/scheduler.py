@@ -142,7 +142,7 @@ class Scheduler:
         plan = Plan()
         prefilling = self._plan_decode(plan)
         num_decode = len(plan.chunks)
-        if prefilling or (self._waiting and self._rows):
+        if prefilling or self._can_admit():
             self._plan_prefill(plan, prefilling)
         copies, commits = self._cache.finish()
         if not plan.chunks:
@@ -173,7 +173,7 @@ class Scheduler:
         chunks, planned, speculation = plan.chunks, plan.sequences, self._speculation
         drafting = False
         if speculation is not None:
-            prefills = bool(prefilling or (self._waiting and self._rows))
+            prefills = bool(prefilling) or self._can_admit()
             drafting = speculation.begin(len(running) - len(prefilling), prefills)
         num_tokens = num_context = 0
         for seq in running:
@@ -224,8 +224,13 @@ class Scheduler:
             if left <= 0:
                 return
             left -= self._add_prefill(plan, seq, left)
-        if self._waiting and self._rows and left > 0 and not plan.short_of_pages:
+        if left > 0 and not plan.short_of_pages and self._can_admit():
             self._admit(plan, left)
+
+    def _can_admit(self) -> bool:
+        """Whether anybody waits, for whom there are a row and pages (see `headroom`)."""
+        available = self._cache.pool.num_available
+        return bool(self._waiting and self._rows) and len(self._running) < available
 
     def _admit(self, plan: Plan, left: int) -> None:
         """Start waiting sequences. One that does not fit is passed by, but not for ever."""
@@ -233,8 +238,6 @@ class Scheduler:
         tries = min(len(self._rows), left) + config.scan_limit
         stuck: list[Sequence] = []
         context = sum(seq.num_tokens for seq in self._running) if config.itl_target_ms else 0
-        if len(self._running) >= self._cache.pool.num_available:  # see `headroom`
-            return
         for seq in self._waiting.candidates(tries, self._clock(), self._matched):
             if left <= 0 or not self._rows:
                 return

@@ -85,13 +85,13 @@ class _Load:
         """Whether steps with drafts would be a trial after one that failed."""
         return not self.pays and self._rest > 0
 
-    def turn(self) -> bool:
-        """A step begins: whether it may draft."""
+    def turn(self, prefills: bool) -> bool:
+        """A step begins: whether it may draft. One with prompts in it is not measured."""
         self._turns += 1
         if self._num_plain < 2:
             return False
         if self.pays:
-            return self._turns < REFRESH
+            return prefills or self._turns < REFRESH
         if self._turns == self._rest:
             self._forget()
         return self._turns >= self._rest
@@ -197,7 +197,7 @@ class Speculation:
         if bucket not in self._loads:
             self._loads[bucket] = _Load()
         load = self._load = self._loads[bucket]
-        may = load.turn()
+        may = load.turn(prefills)
         if may and load.pays and not self._best_count(self._acceptance):
             load.judge(False)
             may = False
@@ -252,10 +252,11 @@ class Speculation:
         load = self._loads.get(count.bit_length())
         if load is None or output.seconds <= 0.0:
             return
-        if any(chunk.length > 1 for chunk in batch.draft_chunks):
+        num_drafts = max(len(chunk.drafts) for chunk in batch.chunks)
+        caught_up = batch.draft_chunks
+        if caught_up and (not num_drafts or any(chunk.length > 1 for chunk in caught_up)):
             load.miss()
         elif count == len(batch.chunks):
-            num_drafts = max(len(chunk.drafts) for chunk in batch.chunks)
             load.observe(output.seconds, count, num_drafts, sum(map(len, output.token_ids)) / count)
 
     def _count(self, seq: Sequence) -> int:

@@ -205,6 +205,33 @@ def test_a_trial_that_cannot_be_measured_is_given_up():
     assert run.widths[measured:].count(1) > 500
 
 
+def test_drafting_that_pays_goes_on_beside_prompts():
+    """The plain step that is due is one that can be measured: not one with prompts in it."""
+    run = Simulated(0.9, flat).run(60)
+    measured = len(run.widths)
+    for index in range(600):
+        run.scheduler.add(Request(f"prompt {index}", [index + 1], SamplingParams(max_tokens=1)))
+        run.run(1)
+    assert run.widths[measured:].count(5) > 500
+    run.run(20)
+    assert 1 in run.widths[-20:]
+
+
+def test_a_step_that_only_catches_up_is_no_plain_one_and_no_reason_to_go_on():
+    speculation = Speculation(propose_on_device, 2, on_device=True)
+    speculation.begin(1, False)
+    chunk, late = (Chunk(0, 0, 0, start, 1, [7], 0, [], True) for start in (9, 8))
+    for seconds, draft_chunks in ((1.0, []), (5.0, [late]), (1.0, [])):
+        batch = Batch(0, [chunk], 1, draft_chunks=draft_chunks)
+        speculation.observe(batch, StepOutput(0, [[5]], seconds=seconds))
+    assert speculation._load.plain == 1.0
+    assert speculation.begin(1, True)
+    for _ in range(40):
+        batch = Batch(0, [chunk], 1, draft_chunks=[late])
+        speculation.observe(batch, StepOutput(0, [[5]], seconds=1.0))
+    assert not speculation.begin(1, True)
+
+
 def test_a_sequence_gets_as_many_as_its_acceptance_is_worth():
     def costly(width: int) -> float:
         return 0.010 * (1 + 0.12 * (width - 1))
