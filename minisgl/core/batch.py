@@ -8,6 +8,7 @@ import msgspec
 
 from minisgl.core.request import SamplingParams, TokenLogprobs
 
+PENDING = -1  # a token that only the device knows; a start position likewise
 MAX_CASCADE_GROUPS = 16  # of a batch: a captured launch covers this many, whatever there are
 
 

@@ -12,10 +12,9 @@ draft chunks before it proposes again.
 
 from collections.abc import Callable
 
-from minisgl.core.batch import Batch, Chunk, StepOutput
+from minisgl.core.batch import PENDING, Batch, Chunk, StepOutput
 from minisgl.core.sequence import Sequence
 
-PENDING = -1  # a draft that only the device knows
 NONE: list[int] = []
 
 # Names up to so many tokens that may follow those a sequence holds and has pending.

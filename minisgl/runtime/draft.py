@@ -19,12 +19,13 @@ from functools import partial
 
 import torch
 
+from minisgl.core.batch import PENDING
 from minisgl.device import Device, Graph
 from minisgl.kernels.sampling import adjust_logits, sample
 from minisgl.models.decoder import Decoder
 from minisgl.parallel import Communicator
 from minisgl.runtime.kv_pool import KVPool
-from minisgl.runtime.proposals import FILL, PENDING, RAGGED, resolve
+from minisgl.runtime.proposals import FILL, RAGGED, resolve
 from minisgl.runtime.ragged import ragged_inputs
 from minisgl.runtime.rows import RowBuffers
 

@@ -18,13 +18,13 @@ from functools import partial
 
 import torch
 
+from minisgl.core.batch import PENDING
 from minisgl.core.executor import GrammarMasks
 from minisgl.device import Device, Graph
 from minisgl.layers.attention import ForwardInputs
 from minisgl.runtime.footprint import GraphSizes, mask_words
 from minisgl.runtime.inputs import StepArrays, cascade_words, decode_words, pack_masks
 from minisgl.runtime.kv_pool import KVPool
-from minisgl.runtime.proposals import PENDING
 from minisgl.runtime.ragged import fill_inputs
 from minisgl.runtime.rows import RowBuffers
 from minisgl.runtime.sampler import Masks, Points, Sampler, Shaping

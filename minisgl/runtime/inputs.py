@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from minisgl.core.batch import MAX_CASCADE_GROUPS, Batch, Chunk
+from minisgl.core.batch import MAX_CASCADE_GROUPS, PENDING, Batch, Chunk
 from minisgl.core.executor import GrammarMasks
 from minisgl.runtime.proposals import (
-    PENDING,
     number_drafts,
     pack_draft_chunks,
     pack_proposals,

@@ -10,10 +10,9 @@ import msgspec
 import numpy as np
 import torch
 
-from minisgl.core.batch import Batch, Chunk
+from minisgl.core.batch import PENDING, Batch, Chunk
 from minisgl.runtime.rows import Sections
 
-PENDING = -1  # a token id still on the device; a start position known only there
 DRAFTED = -2
 RAGGED = ("token_ids", "sequences", "offsets", "rows", "starts", "num_tokens")
 FILL = "fill_"  # before the names of what the draft model alone computes

@@ -66,45 +66,31 @@ class Runner:
         pool: KVPool,
         rows: RowBuffers,
         sampler: Sampler,
-        graphs: Mapping[int, DecodeGraphs] | None = None,
-        buffers: StaticBuffers | None = None,
-        pieces: PiecewiseGraphs | None = None,
         *,
         draft: DraftRunner | None = None,
         compare: Communicator | None = None,
     ) -> None:
-        """graphs: by width; buffers: theirs. pieces: of other steps. compare: each step, between
-        ranks."""
+        """compare: each step, between ranks."""
         self._device = device
         self._model = model
         self._pool = pool
         self._rows = rows
         self._sampler = sampler
-        self._graphs = graphs or {}
-        self._pieces = pieces
         self._draft = draft
-        self._staging = None if buffers is None else buffers.staging
         self._compare = compare
+        self._graphs: Mapping[int, DecodeGraphs] = {}
+        self._staging: torch.Tensor | None = None
+        self._pieces: PiecewiseGraphs | None = None
 
-    def with_graphs(
+    def use_graphs(
         self,
         graphs: Mapping[int, DecodeGraphs],
         buffers: StaticBuffers,
-        pieces: PiecewiseGraphs | None = None,
-    ) -> "Runner":
-        """The same, replaying the steps that are laid out for these graphs."""
-        return Runner(
-            self._device,
-            self._model,
-            self._pool,
-            self._rows,
-            self._sampler,
-            graphs,
-            buffers,
-            pieces,
-            draft=self._draft,
-            compare=self._compare,
-        )
+        pieces: PiecewiseGraphs | None,
+    ) -> None:
+        """From now on, replay the steps that are laid out for these: decode graphs by width, on
+        their buffers, and other steps in pieces."""
+        self._graphs, self._staging, self._pieces = graphs, buffers.staging, pieces
 
     def begin(self, step: Step) -> None:
         """Upload the step, and let the draft model propose what it asks for."""

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import torch
 
-from minisgl.core.batch import Batch, CascadeGroup, Chunk, CopyJob, RowSetup
+from minisgl.core.batch import PENDING, Batch, CascadeGroup, Chunk, CopyJob, RowSetup
 from minisgl.core.executor import GrammarMasks, Limits
 from minisgl.core.request import SamplingParams
 from minisgl.device import Device
@@ -20,7 +20,6 @@ from minisgl.parallel import Communicator
 from minisgl.runtime.footprint import mask_words
 from minisgl.runtime.inputs import Geometry, pack_step
 from minisgl.runtime.kernel_shapes import model_shapes
-from minisgl.runtime.proposals import PENDING
 from minisgl.runtime.rows import HostRows
 from minisgl.runtime.runner import Runner, Step
 

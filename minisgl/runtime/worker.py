@@ -99,7 +99,7 @@ class Worker:
                     drafting = draft.runner(device, limits, rows, comm, passes, graphs=captures)
                 keeps_previous = draft is not None
                 sampler = Sampler(device, model.logits, rows, comm, keeps_previous=keeps_previous)
-                eager = Runner(
+                runner = Runner(
                     device,
                     model,
                     pool,
@@ -108,9 +108,9 @@ class Worker:
                     draft=drafting,
                     compare=comm if compare else None,
                 )
-                warm_up(eager, limits, self.geometry, cascade=cascade, everything=not on_cpu)
+                warm_up(runner, limits, self.geometry, cascade=cascade, everything=not on_cpu)
             if not graphs.by_width:
-                return eager
+                return runner
             free = device.memory().free
             if drafting is not None and not on_cpu:
                 with stages.stage("capture the draft model"):
@@ -122,7 +122,7 @@ class Worker:
             }
             sizes = graphs.pieces
             pieces = PiecewiseGraphs(device, model.forward, sizes) if sizes else None
-            runner = eager.with_graphs(by_width, buffers, pieces)
+            runner.use_graphs(by_width, buffers, pieces)
             if not on_cpu:  # where it costs nothing, graphs are made when they are first needed
                 with stages.stage("capture graphs"):
                     for decode in by_width.values():

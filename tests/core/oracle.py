@@ -12,7 +12,7 @@ from random import Random
 
 import msgspec
 
-from minisgl.core.batch import Batch, Chunk, RowSetup, StepOutput
+from minisgl.core.batch import PENDING, Batch, Chunk, RowSetup, StepOutput
 from minisgl.core.costmodel import CostModel, DeviceFacts, ModelFacts
 from minisgl.core.executor import Limits
 from minisgl.core.ngram import NGramProposer
@@ -20,7 +20,7 @@ from minisgl.core.policy import SchedulerConfig
 from minisgl.core.request import Delta, Request, SamplingParams, TokenLogprobs
 from minisgl.core.scheduler import Scheduler
 from minisgl.core.sequence import Sequence
-from minisgl.core.speculation import PENDING, Speculation, propose_on_device
+from minisgl.core.speculation import Speculation, propose_on_device
 
 VOCAB = 23
 EOS = 0

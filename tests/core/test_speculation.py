@@ -5,14 +5,14 @@ from random import Random
 
 import pytest
 
-from minisgl.core.batch import Batch, Chunk, StepOutput
+from minisgl.core.batch import PENDING, Batch, Chunk, StepOutput
 from minisgl.core.executor import Limits
 from minisgl.core.ngram import NGramProposer
 from minisgl.core.policy import SchedulerConfig
 from minisgl.core.request import Request, SamplingParams
 from minisgl.core.scheduler import Scheduler
 from minisgl.core.sequence import Sequence, make_sequences
-from minisgl.core.speculation import PENDING, Speculation, propose_on_device
+from minisgl.core.speculation import Speculation, propose_on_device
 
 LIMITS = Limits(8000, 4, 64, 4000, 1000)
 

@@ -8,12 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisgl.core.batch import Batch, Chunk, RowSetup
+from minisgl.core.batch import PENDING, Batch, Chunk, RowSetup
 from minisgl.core.request import SamplingParams
 from minisgl.device import CpuDevice
 from minisgl.kernels.advance import advance_rows, prepare_inputs
 from minisgl.runtime.inputs import (
-    PENDING,
     Geometry,
     StepArrays,
     decode_words,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from minisgl.core.batch import Batch, CascadeGroup, Chunk, RowSetup
+from minisgl.core.batch import PENDING, Batch, CascadeGroup, Chunk, RowSetup
 from minisgl.core.executor import GrammarMasks
 from minisgl.core.request import SamplingParams
 from minisgl.kernels.attention import attention
@@ -18,7 +18,6 @@ from minisgl.kernels.decode import decode
 from minisgl.kernels.op import forced
 from minisgl.kernels.qkv_prepare import qkv_prepare
 from minisgl.runtime.inputs import pack_step
-from minisgl.runtime.proposals import PENDING
 from minisgl.runtime.runner import Step
 from tests.runtime.harness import VOCAB, make_executor, tiny_decoder
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from minisgl.core.batch import Batch, Chunk, RowSetup
+from minisgl.core.batch import PENDING, Batch, Chunk, RowSetup
 from minisgl.core.ngram import NGramProposer
 from minisgl.core.policy import SchedulerConfig
 from minisgl.core.request import Request, SamplingParams
 from minisgl.core.scheduler import Scheduler
-from minisgl.core.speculation import PENDING, Speculation, propose_on_device
+from minisgl.core.speculation import Speculation, propose_on_device
 from minisgl.device import CpuDevice
 from minisgl.engine.engine import Engine
 from minisgl.engine.messages import EngineInfo
