@@ -53,7 +53,7 @@ def build_engine(config: EngineConfig) -> Engine:
             propose_on_device if on_device else ngram,
             config.num_draft_tokens,
             on_device=on_device,
-            any_width=device.torch_device.type == "cpu",
+            any_width=not device.captures,
             chunk_size=config.chunked_prefill_size,
         )
     facts = ModelFacts(**model.cost_facts(executor.dtype))

@@ -77,6 +77,7 @@ class CpuDevice:
     """
 
     torch_device = torch.device("cpu")
+    captures = False
 
     def __init__(self, num_threads: int | None = None) -> None:
         self.num_threads = num_threads or default_num_threads()

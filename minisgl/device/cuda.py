@@ -69,6 +69,8 @@ class CudaPieces:
 class CudaDevice:
     """One CUDA device. One thread uses it."""
 
+    captures = True
+
     def __init__(self, index: int = 0) -> None:
         self.torch_device = torch.device("cuda", index)
         self.stream: Any = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]

@@ -63,6 +63,10 @@ class Device(Protocol):
     def torch_device(self) -> torch.device: ...
 
     @property
+    def captures(self) -> bool:
+        """Whether graphs are worth being made ahead, of few sizes; else a graph is a call."""
+
+    @property
     def name(self) -> str:
         """What a person would call it."""
 

@@ -73,7 +73,7 @@ class Worker:
         self.dtype = shape.dtype
         self.graph_bytes = 0  # what capturing took
         graphs, stages = graphs or GraphSizes({}), stages or Stages()
-        on_cpu = device.torch_device.type == "cpu"
+        on_cpu = not device.captures
         max_pages = _page_table_width(limits)
         passes = () if draft is None else draft_sizes(limits.max_rows, on_cpu)
         self.geometry = Geometry(
@@ -159,7 +159,7 @@ def load_worker(
     """
     comm, stages, kernels = comm or Solo(), Stages(), Kernels(device)
     facts = ModelConfig.from_hf(path)
-    on_cpu = device.torch_device.type == "cpu"
+    on_cpu = not device.captures
     dtype = facts.dtype if config.dtype == "auto" else DTYPES[config.dtype]
     cascade = uses_cascade(config, facts, device)
     max_context = config.context_length or facts.max_context
