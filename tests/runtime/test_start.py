@@ -8,6 +8,7 @@ from collections.abc import Callable
 from itertools import zip_longest
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -15,7 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 from minisgl.build import BUNDLED_MODEL
 from minisgl.config import EngineConfig
+from minisgl.core.batch import Batch
+from minisgl.core.executor import GrammarMasks
 from minisgl.core.policy import SchedulerConfig
+from minisgl.core.request import SamplingParams
 from minisgl.core.speculation import Speculation, propose_on_device
 from minisgl.device import CpuDevice
 from minisgl.kernels.op import Op
@@ -23,7 +27,7 @@ from minisgl.runtime.executor import LocalExecutor
 from minisgl.runtime.worker import load_worker
 from tests.runtime.harness import mixed_requests, serve
 
-ROWS = 6
+ROWS, VOCAB = 6, 2048  # of the bundled model
 
 
 class Tape(TorchDispatchMode):
@@ -96,7 +100,14 @@ def load(device: CpuDevice, **options: Any) -> LocalExecutor:
     return LocalExecutor(load_worker(config, BUNDLED_MODEL, device)[0])
 
 
+def mask_all(batch: Batch) -> GrammarMasks:
+    """Every token allowed, for the first chunk that samples, if there is one."""
+    indices = [i for i, chunk in enumerate(batch.chunks) if chunk.samples][:1]
+    return GrammarMasks(indices, np.full((len(indices), VOCAB // 32), 2**32 - 1, np.uint32))
+
+
 DRAFTS = {"speculative_algorithm": "draft", "speculative_draft_model": "tiny-draft"}
+BARE = {"temperature": 0.0, "max_tokens": 12}
 IN_PIECES = {"piecewise_cuda_graph_max_tokens": 64, "cascade_min_shared_tokens": 1}
 
 
@@ -110,9 +121,13 @@ IN_PIECES = {"piecewise_cuda_graph_max_tokens": 64, "cascade_min_shared_tokens":
     ids=str,
 )
 def test_a_start_as_on_a_gpu_serves_as_one_without_graphs(monkeypatch, options):
-    requests = mixed_requests(10, seed=3)
+    # Steps with log-probabilities are sampled eagerly, those with plain requests alone in the
+    # plain second half.
+    requests = sorted(mixed_requests(12, seed=3), key=lambda r: r.params.logprobs is not None)
+    bare = [r for r in requests if r.params == SamplingParams(**BARE, seed=r.params.seed)]
+    assert len(bare) > 1
     plain = load(CpuDevice(num_threads=1), disable_cuda_graph=True)
-    expected = serve(plain, requests).tokens
+    expected = [serve(plain, wanted).tokens for wanted in (requests, bare)]
     plain.close()
     device, call = Captures(num_threads=1), Op.__call__
 
@@ -127,8 +142,9 @@ def test_a_start_as_on_a_gpu_serves_as_one_without_graphs(monkeypatch, options):
 
     monkeypatch.setattr(Op, "__call__", taken_down)
     executor = load(device, **options)
-    captured, speculation = device.captured, None
+    captured = device.captured
     assert captured >= 4 * 4  # sizes 1, 2, 4 and 8: a first half and three second ones
+    speculation = None
     if "speculative_algorithm" in options:
         count = options["speculative_num_draft_tokens"]
         speculation = Speculation(propose_on_device, count, on_device=True, adaptive=False)
@@ -136,9 +152,13 @@ def test_a_start_as_on_a_gpu_serves_as_one_without_graphs(monkeypatch, options):
         chunked_prefill_size=48,
         cascade_min_shared_tokens=options.get("cascade_min_shared_tokens"),
     )
-    served = serve(executor, requests, config=config, speculation=speculation)
+    served = [
+        serve(executor, wanted, config=config, speculation=speculation)
+        for wanted in (requests, bare)
+    ]
+    assert [result.tokens for result in served] == expected
+    assert serve(executor, bare, config=config, masks=mask_all).tokens == expected[1]
     executor.close()
-    assert served.tokens == expected
     assert device.captured == captured  # none while serving
     if speculation is not None:
-        assert served.scheduler.stats().num_drafts > 50
+        assert speculation.num_drafts > 50
