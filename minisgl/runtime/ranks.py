@@ -32,6 +32,7 @@ from minisgl.runtime.meeting import RENDEZVOUS_SECONDS, Listener, meet, open_sto
 
 EXIT_GRACE = 5.0  # seconds a rank gets to leave when told to, before it is killed
 LAST_WORDS = 2.0  # seconds within which the end of a rank is known, once its work has failed
+FIRST_CAUSE = 1.0  # seconds that a rank's complaint waits for another's end, which may be behind it
 
 Said = TypeVar("Said", Ready, Profiled)
 
@@ -244,6 +245,8 @@ class Ranks:
             while True:
                 message = decode(channel.receive() or b"")
                 if isinstance(message, Failed):
+                    with self._changed:
+                        self._changed.wait_for(lambda: self.failure is not None, FIRST_CAUSE)
                     self._fail(f"rank {rank} failed: {message.reason}")
                     continue
                 with self._changed:
