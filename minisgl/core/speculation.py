@@ -268,8 +268,12 @@ class Speculation:
         """The number of drafts with the most tokens per second, at acceptance `p`."""
         cost = self._load.cost
         best, count, tokens, reached = WORTH, 0, 1.0, 1.0
-        # Where drafts do not pay, finding out with many would be what slows the server.
-        most = 1 if self._any_width and not self._load.is_measured else self._most
+        most = self._most
+        if self._any_width:
+            # What many cost is not foretold by what one does: to find out with many at once would
+            # be what slows the server.
+            known = 2.0 * self._load.drafts if self._load.is_measured else 1.0
+            most = min(most, max(1, round(known)))
         for k in range(1, most + 1):
             reached *= p
             tokens += reached
