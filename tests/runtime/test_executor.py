@@ -10,7 +10,6 @@ from minisgl.core.executor import GrammarMasks
 from minisgl.core.policy import SchedulerConfig
 from minisgl.core.request import Request, SamplingParams
 from minisgl.core.speculation import Speculation
-from minisgl.runtime.executor import LocalExecutor
 from minisgl.runtime.sampler import Sampler
 from tests.runtime.harness import (
     EOS,
@@ -20,28 +19,7 @@ from tests.runtime.harness import (
     make_executor,
     mixed_requests,
     serve,
-    tiny_decoder,
 )
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_decoder()
-
-
-@pytest.fixture
-def executors(model):
-    made: list[LocalExecutor] = []
-
-    def make(**facts):
-        made.append(make_executor(model, **facts))
-        return made[-1]
-
-    yield make
-    for executor in made:
-        executor.close()
-        executor.close()
-
 
 SMALL_STEPS = SchedulerConfig(chunked_prefill_size=24)
 

@@ -16,25 +16,7 @@ from minisgl.runtime.runner import Runner
 from minisgl.runtime.sampler import Shaping
 from minisgl.runtime.startup import run_largest, warm_up
 from minisgl.runtime.worker import Worker
-from tests.runtime.harness import VOCAB, make_executor, mixed_requests, serve, tiny_decoder
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_decoder()
-
-
-@pytest.fixture
-def executors(model):
-    made: list[LocalExecutor] = []
-
-    def make(**facts):
-        made.append(make_executor(model, **facts))
-        return made[-1]
-
-    yield make
-    for executor in made:
-        executor.close()
+from tests.runtime.harness import VOCAB, mixed_requests, serve
 
 
 def mask_all(batch: Batch) -> GrammarMasks:

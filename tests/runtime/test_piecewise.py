@@ -1,6 +1,7 @@
 """Mixed steps in captured pieces: the same tokens as eagerly, and only attention between them."""
 
 from contextlib import contextmanager
+from functools import partial
 from itertools import zip_longest
 
 import numpy as np
@@ -25,28 +26,15 @@ from minisgl.runtime.footprint import piece_sizes
 from minisgl.runtime.startup import capture_pieces
 from minisgl.runtime.worker import _graph_sizes
 from minisgl.trace import record_with
-from tests.runtime.harness import VOCAB, make_executor, mixed_requests, serve, tiny_decoder
+from tests.runtime.harness import VOCAB, mixed_requests, serve
 from tests.runtime.test_cascade import guesses, shared_requests
 
 MOST = 40  # tokens of a step in pieces
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_decoder()
-
-
 @pytest.fixture
-def executors(model):
-    made: list[LocalExecutor] = []
-
-    def make(most_in_pieces=MOST, **facts):
-        made.append(make_executor(model, most_in_pieces=most_in_pieces, **facts))
-        return made[-1]
-
-    yield make
-    for executor in made:
-        executor.close()
+def executors(executors):
+    return partial(executors, most_in_pieces=MOST)
 
 
 def poison(executor: LocalExecutor) -> list[tuple[int, int]]:
@@ -156,7 +144,7 @@ def logged(executor: LocalExecutor, monkeypatch):
 
 
 def test_between_two_pieces_there_is_attention_and_nothing_else(executors, monkeypatch):
-    executor, grouping = executors(200), SchedulerConfig(cascade_min_shared_tokens=1)
+    executor, grouping = executors(most_in_pieces=200), SchedulerConfig(cascade_min_shared_tokens=1)
     with logged(executor, monkeypatch) as passes:
         found = serve(executor, shared_requests(5, seed=2), config=grouping, arrive=2)
     attends = ["rmsnorm", "linear", "qkv_prepare"]
@@ -219,7 +207,7 @@ def test_what_was_captured_at_a_start_serves_every_step(executors, monkeypatch):
     for op in (linear, rmsnorm, silu_and_mul, qkv_prepare):  # native ones are not taken down
         monkeypatch.setitem(op._chosen, torch.device("cpu"), op.reference)
     requests = shared_requests(5, seed=4) + mixed_requests(9, seed=9)[3:]
-    eager = serve(executors(0), requests).tokens
+    eager = serve(executors(most_in_pieces=0), requests).tokens
     executor = executors()
     worker = executor._worker
     worker.device.capture_pieces = Taped

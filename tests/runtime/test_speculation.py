@@ -23,13 +23,11 @@ from minisgl.engine.engine import Engine
 from minisgl.engine.messages import EngineInfo
 from minisgl.kernels.advance import advance_rows
 from minisgl.kernels.sampling import make_params, sample
-from minisgl.runtime.executor import LocalExecutor
 from tests.core.oracle import Fickle
 from tests.runtime.harness import (
     EOS,
     VOCAB,
     judge,
-    make_executor,
     mixed_requests,
     serve,
     tiny_decoder,
@@ -40,26 +38,8 @@ SMALL_STEPS = SchedulerConfig(chunked_prefill_size=24)
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_decoder()
-
-
-@pytest.fixture(scope="module")
 def stranger():
     return tiny_decoder(seed=1)
-
-
-@pytest.fixture
-def executors(model):
-    made: list[LocalExecutor] = []
-
-    def make(**facts):
-        made.append(make_executor(model, **facts))
-        return made[-1]
-
-    yield make
-    for executor in made:
-        executor.close()
 
 
 def steady(count: int = 3) -> Speculation:
