@@ -7,6 +7,7 @@ for sm_90 and stop. What they would have computed is zero.
 import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from unittest.mock import patch
 
 import numpy as np
@@ -19,11 +20,13 @@ from minisgl.core.executor import GrammarMasks
 from minisgl.core.policy import SchedulerConfig
 from minisgl.core.speculation import Speculation, propose_on_device
 from minisgl.kernels.config import table_for
+from minisgl.kernels.launches import Launch
 from minisgl.kernels.offline import OfflineDriver, offline
 from minisgl.kernels.op import forced
 from minisgl.kernels.shapes import EngineShapes
 from minisgl.kernels.warmup import CompileCounter, serving_launches
 from minisgl.runtime.draft_loading import draft_launches
+from minisgl.runtime.executor import LocalExecutor
 from minisgl.runtime.fixed_order import FixedOrder
 from minisgl.runtime.kernel_shapes import model_shapes
 from minisgl.runtime.kv_pool import KVShape
@@ -68,6 +71,24 @@ def counter(monkeypatch):
     return made
 
 
+def engine_shapes(executor: LocalExecutor, fixed: bool) -> EngineShapes:
+    """Those of an engine over it, with drafts and without cascade groups."""
+    limits = executor.limits
+    return EngineShapes(
+        limits.page_size,
+        limits.num_pages,
+        executor._worker.geometry.page_table_width,
+        limits.max_rows,
+        max_drafts=DRAFTS,
+        batch_invariant=fixed,
+    )
+
+
+def warm_up(launches: list[Launch]) -> None:
+    for launch in launches:
+        launch.run()
+
+
 @pytest.mark.parametrize("facts", [{"graphs": False}, {}, {"most_in_pieces": 100}], ids=str)
 @pytest.mark.parametrize("fixed", [False, True])
 def test_warm_up_has_compiled_whatever_a_step_launches(counter, facts, fixed):
@@ -76,21 +97,8 @@ def test_warm_up_has_compiled_whatever_a_step_launches(counter, facts, fixed):
     executor = make_executor(
         model, dtype=torch.bfloat16, graph_widths=(1, 1 + DRAFTS), num_pages=60, **facts
     )
-    worker, limits = executor._worker, executor.limits
-    engine = EngineShapes(
-        limits.page_size,
-        limits.num_pages,
-        worker.geometry.page_table_width,
-        limits.max_rows,
-        max_drafts=DRAFTS,
-        batch_invariant=fixed,
-        cascade=not fixed,
-    )
+    worker, engine = executor._worker, replace(engine_shapes(executor, fixed), cascade=not fixed)
     launches = list(serving_launches(model_shapes(decoder), engine, table_for(ARCH)))
-
-    def warm_up() -> None:
-        for launch in launches:
-            launch.run()
 
     def masks(batch: Batch) -> GrammarMasks:
         sampling = [i for i, chunk in enumerate(batch.chunks) if chunk.samples]
@@ -101,7 +109,7 @@ def test_warm_up_has_compiled_whatever_a_step_launches(counter, facts, fixed):
     if fixed:
         model._choices = PORTABLE | {"linear": "persistent"}
     try:
-        worker.device.run(warm_up)
+        worker.device.run(warm_up, launches)
         before = counter.total
         guess = Speculation(
             lambda sequence, most: [0] * min(most, sequence.uid % 3), DRAFTS, adaptive=False
@@ -133,28 +141,14 @@ def test_warm_up_has_compiled_whatever_a_draft_model_launches(counter, fixed):
         draft_shape=KVShape(2, 1, 16, torch.bfloat16),
         num_drafts=DRAFTS,
     )
-    worker, limits = executor._worker, executor.limits
-    engine = EngineShapes(
-        limits.page_size,
-        limits.num_pages,
-        worker.geometry.page_table_width,
-        limits.max_rows,
-        max_drafts=DRAFTS,
-        batch_invariant=fixed,
-    )
-    table = table_for(ARCH)
+    worker, engine, table = executor._worker, engine_shapes(executor, fixed), table_for(ARCH)
     launches = [*serving_launches(model_shapes(target), engine, table)]
     launches += serving_launches(model_shapes(draft), draft_launches(engine), table)
-
-    def warm_up() -> None:
-        for launch in launches:
-            launch.run()
-
     contexts = worker.device.run(on_gpu_launchers)
     if fixed:
         model._choices = PORTABLE | {"linear": "persistent"}
     try:
-        worker.device.run(warm_up)
+        worker.device.run(warm_up, launches)
         before = counter.total
         guess = Speculation(
             propose_on_device, DRAFTS, on_device=True, adaptive=False, chunk_size=24
