@@ -28,8 +28,8 @@ from minisgl.core.scheduler import Scheduler
 from minisgl.device import pick_device
 from minisgl.engine.engine import Engine
 from minisgl.engine.messages import EngineInfo
-from minisgl.runtime.executor import LocalExecutor, plan_on_one_thread
-from minisgl.runtime.worker import load_worker
+from minisgl.start.load import load_worker
+from minisgl.step.executor import LocalExecutor, plan_on_one_thread
 
 OWN = 16  # tokens of each prompt behind the common ones
 WARMUP = 5  # tokens of each before steps count

@@ -50,9 +50,9 @@ from minisgl.engine.engine import Engine
 from minisgl.engine.messages import EngineInfo
 from minisgl.models.hub import model_directory
 from minisgl.models.loader import shapes
-from minisgl.runtime.executor import LocalExecutor, plan_on_one_thread
-from minisgl.runtime.kv_pool import KVShape
-from minisgl.runtime.worker import load_worker
+from minisgl.start.load import load_worker
+from minisgl.step.executor import LocalExecutor, plan_on_one_thread
+from minisgl.step.kv_pool import KVShape
 
 TINY = Shape("tiny", 4, 2, 16, 32, 48, 131)
 SHAPES = {"tiny": (TINY, 2), "qwen3-0.6b": (QWEN3_06B, 28), "qwen3-8b": (QWEN3_8B, 36)}

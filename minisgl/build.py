@@ -27,10 +27,10 @@ from minisgl.engine.messages import EngineInfo
 from minisgl.log import get_logger
 from minisgl.models.config import ModelConfig
 from minisgl.models.hub import model_directory
-from minisgl.runtime.executor import LocalExecutor, plan_on_one_thread
-from minisgl.runtime.node import run_node
-from minisgl.runtime.parallel_executor import ParallelExecutor, load_ranks
-from minisgl.runtime.worker import load_worker, uses_cascade
+from minisgl.ranks.executor import ParallelExecutor, load_ranks
+from minisgl.ranks.node import run_node
+from minisgl.start.load import load_worker, uses_cascade
+from minisgl.step.executor import LocalExecutor, plan_on_one_thread
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny"
 

@@ -30,6 +30,7 @@ BUDGETS = {"kernels/": 6_200, "all but kernels/": 11_000}
 # rooms, or single modules of a room.
 BASE = {"log", "config", "csrc", "child"}
 DEVICE = BASE | {"device", "kernels", "trace"}
+MODELS = DEVICE | {"parallel", "layers", "models"}
 PLANS = {"core.batch", "core.request", "core.executor", "core.grammar"}  # data and protocols
 FLOORS: dict[str, set[str]] = {
     "__init__": {"llm", "core.request"},  # by name, at first use
@@ -44,10 +45,12 @@ FLOORS: dict[str, set[str]] = {
     "parallel": DEVICE,
     "layers": DEVICE | {"parallel"},
     "models": DEVICE | {"parallel", "layers"},
-    "runtime": DEVICE | {"parallel", "layers", "models"} | PLANS,
+    "step": MODELS | PLANS,
+    "start": MODELS | PLANS | {"step"},
+    "ranks": MODELS | PLANS | {"step", "start"},
     "engine": BASE | {"core", "trace"},
     "server": BASE | {"engine.client", "core.request"},
-    "build": DEVICE | {"parallel", "layers", "models", "runtime", "engine", "core"},
+    "build": MODELS | {"step", "start", "ranks", "engine", "core"},
 }
 TOP = {"serve", "chat", "llm", "analyze"}  # what people run: may import everything
 
@@ -223,20 +226,32 @@ PLANTED = [
     ("core/x.py", "import torch", "core may import"),
     ("core/x.py", "def f():\n    import torch.nn", "core may import"),
     ("core/x.py", "from minisgl.engine import engine", "core may not import minisgl.engine"),
-    ("core/x.py", "from ..runtime.runner import Runner", "core may not import minisgl.runtime"),
+    ("core/x.py", "from ..step.runner import Runner", "core may not import minisgl.step"),
     ("core/x.py", "from .. import server", "core may not import minisgl.server"),
     (
         "core/x.py",
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from minisgl.layers import norm",
         "core may not import minisgl.layers",
     ),
-    ("runtime/x.py", "from minisgl.core.scheduler import S", "runtime may not import"),
-    ("runtime/x.py", "from minisgl.core import radix", "runtime may not import"),
-    ("runtime/x.py", "import minisgl.core.kvcache as k", "runtime may not import"),
+    ("step/x.py", "from minisgl.core.scheduler import S", "step may not import"),
+    ("start/x.py", "from minisgl.core import radix", "start may not import"),
+    ("ranks/x.py", "import minisgl.core.kvcache as k", "ranks may not import"),
+    (
+        "step/x.py",
+        "from minisgl.start.load import load_worker",
+        "step may not import minisgl.start",
+    ),
+    (
+        "step/x.py",
+        "def f():\n    from minisgl.ranks import node",
+        "step may not import minisgl.ranks",
+    ),
+    ("start/x.py", "from ..ranks.channel import Boot", "start may not import minisgl.ranks"),
+    ("models/x.py", "from minisgl.start import footprint", "models may not import"),
     ("kernels/x.py", "from minisgl.core.batch import Batch", "kernels may not import"),
     ("kernels/x.py", "P = 'minisgl.layers.norm:rms'", "kernels may not import"),
-    ("models/x.py", "from minisgl.runtime import kv_pool", "models may not import"),
-    ("engine/x.py", "from minisgl.runtime.worker import W", "engine may not import"),
+    ("models/x.py", "from minisgl.step import kv_pool", "models may not import"),
+    ("engine/x.py", "from minisgl.step.worker import W", "engine may not import"),
     ("server/x.py", "from minisgl.core.scheduler import S", "server may not import"),
     ("server/x.py", "from minisgl.engine.engine import Engine", "server may not import"),
     ("build.py", "def f():\n    from minisgl.server.app import app", "build may not import"),
@@ -254,11 +269,11 @@ PLANTED = [
     ("engine/x.py", "def f(s):\n    s.send_pyobj(1)", "unpickles"),
     ("server/x.py", "def f(A):\n    A(trust_remote_code=True)", "never run"),
     ("models/x.py", "K = {'trust_remote_code': True}", "never run"),
-    ("runtime/x.py", "import os\nF = os.environ.get('FAST')", "no feature flags"),
-    ("runtime/x.py", "import os\nF = os.getenv('FAST')", "no feature flags"),
-    ("runtime/x.py", "import os\nif 'FAST' in os.environ:\n    x = 1", "no feature flags"),
-    ("runtime/x.py", "import os\nos.environ['FAST'] = '1'", "no feature flags"),
-    ("runtime/x.py", "from os import environ", "write os.environ"),
+    ("step/x.py", "import os\nF = os.environ.get('FAST')", "no feature flags"),
+    ("step/x.py", "import os\nF = os.getenv('FAST')", "no feature flags"),
+    ("step/x.py", "import os\nif 'FAST' in os.environ:\n    x = 1", "no feature flags"),
+    ("step/x.py", "import os\nos.environ['FAST'] = '1'", "no feature flags"),
+    ("start/x.py", "from os import environ", "write os.environ"),
     ("csrc/build.py", "import os\nF = os.environ.get('FAST')", "no feature flags"),
     ("core/x.py", "x = 1\n" * (MAX_FILE_LINES + 1), "a file has at most"),
 ]
@@ -307,12 +322,14 @@ def test_the_line_budgets_are_counted(tmp_path, monkeypatch, part, room):
             "core/x.py",
             "import numpy\nimport msgspec\nfrom minisgl import csrc\nfrom . import pages",
         ),
-        ("runtime/x.py", "import torch\nfrom minisgl.core.batch import Batch"),
+        ("step/x.py", "import torch\nfrom minisgl.core.batch import Batch"),
+        ("start/x.py", "from minisgl.step.worker import Worker"),
+        ("ranks/x.py", "from minisgl.start.load import L\nfrom minisgl.step import executor"),
         ("server/x.py", "def f():\n    import transformers"),
         ("trace.py", "def f():\n    import nvtx"),
         ("engine/x.py", "import os\nenv = {**os.environ, 'A': '1'}"),
         ("csrc/build.py", "import os\nx = os.environ.get('CXX')"),
-        ("llm.py", "from minisgl.server.text import T\nfrom minisgl.runtime import worker"),
+        ("llm.py", "from minisgl.server.text import T\nfrom minisgl.step import worker"),
     ],
 )
 def test_what_is_allowed_passes(tmp_path, path, source):
@@ -364,7 +381,7 @@ def test_core_and_csrc_run_without_torch():
 
 
 def test_kernels_and_the_offline_engine_need_no_server_packages():
-    rooms = "kernels device parallel layers models runtime engine build llm"
+    rooms = "kernels device parallel layers models step start ranks engine build llm"
     loaded = import_in_new_process(
         [f"minisgl.{room}" for room in rooms.split()], absent=HTTP | LATE_ONLY
     )

@@ -25,14 +25,14 @@ from minisgl.kernels.offline import OfflineDriver, offline
 from minisgl.kernels.op import forced
 from minisgl.kernels.shapes import EngineShapes
 from minisgl.kernels.warmup import CompileCounter, serving_launches
-from minisgl.runtime.draft_loading import draft_launches
-from minisgl.runtime.executor import LocalExecutor
-from minisgl.runtime.fixed_order import FixedOrder
-from minisgl.runtime.kernel_shapes import model_shapes
-from minisgl.runtime.kv_pool import KVShape
+from minisgl.start.draft_loading import draft_launches
+from minisgl.start.kernel_shapes import model_shapes
+from minisgl.step.executor import LocalExecutor
+from minisgl.step.fixed_order import FixedOrder
+from minisgl.step.kv_pool import KVShape
 from tests.kernels.cards import all_ops
-from tests.runtime.harness import VOCAB, make_executor, mixed_requests, serve, tiny_decoder
-from tests.runtime.test_cascade import shared_requests
+from tests.step.harness import VOCAB, make_executor, mixed_requests, serve, tiny_decoder
+from tests.step.test_cascade import shared_requests
 
 ARCH = 90
 DRAFTS = 2  # of a sequence in a step, at most

@@ -1,0 +1,112 @@
+"""`ParallelExecutor`: the engine's `Executor` over all ranks, of which this process is rank 0."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from minisgl.config import EngineConfig
+from minisgl.core.batch import Batch, StepOutput
+from minisgl.core.executor import GrammarMasks, Limits
+from minisgl.device import Device
+from minisgl.models.config import ModelConfig
+from minisgl.models.loader import check_shares
+from minisgl.ranks.channel import Dispatch, Sample, StartProfile, StopProfile
+from minisgl.ranks.leader import Ranks
+from minisgl.start.load import load_worker
+from minisgl.step.executor import LocalExecutor
+
+
+class ParallelExecutor:
+    """The engine's `Executor` over all ranks: whatever the local one is told, they are told too."""
+
+    def __init__(self, local: LocalExecutor, ranks: Ranks) -> None:
+        self._local = local
+        self._ranks = ranks
+        self._broken = False
+
+    @property
+    def limits(self) -> Limits:
+        return self._local.limits
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._local.dtype
+
+    @property
+    def compilations(self) -> int:
+        return self._local.compilations
+
+    def dispatch(self, batch: Batch) -> None:
+        self._ranks.send(Dispatch(batch))
+        self._local.dispatch(batch)
+
+    def sample(self, step: int, masks: GrammarMasks | None = None) -> None:
+        self._ranks.send(Sample(step))  # the masks stay here: only rank 0 draws
+        self._local.sample(step, masks)
+
+    def drafts(self, step: int) -> list[list[int]]:
+        with self._explained():
+            return self._local.drafts(step)
+
+    def collect(self) -> StepOutput:
+        with self._explained():
+            output = self._local.collect()
+            self._ranks.comm.check()
+            return output
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Where rank 0 waits for its device, which may be waiting for a rank that is gone."""
+        try:
+            yield
+        except Exception as error:
+            self._broken = True
+            self._ranks.explain(error)
+
+    def check(self) -> None:
+        self._ranks.check()
+
+    def start_profile(self, *, traces: bool) -> None:
+        self._ranks.send(StartProfile(traces))
+        self._local.start_profile(traces=traces)
+
+    def stop_profile(self, directory: str) -> list[str]:
+        self._ranks.send(StopProfile(directory))
+        try:
+            own = self._local.stop_profile(directory)
+        finally:
+            others = self._ranks.wait_profiled()
+        return own + others
+
+    def close(self) -> None:
+        if self._broken:  # the others may wait for a step that will never come
+            self._ranks.end()
+        try:
+            self._local.close()
+        finally:
+            self._ranks.close()
+
+
+def load_ranks(
+    config: EngineConfig, path: Path, device: Device
+) -> tuple[ParallelExecutor, ModelConfig]:
+    """Start all ranks and load the model into them; `device` is rank 0's.
+
+    Raises ValueError naming the field for what cannot be, RuntimeError when a rank fails.
+    """
+    check_shares(ModelConfig.from_hf(path), config.tp_size)
+    ranks = Ranks(config.tp_size)
+    try:
+        comm = ranks.start(config, path, device)
+        worker, facts = load_worker(config, path, device, comm)
+        ranks.wait_ready()
+    except BaseException as error:
+        try:
+            ranks.explain(error)
+        finally:
+            ranks.end()
+            ranks.close()
+    local = LocalExecutor(worker, trace_details=config.profile_dir is not None)
+    return ParallelExecutor(local, ranks), facts

@@ -1,0 +1,147 @@
+"""A rank other than 0: its process, which loads its part of the model and replays rank 0's batches.
+
+It re-derives nothing: the batches are rank 0's, and the tokens reach it on the device.
+"""
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+from pathlib import Path
+
+import msgspec
+import torch.distributed as dist
+
+from minisgl.child import read_boot
+from minisgl.device import pick_device
+from minisgl.log import configure, get_logger
+from minisgl.parallel import Communicator
+from minisgl.ranks.channel import (
+    Boot,
+    Channel,
+    Dispatch,
+    Failed,
+    FromRank,
+    Profiled,
+    Ready,
+    Sample,
+    StartProfile,
+    Stop,
+    StopProfile,
+    ToRank,
+)
+from minisgl.ranks.meeting import call, meet, open_store
+from minisgl.start.load import load_worker
+from minisgl.step.executor import LocalExecutor, plan_on_one_thread
+
+IDLE_SECONDS = 1.0  # without a message; then the last step is looked at too
+
+log = get_logger(__name__)
+
+
+def follow(boot: Boot, channel: Channel, store: dist.Store | None) -> None:
+    """Load, and do as rank 0 does until it says stop. Raises what goes wrong."""
+    config = boot.config
+    local_size = config.tp_size // config.nnodes
+    device = pick_device(config.device, index=boot.rank % local_size, of=local_size)
+    if device.torch_device.type == "cpu":
+        plan_on_one_thread()
+    host = channel.host if boot.channel is None else None
+    comm = meet(config, device, boot.rank, store=store, shared=boot.shared, host=host)
+    worker, _ = load_worker(config, Path(boot.path), device, comm)
+    details = config.profile_dir is not None
+    executor = LocalExecutor(worker, rank=boot.rank, trace_details=details)
+    _say(channel, Ready())
+    _Replay(executor, comm, channel).run()
+    executor.close()
+    comm.close()
+
+
+class _Replay:
+    """One step stays in flight, as on rank 0: the next is packed while it runs."""
+
+    def __init__(self, executor: LocalExecutor, comm: Communicator, channel: Channel) -> None:
+        self._executor = executor
+        self._comm = comm
+        self._channel = channel
+        self._in_flight = 0
+
+    def run(self) -> None:
+        """Until rank 0 says stop."""
+        decode = msgspec.msgpack.Decoder(ToRank).decode
+        while True:
+            data = self._channel.receive(IDLE_SECONDS)
+            match None if data is None else decode(data):
+                case Dispatch(batch):
+                    self._executor.dispatch(batch)
+                case Sample(step):
+                    self._executor.sample(step)
+                    self._in_flight += 1
+                case StartProfile(traces):
+                    self._collect(down_to=0)
+                    self._executor.start_profile(traces=traces)
+                case StopProfile(directory):
+                    self._collect(down_to=0)
+                    _say(self._channel, self._stop_profile(directory))
+                case Stop():
+                    return
+            self._collect(down_to=0 if data is None else 1)
+
+    def _collect(self, down_to: int) -> None:
+        while self._in_flight > down_to:
+            self._executor.collect()
+            self._comm.check()
+            self._in_flight -= 1
+
+    def _stop_profile(self, directory: str) -> Profiled:
+        try:
+            return Profiled(self._executor.stop_profile(directory))
+        except OSError as error:
+            return Profiled([], str(error))
+
+
+def _say(channel: Channel, message: FromRank) -> None:
+    channel.send(msgspec.msgpack.encode(message))
+
+
+def _open_channel(boot: Boot, store: dist.Store | None) -> Channel:
+    if boot.channel is not None:
+        return Channel(socket.socket(fileno=boot.channel))
+    assert store is not None
+    return call(store.get("channel").decode(), boot.rank, store.get("key"))
+
+
+def _leave_with_rank_0(channel: Channel) -> None:
+    """Whatever this rank waits for then, it would not come. A thread of its own."""
+    channel.wait_for_end()
+    log.error("rank 0 is gone, or has ended all ranks; its own log may say why")
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def main() -> int:
+    boot = msgspec.msgpack.decode(read_boot(), type=Boot)
+    level = "debug" if boot.config.log_level == "debug" else "error"  # the rest rank 0 says for all
+    configure(level, f"rank {boot.rank}")
+    store = None if boot.shared is not None else open_store(boot.config, port=boot.port)
+    channel = _open_channel(boot, store)
+    leaving = threading.Thread(target=_leave_with_rank_0, args=(channel,), daemon=True)
+    leaving.start()
+    try:
+        follow(boot, channel, store)
+    except (EOFError, ConnectionResetError):
+        leaving.join()
+    except Exception as error:
+        log.exception("rank %d failed", boot.rank)
+        with contextlib.suppress(OSError):
+            _say(channel, Failed(f"{type(error).__name__}: {error}"))
+    else:
+        return 0
+    return 1
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # at once: a stream may hang in a collective that will never end

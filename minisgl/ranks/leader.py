@@ -1,0 +1,288 @@
+"""The ranks that rank 0 leads: their processes, who comes, what they are told, how they end."""
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import msgspec
+import torch.distributed as dist
+
+from minisgl.child import Child
+from minisgl.config import EngineConfig
+from minisgl.device import Device
+from minisgl.log import get_logger
+from minisgl.parallel import Communicator, shared_memory
+from minisgl.ranks.channel import (
+    Boot,
+    Channel,
+    Failed,
+    FromRank,
+    Profiled,
+    Ready,
+    Stop,
+    ToRank,
+)
+from minisgl.ranks.meeting import RENDEZVOUS_SECONDS, Listener, meet, open_store, split_address
+
+EXIT_GRACE = 5.0  # seconds a rank gets to leave when told to, before it is killed
+LAST_WORDS = 2.0  # seconds within which the end of a rank is known, once its work has failed
+FIRST_CAUSE = 1.0  # seconds that a rank's complaint waits for another's end, which may be behind it
+
+Said = TypeVar("Said", Ready, Profiled)
+
+log = get_logger(__name__)
+
+
+class Ranks:
+    """All ranks but 0: started, watched, told what to do. If one fails, all of them end.
+
+    `failure` then says why. Methods are for the thread that plans.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.failure: str | None = None
+        self._comm: Communicator | None = None
+        self._size = size
+        self._closing = False
+        self._children: dict[int, Child] = {}
+        self._channels: dict[int, Channel] = {}
+        self._hearing: list[threading.Thread] = []
+        self._said: dict[type, dict[int, FromRank]] = {Ready: {}, Profiled: {}}
+        self._changed = threading.Condition()
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._shared: int | None = None
+
+    def start(self, config: EngineConfig, path: Path, device: Device) -> Communicator:
+        """Start the processes of this machine and wait for those of other nodes; they load while
+        the caller does. RuntimeError when one ends or does not come."""
+        on_cpu = device.torch_device.type == "cpu"
+        if on_cpu and config.nnodes == 1 and shared_memory.available():
+            self._shared = shared_memory.create(self._size)
+        store = None if self._shared is not None else open_store(config, serve=True)
+        self._start_children(config, path, store)
+        if config.nnodes > 1:
+            assert store is not None
+            self._admit(config, store)
+        return self._connect(lambda: meet(config, device, 0, store=store, shared=self._shared))
+
+    @property
+    def comm(self) -> Communicator:
+        assert self._comm is not None
+        return self._comm
+
+    def wait_ready(self) -> None:
+        """Wait until every rank has loaded. RuntimeError when one fails instead."""
+        self._wait_for(Ready)
+
+    def wait_profiled(self) -> list[str]:
+        """The trace files of every rank, which were told to stop their profiles. OSError when one
+        could not be written."""
+        answers = self._wait_for(Profiled)
+        for answer in answers:
+            if answer.error is not None:
+                raise OSError(answer.error)
+        return [file for answer in answers for file in answer.files]
+
+    def send(self, message: ToRank) -> None:
+        """To every rank. RuntimeError when one has failed."""
+        self.check()
+        data = self._encode(message)
+        try:
+            for channel in self._channels.values():
+                channel.send(data)
+        except OSError as error:
+            self.explain(error)
+
+    def check(self) -> None:
+        """Raises RuntimeError when a rank has failed."""
+        if self.failure is not None:
+            raise RuntimeError(self.failure)
+
+    def explain(self, error: BaseException) -> NoReturn:
+        """Raise an error of rank 0, or the failure of another rank if that is behind it.
+
+        Whoever waits for a rank may learn of its end before its listener does.
+        """
+        if isinstance(error, RuntimeError | OSError):
+            with self._changed:
+                self._changed.wait_for(lambda: self.failure is not None, LAST_WORDS)
+            if self.failure is not None:
+                raise RuntimeError(self.failure) from error
+        raise error
+
+    def end(self) -> None:
+        """End all ranks at once, whatever they do; the communicator fails. Idempotent."""
+        self._closing = True
+        self._end_all()
+
+    def close(self) -> None:
+        """End all ranks when they have done what they were sent, and free everything.
+
+        Idempotent. Nothing may use the communicator any longer.
+        """
+        if not self._closing and self.failure is None:
+            self._closing = True
+            stop = self._encode(Stop())
+            for channel in self._channels.values():
+                with contextlib.suppress(OSError):  # gone already, which is what was wanted
+                    channel.send(stop)
+        self._closing = True
+        comm, self._comm = self._comm, None
+        if comm is not None:
+            comm.close()  # at the same time as the others: they may hold memory of each other
+        deadline = time.monotonic() + EXIT_GRACE
+        for child in self._children.values():
+            child.wait(max(0.0, deadline - time.monotonic()))
+            child.close()
+        for thread in self._hearing:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self._end_all()
+        for thread in self._hearing:
+            thread.join()
+        for channel in self._channels.values():
+            channel.close()
+        if self._shared is not None:
+            os.close(self._shared)
+            self._shared = None
+
+    def _start_children(self, config: EngineConfig, path: Path, store: dist.Store | None) -> None:
+        port = store.port if isinstance(store, dist.TCPStore) else None
+        for rank in range(1, self._size // config.nnodes):
+            ours, theirs = socket.socketpair()
+            with theirs:
+                boot = Boot(config, str(path), rank, theirs.fileno(), self._shared, port)
+                self._children[rank] = start_rank(boot)
+            self._listen_to(rank, Channel(ours))
+
+    def _admit(self, config: EngineConfig, store: dist.Store) -> None:
+        """Let the ranks of the other nodes in."""
+        missing = set(range(self._size)) - {0} - set(self._channels)
+        listener = Listener(split_address(str(config.dist_init_addr))[0])
+        try:
+            store.set("config", self._encode(config))
+            store.set("key", listener.key)
+            store.set("channel", listener.address)
+            deadline = time.monotonic() + RENDEZVOUS_SECONDS
+            log.info(
+                "waiting for %d ranks of other nodes at %s", len(missing), config.dist_init_addr
+            )
+            while missing:
+                came = listener.accept(timeout=0.5)
+                self.check()
+                if store.check(["failed"]):  # of a rank that has not come
+                    raise RuntimeError(store.get("failed").decode())
+                if came is not None:
+                    rank, channel = came
+                    if rank not in missing:
+                        channel.close()
+                        raise RuntimeError(
+                            f"rank {rank} came where {sorted(missing)} are missing: is each node "
+                            "started with its own node_rank?"
+                        )
+                    missing.remove(rank)
+                    self._listen_to(rank, channel)
+                elif time.monotonic() > deadline:
+                    raise RuntimeError(
+                        f"ranks {sorted(missing)} did not come to {config.dist_init_addr} within "
+                        f"{RENDEZVOUS_SECONDS} s: is each node started, with its own node_rank?"
+                    )
+        finally:
+            listener.close()
+
+    def _connect(self, connect: Callable[[], Communicator]) -> Communicator:
+        """What `connect` returns. Nothing can interrupt it while it waits for a rank that is gone,
+        so when one fails, its thread is left to itself."""
+        connecting: Future[Communicator] = Future()
+
+        def run() -> None:
+            try:
+                connecting.set_result(connect())
+            except BaseException as error:  # of any library below, raised where it is waited for
+                connecting.set_exception(error)
+            with self._changed:
+                self._changed.notify_all()
+
+        thread = threading.Thread(target=run, name="connect", daemon=True)
+        thread.start()
+        with self._changed:
+            self._changed.wait_for(lambda: self.failure is not None or connecting.done())
+            if self.failure is None:
+                self._comm = connecting.result()
+        if self.failure is not None:
+            # It ends soon or in minutes; native code must not come back to a Python that is ending.
+            thread.join(LAST_WORDS)
+        self.check()
+        return self.comm
+
+    def _wait_for(self, kind: type[Said]) -> list[Said]:
+        """The next such message of every rank, in order."""
+
+        def all_said() -> bool:
+            return self.failure is not None or len(self._said[kind]) == self._size - 1
+
+        with self._changed:
+            self._changed.wait_for(all_said)
+            said, self._said[kind] = self._said[kind], {}
+        self.check()
+        return [said[rank] for rank in sorted(said)]  # type: ignore[misc]
+
+    def _listen_to(self, rank: int, channel: Channel) -> None:
+        self._channels[rank] = channel
+        thread = threading.Thread(target=self._hear, args=(rank, channel), daemon=True)
+        self._hearing.append(thread)
+        thread.start()
+
+    def _hear(self, rank: int, channel: Channel) -> None:
+        """What a rank says, until it is gone. A thread of its own."""
+        decode = msgspec.msgpack.Decoder(FromRank).decode
+        with contextlib.suppress(OSError, EOFError):
+            while True:
+                message = decode(channel.receive() or b"")
+                if isinstance(message, Failed):
+                    with self._changed:
+                        self._changed.wait_for(lambda: self.failure is not None, FIRST_CAUSE)
+                    self._fail(f"rank {rank} failed: {message.reason}")
+                    continue
+                with self._changed:
+                    self._said[type(message)][rank] = message
+                    self._changed.notify_all()
+        if not self._closing:
+            self._fail(self._how_it_ended(rank))
+
+    def _how_it_ended(self, rank: int) -> str:
+        child = self._children.get(rank)
+        if child is None:
+            return f"rank {rank}, on another node, is gone; its own log may say why"
+        if child.wait(LAST_WORDS):
+            return child.exit_reason(f"rank {rank}")
+        return f"rank {rank} closed its connection"
+
+    def _fail(self, reason: str) -> None:
+        with self._changed:
+            if self.failure is not None or self._closing:
+                return
+            self.failure = reason
+            self._changed.notify_all()
+        log.error("%s; the other ranks end too", reason)
+        self._end_all()
+
+    def _end_all(self) -> None:
+        """Nobody waits any longer, and nobody lives on."""
+        if (comm := self._comm) is not None:
+            comm.abort()
+        for child in list(self._children.values()):  # more may just be starting
+            child.kill()
+        for channel in list(self._channels.values()):
+            channel.shut()
+
+
+def start_rank(boot: Boot) -> Child:
+    """The process of one rank."""
+    fds = [fd for fd in (boot.channel, boot.shared) if fd is not None]
+    return Child("minisgl.ranks.follower", msgspec.msgpack.encode(boot), fds)

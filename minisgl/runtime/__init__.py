@@ -1,1 +1,0 @@
-"""From a `Batch` to tensors to logits to tokens. Decides nothing about scheduling."""

@@ -1,0 +1,105 @@
+"""What steps need beside weights and KV: activations, logits, decode graphs. In bytes, ahead.
+
+Planned before anything large is allocated, so these are upper estimates; what capturing really took
+is measured and said.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from minisgl.models.config import ModelConfig
+from minisgl.models.decoder import Decoder
+from minisgl.step.draft import FIRST_WIDTH, GRAPHS_PER_SIZE, Draft
+from minisgl.step.sizes import GraphSizes, mask_words
+
+# A captured kernel's launch, in the driver and on the device; a guess until it is measured.
+NODE_BYTES = 16 * 2**10
+NODES_PER_LAYER = 14
+OTHER_NODES = 40  # of the passes' ends, and of the three sampling halves
+
+
+def weight_bytes(model: Decoder) -> int:
+    """Of this rank's share."""
+    return sum(w.target.numel() * w.target.element_size() for w in model.weights())
+
+
+def static_bytes(sizes: GraphSizes, vocab: int) -> int:
+    """Of the buffers that all decode graphs share."""
+    masks = sizes.max_tokens * (1 + mask_words(vocab))
+    others = 6 * sizes.max_tokens + 3 * sizes.max_sequences
+    return 4 * (sizes.staging_words + masks + others) if sizes.by_width else 0
+
+
+def captured_bytes(
+    sizes: GraphSizes,
+    facts: ModelConfig,
+    dtype: torch.dtype,
+    ranks: int,
+    cascade: bool = False,
+) -> int:
+    """Of the decode graphs themselves: activations and logits of the largest, hidden states of all.
+
+    With `cascade` there is a forward pass more for each, with two launches more per layer.
+    """
+    tokens = sum(width * sum(own) for width, own in sizes.by_width.items())
+    nodes = facts.num_layers * NODES_PER_LAYER + OTHER_NODES
+    if cascade:
+        nodes += facts.num_layers * (NODES_PER_LAYER + 2)
+    count = sum(map(len, sizes.by_width.values()))
+    return (
+        workspace_bytes(facts, sizes.max_tokens, dtype, ranks)
+        + 2 * sizes.max_tokens * facts.vocab_size * 4
+        + tokens * facts.hidden_size * dtype.itemsize
+        + count * nodes * NODE_BYTES
+    )
+
+
+def pieces_bytes(sizes: GraphSizes, facts: ModelConfig, dtype: torch.dtype, ranks: int) -> int:
+    """Of the piecewise graphs: what they share, activations of the largest, their launches."""
+    if not sizes.pieces:
+        return 0
+    most, heads = sizes.pieces[-1], 2 * facts.num_heads * facts.head_dim // ranks
+    nodes = len(sizes.pieces) * (facts.num_layers * NODES_PER_LAYER + OTHER_NODES)
+    return (
+        most * (20 + (heads + facts.hidden_size) * dtype.itemsize)
+        + workspace_bytes(facts, most, dtype, ranks)
+        + nodes * NODE_BYTES
+    )
+
+
+def workspace_bytes(facts: ModelConfig, tokens: int, dtype: torch.dtype, ranks: int) -> int:
+    """Activations that live at once in one layer: residual, normed, qkv and attention, gate-up."""
+    heads = (2 * facts.num_heads + 2 * facts.num_kv_heads) * facts.head_dim
+    inner = max(
+        facts.inner_size,
+        *((layer.moe.inner_size * layer.moe.top_k) if layer.moe else 0 for layer in facts.layers),
+    )
+    per_token = 4 * facts.hidden_size + (heads + 3 * inner) // ranks
+    return tokens * per_token * dtype.itemsize
+
+
+def logits_bytes(vocab: int, rows: int) -> int:
+    """Logits in fp32 and three temporaries of the sampler of that size."""
+    return 4 * rows * vocab * 4
+
+
+def draft_workspace_bytes(draft: Draft, tokens: int) -> int:
+    """Activations of the draft model while it computes that many tokens."""
+    if draft.model is None or draft.shape is None:
+        return 0
+    return workspace_bytes(draft.model.config, tokens, draft.shape.dtype, 1)
+
+
+def draft_graph_bytes(draft: Draft, sizes: Sequence[int], *, captures: bool) -> int:
+    """What a `DraftRunner` for these numbers of rows takes: its buffers, and where it captures,
+    activations and logits of the largest pass and the launches of all."""
+    most = sizes[-1]
+    buffers = 4 * (1 + 2 * draft.num_drafts) * most + 8
+    if draft.model is None or not captures:
+        return buffers
+    facts = draft.model.config
+    nodes = facts.num_layers * NODES_PER_LAYER + OTHER_NODES
+    logits = 2 * most * facts.vocab_size * 4
+    launches = GRAPHS_PER_SIZE * len(sizes) * nodes * NODE_BYTES
+    return buffers + draft_workspace_bytes(draft, FIRST_WIDTH * most) + logits + launches

@@ -1,0 +1,1 @@
+"""Every step: from a `Batch` to tensors to logits to tokens. Decides nothing about scheduling."""

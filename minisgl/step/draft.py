@@ -1,0 +1,206 @@
+"""The draft model's part of a step, before the target's forward pass. Runs inside the stream.
+
+Its KV lies in a pool of its own, on the target's pages and by the target's page tables. First it
+computes the step's draft chunks. Then it proposes, for each row that is to have drafts, in passes:
+
+    pass 0      the row's last two tokens    draft 0 from the second
+    pass j      draft j - 1                  draft j
+
+where draft j is sampled as the target would: with the row's parameters, penalties along the path,
+and the noise of its position. Two tokens, for after a step whose drafts were all accepted the last
+of them has no KV here yet; otherwise the first is written once more, as it was. Rejected drafts
+leave KV behind that later passes overwrite before they read it.
+
+The first pass and a later one are captured as graphs by number of rows, like decode steps.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from minisgl.core.batch import PENDING
+from minisgl.core.executor import Limits
+from minisgl.device import Device, Graph
+from minisgl.kernels.sampling import adjust_logits, sample
+from minisgl.models.decoder import Decoder
+from minisgl.parallel import Communicator
+from minisgl.step.kv_pool import KVPool, KVShape
+from minisgl.step.proposals import FILL, RAGGED, resolve
+from minisgl.step.ragged import ragged_inputs
+from minisgl.step.rows import RowBuffers
+
+RESOLVED = ("decode", "token_ids", "drafts", "point_drafts")  # sections that may hold drafts
+FIRST_WIDTH = 2
+GRAPHS_PER_SIZE = 4  # a first pass and a later one, each plain and with penalties
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A loaded draft model. Rank 0 has it; what the others hold of it is its sizes."""
+
+    model: Decoder | None
+    shape: KVShape | None
+    num_drafts: int
+
+
+class DraftRunner:
+    """One rank's part: rank 0 has the draft model, the others learn what it proposes."""
+
+    def __init__(
+        self,
+        device: Device,
+        model: Decoder | None,
+        pool: KVPool | None,
+        rows: RowBuffers,
+        comm: Communicator,
+        sizes: Sequence[int],
+        num_drafts: int,
+        *,
+        graphs: bool,
+    ) -> None:
+        """sizes: numbers of rows, rising. Without `graphs` it runs eagerly. Made in the stream."""
+        self._captures = graphs
+        self._device = device
+        self._model = model
+        self._pool = pool
+        self._rows = rows
+        self._comm = comm
+        self._num_drafts = num_drafts
+        self._graphs: dict[tuple[int, int, bool], Graph] = {}
+        most = sizes[-1]
+        self._sizes = sizes
+        self._asked = device.zeros(((1 + num_drafts) * most,), torch.int32)
+        self._drafted = device.zeros((most * num_drafts,), torch.int32)
+        self._nth = device.zeros((1,), torch.int64)  # of the pass
+
+    @classmethod
+    def of(
+        cls,
+        draft: Draft,
+        device: Device,
+        limits: Limits,
+        rows: RowBuffers,
+        comm: Communicator,
+        sizes: Sequence[int],
+        *,
+        graphs: bool,
+    ) -> "DraftRunner":
+        """Allocates its pool; inside the stream."""
+        pool = None
+        if draft.shape is not None:
+            pool = KVPool(device, draft.shape, limits.num_pages, limits.page_size)
+        return cls(device, draft.model, pool, rows, comm, sizes, draft.num_drafts, graphs=graphs)
+
+    def copy(self, jobs: torch.Tensor) -> None:
+        """The copy jobs of a step."""
+        if self._pool is not None:
+            self._pool.copy(jobs)
+
+    def capture(self) -> None:
+        """Capture every graph, the largest first."""
+        if self._model is None or not self._captures:
+            return
+        for size in reversed(self._sizes):
+            asked = self._asked[: (1 + self._num_drafts) * size].view(-1, size)
+            asked[0].fill_(self._rows.padding)
+            asked[1:].zero_()
+            for nth, width in enumerate((FIRST_WIDTH, 1)[: self._num_drafts]):
+                self._nth.fill_(nth)
+                for adjusts in (False, True):
+                    self._graph(size, width, adjusts)
+
+    def run(
+        self, sent: dict[str, torch.Tensor], longest: int, passes: int, adjusts: bool
+    ) -> torch.Tensor | None:
+        """Compute what `sent` asks for and put the proposals in their places in it.
+
+        longest: tokens of the longest draft chunk; passes: the most drafts of a row; adjusts:
+        whether a row has penalties, biases or bans. Returns the proposals [D, K], if there are any.
+        """
+        if FILL + "rows" in sent and self._model is not None:
+            self._fill(sent, longest)
+        if "propose" not in sent:
+            return None
+        size = sent["propose"].numel() // (1 + self._num_drafts)
+        if self._model is not None:
+            self._asked[: sent["propose"].numel()].copy_(sent["propose"])
+            for nth in range(passes):
+                self._nth.fill_(nth)
+                width = 1 if nth else FIRST_WIDTH
+                if self._captures:
+                    self._graph(size, width, adjusts).replay()
+                else:
+                    self._pass(size, width, adjusts)
+        drafted = self._comm.broadcast(self._drafted_of(size))
+        for name in RESOLVED:
+            if name in sent:
+                resolve(sent[name], drafted)
+        return drafted
+
+    def _fill(self, sent: dict[str, torch.Tensor], longest: int) -> None:
+        """Compute the draft chunks for their KV."""
+        assert self._model is not None
+        assert self._pool is not None
+        sections = (sent[FILL + name] for name in RAGGED)
+        inputs = ragged_inputs(self._rows, self._pool, *sections, max_seqlen_q=longest)
+        self._model.forward(inputs)
+
+    def _graph(self, size: int, width: int, adjusts: bool) -> Graph:
+        graph = self._graphs.get((size, width, adjusts))
+        if graph is None:  # while capturing, or on a device where that costs nothing
+            call: Callable[[], None] = partial(self._pass, size, width, adjusts)
+            graph = self._graphs[size, width, adjusts] = self._device.capture(call)
+        return graph
+
+    def _drafted_of(self, size: int) -> torch.Tensor:
+        return self._drafted[: size * self._num_drafts].view(size, self._num_drafts)
+
+    def _pass(self, size: int, width: int, adjusts: bool) -> None:
+        """Pass `nth` over `size` rows: the first is of two tokens, later ones are of one.
+
+        `nth` is set by whoever runs it, since capturing a graph runs it once more than is asked.
+        """
+        assert self._model is not None
+        assert self._pool is not None
+        rows = self._rows
+        asked = self._asked[: (1 + self._num_drafts) * size].view(-1, size)
+        drafted, own, nth = self._drafted_of(size), asked[0], self._nth
+        lengths = rows.lengths.index_select(0, own)
+        if width > 1:
+            drafted.fill_(PENDING)
+            last, previous = rows.last.index_select(0, own), rows.previous.index_select(0, own)
+            ids, starts = torch.stack((previous, last), 1).view(-1), lengths - 1
+        else:
+            ids = drafted.index_select(1, nth - 1).view(-1)
+            starts = lengths + nth.int()
+        every = torch.arange(size + 1, dtype=torch.int32, device=own.device)
+        counts = asked[1:].index_select(0, nth).view(-1)
+        inputs = ragged_inputs(
+            rows,
+            self._pool,
+            ids,
+            every[:size, None].expand(size, width).reshape(-1),
+            every * width,
+            own,
+            starts,
+            counts,
+            num_decode=size,
+            decode_width=width,
+        )
+        hidden = self._model.forward(inputs)
+        logits = self._model.logits(hidden.view(size, width, -1)[:, -1])
+        positions = (lengths + 1).long() + nth
+        if adjusts:
+            adjust_logits(
+                logits,
+                own,
+                positions,
+                rows.params,
+                rows.bias_ids,
+                rows.bias_values,
+                rows.counts,
+                drafted,
+            )
+        drafted.index_copy_(1, nth, sample(logits, own, positions, rows.params)[:, None])

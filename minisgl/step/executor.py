@@ -1,0 +1,154 @@
+"""`LocalExecutor`: the engine's `Executor` over one worker of this process."""
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+
+from minisgl.core.batch import Batch, StepOutput
+from minisgl.core.executor import GrammarMasks, Limits
+from minisgl.core.request import TokenLogprobs
+from minisgl.device import Event
+from minisgl.step.inputs import pack_step
+from minisgl.step.profiler import RankProfiler
+from minisgl.step.proposals import read_drafts
+from minisgl.step.runner import Step
+from minisgl.step.worker import Worker
+
+
+@dataclass
+class _Flight:
+    """A step on its way."""
+
+    number: int
+    step: Step | None  # None when it could not even be packed
+    proposed: Event | None = None  # where the device proposes its drafts
+    done: Event | None = None  # once its sampling is enqueued
+
+
+class LocalExecutor:
+    """Owned by the engine's thread, which plans; the work runs on the worker's device.
+
+    A step that fails, be it a malformed batch or an error in a kernel, is reported by `collect`.
+    """
+
+    def __init__(self, worker: Worker, *, rank: int = 0, trace_details: bool = False) -> None:
+        """`trace_details`: an attached NVTX tool is told of layers and ops too."""
+        self._worker = worker
+        self._profiler = RankProfiler(worker.device, rank, details=trace_details)
+        self._flights: deque[_Flight] = deque()
+
+    @property
+    def limits(self) -> Limits:
+        return self._worker.limits
+
+    @property
+    def compilations(self) -> int:
+        return self._worker.compilations()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights, activations and KV."""
+        return self._worker.dtype
+
+    def dispatch(self, batch: Batch) -> None:
+        worker, device = self._worker, self._worker.device
+        step = proposed = None
+        try:
+            step = Step(pack_step(batch, worker.host_rows, worker.geometry))
+        except Exception as failure:  # surfaces at collect, as every failure does
+            device.submit(_fail, failure)
+        else:
+            if step.arrays.num_passes:
+                device.submit(worker.runner.begin, step)
+                proposed = device.landed()
+            device.submit(worker.runner.forward, step)
+        self._flights.append(_Flight(batch.step, step, proposed))
+
+    def drafts(self, step: int) -> list[list[int]]:
+        flight = next(flight for flight in self._flights if flight.number == step)
+        if flight.step is None or flight.proposed is None:
+            raise ValueError(f"step {step} has no drafts that the device proposes")
+        flight.proposed.wait()
+        assert flight.step.drafted is not None
+        return read_drafts(flight.step.arrays.batch, flight.step.drafted.tolist())
+
+    def sample(self, step: int, masks: GrammarMasks | None = None) -> None:
+        flight = next((flight for flight in self._flights if flight.done is None), None)
+        if flight is None or flight.number != step:
+            raise ValueError(f"step {step} is not the oldest one dispatched and not sampled")
+        device = self._worker.device
+        if flight.step is not None:
+            device.submit(self._worker.runner.sample, flight.step, masks)
+        flight.done = device.landed()
+
+    def collect(self) -> StepOutput:
+        if not self._flights or self._flights[0].done is None:
+            raise ValueError("no sampled step is in flight")
+        flight = self._flights.popleft()
+        assert flight.done is not None
+        flight.done.wait()
+        assert flight.step is not None  # a step that was not packed has failed the stream
+        return _read(flight.step, self._profiler.spans(flight.step.events))
+
+    def start_profile(self, *, traces: bool) -> None:
+        self._profiler.start(traces=traces)
+
+    def stop_profile(self, directory: str) -> list[str]:
+        return self._profiler.stop(directory)
+
+    def check(self) -> None:
+        pass  # what fails here fails in a step
+
+    def close(self) -> None:
+        self._flights.clear()
+        self._worker.close()
+
+
+def _fail(failure: Exception) -> None:
+    raise failure
+
+
+def _read(step: Step, device_spans: list[tuple[float, float]]) -> StepOutput:
+    """The output of a step whose last event has passed."""
+    arrays, sampled = step.arrays, step.sampled
+    chunks = arrays.batch.chunks
+    token_ids: list[list[int]] = [[] for _ in chunks]
+    logprobs: dict[int, list[TokenLogprobs]] = {}
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+    if sampled.drawn is not None:
+        drawn = sampled.drawn.tolist()
+        accepted = drawn[arrays.num_points :] or [0] * len(arrays.sampling)
+        spans = zip(arrays.sampling, arrays.first_points, accepted, strict=False)
+        for i, first, count in spans:  # what lies behind belongs to padding
+            token_ids[i] = drawn[first : first + count + 1]
+    if sampled.logprobs is not None:
+        first = 0
+        for request in arrays.logprobs:
+            kept = len(token_ids[request.chunk])
+            entries = sampled.logprobs.read(first, kept, request.num_top)
+            logprobs[request.chunk] = entries
+            first += request.count
+    for request, blocks in zip(arrays.prompt_logprobs, sampled.prompt_logprobs, strict=True):
+        prompt_logprobs[request.chunk] = [
+            entry
+            for block in blocks
+            for entry in block.read(0, len(block.token_ids), request.num_top)
+        ]
+    return StepOutput(
+        step=arrays.batch.step,
+        token_ids=token_ids,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        seconds=step.seconds,
+        spans=device_spans,
+    )
+
+
+def plan_on_one_thread() -> None:
+    """Keep torch off further cores in the calling thread, which plans beside a CPU stream.
+
+    A second thread with a parallel team of its own would halve the speed of the stream's.
+    """
+    torch.set_num_threads(1)
+    torch.get_num_threads()  # settles it for this thread, whatever others set later

@@ -1,0 +1,239 @@
+"""Decode steps as two captured halves: token ids to hidden states, and those to the next tokens.
+
+The host may fill grammar masks between the two, while the first one runs. There is a pair for every
+padded number of sequences and every width (tokens per sequence: 1 + drafts). All work on one set of
+static buffers, of which a smaller graph uses the first entries; a step's one upload fills `staging`
+and nothing else is needed to replay it. A sequence with fewer tokens than the width is padded.
+
+Steps with cascade groups have a first half of their own, whose launches cover as many groups as a
+batch may have: those that are missing are empty. So a step without groups pays nothing for them.
+
+On a device without graphs a replay calls the captured function on the same buffers.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+from functools import partial
+
+import torch
+
+from minisgl.core.batch import PENDING
+from minisgl.core.executor import GrammarMasks
+from minisgl.device import Device, Graph
+from minisgl.layers.attention import ForwardInputs
+from minisgl.step.inputs import StepArrays, cascade_words, decode_words, pack_masks
+from minisgl.step.kv_pool import KVPool
+from minisgl.step.ragged import fill_inputs
+from minisgl.step.rows import RowBuffers
+from minisgl.step.sampler import Masks, Points, Sampler, Shaping
+from minisgl.step.sizes import GraphSizes, mask_words
+
+Pass = Callable[[ForwardInputs], torch.Tensor]
+Progress = Callable[[Sequence[int]], Iterable[int]]
+
+
+class Forward(Enum):
+    """The first halves; the second ones go by `Shaping`."""
+
+    PLAIN = auto()
+    GROUPED = auto()  # of steps with cascade groups
+
+
+class StaticBuffers:
+    """What every decode graph reads and writes. Made inside the stream, never moved."""
+
+    def __init__(self, device: Device, vocab: int, sizes: GraphSizes) -> None:
+        tokens, sequences = sizes.max_tokens, sizes.max_sequences
+        self.mask_words = mask_words(vocab)
+        self.staging = device.zeros((sizes.staging_words,), torch.int32)
+        self.masks = device.zeros((tokens * (1 + self.mask_words),), torch.int32)
+        self.input_ids = device.zeros((tokens,), torch.int32)
+        self.positions = device.zeros((tokens,), torch.int64)
+        self.slot_mapping = device.zeros((tokens,), torch.int64)
+        self.seq_lens = device.zeros((sequences,), torch.int32)
+        self.sampled = device.zeros((tokens + sequences,), torch.int32)  # then drafts accepted
+
+
+@dataclass(frozen=True)
+class _Views:
+    """The static buffers as the graphs of one size see them."""
+
+    inputs: ForwardInputs
+    grouped: ForwardInputs  # the same with cascade groups
+    token_ids: torch.Tensor  # [size * width]
+    starts: torch.Tensor  # [size]
+    num_tokens: torch.Tensor  # [size]
+    sequences: torch.Tensor  # [size * width]
+    masks: Masks  # of every point
+    sampled: torch.Tensor  # [size * width] tokens, and [size] accepted drafts if the width is > 1
+
+
+class DecodeGraphs:
+    """The graphs of steps with `width` tokens per sequence. Used inside the stream."""
+
+    def __init__(
+        self,
+        device: Device,
+        forward: Pass,
+        sampler: Sampler,
+        pool: KVPool,
+        rows: RowBuffers,
+        buffers: StaticBuffers,
+        sizes: Sequence[int],
+        width: int = 1,
+    ) -> None:
+        self.sizes = tuple(sorted(sizes))
+        self.width = width
+        self._device = device
+        self._forward = forward
+        self._sampler = sampler
+        self._pool = pool
+        self._rows = rows
+        self._buffers = buffers
+        self._views: dict[int, _Views] = {}
+        self._graphs: dict[tuple[int, Forward | Shaping], Graph] = {}
+        self._hidden: dict[int, torch.Tensor] = {}
+        most, on = self.sizes[-1], device.torch_device
+        self._offsets = torch.arange(most + 1, dtype=torch.int32, device=on) * width
+        nth = torch.arange(width, dtype=torch.int32, device=on)
+        every = torch.arange(most, dtype=torch.int32, device=on)
+        self._sequences = every[:, None].expand(most, width).reshape(-1)
+        self._nth = nth[1:]  # [K], each draft's place
+        self._earlier = nth[:-1] < nth[:, None]  # [width, K], whether a draft is before a point
+
+    def capture(self, progress: Progress = list, *, cascade: bool = False) -> None:
+        """Capture every half, the largest first, so that smaller ones reuse its memory.
+
+        `progress` wraps the sizes to show how far it is. `cascade`: those with groups too.
+        """
+        halves = [Forward.PLAIN, *Shaping, *([Forward.GROUPED] if cascade else [])]
+        for size in progress(self.sizes[::-1]):
+            views = self._views_of(size)
+            views.token_ids.zero_()
+            views.inputs.rows.fill_(self._rows.padding)
+            views.starts.zero_()
+            views.num_tokens.zero_()
+            views.masks.indices.fill_(-1)
+            for part in (views.grouped.groups, views.grouped.shared):
+                assert part is not None
+                part.zero_()
+            self._graph(size, Forward.PLAIN).replay()  # second halves are captured on real values
+            for half in halves:
+                self._graph(size, half)
+
+    def forward(self, size: int, half: Forward) -> tuple[torch.Tensor, torch.Tensor]:
+        """Replay a first half on what lies in `staging`.
+
+        Returns hidden states [size * width, H] and positions [size * width] int64, both overwritten
+        by a later replay.
+        """
+        self._graph(size, half).replay()
+        return self._hidden[size], self._views_of(size).inputs.positions
+
+    def sample(self, step: StepArrays, masks: GrammarMasks | None) -> torch.Tensor:
+        """Replay the second half, which moves the rows on.
+
+        Returns tokens [size * width] int32, one behind every token of the step, and where the width
+        is more than 1, accepted drafts [size] after them; overwritten by the next such replay.
+        """
+        size = step.num_sequences
+        shaping = Shaping.ADJUSTED if step.adjusts else Shaping.PLAIN
+        if masks is not None and masks.indices:
+            shaping = Shaping.MASKED
+            packed = pack_masks(step, masks, size * self.width)
+            self._device.upload(packed, self._buffers.masks)
+        self._device.await_downloads()
+        self._graph(size, shaping).replay()
+        return self._views_of(size).sampled
+
+    def points(self, size: int) -> Points:
+        """Every token of the step in `staging` as a point, drafts as they were computed."""
+        views = self._views_of(size)
+        inputs, width = views.inputs, self.width
+        rows = inputs.rows
+        if width == 1:
+            drafts = before = rows.new_empty((size, 0))
+        else:
+            ids = inputs.input_ids.view(size, width)[:, 1:]
+            drafts = torch.where(self._nth < views.num_tokens[:, None], ids, PENDING)
+            before = torch.where(self._earlier, drafts[:, None], PENDING).flatten(0, 1)
+            rows = rows.index_select(0, views.sequences)
+        return Points(
+            tokens=None,
+            ids=inputs.input_ids,
+            rows=rows,
+            first=inputs.cu_seqlens_q[:-1],
+            sequence_rows=inputs.rows,
+            drafts=drafts,
+            before=before,
+        )
+
+    def _graph(self, size: int, half: Forward | Shaping) -> Graph:
+        graph = self._graphs.get((size, half))
+        if graph is None:  # while capturing, or on a device where that costs nothing
+            if isinstance(half, Forward):
+                call = partial(self._call_forward, size, half)
+            else:
+                call = partial(self._call_sampling, size, half)
+            graph = self._graphs[size, half] = self._device.capture(call)
+        return graph
+
+    def _call_forward(self, size: int, half: Forward) -> None:
+        views = self._views_of(size)
+        inputs = views.grouped if half is Forward.GROUPED else views.inputs
+        fill_inputs(
+            inputs, self._rows, views.token_ids, views.sequences, views.starts, views.num_tokens
+        )
+        hidden = self._forward(inputs)
+        if half is Forward.GROUPED and size in self._hidden:
+            self._hidden[size].copy_(hidden)  # where captured second halves read it
+        else:
+            self._hidden[size] = hidden
+
+    def _call_sampling(self, size: int, shaping: Shaping) -> None:
+        views = self._views_of(size)
+        tokens, accepted, _ = self._sampler.draw(
+            self._hidden[size], views.inputs.positions, self.points(size), shaping, views.masks
+        )
+        if self.width == 1:
+            views.sampled.copy_(tokens)
+        else:
+            torch.cat([tokens, accepted], out=views.sampled)
+
+    def _views_of(self, size: int) -> _Views:
+        views = self._views.get(size)
+        if views is None:
+            views = self._views[size] = self._make_views(size)
+        return views
+
+    def _make_views(self, size: int) -> _Views:
+        buffers, width = self._buffers, self.width
+        tokens = size * width
+        lengths = (*decode_words(size, width), *cascade_words(size))
+        parts = buffers.staging[: sum(lengths)].split(lengths)  # type: ignore[no-untyped-call]
+        token_ids, rows, starts, num_tokens, groups, shared = parts
+        indices, bits = buffers.masks[: tokens * (1 + buffers.mask_words)].tensor_split((tokens,))
+        inputs = ForwardInputs(
+            input_ids=buffers.input_ids[:tokens],
+            positions=buffers.positions[:tokens],
+            cu_seqlens_q=self._offsets[: size + 1],
+            seq_lens=buffers.seq_lens[:size],
+            rows=rows,
+            page_table=self._rows.page_table,
+            slot_mapping=buffers.slot_mapping[:tokens],
+            kv=self._pool.layers,
+            page_size=self._pool.page_size,
+            num_decode=size,
+            decode_width=width,
+        )
+        return _Views(
+            inputs=inputs,
+            grouped=replace(inputs, groups=groups.view(-1, 3), shared=shared),
+            token_ids=token_ids,
+            starts=starts,
+            num_tokens=num_tokens,
+            sequences=self._sequences[:tokens],
+            masks=Masks(indices, bits.view(tokens, buffers.mask_words)),
+            sampled=buffers.sampled[: tokens if width == 1 else tokens + size],
+        )

@@ -1,0 +1,99 @@
+"""Piecewise graphs: forward passes of mixed steps, all of which is captured but attention.
+
+A step that prefills has sequences of any lengths, which attention's launches depend on. Everything
+else in a pass treats tokens one by one: it is captured for padded numbers of tokens, in pieces that
+end where a layer attends and begin again behind it, on static tensors. Between two pieces attention
+runs eagerly, on what the pieces share with it: queries, and what becomes of them.
+
+    piece 0     embedding ... layer 0's queries, keys and values       attention of layer 0
+    piece i     layer i - 1's projection ... layer i's queries ...     attention of layer i
+    piece L     layer L - 1's projection ... the last norm
+
+Padding is an empty sequence behind the others: its keys are not written, and it attends to nothing.
+On a device without graphs a replay is one pass on the same tensors, with attention in its place.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from minisgl.device import Cut, Device, Pieces
+from minisgl.layers.attention import Attend, AttentionSlices, ForwardInputs, Space
+from minisgl.step.graphs import Pass
+
+TOKENS = (torch.int32, torch.int64, torch.int64)  # input_ids, positions, slot_mapping
+
+
+class PiecewiseGraphs:
+    """The passes over each of `sizes` tokens. Used inside the stream."""
+
+    def __init__(self, device: Device, forward: Pass, sizes: Sequence[int]) -> None:
+        """sizes: rising. The first pass allocates what all of them share."""
+        self.sizes = tuple(sizes)
+        self._device = device
+        self._forward = forward
+        self._tokens = [device.zeros((sizes[-1],), dtype) for dtype in TOKENS]
+        self._graphs: dict[int, Pieces] = {}
+        self._space: Space | None = None  # [most, Hq, D] each, of one layer after another
+        self._hidden: torch.Tensor | None = None  # [most, H]
+
+    def tokens(self, size: int) -> list[torch.Tensor]:
+        """input_ids, positions and slot_mapping of a pass over `size` tokens, to be filled."""
+        return [tensor[:size] for tensor in self._tokens]
+
+    def forward(self, inputs: ForwardInputs) -> torch.Tensor:
+        """Hidden states [T, H], overwritten by a later pass. The tokens of `inputs` are `tokens`.
+
+        A size is captured when it first comes: on a GPU before serving, the largest first.
+        """
+        size = inputs.input_ids.shape[0]
+        graph = self._graphs.get(size)
+        if graph is None:
+            run = partial(self._pass, _without_sequences(inputs))
+            graph = self._graphs[size] = self._device.capture_pieces(run)
+        graph.replay(inputs, AttentionSlices.of(inputs))
+        assert self._hidden is not None
+        return self._hidden[:size]
+
+    def _pass(self, inputs: ForwardInputs, cut: Cut) -> None:
+        hidden = self._forward(replace(inputs, seam=_Seam(self, cut)))
+        if self._hidden is None:
+            self._hidden = hidden.new_zeros((self.sizes[-1], hidden.shape[1]))
+        self._hidden[: len(hidden)].copy_(hidden)
+
+    def space(self, like: torch.Tensor, shape: tuple[int, int, int]) -> Space:
+        """The first entries of what all layers and sizes share."""
+        if self._space is None:
+            most = (self.sizes[-1], *shape[1:])
+            self._space = like.new_zeros(most), like.new_zeros(most)
+        q, attended = self._space
+        return q[: shape[0]], attended[: shape[0]]
+
+
+@dataclass(frozen=True)
+class _Seam:
+    """Cuts attention out of a pass; a replay hands it the step's own inputs."""
+
+    graphs: PiecewiseGraphs
+    cut: Cut
+
+    def space(self, like: torch.Tensor, shape: tuple[int, int, int]) -> Space:
+        return self.graphs.space(like, shape)
+
+    def attend(self, call: Attend, inputs: ForwardInputs, slices: AttentionSlices) -> None:
+        self.cut(call)
+
+
+def _without_sequences(inputs: ForwardInputs) -> ForwardInputs:
+    """What the pieces may know of a step: its tokens."""
+    return replace(
+        inputs,
+        cu_seqlens_q=inputs.cu_seqlens_q[:1],
+        seq_lens=inputs.seq_lens[:0],
+        rows=inputs.rows[:0],
+        num_decode=0,
+        groups=None,
+        shared=None,
+    )

@@ -1,0 +1,176 @@
+"""Runs packed steps: setups, copies, page-table patches, the forward pass, sampling. In the stream.
+
+A step costs one host-to-device copy, a handful of small ops around the model, and no host sync.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from minisgl.core.executor import GrammarMasks
+from minisgl.device import Device, Event
+from minisgl.layers.attention import ForwardInputs
+from minisgl.parallel import Communicator
+from minisgl.step.agreement import compare_ranks
+from minisgl.step.draft import DraftRunner
+from minisgl.step.graphs import DecodeGraphs, Forward
+from minisgl.step.inputs import StepArrays, cascade_words, join, split
+from minisgl.step.kv_pool import KVPool
+from minisgl.step.piecewise import PiecewiseGraphs
+from minisgl.step.proposals import RAGGED
+from minisgl.step.ragged import ragged_inputs
+from minisgl.step.rows import RowBuffers
+from minisgl.step.sampler import Points, Sampled, Sampler, Sent
+from minisgl.trace import span
+
+
+class Model(Protocol):
+    """What the runner needs of a model."""
+
+    def forward(self, inputs: ForwardInputs) -> torch.Tensor:
+        """Hidden states [T, H]; writes this step's KV."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, H] -> [N, vocab] fp32; of use on rank 0 only."""
+
+
+@dataclass
+class Step:
+    """A step between dispatch and collect."""
+
+    arrays: StepArrays
+    sent: Sent = field(default_factory=dict)
+    input_ids: torch.Tensor | None = None  # [T] int32, of a ragged step
+    drafted: torch.Tensor | None = None  # [D, K] int32, proposals; on the host once they landed
+    hidden: torch.Tensor | None = None  # [T, H]
+    positions: torch.Tensor | None = None  # [T] int64
+    sampled: Sampled = field(default_factory=Sampled)
+    events: list[Event] = field(default_factory=list)  # around the forward pass and the sampling
+
+    @property
+    def seconds(self) -> float:
+        """Device time of both, without the wait for masks that may lie between."""
+        begin, forwarded, masked, end = self.events
+        return forwarded.seconds_since(begin) + end.seconds_since(masked)
+
+
+class Runner:
+    """One rank's model and buffers. Steps laid out for graphs are replayed by them."""
+
+    def __init__(
+        self,
+        device: Device,
+        model: Model,
+        pool: KVPool,
+        rows: RowBuffers,
+        sampler: Sampler,
+        *,
+        graphs: Mapping[int, DecodeGraphs],
+        staging: torch.Tensor,
+        pieces: PiecewiseGraphs | None = None,
+        draft: DraftRunner | None = None,
+        compare: Communicator | None = None,
+    ) -> None:
+        """graphs: by width, and where their steps are uploaded to. compare: each step, between
+        ranks."""
+        self.graphs = graphs
+        self.pieces = pieces
+        self.draft = draft
+        self._device = device
+        self._model = model
+        self._pool = pool
+        self._rows = rows
+        self._sampler = sampler
+        self._compare = compare
+        self._staging = staging
+
+    def begin(self, step: Step) -> None:
+        """Upload the step, and let the draft model propose what it asks for."""
+        step.events.append(self._device.record())
+        with span("begin"):
+            self._begin(step)
+
+    def forward(self, step: Step) -> None:
+        """Compute the step's hidden states, after `begin`, which comes by itself if need be."""
+        if not step.sent:
+            self.begin(step)
+        with span("forward"):
+            self._forward(step)
+        step.events.append(self._device.record())
+
+    def _begin(self, step: Step) -> None:
+        arrays = step.arrays
+        staging = self._staging if arrays.replays else None
+        sent = self._device.upload(join(arrays.sections), staging)
+        step.sent = split(arrays.sections, sent)
+        self._rows.apply(step.sent)
+        if "copies" in step.sent:
+            self._pool.copy(step.sent["copies"].view(-1, 3))
+        if self.draft is not None:
+            if "copies" in step.sent:
+                self.draft.copy(step.sent["copies"].view(-1, 3))
+            longest = max((chunk.length for chunk in arrays.batch.draft_chunks), default=0)
+            drafted = self.draft.run(step.sent, longest, arrays.num_passes, arrays.adjusts)
+            if drafted is not None and self._sampler.draws:
+                step.drafted = self._device.download(drafted.clone())
+
+    def _forward(self, step: Step) -> None:
+        arrays = step.arrays
+        if arrays.replays:
+            graphs = self.graphs[arrays.decode_width]
+            half = Forward.GROUPED if "cascade" in step.sent else Forward.PLAIN
+            step.hidden, step.positions = graphs.forward(arrays.num_sequences, half)
+        else:
+            sent, groups, shared = step.sent, None, None
+            pieces = self.pieces if arrays.in_pieces else None
+            if "cascade" in sent:
+                words = cascade_words(arrays.num_decode)
+                groups, shared = sent["cascade"].split(words)  # type: ignore[no-untyped-call]
+                groups = groups.view(-1, 3)
+            inputs = ragged_inputs(
+                self._rows,
+                self._pool,
+                *(sent[name] for name in RAGGED),
+                num_decode=arrays.num_decode,
+                decode_width=arrays.decode_width,
+                max_seqlen_q=arrays.max_seqlen_q,
+                groups=groups,
+                shared=shared,
+                tokens=None if pieces is None else pieces.tokens(arrays.num_tokens),
+            )
+            forward = self._model.forward if pieces is None else pieces.forward
+            step.hidden, step.positions = forward(inputs), inputs.positions
+            step.input_ids = inputs.input_ids
+        if self._compare is not None:
+            compare_ranks(self._compare, arrays, step.hidden)
+
+    def sample(self, step: Step, masks: GrammarMasks | None) -> None:
+        """Sample the step's points and move its rows on."""
+        step.events.append(self._device.record())
+        with span("sample"):
+            self._sample(step, masks)
+        step.events.append(self._device.record())
+
+    def _sample(self, step: Step, masks: GrammarMasks | None) -> None:
+        arrays, device = step.arrays, self._device
+        assert step.hidden is not None
+        assert step.positions is not None
+        graphs = self.graphs[arrays.decode_width] if arrays.replays else None
+        if graphs is not None and not (arrays.logprobs or arrays.prompt_logprobs):
+            drawn = graphs.sample(arrays, masks)
+            if self._sampler.draws:
+                step.sampled.drawn = device.download(drawn)
+        else:
+            points = None
+            if graphs is not None:
+                points = graphs.points(arrays.num_sequences)
+            elif arrays.num_points:
+                assert step.input_ids is not None
+                points = Points.of(arrays, step.sent, step.input_ids)
+            step.sampled = self._sampler(
+                arrays, step.sent, step.hidden, step.positions, points, masks
+            )
+        step.hidden = step.positions = step.input_ids = None
+        step.sent = {}

@@ -1,0 +1,95 @@
+"""`Worker`: one rank's device, model, memory and runner, which steps need."""
+
+from collections.abc import Callable
+
+from minisgl.core.executor import Limits
+from minisgl.device import Device
+from minisgl.parallel import Communicator, Solo
+from minisgl.step.draft import Draft, DraftRunner
+from minisgl.step.graphs import DecodeGraphs, StaticBuffers
+from minisgl.step.inputs import Geometry
+from minisgl.step.kv_pool import KVPool, KVShape
+from minisgl.step.piecewise import PiecewiseGraphs
+from minisgl.step.rows import HostRows, RowBuffers
+from minisgl.step.runner import Model, Runner
+from minisgl.step.sampler import Sampler
+from minisgl.step.sizes import GraphSizes, draft_sizes, page_table_width, token_multiple
+
+
+class Worker:
+    """One rank. `runner`'s methods run in the device's stream; the rest belongs to the planner."""
+
+    def __init__(
+        self,
+        device: Device,
+        model: Model,
+        shape: KVShape,
+        limits: Limits,
+        *,
+        eos_token_ids: tuple[int, ...] = (),
+        graphs: GraphSizes | None = None,
+        comm: Communicator | None = None,
+        draft: Draft | None = None,
+        compare: bool = False,
+    ) -> None:
+        """Allocates the pool and the rows of `limits`, and what all `graphs` share.
+
+        compare: every step checks that all ranks of `comm` compute the same.
+        """
+        comm, graphs = comm or Solo(), graphs or GraphSizes({})
+        self.device = device
+        self.limits = limits
+        self.dtype = shape.dtype
+        self.compilations: Callable[[], int] = lambda: 0  # kernels compiled while serving
+        on_cpu = not device.captures
+        passes = () if draft is None else draft_sizes(limits.max_rows, on_cpu)
+        self.geometry = Geometry(
+            page_table_width(limits),
+            limits.max_rows,
+            token_multiple(shape.dtype, on_cpu),
+            graphs.by_width,
+            graphs.staging_words,
+            page_size=limits.page_size,
+            num_drafts=0 if draft is None else draft.num_drafts,
+            draft_sizes=passes,
+            piece_sizes=graphs.pieces,
+        )
+        self.host_rows = HostRows(limits.max_rows, limits.vocab_size, eos_token_ids)
+
+        def build() -> Runner:
+            width, vocab = self.geometry.page_table_width, limits.vocab_size
+            pool = KVPool(device, shape, limits.num_pages, limits.page_size)
+            rows = RowBuffers.allocate(device, limits.max_rows, width, vocab)
+            drafting = None
+            if draft is not None:
+                drafting = DraftRunner.of(
+                    draft, device, limits, rows, comm, passes, graphs=bool(graphs.by_width)
+                )
+            keeps_previous = draft is not None
+            sampler = Sampler(device, model.logits, rows, comm, keeps_previous=keeps_previous)
+            buffers = StaticBuffers(device, vocab, graphs)
+            by_width = {
+                width: DecodeGraphs(device, model.forward, sampler, pool, rows, buffers, own, width)
+                for width, own in graphs.by_width.items()
+            }
+            pieces = (
+                PiecewiseGraphs(device, model.forward, graphs.pieces) if graphs.pieces else None
+            )
+            return Runner(
+                device,
+                model,
+                pool,
+                rows,
+                sampler,
+                graphs=by_width,
+                staging=buffers.staging,
+                pieces=pieces,
+                draft=drafting,
+                compare=comm if compare else None,
+            )
+
+        self.runner = device.run(build)
+
+    def close(self) -> None:
+        """Idempotent."""
+        self.device.close()

@@ -1,0 +1,247 @@
+"""The CPU as a device: order, events, failures, an end that may come twice."""
+
+import subprocess
+import sys
+import threading
+import time
+import traceback
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minisgl.device import CpuDevice, pick_device
+from minisgl.device.cpu import default_num_threads
+from minisgl.device.pinned import ALIGNMENT, PinnedRing
+
+
+@pytest.fixture
+def device():
+    made = CpuDevice(num_threads=1)
+    yield made
+    made.close()
+
+
+def test_functions_run_in_order_on_one_thread(device: CpuDevice):
+    seen, threads = [], set()
+
+    def note(number: int) -> None:
+        threads.add(threading.current_thread())
+        seen.append(number)
+
+    for number in range(100):
+        device.submit(note, number)
+    device.record().wait()
+    assert seen == list(range(100))
+    assert threads == {device._thread}
+    assert threading.current_thread() not in threads
+
+
+def test_submit_does_not_wait_and_events_tell_when(device: CpuDevice):
+    gate = threading.Event()
+    before = device.record()
+    device.submit(gate.wait)
+    after = device.record()
+    before.wait()
+    assert before.query()
+    assert not after.query()
+    gate.set()
+    after.wait()
+    assert after.query()
+    assert after.seconds_since(before) > 0
+
+
+def test_event_times_measure_the_work_between(device: CpuDevice):
+    begin = device.record()
+    device.submit(time.sleep, 0.02)
+    end = device.record()
+    device.submit(time.sleep, 0.05)
+    device.record().wait()
+    assert end.seconds_since(begin) >= 0.02
+
+
+def test_failure_surfaces_with_its_traceback_and_skips_what_follows(device: CpuDevice):
+    ran = []
+
+    def explode() -> None:
+        raise KeyError("planted")
+
+    good = device.record()
+    device.submit(explode)
+    device.submit(ran.append, 1)
+    event = device.record()
+    good.wait()
+    with pytest.raises(RuntimeError, match="planted") as caught:
+        event.wait()
+    cause = caught.value.__cause__
+    assert isinstance(cause, KeyError)
+    assert "explode" in "".join(traceback.format_exception(cause))
+    assert not ran
+    with pytest.raises(RuntimeError, match="planted"):
+        device.record().wait()
+
+
+def test_run_returns_or_raises_and_poisons_nothing(device: CpuDevice):
+    assert device.run(lambda a, b: a + b, 2, 3) == 5
+    with pytest.raises(ZeroDivisionError):
+        device.run(lambda: 1 / 0)
+    device.record().wait()
+    assert device.run(lambda: device.run(lambda: 7)) == 7  # from inside the stream
+
+
+def test_close_finishes_the_work_and_is_idempotent():
+    device = CpuDevice(num_threads=1)
+    done = []
+    device.submit(time.sleep, 0.01)
+    device.submit(done.append, 1)
+    device.close()
+    device.close()
+    assert done == [1]
+    assert not device._thread.is_alive()
+    with pytest.raises(RuntimeError, match="closed"):
+        device.submit(done.append, 2)
+
+
+def test_a_failed_device_closes():
+    device = CpuDevice(num_threads=1)
+    device.submit(lambda: 1 / 0)
+    device.close()
+    assert not device._thread.is_alive()
+
+
+def test_stream_keeps_its_threads_when_the_planner_has_one():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        device = CpuDevice(num_threads=2)
+        assert device.run(torch.get_num_threads) == 2
+        assert torch.get_num_threads() == 1
+        device.close()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_host_copies_and_zeros(device: CpuDevice):
+    array = np.arange(6, dtype=np.int32)
+    assert device.run(device.upload, array).tolist() == list(range(6))
+    zeros = device.run(device.zeros, (3, 5, 7), torch.bfloat16)
+    assert zeros.shape == (3, 5, 7)
+    assert zeros.dtype == torch.bfloat16
+    assert zeros.data_ptr() % 64 == 0
+    assert not zeros.any()
+
+
+def test_graph_replays_on_static_buffers(device: CpuDevice):
+    x, y = torch.zeros(3), torch.zeros(3)
+    graph = device.run(device.capture, lambda: torch.add(x, 1, out=y))
+    for value in (1.0, 5.0):
+        x.fill_(value)
+        device.submit(graph.replay)
+        device.record().wait()
+        assert y.tolist() == [value + 1] * 3
+
+
+def test_memory_is_measured(device: CpuDevice):
+    memory = device.memory()
+    assert 0 < memory.free <= memory.total
+    assert 0 < memory.used < memory.total
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cpu:0", ""])
+def test_unknown_device_names_are_refused(name: str):
+    with pytest.raises(ValueError, match="device must be"):
+        pick_device(name)
+
+
+def test_cuda_is_refused_where_there_is_none():
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="no CUDA device"):
+            pick_device("cuda:0")
+
+
+def test_ranks_of_one_machine_share_its_cores(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cores = default_num_threads()
+    assert default_num_threads(2) == max(1, cores // 2)
+    assert default_num_threads(10 * cores) == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # of each process, as everywhere
+    assert default_num_threads(2) == 3
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"tp_size must be at most the 2 GPUs .* got 4 ranks"):
+        pick_device("cuda", index=1, of=4)
+
+
+def test_planning_on_one_thread_leaves_the_stream_its_own():
+    code = """
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from minisgl.device import CpuDevice
+from minisgl.step.executor import plan_on_one_thread
+device = CpuDevice(num_threads=2)
+plan_on_one_thread()
+found = []
+device.submit(lambda: found.append(torch.get_num_threads()))
+device.record().wait()
+device.close()
+print(found[0], torch.get_num_threads())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "1"]
+
+
+@settings(max_examples=100)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), max_size=60), st.integers(1, 6))
+def test_a_ring_never_gives_out_what_is_held(actions: list[tuple[int, int]], capacity: int):
+    """Spans in use are disjoint, whatever is released when; and there is room when all is free."""
+    memory = torch.zeros(capacity * ALIGNMENT, dtype=torch.uint8)
+    ring = PinnedRing(memory)
+    held: dict[int, torch.Tensor] = {}
+    for number, (size, release) in enumerate(actions):
+        for old in list(held)[:release]:
+            del held[old]
+        span = ring.take((size, 8), torch.int64)
+        if span is None:
+            assert held or size > capacity
+            continue
+        assert (span.shape, span.dtype) == ((size, 8), torch.int64)
+        ring.hold(lambda number=number: number not in held)
+        span.fill_(number)
+        held[number] = span
+        for other, content in held.items():
+            assert (content == other).all()
+
+
+def test_a_ring_comes_round():
+    ring = PinnedRing(torch.zeros(4 * ALIGNMENT, dtype=torch.uint8))
+    places = []
+    for _ in range(6):
+        span = ring.take((3, ALIGNMENT), torch.uint8)
+        assert span is not None
+        ring.hold(lambda: True)
+        places.append(span.data_ptr())
+    held = ring.take((1,), torch.uint8)
+    ring.hold(lambda: False)
+    assert held is not None
+    assert ring.take((4, ALIGNMENT), torch.uint8) is None
+    assert ring.take((2, ALIGNMENT), torch.uint8) is not None
+
+
+def test_uploads_go_where_they_are_told_and_downloads_are_copies(device: CpuDevice):
+    place = torch.full((5,), -1, dtype=torch.int32)
+    sent = device.run(device.upload, np.array([3, 4, 5], np.int32), place)
+    assert place.tolist() == [3, 4, 5, -1, -1]
+    assert sent.data_ptr() == place.data_ptr()
+    with pytest.raises(RuntimeError):
+        device.run(device.upload, np.arange(6, dtype=np.int32), place)
+    back = device.run(device.download, place)
+    device.run(device.await_downloads)
+    place.zero_()
+    device.landed().wait()
+    assert back.tolist() == [3, 4, 5, -1, -1]

@@ -1,0 +1,189 @@
+"""The CUDA device and its graphs: copies, streams, no host waits, one text with and without."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from minisgl.build import build_engine
+from minisgl.config import EngineConfig
+from minisgl.core.request import Request, SamplingParams
+from minisgl.device import CudaDevice
+from minisgl.device.cuda import DOWNLOAD_BYTES, UPLOAD_BYTES
+from minisgl.engine.engine import Engine
+from minisgl.step.executor import LocalExecutor
+
+pytestmark = pytest.mark.gpu
+
+CONFIG = EngineConfig(
+    device="cuda", dtype="float32", max_total_tokens=8192, max_running_requests=20
+)
+
+
+IN_PIECES = {"piecewise_cuda_graph_max_tokens": 100, "chunked_prefill_size": 64}
+DRAFTING = {"speculative_algorithm": "draft", "speculative_draft_model": "tiny-draft"}
+
+
+@pytest.fixture
+def device():
+    made = CudaDevice()
+    yield made
+    made.close()
+
+
+def requests() -> list[Request]:
+    """More than one padded size, every half of sampling, prompts of more than one chunk."""
+    kinds = [
+        {"temperature": 0.0},
+        {"temperature": 0.8, "top_k": 12, "top_p": 0.9},
+        {"temperature": 0.0, "repetition_penalty": 1.3, "logprobs": 2},
+        {"temperature": 1.0, "frequency_penalty": 0.6, "logit_bias": {7: 2.0}},
+    ]
+    return [
+        Request(
+            f"{i}",
+            [(5 * i + j) % 200 for j in range(3 + 7 * i)],
+            SamplingParams(max_tokens=20 + i, seed=i, ignore_eos=True, **kinds[i % 4]),
+        )
+        for i in range(13)
+    ]
+
+
+def serve(engine: Engine, wanted: list[Request]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for request in wanted:
+        engine.add(request)
+    while engine.has_work():
+        for delta in engine.step():
+            found.setdefault(delta.request_id, []).extend(delta.token_ids)
+    assert engine.failure is None
+    return found
+
+
+@pytest.fixture(scope="module")
+def engine():
+    made = build_engine(CONFIG)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def in_pieces():
+    made = build_engine(replace(CONFIG, **IN_PIECES))
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("made", ["engine", "in_pieces"])
+def test_the_host_waits_at_events_only(made: str, request):
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        serve(request.getfixturevalue(made), requests())
+        with pytest.raises(RuntimeError):
+            torch.ones(1, device="cuda").item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("made", ["engine", "in_pieces"])
+def test_nothing_is_compiled_after_the_engine_is_ready(made: str, request):
+    engine = request.getfixturevalue(made)
+    serve(engine, requests())
+    assert engine.stats().compilations == 0
+
+
+def test_pieces_are_captured_before_serving_and_replayed_in_it(in_pieces: Engine):
+    """A piece more than there are layers, and attention eagerly between them."""
+    executor = in_pieces._executor
+    assert isinstance(executor, LocalExecutor)
+    worker = executor._worker
+    pieces = worker.runner.pieces
+    captured = dict(pieces._graphs)
+    assert sorted(captured) == list(worker.geometry.piece_sizes)
+    layers = len(worker.runner._pool.layers)
+    assert all(len(graph.graphs) == layers + 1 for graph in captured.values())
+    sizes: list[int] = []
+    forward = pieces.forward
+
+    def noted(inputs):
+        sizes.append(len(inputs.input_ids))
+        return forward(inputs)
+
+    pieces.forward = noted
+    serve(in_pieces, requests())
+    del pieces.forward
+    assert len(set(sizes)) > 1
+    assert set(sizes) <= set(captured)
+    assert pieces._graphs == captured
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"disable_cuda_graph": True},
+        {"disable_overlap_schedule": True},
+        {"chunked_prefill_size": 16},
+        {"cuda_graph_max_bs": 4},
+        IN_PIECES,
+        IN_PIECES | {"chunked_prefill_size": 16, "speculative_algorithm": "ngram"},
+        DRAFTING,
+    ],
+    ids=str,
+)
+def test_the_tokens_do_not_depend_on_how_steps_are_run(engine: Engine, changes):
+    other = build_engine(replace(CONFIG, **changes))
+    try:
+        assert serve(other, requests()) == serve(engine, requests())
+    finally:
+        other.close()
+
+
+def test_a_fixed_order_is_kept_in_pieces():
+    """Attention too, which runs outside of what was captured."""
+    config = replace(CONFIG, dtype="bfloat16", batch_invariant=True)
+    tokens = []
+    for changes in ({}, IN_PIECES):
+        engine = build_engine(replace(config, **changes))
+        try:
+            tokens.append(serve(engine, requests()))
+        finally:
+            engine.close()
+    assert tokens[0] == tokens[1]
+
+
+def test_uploads_arrive_whatever_their_size(device: CudaDevice):
+    """Beyond the ring's room, too, and without the host waiting in between."""
+    sizes = [1, 7, 4096, UPLOAD_BYTES // 8, UPLOAD_BYTES // 8, UPLOAD_BYTES // 2, UPLOAD_BYTES, 3]
+    arrays = [np.arange(size, dtype=np.int32) * (i + 1) for i, size in enumerate(sizes)]
+    sent = [device.run(device.upload, array) for array in arrays]
+    place = device.run(device.zeros, (10,), torch.int32)
+    device.run(device.upload, arrays[1], place)
+    device.record().wait()
+    for array, tensor in zip(arrays, sent, strict=True):
+        assert torch.equal(tensor.cpu(), torch.from_numpy(array))
+    assert place.tolist() == [*arrays[1].tolist(), 0, 0, 0]
+
+
+def test_downloads_are_of_the_moment_and_stay(device: CudaDevice):
+    """What is written later does not reach them, and new ones leave them alone."""
+    source = device.run(device.zeros, (DOWNLOAD_BYTES // 32,), torch.int32)
+    kept = []
+    for number in range(12):  # more than there is room for
+        device.run(device.await_downloads)
+        device.run(source.fill_, number)
+        kept.append(device.run(device.download, source))
+    device.landed().wait()
+    for number, tensor in enumerate(kept):
+        assert (tensor == number).all()
+
+
+def test_a_graph_replays_on_its_buffers(device: CudaDevice):
+    x, y = (device.run(device.zeros, (5,), torch.float32) for _ in range(2))
+    graph = device.run(device.capture, lambda: torch.add(x, 1, out=y))
+    for value in (3.0, 8.0):
+        device.run(x.fill_, value)
+        device.run(graph.replay)
+        result = device.run(device.download, y)
+        device.landed().wait()
+        assert result.tolist() == [value + 1] * 5

@@ -1,0 +1,77 @@
+"""An engine built from a config alone, as `LLM`, the server and the spawned process do it."""
+
+import json
+import logging
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from minisgl.build import build_engine
+from minisgl.config import EngineConfig
+from minisgl.core.request import Request, SamplingParams
+from tests.start.test_plan import CONFIG
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> EngineConfig:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return EngineConfig(
+        model=str(tmp_path), load_format="dummy", device="cpu", max_total_tokens=640
+    )
+
+
+def test_an_engine_serves_and_says_what_it_is(config: EngineConfig, caplog):
+    with caplog.at_level(logging.INFO, "minisgl"):
+        engine = build_engine(config)
+    try:
+        assert engine.info.model == config.model
+        assert engine.info.architecture == "LlamaForCausalLM"
+        assert engine.info.dtype == "bfloat16"
+        assert engine.info.device.startswith("CPU")
+        assert engine.info.eos_token_ids == [3, 7]
+        assert "running on CPU" in caplog.text
+        params = SamplingParams(max_tokens=5, ignore_eos=True, temperature=0.0)
+        engine.add(Request("r", [9, 8, 7], params))
+        tokens = []
+        while engine.has_work():
+            for delta in engine.step():
+                tokens += delta.token_ids
+        assert engine.failure is None
+        assert len(tokens) == 5
+    finally:
+        engine.close()
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tp_size": 3}, r"tp_size must divide .*, got 3: .*q_proj \(4\) cannot"),
+        (
+            {"tp_size": 2, "nnodes": 2, "node_rank": 1, "dist_init_addr": "a:1"},
+            "node_rank must be 0",
+        ),
+        ({"context_length": 1000}, "context_length must be at most"),
+        ({"model": "/no/such/model/anywhere"}, "model"),
+        ({"profile_dir": "/dev/null/x"}, "profile_dir: cannot make /dev/null/x"),
+    ],
+)
+def test_a_build_that_fails_leaves_no_thread(config: EngineConfig, changes, message: str):
+    facts = {name: getattr(config, name) for name in ("model", "load_format", "device")}
+    before = threading.active_count()
+    with pytest.raises(ValueError, match=message):
+        build_engine(EngineConfig(**(facts | changes)))
+    assert threading.active_count() == before
+
+
+def test_building_needs_no_http_stack():
+    code = (
+        "import sys, minisgl.build; "
+        "found = {'uvicorn', 'starlette', 'transformers', 'triton'} & set(sys.modules); "
+        "sys.exit(f'imported: {found}' if found else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,123 @@
+"""Cascade groups from plan to attention: packed as the op takes them, and the same tokens."""
+
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+
+from minisgl.core.batch import MAX_CASCADE_GROUPS, Batch, CascadeGroup, Chunk
+from minisgl.core.policy import SchedulerConfig
+from minisgl.core.request import Request, SamplingParams
+from minisgl.core.speculation import Speculation
+from minisgl.kernels.cascade import cascade
+from minisgl.layers import attention
+from minisgl.step.graphs import Forward
+from minisgl.step.inputs import Geometry, cascade_words, pack_step
+from minisgl.step.rows import HostRows
+from tests.step.harness import VOCAB, make_executor, mixed_requests, serve, tiny_decoder
+
+GROUPS = SchedulerConfig(cascade_min_shared_tokens=1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_decoder()
+
+
+def shared_requests(count: int, seed: int) -> list[Request]:
+    """Two stems, one a continuation of the other, and mixed prompts with none of them."""
+    generator = np.random.default_rng(seed)
+    stem = generator.integers(2, VOCAB, 50).tolist()
+    requests = mixed_requests(3, seed)
+    for i in range(count):
+        own = generator.integers(2, VOCAB, int(generator.integers(1, 9))).tolist()
+        params = SamplingParams(max_tokens=12 + i, seed=i, temperature=0.8, ignore_eos=True)
+        requests.append(Request(f"s{i}", stem[: 50 if i % 3 else 33] + own, params))
+    return requests
+
+
+def served(model, requests, config, **facts):
+    """What is served, the groups of every call of the op, and the graphs."""
+    facts, calls = dict(facts), []
+
+    def spy(q, *args, **kwargs):
+        groups, shared = args[5:7]
+        calls.append((groups.tolist(), shared.tolist(), kwargs["width"]))
+        return cascade(q, *args, **kwargs)
+
+    serving = {"overlap": facts.pop("overlap", True)}
+    if facts.pop("drafts", False):
+        serving["speculation"] = Speculation(guesses, 3, adaptive=False)
+    executor = make_executor(model, num_pages=facts.pop("num_pages", 60), **facts)
+    try:
+        with patch.object(attention, "cascade", spy):
+            result = serve(executor, requests, config=config, arrive=4, **serving)
+    finally:
+        graphs = executor._worker.runner.graphs
+        executor.close()
+    return result, calls, graphs
+
+
+def guesses(sequence, most: int) -> list[int]:
+    return [(7 * sequence.num_tokens + i) % VOCAB for i in range(sequence.uid % 4)][:most]
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {},
+        {"graphs": False},
+        {"page_size": 1, "num_pages": 900},
+        {"overlap": False, "num_pages": 24},  # preempts
+        {"drafts": True, "graph_widths": (1, 4)},
+        {"drafts": True, "graphs": False},
+    ],
+    ids=["graphs", "eager", "page1", "tight", "drafts", "eager-drafts"],
+)
+def test_same_tokens_with_groups_and_without(model, facts):
+    requests = shared_requests(9, seed=1)
+    with_groups, calls, graphs = served(model, requests, GROUPS, **facts)
+    without, none, _ = served(model, requests, None, **facts)
+    assert with_groups.tokens == without.tokens
+    assert not none
+    assert calls
+    named = [batch for batch in with_groups.batches if batch.cascade_groups]
+    assert len(calls) == 2 * len(named)  # the layers
+    assert {max(chunk.length for chunk in b.chunks[: b.num_decode]) > 1 for b in named} == (
+        {True, False} if "drafts" in facts else {False}
+    )
+    halves = {half for own in graphs.values() for _, half in own._graphs}
+    assert (Forward.GROUPED in halves) == facts.get("graphs", True)
+
+
+def test_groups_are_packed_as_the_op_takes_them():
+    chunks = [Chunk(i, 0, i, 70 + i, 1, [], 0, [], True) for i in range(5)]
+    groups = [CascadeGroup(0, 2, 3), CascadeGroup(2, 2, 1)]
+    prompt = Chunk(9, 0, 8, 0, 2, [1, 2], 0, [], False)
+    for batch, sizes in (
+        (Batch(0, chunks, 5, cascade_groups=groups), {1: (8,)}),
+        (Batch(0, [*chunks, prompt], 5, cascade_groups=groups), {}),
+    ):
+        geometry = Geometry(9, 10, 1, sizes, 10_000, page_size=16)
+        step = pack_step(batch, HostRows(10, VOCAB, ()), geometry)
+        assert step.replays == bool(sizes)
+        packed, shared = np.split(step.sections["cascade"], [cascade_words(1)[0]])
+        rows = packed.reshape(MAX_CASCADE_GROUPS, 3).tolist()
+        assert rows == [[0, 2, 3], [2, 2, 1], *[[0, 0, 0]] * (MAX_CASCADE_GROUPS - 2)]
+        assert shared.tolist() == [48, 48, 16, 16] + [0] * (step.num_decode - 4)
+    plain = pack_step(Batch(0, chunks, 5), HostRows(10, VOCAB, ()), geometry)
+    assert "cascade" not in plain.sections
+
+
+def test_captured_halves_share_what_sampling_reads(model):
+    """A second half reads the hidden states in one place, whichever first half wrote them."""
+    executor = make_executor(model)
+    graphs = executor._worker.runner.graphs[1]
+    executor._worker.device.run(lambda: graphs.capture(cascade=True))
+    assert {half for _, half in graphs._graphs} > set(Forward)
+    plain, _ = executor._worker.device.run(lambda: graphs.forward(8, Forward.PLAIN))
+    grouped, _ = executor._worker.device.run(lambda: graphs.forward(8, Forward.GROUPED))
+    executor.close()
+    assert plain.data_ptr() == grouped.data_ptr()
+    assert torch.isfinite(grouped).all()

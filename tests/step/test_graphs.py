@@ -1,0 +1,176 @@
+"""Decode graphs in two halves: which exist, which a step takes, and that nothing they use moves."""
+
+import numpy as np
+import pytest
+import torch
+
+from minisgl.core.batch import Batch
+from minisgl.core.executor import GrammarMasks, Limits
+from minisgl.core.request import Request, SamplingParams
+from minisgl.device import CpuDevice
+from minisgl.kernels.sampling import column
+from minisgl.start.startup import run_largest, warm_up
+from minisgl.step.executor import LocalExecutor
+from minisgl.step.graphs import Forward
+from minisgl.step.kv_pool import KVShape
+from minisgl.step.runner import Runner
+from minisgl.step.sampler import Shaping
+from minisgl.step.worker import Worker
+from tests.step.harness import VOCAB, mixed_requests, serve
+
+
+def mask_all(batch: Batch) -> GrammarMasks:
+    """Every token allowed, for the first chunk that samples."""
+    index = next(i for i, chunk in enumerate(batch.chunks) if chunk.samples)
+    return GrammarMasks([index], np.full((1, -(-VOCAB // 32)), 2**32 - 1, np.uint32))
+
+
+def replayed(executor: LocalExecutor) -> set[tuple[int, Forward | Shaping]]:
+    return set(executor._worker.runner.graphs[1]._graphs)
+
+
+def test_a_captured_engine_serves_as_one_without_graphs(executors):
+    """Captured before the first step, the largest size first, as on a GPU."""
+    executor, eager = executors(), executors(graphs=False)
+    graphs = executor._worker.runner.graphs[1]
+    shown = []
+
+    def progress(sizes):
+        shown.extend(sizes)
+        return sizes
+
+    executor._worker.device.run(graphs.capture, progress)
+    assert shown == sorted(graphs.sizes, reverse=True) == [8, 4]
+    assert replayed(executor) == {(s, half) for s in (4, 8) for half in (Forward.PLAIN, *Shaping)}
+    requests = mixed_requests(14, seed=2)
+    assert serve(executor, requests).tokens == serve(eager, requests).tokens
+
+
+def test_a_step_takes_the_half_it_needs(executors):
+    plain = [Request("p", [3, 4, 5], SamplingParams(max_tokens=4, seed=1))]
+    params = SamplingParams(max_tokens=4, seed=1, presence_penalty=0.5)
+    penalized = [Request("p", [3, 4, 5], params)]
+    scored = [Request("p", [3, 4, 5], SamplingParams(max_tokens=4, seed=1, logprobs=1))]
+    for requests, masks, halves in (
+        (plain, None, {Shaping.PLAIN}),
+        (penalized, None, {Shaping.ADJUSTED}),
+        (penalized, mask_all, {Shaping.MASKED}),
+        (scored, None, set()),  # raw logits are read between: sampled eagerly
+    ):
+        executor = executors()
+        serve(executor, requests, masks=masks)
+        assert replayed(executor) == {(4, half) for half in (Forward.PLAIN, *halves)}
+
+
+def test_a_batch_beyond_the_largest_graph_runs_eagerly(executors):
+    requests = mixed_requests(10, seed=4)
+    executor = executors(graph_max_sequences=3)
+    few = serve(executor, requests, arrive=10)
+    assert max(len(batch.chunks) for batch in few.batches if batch.num_decode) > 4
+    assert {size for size, _ in replayed(executor)} == {4}
+    assert few.tokens == serve(executors(graphs=False), requests, arrive=10).tokens
+
+
+@pytest.mark.parametrize(("width", "sizes"), [(1, (4, 8)), (2, (2, 4, 8)), (3, (8,)), (4, (1, 2))])
+def test_fp32_graphs_have_sizes_that_treat_rows_alike(executors, width, sizes):
+    """4 tokens or a multiple of 8, as everywhere on a CPU in fp32."""
+    most = 8 if width < 4 else 2
+    executor = executors(graph_widths=(width,), graph_max_sequences=most)
+    found = executor._worker.geometry.decode_sizes[width]
+    assert found == sizes
+    assert all(size * width == 4 or size * width % 8 == 0 for size in found)
+
+
+def test_compilations_are_those_of_the_worker(model):
+    compiled = [0]
+    worker = Worker(
+        CpuDevice(num_threads=1),
+        model,
+        KVShape(2, 2, 16, torch.float32),
+        Limits(4, 16, 2, 32, VOCAB),
+    )
+    worker.compilations = lambda: compiled[0]
+    executor = LocalExecutor(worker)
+    assert executor.compilations == 0
+    compiled[0] += 2
+    assert executor.compilations == 2
+    executor.close()
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_a_warm_up_asks_for_everything_and_leaves_padding_greedy(executors, page_size):
+    facts = {"page_size": page_size, "num_pages": 640 // page_size}
+    executor = executors(**facts)
+    worker = executor._worker
+    asked = set()
+
+    class Watched(Runner):
+        def forward(self, step):
+            asked.update(step.arrays.sections)
+            super().forward(step)
+
+        def sample(self, step, masks):
+            asked.update({"masks"} if masks else ())
+            super().sample(step, masks)
+
+    runner = worker.runner
+    runner.__class__ = Watched
+    limits, geometry = worker.limits, worker.geometry
+    worker.device.run(lambda: warm_up(runner, limits, geometry, cascade=True, everything=True))
+    wanted = {"masks", "copies", "drafts", "asked", "targets", "patch_index", "bias_ids"}
+    assert wanted | {"count_rows", "setup_rows", "points"} <= asked
+    padding = runner._rows.padding
+    assert column(runner._rows.params, "temperature")[padding] == 0
+    assert runner._rows.counted[padding] == 0
+    requests = mixed_requests(7, seed=8)
+    assert serve(executor, requests).tokens == serve(executors(**facts), requests).tokens
+
+
+@pytest.mark.parametrize(("tokens", "drafts"), [(20, 0), (300, 0), (20, 3)])  # the context is 128
+def test_the_largest_step_has_every_row_and_leaves_nothing_behind(executors, tokens, drafts):
+    executor = executors()
+    worker, sizes = executor._worker, []
+
+    class Watched(Runner):
+        def forward(self, step):
+            arrays = step.arrays
+            sizes.append((arrays.num_tokens, arrays.num_points, arrays.replays))
+            super().forward(step)
+
+    runner = worker.runner
+    runner.__class__ = Watched
+    worker.device.run(run_largest, runner, worker.limits, worker.geometry, tokens, drafts)
+    ((most, points, replays),) = sizes
+    chunks = -(-tokens // 128)
+    decoding = 8 * (1 + drafts)
+    assert most == -(-(decoding + tokens) // 8) * 8  # padded, in fp32
+    assert (points, replays) == (decoding + chunks, False)
+    requests = mixed_requests(7, seed=8)
+    assert serve(executor, requests).tokens == serve(executors(), requests).tokens
+
+
+def test_nothing_moves_once_it_is_captured(model, executors):
+    executor = executors(graph_widths=(1, 3))
+    runner = executor._worker.runner
+    tensors = {weight.name: weight.target for weight in model.weights()}
+    tensors["kv"] = runner._pool.storage
+    for holder in (runner._rows, runner.graphs[1]._buffers):
+        tensors |= {
+            name: value for name, value in vars(holder).items() if hasattr(value, "data_ptr")
+        }
+    assert {"staging", "page_table", "sampled", "masks"} < set(tensors)
+
+    def places() -> dict[str, int]:
+        return {name: tensor.data_ptr() for name, tensor in tensors.items()}
+
+    before = places()
+    for graphs in runner.graphs.values():
+        executor._worker.device.run(graphs.capture)
+    serve(executor, mixed_requests(14, seed=6))
+    assert places() == before
+    for graphs in runner.graphs.values():
+        for views in graphs._views.values():
+            inputs = views.inputs
+            assert inputs.rows.untyped_storage().data_ptr() == before["staging"]
+            assert inputs.page_table.data_ptr() == before["page_table"]
+            assert inputs.kv[0][0].data_ptr() == before["kv"]

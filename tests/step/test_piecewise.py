@@ -1,0 +1,291 @@
+"""Mixed steps in captured pieces: the same tokens as eagerly, and only attention between them."""
+
+from contextlib import contextmanager
+from functools import partial
+from itertools import zip_longest
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from minisgl.config import EngineConfig
+from minisgl.core.batch import Batch
+from minisgl.core.executor import GrammarMasks
+from minisgl.core.policy import SchedulerConfig
+from minisgl.core.speculation import Speculation
+from minisgl.device.cpu import CallPieces
+from minisgl.kernels.activation import silu_and_mul
+from minisgl.kernels.linear import linear
+from minisgl.kernels.qkv_prepare import qkv_prepare
+from minisgl.kernels.rmsnorm import rmsnorm
+from minisgl.models.decoder import ROPE_SLACK
+from minisgl.start.footprint import pieces_bytes
+from minisgl.start.load import graph_sizes
+from minisgl.start.startup import capture_pieces
+from minisgl.step.executor import LocalExecutor
+from minisgl.step.sizes import piece_sizes
+from minisgl.trace import record_with
+from tests.step.harness import VOCAB, mixed_requests, serve
+from tests.step.test_cascade import guesses, shared_requests
+
+MOST = 40  # tokens of a step in pieces
+
+
+@pytest.fixture
+def executors(executors):
+    return partial(executors, most_in_pieces=MOST)
+
+
+def poison(executor: LocalExecutor) -> list[tuple[int, int]]:
+    """Before each pass NaN wherever it does not write first. The (sequences, tokens) of passes."""
+    pieces, passes = executor._worker.runner.pieces, []
+    forward = pieces.forward
+
+    def poisoned(inputs):
+        tokens = len(inputs.input_ids)
+        shared = [] if pieces._space is None else [*pieces._space, pieces._hidden]
+        for tensor in shared:
+            tensor.fill_(torch.nan)
+        for tensor in pieces._tokens:
+            tensor[tokens:].fill_(-7)  # no token, no position
+        hidden = forward(inputs)
+        assert hidden.isfinite().all()
+        assert all(tensor[tokens:].isnan().all() for tensor in shared)
+        passes.append((len(inputs.rows), tokens))
+        return hidden
+
+    pieces.forward = poisoned
+    return passes
+
+
+def mask_all(batch: Batch) -> GrammarMasks:
+    index = next(i for i, chunk in enumerate(batch.chunks) if chunk.samples)
+    return GrammarMasks([index], np.full((1, -(-VOCAB // 32)), 2**32 - 1, np.uint32))
+
+
+CASES = {
+    "chunks": ({}, {"config": SchedulerConfig(chunked_prefill_size=13)}),
+    "whole": ({"most_in_pieces": 300}, {"arrive": 4}),
+    "page1": ({"page_size": 1, "num_pages": 640}, {}),
+    "tight": ({"num_pages": 12}, {"overlap": False}),
+    "masks": ({}, {"masks": mask_all}),
+    "few-graphs": ({"graph_max_sequences": 3}, {"arrive": 4}),
+    "drafts": (
+        {"graph_widths": (1, 4), "num_pages": 60},
+        {"speculation": Speculation(guesses, 3, adaptive=False)},
+    ),
+    "cascade": (
+        {"num_pages": 60},
+        {"config": SchedulerConfig(cascade_min_shared_tokens=1), "arrive": 4},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_tokens_as_eagerly(executors, name):
+    facts, how = CASES[name]
+    requests = shared_requests(8, seed=1) + mixed_requests(11, seed=5)[3:]
+    in_pieces = executors(**facts)
+    passes = poison(in_pieces)
+    found = serve(in_pieces, requests, **how)
+    eager = executors(**facts | {"graphs": False, "most_in_pieces": 0})
+    assert found.tokens == serve(eager, requests, **how).tokens
+
+    sizes = in_pieces._worker.geometry.piece_sizes
+    assert {tokens for _, tokens in passes} <= set(sizes)
+    assert len({tokens for _, tokens in passes}) > 1
+    mixed = [b for b in found.batches if 0 < b.num_decode < len(b.chunks)]
+    assert any(sum(chunk.length for chunk in batch.chunks) <= sizes[-1] for batch in mixed)
+    if name == "cascade":
+        assert any(batch.cascade_groups for batch in mixed)
+    if name == "drafts":
+        assert any(chunk.drafts for batch in mixed for chunk in batch.chunks)
+
+
+def test_a_step_beyond_the_largest_size_runs_eagerly(executors):
+    executor = executors(most_in_pieces=10)
+    passes = poison(executor)
+    found = serve(executor, mixed_requests(9, seed=3))
+    assert 0 < len(passes) < len(found.batches)
+    assert max(tokens for _, tokens in passes) == 16
+    assert max(sum(chunk.length for chunk in batch.chunks) for batch in found.batches) > 16
+    plain = serve(executors(most_in_pieces=0), mixed_requests(9, seed=3))
+    assert found.tokens == plain.tokens
+
+
+@contextmanager
+def logged(executor: LocalExecutor, monkeypatch):
+    """The ops of every pass in pieces, by the parts of it: piece, attention, piece and so on."""
+    passes: list[list[list[str]]] = []
+
+    @contextmanager
+    def note(name):
+        if passes and not name.startswith("layer"):
+            passes[-1][-1].append(name)
+        yield
+
+    def replay(pieces, *args):
+        passes.append([[]])
+
+        def cut(call):
+            passes[-1].append([])
+            call(*args)
+            passes[-1].append([])
+
+        pieces.function(cut)
+        parts.append(passes.pop())
+
+    parts: list[list[list[str]]] = []
+    monkeypatch.setattr(CallPieces, "replay", replay)
+    executor._worker.device.run(record_with, note)
+    yield parts
+    executor._worker.device.run(record_with, None)
+
+
+def test_between_two_pieces_there_is_attention_and_nothing_else(executors, monkeypatch):
+    executor, grouping = executors(most_in_pieces=200), SchedulerConfig(cascade_min_shared_tokens=1)
+    with logged(executor, monkeypatch) as passes:
+        found = serve(executor, shared_requests(5, seed=2), config=grouping, arrive=2)
+    attends = ["rmsnorm", "linear", "qkv_prepare"]
+    rest = ["linear", "rmsnorm", "linear", "silu_and_mul", "linear"]
+    between = []
+    for parts in passes:
+        assert parts[0::2] == [attends, [*rest, *attends], [*rest, "rmsnorm"]]
+        assert parts[1] == parts[3]
+        between.append(tuple(parts[1]))
+    kinds = {("attention",), ("decode", "attention"), ("cascade", "attention")}
+    assert set(between) == kinds
+    assert len(between) < len(found.batches)
+
+
+class Tape(TorchDispatchMode):
+    """Takes down a piece's operations on tensors: what a captured graph knows of a pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces: list[list[tuple]] = [[]]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.pieces[-1].append((function, args, kwargs or {}, result))
+        return result
+
+
+class Taped:
+    """Replays a capture's operations on its tensors, and calls what was cut out between."""
+
+    def __init__(self, function) -> None:
+        function(lambda call: None)
+        self.tape, self.calls = Tape(), []
+
+        def cut(call):
+            self.calls.append(call)
+            self.tape.pieces.append([])
+
+        with self.tape:
+            function(cut)
+
+    def replay(self, *args):
+        now: dict[int, torch.Tensor] = {}  # what is made anew, by what was made when capturing
+
+        def current(value):
+            return now.get(id(value), value)
+
+        for piece, call in zip_longest(self.tape.pieces, self.calls):
+            for function, given, named, made in piece:
+                result = function(*tree_map(current, given), **tree_map(current, named))
+                now |= {
+                    id(a): b for a, b in zip(tree_leaves(made), tree_leaves(result), strict=True)
+                }
+            if call is not None:
+                call(*args)
+
+
+def test_what_was_captured_at_a_start_serves_every_step(executors, monkeypatch):
+    """Nothing of a pass but its operations on tensors is left when its pieces are replayed."""
+    for op in (linear, rmsnorm, silu_and_mul, qkv_prepare):  # native ones are not taken down
+        monkeypatch.setitem(op._chosen, torch.device("cpu"), op.reference)
+    requests = shared_requests(5, seed=4) + mixed_requests(9, seed=9)[3:]
+    eager = serve(executors(most_in_pieces=0), requests).tokens
+    executor = executors()
+    worker = executor._worker
+    worker.device.capture_pieces = Taped
+    sizes = worker.geometry.piece_sizes
+    for size in sizes[::-1]:
+        worker.device.run(capture_pieces, worker.runner, worker.limits, worker.geometry, size)
+    taped = worker.runner.pieces._graphs
+    assert [len(taped[size].calls) for size in sizes] == [2] * len(sizes)
+    assert all(len(piece) > 5 for size in sizes for piece in taped[size].tape.pieces)
+    assert serve(executor, requests).tokens == eager
+
+
+def test_pieces_know_a_steps_tokens_alone_and_nothing_moves(executors):
+    executor = executors()
+    worker = executor._worker
+    pieces, places = worker.runner.pieces, set()
+    forward = pieces._forward
+
+    def watched(inputs):
+        sequences = (inputs.rows, inputs.seq_lens, inputs.cu_seqlens_q[1:])
+        assert not any(map(len, sequences))
+        assert inputs.num_decode == 0
+        assert inputs.groups is None
+        assert inputs.shared is None
+        hidden = forward(inputs)
+        static = (inputs.input_ids, inputs.positions, inputs.slot_mapping, *pieces._space)
+        places.add(tuple(tensor.data_ptr() for tensor in (*static, worker.runner._rows.page_table)))
+        return hidden
+
+    pieces._forward = watched
+    serve(executor, mixed_requests(9, seed=6))
+    assert len(places) == 1
+    assert len(pieces._graphs) > 1
+
+
+def test_they_are_captured_before_serving_the_largest_first(executors):
+    """As a start on a GPU does; the padding row is left as it was."""
+    executor = executors()
+    worker = executor._worker
+    sizes = worker.geometry.piece_sizes
+    for size in sizes[::-1]:
+        worker.device.run(capture_pieces, worker.runner, worker.limits, worker.geometry, size)
+    assert list(worker.runner.pieces._graphs) == [40, 32, 24, 16, 8]
+    requests = mixed_requests(9, seed=7)
+    assert serve(executor, requests).tokens == serve(executors(), requests).tokens
+
+
+@pytest.mark.parametrize("most", [1, 8, 9, 100, 129, 2049, 9000])
+def test_sizes_are_near_each_other(most):
+    sizes = np.array([0, *piece_sizes(most)])
+    assert sizes[-2] < most <= sizes[-1]
+    assert (sizes % 8 == 0).all()
+    gaps = np.diff(sizes)
+    assert (gaps <= np.maximum(8, sizes[:-1] / 8)).all()
+    assert gaps.max() <= ROPE_SLACK  # of padding, the last position is one less
+
+
+def test_no_more_are_captured_than_a_step_can_have():
+    facts = {"chunked_prefill_size": 50, "max_running_requests": 5}
+    asked = EngineConfig(piecewise_cuda_graph_max_tokens=10_000, **facts)
+    assert graph_sizes(asked, torch.bfloat16, False).pieces[-1] == 56
+    drafting = {"speculative_algorithm": "ngram", "speculative_num_draft_tokens": 3}
+    asked = EngineConfig(piecewise_cuda_graph_max_tokens=10_000, **facts, **drafting)
+    assert graph_sizes(asked, torch.bfloat16, False).pieces[-1] == 72
+    assert graph_sizes(EngineConfig(), torch.bfloat16, False).pieces == ()
+
+
+def test_what_they_hold_is_planned(executors, model):
+    executor = executors(most_in_pieces=90)
+    serve(executor, mixed_requests(3, seed=1))
+    pieces = executor._worker.runner.pieces
+    held = sum(t.nbytes for t in (*pieces._tokens, *pieces._space, pieces._hidden))
+    sizes = graph_sizes(
+        EngineConfig(piecewise_cuda_graph_max_tokens=90), torch.float32, on_cpu=False
+    )
+    planned = pieces_bytes(sizes, model.config, torch.float32, 1)
+    assert held < planned
+    assert pieces_bytes(sizes, model.config, torch.float32, 2) < planned
+    none = graph_sizes(EngineConfig(), torch.float32, on_cpu=False)
+    assert pieces_bytes(none, model.config, torch.float32, 1) == 0
