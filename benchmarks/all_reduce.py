@@ -12,20 +12,20 @@ result is checked before it is timed; times are medians of rank 0. The last line
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import queue
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from multiprocessing.reduction import DupFd
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from benchmarks.results import Results, add_options, device_name
 from minisgl.kernels.all_reduce import (
     CAPACITY,
     Path,
@@ -147,9 +147,10 @@ def rank_main(rank: int, port: int, fd: Any, answers: Any, args: argparse.Namesp
                 dist.PrefixStore("gloo", store), rank, args.ranks, device, host="127.0.0.1"
             )
             ways = {"gloo": group, "shared": SharedMemory(fd.detach(), rank, args.ranks)}
-        rows = [measure(ways, count, args, rank, device) for count in args.rows]
-        if rank == 0:
-            answers.put(rows)
+        for count in args.rows:
+            row = measure(ways, count, args, rank, device)
+            if rank == 0:
+                answers.put(row)
         group.all_reduce(torch.zeros(1, device=device))  # all have done
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -190,8 +191,8 @@ def measure(
     return row
 
 
-def processes(args: argparse.Namespace) -> list[Row]:
-    """Rank 0's rows, of ranks in processes of their own."""
+def processes(args: argparse.Namespace) -> Iterator[Row]:
+    """Rank 0's rows as they come, of ranks in processes of their own."""
     context = multiprocessing.get_context("spawn")
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     answers = context.Queue()
@@ -203,16 +204,19 @@ def processes(args: argparse.Namespace) -> list[Row]:
             words = (rank, store.port, passed, answers, args)
             workers.append(context.Process(target=rank_main, args=words))
             workers[-1].start()
-        while True:
+        left = len(args.rows)
+        while left:
             try:
-                return answers.get(timeout=1.0)  # type: ignore[no-any-return]
+                yield answers.get(timeout=1.0)
+                left -= 1
             except queue.Empty:
                 failed = [worker.exitcode for worker in workers if worker.exitcode]
                 if failed:
                     raise RuntimeError(f"a rank ended with status {failed[0]}") from None
-    finally:
         for worker in workers:
             worker.join(20)
+    finally:
+        for worker in workers:
             worker.kill()
         if fd >= 0:
             os.close(fd)
@@ -221,11 +225,10 @@ def processes(args: argparse.Namespace) -> list[Row]:
 # ---- ranks that are streams of one GPU ----------------------------------------------------------
 
 
-def virtual(args: argparse.Namespace) -> list[Row]:
-    """Rows of ranks that share one GPU."""
+def virtual(args: argparse.Namespace) -> Iterator[Row]:
+    """Rows of ranks that share one GPU, as they come."""
     device, dtype = torch.device("cuda", 0), getattr(torch, args.dtype)
     ranks = VirtualRanks(args.ranks, device)
-    rows = []
     for count in args.rows:
         parts = make_parts(args.ranks, count, args.hidden, dtype).to(device)
         residual = make_parts(1, count, args.hidden, dtype)[0].to(device)
@@ -255,10 +258,9 @@ def virtual(args: argparse.Namespace) -> list[Row]:
                     x, r, w, EPS, False, p
                 ),
             )
-        rows.append(row)
-    ranks.check()
+        ranks.check()
+        yield row
     ranks.close()
-    return rows
 
 
 def _time_virtual(
@@ -280,8 +282,23 @@ def _time_virtual(
 # ---- the report ---------------------------------------------------------------------------------
 
 
+def compared(row: Row, kind: str, ranks: int, *, multimem: bool) -> Row:
+    """The row with what serving picks, or how much faster our way is than gloo."""
+    if kind == "cpu":
+        own = row["sum"].get("shared")
+        return row | {"table": "" if own is None else f"{row['sum']['gloo'] / own:.1f}"}
+    path = choose(row["bytes"], ranks, multimem=multimem, ordered=False)
+    received = {
+        path.name.lower(): received_bytes(row["bytes"], ranks, path) / seconds
+        for path in Path
+        if (seconds := row["sum"].get(path.name.lower())) is not None
+    }
+    table = "nccl" if path is None else path.name.lower()
+    return row | {"table": table, "received_bytes_per_second": received}
+
+
 def report(rows: list[Row], kind: str, args: argparse.Namespace) -> None:
-    """The table for people, then the line for programs."""
+    """The table for people."""
     names = list(dict.fromkeys(name for row in rows for name in row["sum"]))
     where = {"virtual": "streams of one GPU", "gpus": "GPUs", "cpu": "CPU processes"}[kind]
     print(f"all-reduce of [rows, {args.hidden}] {args.dtype} on {args.ranks} {where}; microseconds")
@@ -295,30 +312,7 @@ def report(rows: list[Row], kind: str, args: argparse.Namespace) -> None:
                 seconds = row[part].get(name)
                 text = f"{'-':>{width}}" if seconds is None else f"{seconds * 1e6:>{width}.1f}"
                 times += text if part == "sum" else " " + text
-        if kind == "cpu":
-            own = row["sum"].get("shared")
-            row["table"] = "" if own is None else f"{row['sum']['gloo'] / own:.1f}"
-        else:
-            multimem = "multimem" in names
-            path = choose(row["bytes"], args.ranks, multimem=multimem, ordered=False)
-            row["table"] = "nccl" if path is None else path.name.lower()
-            row["received_bytes_per_second"] = {
-                path.name.lower(): received_bytes(row["bytes"], args.ranks, path) / seconds
-                for path in Path
-                if (seconds := row["sum"].get(path.name.lower())) is not None
-            }
         print(f"{row['rows']:>6} {row['bytes']:>10}{times}   {row['table']}")
-    about = {
-        "benchmark": "all_reduce",
-        "kind": kind,
-        "device": torch.cuda.get_device_name() if kind != "cpu" else "cpu",
-        "ranks": args.ranks,
-        "hidden": args.hidden,
-        "dtype": args.dtype,
-        "load": os.getloadavg()[0],
-        "rows": rows,
-    }
-    print(json.dumps(about))
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -331,6 +325,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--repeats", type=int, default=15)
+    add_options(parser)
     args = parser.parse_args(words)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -353,8 +348,26 @@ def main(words: list[str] | None = None) -> None:
         kind = "cpu"
     else:
         kind = "gpus" if torch.cuda.device_count() >= args.ranks else "virtual"
-    rows = virtual(args) if kind == "virtual" else processes(args)
-    report(rows, kind, args)
+    results = Results("all_reduce", args)
+    results.put(
+        kind=kind,
+        device=device_name(args.device),
+        ranks=args.ranks,
+        hidden=args.hidden,
+        dtype=args.dtype,
+        load=os.getloadavg()[0],
+        rows=[],
+    )
+    source = virtual(args) if kind == "virtual" else processes(args)
+    with closing(source):
+        for index, row in enumerate(source):
+            multimem = "multimem" in row["sum"]
+            results.add("rows", compared(row, kind, args.ranks, multimem=multimem))
+            following = args.rows[index + 1 : index + 2]
+            if any(results.is_late(f"{count} rows") for count in following):
+                break
+    report(results.content["rows"], kind, args)
+    results.finish()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ be equal, elsewhere the share of equal ones is shown. The last line is JSON.
 """
 
 import argparse
-import json
 import random
 import statistics
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.decode import PAGE, SHAPES, Recorder, compare, write_config
+from benchmarks.results import Results, add_options
 from minisgl.build import BUNDLED_MODEL
 from minisgl.config import EngineConfig
 from minisgl.core.policy import SchedulerConfig
@@ -94,7 +94,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="of a run")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--check", type=int, default=16, help="tokens of each that are compared")
+    add_options(parser)
     args = parser.parse_args()
+    results = Results("cascade", args)
     device = pick_device(args.device)
     if device.torch_device.type == "cpu":
         plan_on_one_thread()
@@ -116,35 +118,38 @@ def main() -> None:
         )
         worker, facts = load_worker(config, folder, device)
         executor = LocalExecutor(worker)
+        results.put(
+            model=args.shape or folder.name,
+            device=device.name,
+            dtype=str(worker.dtype).removeprefix("torch."),
+            batch=args.batch,
+            shared=args.shared,
+        )
         seconds: dict[str, list[float]] = {"groups": [], "plain": []}
         found: dict[str, Tokens] = {}
         for turn in range(args.rounds):
+            if turn and results.is_late(f"round {turn}"):
+                break
             for name in list(seconds)[:: -1 if turn % 2 else 1]:
                 least = 1 if name == "groups" else None
                 took, found[name] = serve(executor, args, facts.vocab_size, least)
                 seconds[name].append(took)
-        equal = compare(found, worker.dtype == torch.float32)
-        ratios = [a / b for a, b in zip(seconds["plain"], seconds["groups"], strict=True)]
-        result = {
-            "benchmark": "cascade",
-            "model": args.shape or folder.name,
-            "device": device.name,
-            "dtype": str(worker.dtype).removeprefix("torch."),
-            "batch": args.batch,
-            "shared": args.shared,
-            "grouped_step_ms": 1e3 * statistics.median(seconds["groups"]),
-            "plain_step_ms": 1e3 * statistics.median(seconds["plain"]),
-            "times_as_fast": statistics.median(ratios),
-            "equal_tokens": equal,
-            "rounds": args.rounds,
-        }
+            ratios = [a / b for a, b in zip(seconds["plain"], seconds["groups"], strict=True)]
+            results.put(
+                rounds=turn + 1,
+                grouped_step_ms=1e3 * statistics.median(seconds["groups"]),
+                plain_step_ms=1e3 * statistics.median(seconds["plain"]),
+                times_as_fast=statistics.median(ratios),
+                equal_tokens=compare(found, worker.dtype == torch.float32),
+            )
+    said = results.content
     print(
-        f"{result['model']} {result['dtype']} on {result['device']}: {args.batch} sequences share "
-        f"{args.shared} tokens; a step takes {result['plain_step_ms']:.3f} ms, in groups "
-        f"{result['grouped_step_ms']:.3f} ms: {result['times_as_fast']:.2f} times as fast; "
-        f"{equal:.1%} of tokens equal"
+        f"{said['model']} {said['dtype']} on {said['device']}: {args.batch} sequences share "
+        f"{args.shared} tokens; a step takes {said['plain_step_ms']:.3f} ms, in groups "
+        f"{said['grouped_step_ms']:.3f} ms: {said['times_as_fast']:.2f} times as fast; "
+        f"{said['equal_tokens']:.1%} of tokens equal"
     )
-    print(json.dumps(result))
+    results.finish()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ fp32 and with --batch-invariant, elsewhere the share of equal ones is shown.
 Idle is the share of a run of decode steps in which the device's stream has nothing of a step to do,
 by its own events; on CUDA `kernels` says the same of single kernels, by the torch profiler. The
 roofline is the weights and the KV that a step must read, over the rate of a large copy measured in
-this run. The last line is JSON.
+this run. The last line is JSON; with --out, decode.json grows there as rows come.
 
 Mixed rows are steps that decode the first batch size and prefill a chunk of one prompt more, run
 eagerly and by piecewise graphs in turns. Where launching a step takes the host longer than the
@@ -38,6 +38,7 @@ from typing import Any
 import torch
 
 from benchmarks.kernels.workload import QWEN3_06B, QWEN3_8B, Shape
+from benchmarks.results import Results, add_options
 from minisgl.build import BUNDLED_MODEL
 from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch, StepOutput
@@ -443,8 +444,10 @@ def main() -> None:
     parser.add_argument("--copy-mib", type=int, default=256, help="size of the copy")
     parser.add_argument("--batch-invariant", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
+    add_options(parser)
     args = parser.parse_args()
-    load = os.getloadavg()[0]
+    results = Results("decode", args)
+    results.put(load=os.getloadavg()[0], rounds=args.rounds)
     device = pick_device(args.device)
     if device.torch_device.type == "cpu":
         plan_on_one_thread()
@@ -460,24 +463,23 @@ def main() -> None:
         rate = copy_rate(device, args.copy_mib * 2**20)
         bench = Bench(args, folder, device)
         name, dtype = args.shape or folder.name, str(bench.worker.dtype).removeprefix("torch.")
+        results.put(model=name, device=device.name, dtype=dtype, copy_bytes_per_s=rate)
         print(f"{name} {dtype} on {device.name}; copies run at {rate / 1e9:.1f} GB/s")
         print(f"{HEAD}{'tok/s':>10}{'idle':>8}{'kernels':>9}{'roofline':>10}{'equal':>8}")
-        rows = []
+        results.put(rows=[], mixed=[])
         for batch in args.batch:
-            for row in measure(bench, device, rate, batch):
-                show(row)
-                rows.append(row)
-        mixed = []
+            if not results.is_late(f"batch {batch}"):
+                for row in measure(bench, device, rate, batch):
+                    show(row)
+                    results.add("rows", row)
         if args.chunk:
             print(f"{HEAD}{'chunk':>8}{'equal':>8}")
         for chunk in args.chunk:
-            for row in measure_mixed(bench, args.batch[0], chunk):
-                print(f"{times(row)}{row['chunk']:>8}{row['equal']:>8.1%}", flush=True)
-                mixed.append(row)
-        compiled = bench.executor.compilations
-    result = {"benchmark": "decode", "model": name, "device": device.name, "dtype": dtype}
-    result |= {"copy_bytes_per_s": rate, "compilations_after_ready": compiled, "load": load}
-    print(json.dumps(result | {"rounds": args.rounds, "rows": rows, "mixed": mixed}))
+            if not results.is_late(f"chunk {chunk}"):
+                for row in measure_mixed(bench, args.batch[0], chunk):
+                    print(f"{times(row)}{row['chunk']:>8}{row['equal']:>8.1%}", flush=True)
+                    results.add("mixed", row)
+        results.finish(compilations_after_ready=bench.executor.compilations)
 
 
 if __name__ == "__main__":

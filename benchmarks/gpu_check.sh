@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Everything there is to know about this tree on one GPU, in under ten minutes and with no network:
+# What there is to know about this tree on one GPU, with no network, in commands of nine minutes:
 #
-#   benchmarks/gpu_check.sh [--out DIR] [--wheels DIR] [--device cuda|cpu] [stage ...]
+#   benchmarks/gpu_check.sh [--group kernels|engine|models] [--commit ID] [--out DIR] [stage ...]
 #
 # python -m benchmarks.gpu_check --help says more. The tree itself is what is checked; nothing is
 # installed but the wheels of a folder that is given.

@@ -22,6 +22,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.results import Results, add_options
+
 SHAPES = {  # config.json of models whose weights are made up
     "qwen3-0.6b": {
         "architectures": ["Qwen3ForCausalLM"],
@@ -64,7 +66,8 @@ def open_minisgl(args: argparse.Namespace) -> tuple[Run, int]:
     from minisgl import LLM, SamplingParams
 
     options = {"max_total_tokens": args.max_total_tokens} if args.max_total_tokens else {}
-    llm = LLM(args.model, load_format=args.load_format, dtype=args.dtype, **options)
+    options |= {"load_format": args.load_format, "dtype": args.dtype, "device": args.device}
+    llm = LLM(args.model, **options)
 
     def run(work: Workload) -> list[int]:
         params = [
@@ -93,7 +96,8 @@ def open_transformers(args: argparse.Namespace) -> tuple[Run, int]:
         model.init_weights()
     else:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    device = found if args.device == "auto" else args.device
     model.to(device).eval()
 
     def run(work: Workload) -> list[int]:
@@ -133,50 +137,63 @@ def measure(args: argparse.Namespace) -> None:
     print(json.dumps(figures))
 
 
-def run_in_turns(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
-    rounds: dict[str, list[dict[str, float]]] = {engine: [] for engine in args.engine}
-    for _ in range(args.rounds):
-        for engine in args.engine:
-            command = [sys.executable, "-m", "benchmarks.offline", "--child", engine, *sys.argv[1:]]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            rounds[engine].append(json.loads(done.stdout.splitlines()[-1]))
-    return rounds
+def run_once(engine: str) -> dict[str, float]:
+    """One round, in a process of its own with this one's options."""
+    command = [sys.executable, "-m", "benchmarks.offline", "--child", engine, *sys.argv[1:]]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
-def report(args: argparse.Namespace) -> None:
-    load = os.getloadavg()[0]  # a busy machine's figures mean little
-    rounds = run_in_turns(args)
+def summary(rounds: dict[str, list[dict[str, float]]]) -> dict[str, object]:
+    """Medians, and the ratio where there are two engines."""
     speeds = {
         engine: statistics.median(r["output"] / r["seconds"] for r in results)
         for engine, results in rounds.items()
     }
-    first = rounds[args.engine[0]][0]
+    result: dict[str, object] = {
+        "output_tokens_per_second": {name: round(speed, 2) for name, speed in speeds.items()}
+    }
+    if len(speeds) == 2:
+        ours, theirs = speeds.values()
+        mine, others = ([r["cpu"] for r in results] for results in rounds.values())
+        result["ratio"] = round(ours / theirs, 3)
+        result["cpu_ratio"] = round(statistics.median(others) / statistics.median(mine), 3)
+    return result
+
+
+def report(args: argparse.Namespace) -> None:
+    load = os.getloadavg()[0]  # a busy machine's figures mean little
+    results = Results("offline", args)
+    results.put(
+        model=args.shape or args.model or "bundled",
+        requests=args.num_requests,
+        load_before=round(load, 1),
+    )
+    rounds: dict[str, list[dict[str, float]]] = {engine: [] for engine in args.engine}
+    for turn in range(args.rounds):
+        if turn and results.is_late(f"round {turn}"):
+            break
+        for engine in args.engine:
+            rounds[engine].append(run_once(engine))
+        results.put(rounds=turn + 1, **summary(rounds))
+    first, count = rounds[args.engine[0]][0], results.content["rounds"]
     print(f"{args.num_requests} requests, {first['prompt']:.0f} prompt tokens, ", end="")
-    print(f"{first['output']:.0f} output tokens, median of {args.rounds} round(s)")
+    print(f"{first['output']:.0f} output tokens, median of {count} round(s)")
     print(f"before it, {load:.1f} tasks wanted the {os.cpu_count()} cores")
-    for engine, speed in speeds.items():
+    for engine, speed in results.content["output_tokens_per_second"].items():
         total = speed * (1 + first["prompt"] / first["output"])
         cores = statistics.median(r["cpu"] / r["seconds"] for r in rounds[engine])
         print(f"{engine:<14}{speed:>10.1f} output tok/s{total:>12.1f} tok/s with prompts", end="")
         print(f"{cores:>8.2f} cores busy")
-    result = {
-        "benchmark": "offline",
-        "model": args.shape or args.model or "bundled",
-        "requests": args.num_requests,
-        "load_before": round(load, 1),
-        "output_tokens_per_second": {name: round(speed, 2) for name, speed in speeds.items()},
-    }
-    if len(speeds) == 2:
-        ours, theirs = speeds.values()
+    if "ratio" in results.content:
         pairs = zip(*rounds.values(), strict=True)
         each = [right["seconds"] / left["seconds"] for left, right in pairs]
-        mine, others = ([r["cpu"] for r in results] for results in rounds.values())
-        result["ratio"] = round(ours / theirs, 3)
-        result["cpu_ratio"] = round(statistics.median(others) / statistics.median(mine), 3)
-        print(f"{' / '.join(speeds)}: {ours / theirs:.2f}x", end="")
-        print(f" ({min(each):.2f}-{max(each):.2f} by round), {result['cpu_ratio']:.2f}x", end="")
-        print(" by CPU seconds, which a busy machine disturbs less")
-    print(json.dumps(result))
+        print(f"{' / '.join(rounds)}: {results.content['ratio']:.2f}x", end="")
+        print(f" ({min(each):.2f}-{max(each):.2f} by round), ", end="")
+        by_cpu = results.content["cpu_ratio"]
+        print(f"{by_cpu:.2f}x by CPU seconds, which a busy machine disturbs less")
+    results.finish()
 
 
 def main() -> None:
@@ -185,6 +202,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, help="a made-up model of this shape instead")
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto")
     parser.add_argument("--engine", nargs="+", choices=ENGINES, default=["minisgl"])
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--num-requests", type=int, default=256)
     parser.add_argument("--input-len", type=int, nargs=2, default=[100, 1024], metavar="N")
@@ -194,6 +212,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--child", choices=ENGINES, help=argparse.SUPPRESS)
+    add_options(parser)
     args = parser.parse_args()
     if args.child is None:
         report(args)

@@ -16,7 +16,6 @@ turns, at the same batch sizes. The last line is JSON.
 
 import argparse
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -26,10 +25,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.results import ROOT, Results, add_options
+
 BUNDLED = ROOT / "minisgl" / "assets" / "tiny"
 SIDES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -133,7 +134,6 @@ class Side:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
         )
         self._answer()
 
@@ -270,14 +270,18 @@ def main() -> None:
     parser.add_argument("--drafts", type=int, default=6, help="tokens drafted at most")
     parser.add_argument("--requests", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--equality", type=int, metavar="PROMPTS", help="check this, and only this")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--options", help=argparse.SUPPRESS)
+    add_options(parser)
     args = parser.parse_args()
     if args.side is not None:
         serve_side(args.side, json.loads(args.options))
         return
+    results = Results("speculative", args)
     options: dict[str, Any] = {
+        "device": args.device,
         "dtype": "float32" if args.equality else args.dtype,
         "max_running_requests": max(args.batch),
         "max_total_tokens": 16384,
@@ -292,7 +296,7 @@ def main() -> None:
             parameters = write_padded(Path(folder), args.layers, args.inner)
             options["model"] = folder
             print(f"padded target: {parameters / 1e6:.0f} million parameters, {args.dtype}")
-        results: list[Result] = []
+        results.put(target=args.target, dtype=args.dtype, rows=[])
         with sides(["plain", *args.against], options) as running:
             if args.target == "padded":
                 prompts = questions(8, "chat", seed=2)
@@ -307,16 +311,16 @@ def main() -> None:
                     side.ask(questions(batch, "chat", seed=3), batch, max_tokens=48)
             header = "workload side   batch temperature acceptance tokens/step"
             print(f"{header} CPU time    speed  (rounds)")
-            for workload in args.workload:
-                for temperature in args.temperature:
-                    for batch in args.batch:
-                        found = compare(
-                            running, workload, batch, temperature, args.requests, args.rounds
-                        )
-                        for result in found:
-                            print(result.line(), flush=True)
-                        results += found
-    print(json.dumps([vars(result) | {"ratio": result.ratio} for result in results]))
+            for workload, temperature, batch in product(
+                args.workload, args.temperature, args.batch
+            ):
+                if results.is_late(f"{workload}, temperature {temperature:g}, batch {batch}"):
+                    continue
+                found = compare(running, workload, batch, temperature, args.requests, args.rounds)
+                for result in found:
+                    print(result.line(), flush=True)
+                    results.add("rows", vars(result) | {"ratio": result.ratio})
+    results.finish()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from benchmarks.results import Results, add_options
+
 STAGES = ("interpreter", "import torch", "import minisgl", "load and warm up", "first token")
 LOADING = "load and warm up"
 TABLE = re.compile(r"start-up:\n((?:  .+\n)+)")
@@ -87,6 +89,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=5, help="processes timed after the first")
     parser.add_argument("--born", type=float, help=argparse.SUPPRESS)
+    add_options(parser)
     return parser.parse_args()
 
 
@@ -119,7 +122,9 @@ def main() -> None:
     if args.born is not None:
         child(args)
         return
+    results = Results("startup", args)
     load = os.getloadavg()[0]  # a busy machine's figures mean little
+    results.put(model=args.shape or args.model or "bundled", load_before=round(load, 1))
     with ExitStack() as stack:
         kernels = stack.enter_context(tempfile.TemporaryDirectory())
         if args.shape is not None:
@@ -130,28 +135,29 @@ def main() -> None:
         if args.model is not None:
             words += ["--model", args.model]
         first = run_once(words, kernels)
-        rounds = [run_once(words, kernels) for _ in range(args.rounds)] or [first]
+        results.put(
+            device=first["device"],
+            torch=first["torch"],
+            first_seconds=round(sum(first["seconds"]), 3),
+            first_engine_stages=first["engine"],
+        )
+        rounds: list[Round] = []
+        for turn in range(args.rounds):
+            if results.is_late(f"round {turn}"):
+                break
+            rounds.append(run_once(words, kernels))
+    rounds = rounds or [first]
     medians = show(first, rounds)
     stages = {stage: round(medians[stage], 3) for stage in STAGES}
     total, peak = sum(stages.values()), max(r["peak_mb"] for r in rounds)
     print(f"{'to the first token':<30}{sum(first['seconds']):>10.2f}{total:>11.2f}")
     print(f"{first['device']}, peak memory of the host {peak:.0f} MB, torch {first['torch']}")
-    print(f"{args.rounds} rounds; before, {load:.1f} tasks wanted the {os.cpu_count()} cores")
-    print(
-        json.dumps(
-            {
-                "benchmark": "startup",
-                "model": args.shape or args.model or "bundled",
-                "device": first["device"],
-                "seconds": round(total, 3),
-                "first_seconds": round(sum(first["seconds"]), 3),
-                "stages": stages,
-                "engine_stages": {name: round(medians[name], 3) for name in first["engine"]},
-                "first_engine_stages": first["engine"],
-                "load_before": round(load, 1),
-                "peak_mb": round(peak, 1),
-            }
-        )
+    print(f"{len(rounds)} rounds; before, {load:.1f} tasks wanted the {os.cpu_count()} cores")
+    results.finish(
+        seconds=round(total, 3),
+        stages=stages,
+        engine_stages={name: round(medians[name], 3) for name in first["engine"]},
+        peak_mb=round(peak, 1),
     )
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import minisgl
+from benchmarks.kernels.goals import goals
+from benchmarks.kernels.report import prediction
 from minisgl.config import ServerConfig
 from tests.kernels.cards import all_ops
 
@@ -17,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "profiles/README.md",
+    ROOT / "benchmarks/README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 documents = pytest.mark.parametrize(
@@ -84,7 +87,7 @@ def compiled_for(op: str, implementation: str) -> list[int]:
 
 def test_the_evidence_of_every_gpu_kernel_is_stated():
     rows = re.findall(
-        r"^\| `(\w+)` \| `(\w+)` \| [^|]+ \| ([^|]+) \|",
+        r"^\| `(\w+)` \| `(\w+)` \| [^|]+ \| ([^|]+) \| [^|]+ \| [^|]+ \|$",
         (ROOT / "docs/GPU_EVIDENCE.md").read_text(),
         re.M,
     )
@@ -94,6 +97,21 @@ def test_the_evidence_of_every_gpu_kernel_is_stated():
     assert [kernel for kernel in gpu_kernels() if kernel not in stated] == []
     for kernel, archs in stated.items():
         assert set(archs) <= set(compiled_for(*kernel)), kernel
+
+
+def test_what_goals_predict_is_stated_beside_the_evidence():
+    text = (ROOT / "docs/GPU_EVIDENCE.md").read_text()
+    cells = {
+        (op, name): cell
+        for op, name, cell in re.findall(
+            r"^\| `(\w+)` \| `(\w+)` \| [^|]+ \| [^|]+ \| ([^|]+) \|", text, re.M
+        )
+    }
+    predicted = [goal for goal in goals("H100") if goal.predicted is not None]
+    assert len(predicted) >= 10
+    for goal in predicted:
+        name = "hopper" if "Gluon" in goal.name else "portable"
+        assert prediction(goal.predicted) in cells[goal.op, name], goal.name
 
 
 def test_every_kernel_is_explained_with_the_figures_of_the_baseline():

@@ -1,11 +1,10 @@
 """What a user would call for attention instead of our kernels, on the same inputs.
 
-SDPA and FlexAttention read a dense copy of the KV, made outside of the time; FlashInfer reads the
-pages themselves.
+SDPA and flash-attn read a dense copy of the KV, made outside of the time; FlashInfer reads the
+pages themselves. FlexAttention is left out: it compiles for seconds at every shape.
 """
 
 import importlib.util
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,18 +73,6 @@ def _extend(arguments: Arguments) -> Call | None:
     return lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def _flex(arguments: Arguments) -> Call | None:
-    if not _on_gpu(arguments):
-        return None
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    length = _queries(arguments)
-    q, k, v = dense(arguments, length)
-    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, q.device)
-    compiled: Any = torch.compile(flex_attention)
-    return lambda: compiled(q, k, v, block_mask=mask, enable_gqa=True)
-
-
 def _flashinfer_decode(arguments: Arguments) -> Call | None:
     if not _on_gpu(arguments, "flashinfer"):
         return None
@@ -144,4 +131,3 @@ DECODE: dict[str, Baseline] = {
 }
 PREFILL: dict[str, Baseline] = {"SDPA": _sdpa, **_BACKENDS, "flash-attn": _flash_attn}
 EXTEND: dict[str, Baseline] = {"SDPA, dense prefix": _extend}
-FLEX: dict[str, Baseline] = {"FlexAttention": _flex}

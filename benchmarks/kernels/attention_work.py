@@ -60,7 +60,13 @@ def paged(
 
 
 def _decode(
-    shape: Shape, batch: int, context: int, page_size: int = 16, width: int = 1
+    shape: Shape,
+    batch: int,
+    context: int,
+    page_size: int = 16,
+    width: int = 1,
+    *,
+    goal: bool = False,
 ) -> Workload:
     def make(setting: Setting) -> Arguments:
         queries, lengths = [width] * batch, [context] * batch
@@ -79,18 +85,19 @@ def _decode(
             "context": context,
             "width": width,
         },
+        goal_rivals=() if goal else None,
     )
 
 
 def decodes(small: bool) -> Iterator[Workload]:
     if small:
-        yield _decode(QWEN3_06B, 1, 128)
+        yield _decode(QWEN3_06B, 1, 128, goal=True)
         yield _decode(QWEN3_06B, 16, 1024)
         yield _decode(LLAMA_8B, 4, 1000, page_size=1)
         return
     for batch, context in ((64, 4096), (256, 1024)):
         for page_size in (16, 1, 64):
-            yield _decode(LLAMA_8B, batch, context, page_size)
+            yield _decode(LLAMA_8B, batch, context, page_size, goal=batch == 64)
     for batch, context in ((1, 128), (1, 8192), (1, 32768), (1, 131072), (16, 1024)):
         yield _decode(LLAMA_8B, batch, context)
     for batch, context in ((256, 128), (16, 131072), (64, 32768), (256, 8192)):
@@ -108,10 +115,8 @@ def _prefill(
     *,
     page_size: int = 16,
     shuffled: bool = True,
-    compiled: bool = False,
+    goal_rivals: tuple[str, ...] | None = None,
 ) -> Workload:
-    """`compiled`: FlexAttention too, which takes seconds to compile for each shape."""
-
     def make(setting: Setting) -> Arguments:
         arguments = paged(setting, shape, queries, lengths, page_size=page_size, shuffled=shuffled)
         offsets = torch.tensor([0, *queries]).cumsum(0).int().to(setting.device)
@@ -123,7 +128,7 @@ def _prefill(
         attention,
         f"{shape.name} {len(queries)} x {queries[0]} of {lengths[0]} page={page_size} {pages}",
         make,
-        rivals | (attention_baselines.FLEX if compiled else {}),
+        rivals,
         {
             "page_size": page_size,
             "shuffled": shuffled,
@@ -131,27 +136,30 @@ def _prefill(
             "length": lengths[0],
             "count": len(queries),
         },
+        goal_rivals=goal_rivals,
     )
 
 
 def prefills(small: bool) -> Iterator[Workload]:
     if small:
-        yield _prefill(QWEN3_06B, [256] * 2, [256] * 2)
+        yield _prefill(QWEN3_06B, [256] * 2, [256] * 2, goal_rivals=("SDPA",))
         yield _prefill(LLAMA_8B, [128], [512])
         return
-    yield _prefill(LLAMA_8B, [8192] * 4, [8192] * 4, compiled=True)
+    yield _prefill(LLAMA_8B, [8192] * 4, [8192] * 4, goal_rivals=("SDPA cuDNN",))
     for shuffled in (True, False):
-        yield _prefill(LLAMA_8B, [1024] * 4, [9216] * 4, shuffled=shuffled)
+        yield _prefill(LLAMA_8B, [1024] * 4, [9216] * 4, shuffled=shuffled, goal_rivals=())
     for page_size in (1, 64):
         yield _prefill(LLAMA_8B, [8192] * 4, [8192] * 4, page_size=page_size)
     for length in (512, 1024, 2048, 4096):
-        yield _prefill(LLAMA_8B, [length] * 4, [length] * 4, compiled=length == 2048)
+        yield _prefill(LLAMA_8B, [length] * 4, [length] * 4)
     yield _prefill(LLAMA_8B, [2048], [131072])
     for shape in (QWEN3_06B, QWEN3_14B, QWEN3_32B, QWEN3_30B_A3B):
         yield _prefill(shape, [4096] * 2, [4096] * 2)
 
 
-def _cascade(shape: Shape, groups: int, batch: int, shared: int, own: int) -> Workload:
+def _cascade(
+    shape: Shape, groups: int, batch: int, shared: int, own: int, *, goal: bool = False
+) -> Workload:
     """`batch` sequences in equal groups; each group has its own prefix of `shared` tokens."""
     page_size, members = 16, batch // groups
 
@@ -185,14 +193,15 @@ def _cascade(shape: Shape, groups: int, batch: int, shared: int, own: int) -> Wo
         make,
         {"plain decode": attention_baselines.plain_decode},
         {"batch": batch, "shared": shared, "groups": groups},
+        goal_rivals=("plain decode",) if goal else None,
     )
 
 
 def cascades(small: bool) -> Iterator[Workload]:
     if small:
-        yield _cascade(QWEN3_06B, 2, 6, 128, 40)
+        yield _cascade(QWEN3_06B, 2, 6, 128, 40, goal=True)
         return
-    yield _cascade(LLAMA_8B, 1, 64, 4096, 256)
+    yield _cascade(LLAMA_8B, 1, 64, 4096, 256, goal=True)
     yield _cascade(LLAMA_8B, 4, 64, 4096, 256)
     yield _cascade(LLAMA_8B, 1, 16, 4096, 256)
     yield _cascade(LLAMA_8B, 1, 4, 4096, 256)

@@ -1,6 +1,6 @@
 """No figure without a check: the call that is timed is first compared with an fp32 oracle."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,21 +15,21 @@ class WrongResult(RuntimeError):
     """An implementation is less exact than twice plain PyTorch in the same type."""
 
 
-def check(workload: Workload, implementation: str, arguments: Arguments) -> float:
-    """The implementation's relative error against fp32; raises WrongResult beyond the tolerance.
+def check(workload: Workload, function: Callable[..., Any], arguments: Arguments) -> float:
+    """The relative error of an implementation against fp32; WrongResult beyond the tolerance.
 
     The tolerance comes from data: twice the error of plain PyTorch in the arguments' own type.
     Attention is compared at the last queries of the first and last sequence, everything else whole.
     """
     op = workload.op
     if op.name in ("attention", "decode", "cascade"):
-        out = op.implementation(implementation)(**arguments)
+        out = function(**arguments)
         triples = list(_attention_triples(arguments, out))
     else:
         ours, plain, exact = (_copied(arguments) for _ in range(3))
         exact = {name: _widened(value) for name, value in exact.items()}
         results = (
-            _tensors(op.implementation(implementation)(**ours), ours),
+            _tensors(function(**ours), ours),
             _tensors(op.reference(**plain), plain),
             _tensors(op.reference(**exact), exact),
         )
@@ -38,14 +38,11 @@ def check(workload: Workload, implementation: str, arguments: Arguments) -> floa
     for found, want, exact_value in triples:
         if not found.is_floating_point():
             if not torch.equal(found, want):
-                raise WrongResult(f"{op.name} {workload.label}: {implementation} differs")
+                raise WrongResult("differs")
             continue
         error, allowed = (_distance(x, exact_value) for x in (found, want))
         if not error <= 2 * allowed + SLACK:
-            raise WrongResult(
-                f"{op.name} {workload.label}: {implementation} is off by {error:.2e}, "
-                f"plain PyTorch by {allowed:.2e}"
-            )
+            raise WrongResult(f"is off by {error:.2e}, plain PyTorch by {allowed:.2e}")
         worst = max(worst, error)
     return worst
 

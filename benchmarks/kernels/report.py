@@ -1,6 +1,8 @@
-"""The table, the roofline and the bars of a run."""
+"""The tables, the roofline and the bars of a run."""
 
+import importlib.util
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +14,48 @@ Row = dict[str, Any]
 def table(rows: list[Row], ceilings: Ceilings) -> str:
     """Markdown: one line per workload and implementation, ratios to what a user would pick."""
     lines = [
-        "| op | shape | kernel | us | GB/s | of copy | TFLOP/s | of matmul | times as fast as |",
-        "|---|---|---|---:|---:|---:|---:|---:|---|",
+        "| op | shape | kernel | us | graph | GB/s | of copy | TFLOP/s | of matmul | faster than |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in rows:
         ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratios"].items())
         memory = row["bytes_per_second"] / ceilings.bytes_per_second
         compute = row["flops_per_second"] / ceilings.flops_per_second
+        short = row["graph_seconds"]
+        in_graph = "" if short is None else f"{short * 1e6:.1f}"
         lines.append(
             f"| {row['op']} | {row['label']} | {row['implementation']} "
-            f"| {row['seconds'] * 1e6:.1f} | {row['bytes_per_second'] / 1e9:.0f} | {memory:.0%} "
+            f"| {row['seconds'] * 1e6:.1f} | {in_graph} "
+            f"| {row['bytes_per_second'] / 1e9:.0f} | {memory:.0%} "
             f"| {row['flops_per_second'] / 1e12:.2f} | {compute:.0%} | {ratios} |"
         )
     return "\n".join(lines)
 
 
 def goal_table(verdicts: list[Row]) -> str:
-    """Markdown: met, short, or not measured and why."""
-    lines = ["| goal | target | measured | |", "|---|---:|---:|---|"]
+    """Markdown: met, short, or not measured and why; beside what was predicted."""
+    lines = ["| goal | target | predicted | measured | |", "|---|---:|---:|---:|---|"]
     for verdict in verdicts:
-        measured = verdict["measured"]
-        shown = "" if measured is None else f"{measured:.3g} {verdict['unit']}"
+        measured, unit = verdict["measured"], verdict["unit"]
+        shown = "" if measured is None else f"{measured:.3g} {unit}"
         state = ": ".join(filter(None, (verdict["state"], verdict["why"])))
         lines.append(
-            f"| {verdict['goal']} | {verdict['target']:g} {verdict['unit']} | {shown} | {state} |"
+            f"| {verdict['goal']} | {verdict['target']:g} {unit} "
+            f"| {prediction(verdict['predicted'])} | {shown} | {state} |"
         )
     return "\n".join(lines)
 
 
+def prediction(bounds: Sequence[float] | None) -> str:
+    """ "2.65-2.9", or nothing."""
+    return "" if bounds is None else "-".join(f"{bound:g}" for bound in bounds)
+
+
 def plot(rows: list[Row], ceilings: Ceilings, title: str, folder: Path) -> list[Path]:
-    """roofline.png and ratios.png in `folder`."""
+    """roofline.png and ratios.png in `folder`; no pictures where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no pictures: matplotlib is not installed")
+        return []
     import matplotlib as mpl
 
     mpl.use("Agg")

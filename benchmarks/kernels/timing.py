@@ -1,18 +1,26 @@
-"""Times of single calls with a cold cache, and the device's own ceilings measured the same way."""
+"""Times of single calls with a cold cache, of calls in a graph, and the device's own ceilings.
+
+Both clocks are read by the same code: CUDA's events on a GPU, the host's clock on a CPU, where a
+call is over when it returns.
+"""
 
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from typing import Any, Protocol
 
 import torch
 
-# Several times the last-level cache. Clearing it keeps a GPU busy for longer than it takes to
+# Several times the last-level cache. It is read, not written: lines that a flush has written would
+# be written back while the call is timed. Reading it keeps a GPU busy for longer than it takes to
 # launch a call, so that no launch is timed.
 FLUSH_BYTES = {"cuda": 512 * 2**20, "cpu": 128 * 2**20}
 WARMUPS = 3
 LONG = 0.2  # seconds: fewer repeats, but three, where they would take more together
+GRAPH_CALLS = 20  # in one graph
+
+Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -24,57 +32,110 @@ class Ceilings:
     empty_seconds: float = 0.0  # what is measured when nothing is called
 
 
-def median_seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median time of `call` with cold caches: CUDA events on a GPU, the wall clock on a CPU."""
-    for _ in range(WARMUPS):
-        call()
-    flush = _flush_buffer(device)
-    _wait(device)
-    start = time.perf_counter()
-    call()
-    _wait(device)
-    once = time.perf_counter() - start
-    repeats = min(repeats, max(3, int(LONG / max(once, 1e-9))))
-    if device.type == "cuda":
-        return _cuda_seconds(call, flush, repeats)
-    times = []
-    for _ in range(repeats):
-        flush.zero_()
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+class Event(Protocol):
+    """A moment in the device's work. `elapsed_time` of a later one is in milliseconds."""
+
+    def record(self) -> None: ...
+    def elapsed_time(self, end: Any) -> float: ...
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
+class HostEvent:
+    """A moment of the host's clock."""
+
+    moment = 0.0
+
+    def record(self) -> None:
+        self.moment = time.perf_counter()
+
+    def elapsed_time(self, end: "HostEvent") -> float:
+        return 1e3 * (end.moment - self.moment)
+
+
+class HostClock:
+    """A CPU's, whose calls are over when they return. Its graph of a call is the call itself."""
+
+    def event(self) -> Event:
+        return HostEvent()
+
+    def wait(self) -> None:
+        """Until everything that was called has been done."""
+
+    def graph(self, call: Call) -> Call:
+        """What does the call again, with nothing left for the host to do in between."""
+        return call
+
+
+class CudaClock(HostClock):
+    """A GPU's: events in the stream, graphs captured."""
+
+    def event(self) -> Event:
+        return torch.cuda.Event(enable_timing=True)
+
+    def wait(self) -> None:
         torch.cuda.synchronize()
 
+    def graph(self, call: Call) -> Call:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return graph.replay
 
-def _cuda_seconds(call: Callable[[], object], flush: torch.Tensor, repeats: int) -> float:
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for start, end in events:
-        flush.zero_()
-        start.record()
+
+class Timer:
+    """Medians over at most `repeats` calls on one device."""
+
+    def __init__(self, device: torch.device, repeats: int, *, small: bool = False) -> None:
+        self.device, self.repeats = device, repeats
+        self.clock = CudaClock() if device.type == "cuda" else HostClock()
+        self._graph_calls = 2 if small else GRAPH_CALLS
+        size = 2**20 if small else FLUSH_BYTES[device.type]
+        self._flush = torch.zeros(size // 4, device=device)
+
+    def seconds(self, call: Call) -> float:
+        """Median time of `call` when its data is in no cache."""
+        return self._median(call, self._flush.amax)
+
+    def graph_seconds(self, call: Call) -> float:
+        """Median time of `call` as one of many in a graph, its data in the caches: what a short
+        kernel costs within a captured step, where a launch by itself would hide it."""
+
+        def calls() -> None:
+            for _ in range(self._graph_calls):
+                call()
+
+        call()  # loads the kernel, which a capture should not have to do
+        self.clock.wait()
+        return self._median(self.clock.graph(calls), lambda: None) / self._graph_calls
+
+    def _median(self, call: Call, before: Call) -> float:
+        for _ in range(min(WARMUPS, self.repeats)):
+            before()
+            call()
+        self.clock.wait()
+        start = time.perf_counter()
         call()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
+        self.clock.wait()
+        once = time.perf_counter() - start
+        repeats = min(self.repeats, max(3, int(LONG / max(once, 1e-9))))
+        events = [(self.clock.event(), self.clock.event()) for _ in range(repeats)]
+        for begin, end in events:
+            before()
+            begin.record()
+            call()
+            end.record()
+        self.clock.wait()
+        return statistics.median(begin.elapsed_time(end) for begin, end in events) / 1e3
 
 
-@cache
-def _flush_buffer(device: torch.device) -> torch.Tensor:
-    return torch.empty(FLUSH_BYTES[device.type], dtype=torch.int8, device=device)
-
-
-def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int) -> Ceilings:
+def measure_ceilings(timer: Timer, dtype: torch.dtype, *, small: bool) -> Ceilings:
     """The copy rate of a buffer that fits no cache, and the rate of a square product in `dtype`."""
-    on_gpu = device.type == "cuda"
-    source = torch.ones((2**32 if on_gpu else 2**28) // 4, dtype=torch.int32, device=device)
+    device, on_gpu = timer.device, timer.device.type == "cuda"
+    num_bytes = 2**22 if small else 2**32 if on_gpu else 2**28
+    source = torch.ones(num_bytes // 4, dtype=torch.int32, device=device)
     target = torch.empty_like(source)
-    copy = median_seconds(lambda: target.copy_(source), device, repeats)
-    size = 8192 if on_gpu else 1024
+    copy = timer.seconds(lambda: target.copy_(source))
+    size = 128 if small else 8192 if on_gpu else 1024
     a, b = torch.randn(2, size, size, device=device).to(dtype)
-    product = median_seconds(lambda: a @ b, device, repeats)
-    empty = median_seconds(lambda: None, device, repeats)
+    product = timer.seconds(lambda: a @ b)
+    empty = timer.seconds(lambda: None)
     return Ceilings(2 * source.nbytes / copy, 2 * size**3 / product, empty)

@@ -26,6 +26,8 @@ from minisgl.kernels.rmsnorm import rmsnorm
 from minisgl.kernels.rotary import rotary
 
 MAX_POSITION = 8192
+# Goals read one case of few tokens and one of many; the first is a CPU's.
+GOAL_CASES = ((QWEN3_06B, 16), (QWEN3_8B, 64), (QWEN3_8B, 4096))
 
 
 def _cases(small: bool) -> Iterator[tuple[Shape, int]]:
@@ -52,11 +54,14 @@ def rowwise(small: bool) -> Iterator[Workload]:
             return {"x": setting.normal(tokens, 2 * inner)}
 
         label = f"{tokens} x {hidden}"
-        yield Workload(rmsnorm, label, norm, baselines.NORM, tags)
-        yield Workload(rmsnorm, f"{label} + residual", add_norm, baselines.ADD_NORM, tags)
-        yield Workload(
-            silu_and_mul, f"{tokens} x 2 x {inner}", activation, baselines.ACTIVATION, tags
-        )
+        goal = () if (shape, tokens) in GOAL_CASES else None
+        added, halves = f"{label} + residual", f"{tokens} x 2 x {inner}"
+        for op, name, make, rivals in (
+            (rmsnorm, label, norm, baselines.NORM),
+            (rmsnorm, added, add_norm, baselines.ADD_NORM),
+            (silu_and_mul, halves, activation, baselines.ACTIVATION),
+        ):
+            yield Workload(op, name, make, rivals, tags, goal_rivals=goal)
 
 
 def heads(small: bool) -> Iterator[Workload]:
@@ -79,10 +84,11 @@ def heads(small: bool) -> Iterator[Workload]:
             kept = {name: made[name] for name in ("k_pool", "v_pool", "slot_mapping")}
             return {"k": setting.normal(*size), "v": setting.normal(*size)} | kept
 
+        goal = () if (shape, tokens) in GOAL_CASES else None
         for op, make in ((qkv_prepare, prepare), (rotary, turn)):
             eager = {"eager torch": baselines.reference_of(op)}
-            yield Workload(op, label, make, eager, tags)
-        yield Workload(write_kv, label, write, baselines.WRITE_KV, tags)
+            yield Workload(op, label, make, eager, tags, goal_rivals=goal)
+        yield Workload(write_kv, label, write, baselines.WRITE_KV, tags, goal_rivals=goal)
 
 
 def _qkv(setting: Setting, shape: Shape, tokens: int) -> Arguments:

@@ -75,3 +75,9 @@ class Workload:
     rivals: dict[str, Baseline] = field(default_factory=dict)
     tags: dict[str, Any] = field(default_factory=dict)
     num_bytes: int | None = None  # where the card's cost formula cannot know
+    # Where this is the cheapest workload that some goal reads: the rivals that it compares with.
+    goal_rivals: tuple[str, ...] | None = None
+
+    @property
+    def title(self) -> str:
+        return f"{self.op.name} {self.label}"

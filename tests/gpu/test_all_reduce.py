@@ -9,6 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+# Without them the kernels are neither built nor is memory shared.
+pytest.importorskip("pybind11")
+pytest.importorskip("ninja")
+pytest.importorskip("cuda")
+
 from minisgl.kernels.all_reduce import Path, all_reduce_norm_reference, all_reduce_reference
 from minisgl.kernels.all_reduce.virtual import VirtualRanks
 from minisgl.parallel.peer_memory import Council, open_peers
@@ -23,7 +28,7 @@ BLOCKS = 8  # a rank: eight ranks fit on any data-centre GPU
 
 
 @pytest.fixture(scope="module")
-def device() -> torch.device:
+def device(gpu_only: None) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -212,6 +217,7 @@ def _process(rank: int, size: int, port: int, answers) -> None:
     council.step("closed", lambda: None)
 
 
+@pytest.mark.usefixtures("gpu_only")
 def test_two_processes_share_memory_by_handles():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-pytest.importorskip("msgspec")  # a machine for kernels alone may lack the engine's packages
+# A machine for kernels alone may lack the engine's packages.
+pytest.importorskip("triton")
+pytest.importorskip("msgspec")
+pytest.importorskip("safetensors")
+pytest.importorskip("tqdm")
+pytest.importorskip("zmq")
+pytest.importorskip("tokenizers")
+pytest.importorskip("jinja2")
 
 from minisgl import LLM, SamplingParams
 
@@ -18,18 +25,18 @@ def _tokens(device: str, ranks: int = 1) -> list[list[int]]:
         return [output.token_ids for output in llm.generate(PROMPTS, params, use_tqdm=False)]
 
 
-def test_same_tokens_as_on_cpu():
-    assert _tokens("cuda") == _tokens("cpu")
+def test_same_tokens_as_on_cpu(device_type: str):
+    assert _tokens(device_type) == _tokens("cpu")
 
 
-def test_same_tokens_with_cascade_groups_and_without():
+def test_same_tokens_with_cascade_groups_and_without(device_type: str):
     """Eager and in graphs; on a GPU groups are planned where their prefix is long enough."""
     system = "You are a helpful assistant of a small engine. Be brief. " * 12
     prompts = [f"{system}\nQuestion {n}: {prompt}" for n in range(4) for prompt in PROMPTS]
     params = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
 
     def tokens(**config) -> list[list[int]]:
-        with LLM(device="cuda", dtype="float32", max_total_tokens=16384, **config) as llm:
+        with LLM(device=device_type, dtype="float32", max_total_tokens=16384, **config) as llm:
             llm.generate(prompts[:1], params, use_tqdm=False)
             answers = [o.token_ids for o in llm.generate(prompts, params, use_tqdm=False)]
             spared = llm.stats().scheduler.num_spared_tokens
@@ -41,6 +48,7 @@ def test_same_tokens_with_cascade_groups_and_without():
     assert tokens(cascade_min_shared_tokens=64, disable_cuda_graph=True) == plain
 
 
+@pytest.mark.usefixtures("gpu_only")
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU for each rank")
 def test_same_tokens_on_two_gpus():
     assert _tokens("cuda", ranks=2) == _tokens("cuda")

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("msgspec")  # a machine for kernels alone may lack the engine's packages
+# A machine for kernels alone may lack the engine's packages.
+pytest.importorskip("triton")
+pytest.importorskip("msgspec")
+pytest.importorskip("safetensors")
+pytest.importorskip("tqdm")
+pytest.importorskip("zmq")
+pytest.importorskip("tokenizers")
+pytest.importorskip("jinja2")
 
 from minisgl import LLM, SamplingParams
 
@@ -18,8 +25,8 @@ WORK = [[i, i + 1, i + 2] for i in range(8)]
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-def test_device_spans_lie_between_dispatch_and_collect(tmp_path, overlap):
-    options = {"device": "cuda", "max_total_tokens": 4096, "profile_dir": str(tmp_path)}
+def test_device_spans_lie_between_dispatch_and_collect(tmp_path, overlap, device_type: str):
+    options = {"device": device_type, "max_total_tokens": 4096, "profile_dir": str(tmp_path)}
     with LLM(disable_overlap_schedule=not overlap, **options) as llm:
         llm.generate(WORK, LONG, use_tqdm=False)
         directory = llm.start_profile(traces=False)
@@ -43,6 +50,7 @@ def test_device_spans_lie_between_dispatch_and_collect(tmp_path, overlap):
     assert beside >= len(steps) / 4 if overlap else beside == 0
 
 
+@pytest.mark.usefixtures("gpu_only")
 def test_a_trace_holds_kernels(tmp_path):
     with LLM(device="cuda", max_total_tokens=4096, profile_dir=str(tmp_path)) as llm:
         llm.generate(WORK, LONG, use_tqdm=False)
