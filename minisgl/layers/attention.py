@@ -2,8 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Protocol
 
 import torch
 
@@ -15,31 +13,9 @@ from minisgl.layers.linear import ColumnLinear, Part, RowLinear
 from minisgl.layers.norm import RMSNorm
 from minisgl.layers.weights import Placement, Weight
 
-Attend = Callable[["ForwardInputs", "AttentionSlices"], None]
-Space = tuple[torch.Tensor, torch.Tensor]
-
-
-class Seam(Protocol):
-    """How a layer hands over to attention, the one part of a pass that no padding makes alike."""
-
-    def space(self, like: torch.Tensor, shape: tuple[int, int, int]) -> Space:
-        """Where queries [T, Hq, D] are put, and what attention makes of them: both unfilled."""
-
-    def attend(self, call: Attend, inputs: "ForwardInputs", slices: "AttentionSlices") -> None:
-        """Have `call` fill the second of these from the first, for the step at hand."""
-
-
-class AtOnce:
-    """Attention where it stands, in memory of its own."""
-
-    def space(self, like: torch.Tensor, shape: tuple[int, int, int]) -> Space:
-        return like.new_empty(shape), like.new_empty(shape)
-
-    def attend(self, call: Attend, inputs: "ForwardInputs", slices: "AttentionSlices") -> None:
-        call(inputs, slices)
-
-
-AT_ONCE = AtOnce()
+KV = tuple[torch.Tensor, torch.Tensor]  # a layer's pools of keys and values [slots, Hkv, D]
+# (layer, x, inputs, kv) -> [T, Hq, D], what the layer would attend to by itself.
+Attend = Callable[["Attention", torch.Tensor, "ForwardInputs", KV], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +33,7 @@ class ForwardInputs:
     rows: torch.Tensor  # [S] int32, each sequence's row of the page table
     page_table: torch.Tensor  # [max_rows, max_pages] int32
     slot_mapping: torch.Tensor  # [T] int64, where this step's KV is written
-    kv: Sequence[tuple[torch.Tensor, torch.Tensor]]  # per layer: K and V [slots, Hkv, D]
+    kv: Sequence[KV]  # per layer
     page_size: int
     num_decode: int  # the first num_decode sequences have decode_width tokens each
     decode_width: int = 1
@@ -65,7 +41,7 @@ class ForwardInputs:
     # Decode sequences that begin with the same pages, as `kernels.cascade` has them; None: no such.
     groups: torch.Tensor | None = None  # [G, 3] int32
     shared: torch.Tensor | None = None  # [num_decode] int32
-    seam: Seam = AT_ONCE
+    attend: Attend | None = None  # of a pass that is captured in pieces, see `step.piecewise`
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,26 +113,48 @@ class Attention:
             yield from norm.weights()
 
     def __call__(
-        self,
-        x: torch.Tensor,
-        inputs: ForwardInputs,
-        slices: AttentionSlices,
-        kv: tuple[torch.Tensor, torch.Tensor],
+        self, x: torch.Tensor, inputs: ForwardInputs, slices: AttentionSlices, kv: KV
     ) -> torch.Tensor:
         """x: [T, hidden]; kv: this layer's pools. Returns this rank's part of [T, hidden]."""
-        space = inputs.seam.space(x, (x.shape[0], self.num_heads, kv[0].shape[2]))
-        self._prepare(self.qkv(x), inputs, kv, space[0])
-        inputs.seam.attend(partial(self._attend, *space, kv), inputs, slices)
-        return self.out(space[1].flatten(1))
+        if inputs.attend is None:
+            attended = self.attend(self.queries(x, inputs, kv), kv, inputs, slices)
+        else:
+            attended = inputs.attend(self, x, inputs, kv)
+        return self.out(attended.flatten(1))
 
-    def _attend(
+    def queries(
+        self, x: torch.Tensor, inputs: ForwardInputs, kv: KV, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Queries [T, Hq, D] of x, in `out` if that is given; writes keys and values to `kv`."""
+        q_weight, k_weight, eps, unit_offset = None, None, 0.0, False
+        if self.qk_norm is not None:
+            q_norm, k_norm = self.qk_norm
+            q_weight, k_weight = q_norm.weight, k_norm.weight
+            eps, unit_offset = q_norm.eps, q_norm.unit_offset
+        return qkv_prepare(
+            self.qkv(x),
+            inputs.positions,
+            self.cos_sin,
+            *kv,
+            inputs.slot_mapping,
+            self.num_heads,
+            q_weight,
+            k_weight,
+            eps,
+            unit_offset,
+            out=out,
+        )
+
+    def attend(
         self,
         q: torch.Tensor,
-        attended: torch.Tensor,
-        kv: tuple[torch.Tensor, torch.Tensor],
+        kv: KV,
         inputs: ForwardInputs,
         slices: AttentionSlices,
-    ) -> None:
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What queries [T, Hq, D] make of `kv`, in `out` if that is given."""
+        attended = torch.empty_like(q) if out is None else out
         facts = {"page_size": inputs.page_size, "scale": self.scale, "softcap": self.softcap}
         n = slices.decode_tokens
         if slices.decode_rows.shape[0]:
@@ -180,29 +178,4 @@ class Attention:
                 out=attended[n:],
                 **facts,
             )
-
-    def _prepare(
-        self,
-        qkv: torch.Tensor,
-        inputs: ForwardInputs,
-        kv: tuple[torch.Tensor, torch.Tensor],
-        q: torch.Tensor,
-    ) -> None:
-        q_weight, k_weight, eps, unit_offset = None, None, 0.0, False
-        if self.qk_norm is not None:
-            q_norm, k_norm = self.qk_norm
-            q_weight, k_weight = q_norm.weight, k_norm.weight
-            eps, unit_offset = q_norm.eps, q_norm.unit_offset
-        qkv_prepare(
-            qkv,
-            inputs.positions,
-            self.cos_sin,
-            *kv,
-            inputs.slot_mapping,
-            self.num_heads,
-            q_weight,
-            k_weight,
-            eps,
-            unit_offset,
-            out=q,
-        )
+        return attended

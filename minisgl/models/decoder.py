@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from minisgl.layers.attention import Attention, AttentionSlices, ForwardInputs
+from minisgl.layers.attention import KV, Attention, AttentionSlices, ForwardInputs
 from minisgl.layers.embedding import VocabTable
 from minisgl.layers.mlp import Mlp, Moe
 from minisgl.layers.norm import RMSNorm
@@ -90,7 +90,7 @@ class DecoderLayer:
         residual: torch.Tensor | None,
         inputs: ForwardInputs,
         slices: AttentionSlices,
-        kv: tuple[torch.Tensor, torch.Tensor],
+        kv: KV,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if residual is None:
             residual, x = x, self.attention_norm(x)

@@ -7,6 +7,7 @@ import torch
 
 from minisgl.device import Device
 from minisgl.kernels.kv_copy import copy_pages
+from minisgl.layers.attention import KV
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,7 @@ class KVPool:
         self.storage = device.zeros(
             (shape.num_layers, 2, slots, shape.num_kv_heads, shape.head_dim), shape.dtype
         )
-        self.layers: Sequence[tuple[torch.Tensor, torch.Tensor]] = [
-            (layer[0], layer[1]) for layer in self.storage
-        ]
+        self.layers: Sequence[KV] = [(layer[0], layer[1]) for layer in self.storage]
 
     def copy(self, jobs: torch.Tensor) -> None:
         """Run copy jobs [J, 3] int32 of (source page, target page, tokens), in every layer."""

@@ -14,13 +14,13 @@ On a device without graphs a replay is one pass on the same tensors, with attent
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from minisgl.device import Cut, Device, Pieces
-from minisgl.layers.attention import Attend, AttentionSlices, ForwardInputs, Space
+from minisgl.layers.attention import KV, Attention, AttentionSlices, ForwardInputs
 from minisgl.step.graphs import Pass
 
 TOKENS = (torch.int32, torch.int64, torch.int64)  # input_ids, positions, slot_mapping
@@ -36,7 +36,8 @@ class PiecewiseGraphs:
         self._forward = forward
         self._tokens = [device.zeros((sizes[-1],), dtype) for dtype in TOKENS]
         self._graphs: dict[int, Pieces] = {}
-        self._space: Space | None = None  # [most, Hq, D] each, of one layer after another
+        # Queries and what is made of them, [most, Hq, D] each, of one layer after another.
+        self._shared: tuple[torch.Tensor, torch.Tensor] | None = None
         self._hidden: torch.Tensor | None = None  # [most, H]
 
     def tokens(self, size: int) -> list[torch.Tensor]:
@@ -58,32 +59,22 @@ class PiecewiseGraphs:
         return self._hidden[:size]
 
     def _pass(self, inputs: ForwardInputs, cut: Cut) -> None:
-        hidden = self._forward(replace(inputs, seam=_Seam(self, cut)))
+        hidden = self._forward(replace(inputs, attend=partial(self._attend, cut)))
         if self._hidden is None:
             self._hidden = hidden.new_zeros((self.sizes[-1], hidden.shape[1]))
         self._hidden[: len(hidden)].copy_(hidden)
 
-    def space(self, like: torch.Tensor, shape: tuple[int, int, int]) -> Space:
-        """The first entries of what all layers and sizes share."""
-        if self._space is None:
-            most = (self.sizes[-1], *shape[1:])
-            self._space = like.new_zeros(most), like.new_zeros(most)
-        q, attended = self._space
-        return q[: shape[0]], attended[: shape[0]]
-
-
-@dataclass(frozen=True)
-class _Seam:
-    """Cuts attention out of a pass; a replay hands it the step's own inputs."""
-
-    graphs: PiecewiseGraphs
-    cut: Cut
-
-    def space(self, like: torch.Tensor, shape: tuple[int, int, int]) -> Space:
-        return self.graphs.space(like, shape)
-
-    def attend(self, call: Attend, inputs: ForwardInputs, slices: AttentionSlices) -> None:
-        self.cut(call)
+    def _attend(
+        self, cut: Cut, layer: Attention, x: torch.Tensor, inputs: ForwardInputs, kv: KV
+    ) -> torch.Tensor:
+        """The queries into what is shared, and a cut; a replay attends by the step's own inputs."""
+        if self._shared is None:
+            most = self.sizes[-1], layer.num_heads, kv[0].shape[2]
+            self._shared = x.new_zeros(most), x.new_zeros(most)
+        q, attended = (tensor[: len(x)] for tensor in self._shared)
+        layer.queries(x, inputs, kv, out=q)
+        cut(partial(layer.attend, q, kv, out=attended))
+        return attended
 
 
 def _without_sequences(inputs: ForwardInputs) -> ForwardInputs:

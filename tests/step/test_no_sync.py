@@ -181,7 +181,8 @@ def test_nor_do_a_models_layers(monkeypatch, facts):
         return out.copy_(q)
 
     def prepare(qkv, positions, cos_sin, k_pool, v_pool, slots, num_heads, *_, out):
-        return out.copy_(qkv[:, : num_heads * k_pool.shape[2]].unflatten(1, (num_heads, -1)))
+        q = qkv[:, : num_heads * k_pool.shape[2]].unflatten(1, (num_heads, -1)).contiguous()
+        return q if out is None else out.copy_(q)
 
     for op, stand_in in (
         (attention, attend),

@@ -45,7 +45,7 @@ def poison(executor: LocalExecutor) -> list[tuple[int, int]]:
 
     def poisoned(inputs):
         tokens = len(inputs.input_ids)
-        shared = [] if pieces._space is None else [*pieces._space, pieces._hidden]
+        shared = [] if pieces._shared is None else [*pieces._shared, pieces._hidden]
         for tensor in shared:
             tensor.fill_(torch.nan)
         for tensor in pieces._tokens:
@@ -234,7 +234,7 @@ def test_pieces_know_a_steps_tokens_alone_and_nothing_moves(executors):
         assert inputs.groups is None
         assert inputs.shared is None
         hidden = forward(inputs)
-        static = (inputs.input_ids, inputs.positions, inputs.slot_mapping, *pieces._space)
+        static = (inputs.input_ids, inputs.positions, inputs.slot_mapping, *pieces._shared)
         places.add(tuple(tensor.data_ptr() for tensor in (*static, worker.runner._rows.page_table)))
         return hidden
 
@@ -280,7 +280,7 @@ def test_what_they_hold_is_planned(executors, model):
     executor = executors(most_in_pieces=90)
     serve(executor, mixed_requests(3, seed=1))
     pieces = executor._worker.runner.pieces
-    held = sum(t.nbytes for t in (*pieces._tokens, *pieces._space, pieces._hidden))
+    held = sum(t.nbytes for t in (*pieces._tokens, *pieces._shared, pieces._hidden))
     sizes = graph_sizes(
         EngineConfig(piecewise_cuda_graph_max_tokens=90), torch.float32, on_cpu=False
     )
