@@ -19,10 +19,10 @@ from minisgl.log import get_logger, shows_progress
 from minisgl.models.decoder import Decoder
 from minisgl.parallel import Communicator
 from minisgl.start.kernel_shapes import model_shapes
-from minisgl.step.inputs import Geometry, pack_step
+from minisgl.step.inputs import pack_step
 from minisgl.step.rows import HostRows
 from minisgl.step.runner import Runner, Step
-from minisgl.step.sizes import mask_words
+from minisgl.step.sizes import Geometry, mask_words
 from minisgl.step.worker import Worker
 
 log = get_logger(__name__)

@@ -20,15 +20,16 @@ from functools import partial
 
 import torch
 
-from minisgl.core.batch import PENDING
+from minisgl.core.batch import PENDING, Chunk
 from minisgl.core.executor import Limits
 from minisgl.device import Device, Graph
 from minisgl.kernels.sampling import adjust_logits, sample
 from minisgl.models.decoder import Decoder
 from minisgl.parallel import Communicator
+from minisgl.step.inputs import StepArrays
 from minisgl.step.kv_pool import KVPool, KVShape
-from minisgl.step.proposals import FILL, RAGGED, resolve
-from minisgl.step.ragged import ragged_inputs
+from minisgl.step.proposals import FILL, resolve
+from minisgl.step.ragged import RAGGED, ragged_inputs
 from minisgl.step.rows import RowBuffers
 
 RESOLVED = ("decode", "token_ids", "drafts", "point_drafts")  # sections that may hold drafts
@@ -111,39 +112,37 @@ class DraftRunner:
                 for adjusts in (False, True):
                     self._graph(size, width, adjusts)
 
-    def run(
-        self, sent: dict[str, torch.Tensor], longest: int, passes: int, adjusts: bool
-    ) -> torch.Tensor | None:
-        """Compute what `sent` asks for and put the proposals in their places in it.
+    def run(self, step: StepArrays, sent: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """Compute what the step asks for and put the proposals in their places in `sent`.
 
-        longest: tokens of the longest draft chunk; passes: the most drafts of a row; adjusts:
-        whether a row has penalties, biases or bans. Returns the proposals [D, K], if there are any.
+        Returns the proposals [D, K], if there are any.
         """
-        if FILL + "rows" in sent and self._model is not None:
-            self._fill(sent, longest)
+        if step.batch.draft_chunks and self._model is not None:
+            self._fill(step.batch.draft_chunks, sent)
         if "propose" not in sent:
             return None
         size = sent["propose"].numel() // (1 + self._num_drafts)
         if self._model is not None:
             self._asked[: sent["propose"].numel()].copy_(sent["propose"])
-            for nth in range(passes):
+            for nth in range(step.num_passes):
                 self._nth.fill_(nth)
                 width = 1 if nth else FIRST_WIDTH
                 if self._captures:
-                    self._graph(size, width, adjusts).replay()
+                    self._graph(size, width, step.adjusts).replay()
                 else:
-                    self._pass(size, width, adjusts)
+                    self._pass(size, width, step.adjusts)
         drafted = self._comm.broadcast(self._drafted_of(size))
         for name in RESOLVED:
             if name in sent:
                 resolve(sent[name], drafted)
         return drafted
 
-    def _fill(self, sent: dict[str, torch.Tensor], longest: int) -> None:
+    def _fill(self, chunks: list[Chunk], sent: dict[str, torch.Tensor]) -> None:
         """Compute the draft chunks for their KV."""
         assert self._model is not None
         assert self._pool is not None
         sections = (sent[FILL + name] for name in RAGGED)
+        longest = max(chunk.length for chunk in chunks)
         inputs = ragged_inputs(self._rows, self._pool, *sections, max_seqlen_q=longest)
         self._model.forward(inputs)
 

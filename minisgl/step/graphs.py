@@ -22,12 +22,12 @@ from minisgl.core.batch import PENDING
 from minisgl.core.executor import GrammarMasks
 from minisgl.device import Device, Graph
 from minisgl.layers.attention import ForwardInputs
-from minisgl.step.inputs import StepArrays, cascade_words, decode_words, pack_masks
+from minisgl.step.inputs import StepArrays, pack_masks
 from minisgl.step.kv_pool import KVPool
 from minisgl.step.ragged import fill_inputs
 from minisgl.step.rows import RowBuffers
 from minisgl.step.sampler import Masks, Points, Sampler, Shaping
-from minisgl.step.sizes import GraphSizes, mask_words
+from minisgl.step.sizes import GraphSizes, cascade_words, decode_words, mask_words
 
 Pass = Callable[[ForwardInputs], torch.Tensor]
 Progress = Callable[[Sequence[int]], Iterable[int]]

@@ -6,57 +6,18 @@ one of two layouts: that of a decode graph, where everything but the rows' own f
 a ragged one, where sequences have any number of tokens.
 """
 
-from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from minisgl.core.batch import MAX_CASCADE_GROUPS, PENDING, Batch, Chunk
+from minisgl.core.batch import PENDING, Batch, Chunk
 from minisgl.core.executor import GrammarMasks
-from minisgl.step.proposals import (
-    number_drafts,
-    pack_draft_chunks,
-    pack_proposals,
-    ragged_sections,
-)
+from minisgl.step.proposals import number_drafts, pack_drafts
+from minisgl.step.ragged import ragged_sections
 from minisgl.step.rows import ADJUSTS, LOGPROBS, PROMPT_LOGPROBS, HostRows, Sections
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What packing must know of the buffers, and to which sizes steps are padded."""
-
-    page_table_width: int  # entries of a row
-    padding_row: int
-    token_multiple: int = 1  # T and N are padded to half of it or its multiples; 1 = not padded
-    # Decode graphs: by tokens per sequence, the numbers of sequences there are graphs for, rising.
-    decode_sizes: Mapping[int, Sequence[int]] = field(default_factory=dict)
-    staging: int = 0  # int32 words that a step of a decode graph may send
-    page_size: int = field(kw_only=True)
-    num_drafts: int = 0  # that a draft model proposes for a row, at most
-    draft_sizes: Sequence[int] = ()  # numbers of rows that it has graphs for, rising
-    piece_sizes: Sequence[int] = ()  # numbers of tokens there are piecewise graphs for, rising
-
-    def graph_for(self, num_sequences: int, width: int) -> tuple[int, int] | None:
-        """(size, width) of the smallest graph that holds so many sequences of `width` tokens."""
-        for own, sizes in sorted(self.decode_sizes.items()):
-            if own >= width and num_sequences <= sizes[-1]:
-                return sizes[bisect_left(sizes, num_sequences)], own
-        return None
-
-
-def decode_words(size: int, width: int) -> tuple[int, int, int, int]:
-    """Lengths of what a decode graph's step sends first, one after another: token_ids, then rows,
-    starts and num_tokens of its sequences."""
-    return size * width, size, size, size
-
-
-def cascade_words(size: int) -> tuple[int, int]:
-    """Lengths of what a step with cascade groups sends next: the groups and each sequence's shared
-    tokens, as `ForwardInputs` has them."""
-    return 3 * MAX_CASCADE_GROUPS, size
+from minisgl.step.sizes import Geometry, cascade_words, decode_words, padded_size
 
 
 @dataclass
@@ -75,6 +36,8 @@ class StepArrays:
 
     batch: Batch
     sections: Sections
+    rows: np.ndarray  # of each chunk
+    offsets: np.ndarray  # where each chunk's tokens begin
     num_tokens: int  # T
     num_sequences: int  # S
     num_decode: int  # sequences of the decode slice, padding included
@@ -92,80 +55,64 @@ class StepArrays:
     prompt_logprobs: list[LogprobRequest] = field(default_factory=list)
 
 
-def padded_size(count: int, multiple: int) -> int:
-    """`count` rounded up to multiple / 2 or to a multiple of `multiple`."""
-    if multiple == 1 or count == 0:
-        return count
-    return multiple // 2 if count <= multiple // 2 else -(-count // multiple) * multiple
-
-
 def pack_step(batch: Batch, host: HostRows, geometry: Geometry) -> StepArrays:
     """Lay out `batch`; remembers its setups in `host`. ValueError for a batch that is malformed.
 
-    The sections: those of `_pack_decode` or `_pack_ragged`, and of `proposals`; asked [P], points
-    whose log-probabilities are asked for, and targets, prompt tokens likewise; copies [J * 3];
-    patch_index, patch_page; those of the setups.
+    The sections: those of the layout; asked [P], points whose log-probabilities are asked for, and
+    targets, prompt tokens likewise; those of the setups; copies [J * 3]; patch_index, patch_page;
+    and what the draft model is asked for.
     """
     if not batch.chunks:
         raise ValueError(f"batch {batch.step} has no chunks")
-    batch, proposing = number_drafts(batch, geometry.num_drafts)
-    chunks = batch.chunks
-    sections: Sections = host.pack(batch.setups) if batch.setups else {}
-    if batch.copies:
-        jobs = [(job.source, job.target, job.num_tokens) for job in batch.copies]
-        sections["copies"] = np.array(jobs, np.int32).ravel()
-    sections |= _pack_patches(chunks, geometry.page_table_width)
-    if batch.draft_chunks:
-        sections |= pack_draft_chunks(batch.draft_chunks)
-    if proposing:
-        size = geometry.draft_sizes[bisect_left(geometry.draft_sizes, len(proposing))]
-        asked = [chunks[i] for i in proposing]
-        sections |= pack_proposals(asked, size, geometry.num_drafts, geometry.padding_row)
-
-    rows = np.array([chunk.row for chunk in chunks], np.int32)
-    lengths = np.array([chunk.length for chunk in chunks], np.int32)
-    graph, samples = None, [chunk.samples for chunk in chunks]
-    if batch.num_decode == len(chunks) and all(samples):
-        graph = geometry.graph_for(len(chunks), int(lengths.max()))
-        if graph is not None:
-            others = sum(map(len, sections.values())) + len(chunks) * graph[1]  # asked, at most
-            others += sum(cascade_words(graph[0]))
-            if sum(decode_words(*graph)) + others > geometry.staging:
-                graph = None
-    if graph is None:
-        step, offsets = _pack_ragged(batch, rows, lengths, geometry, sections)
-    else:
-        step, offsets = _pack_decode(batch, rows, lengths, *graph, geometry, sections)
-    step.num_passes = max((len(chunks[i].drafts) for i in proposing), default=0)
-    _pack_logprobs(step, host, rows, offsets)
+    batch = number_drafts(batch, geometry.num_drafts)
+    graph = None
+    if batch.num_decode == len(batch.chunks) and all(chunk.samples for chunk in batch.chunks):
+        longest = max(chunk.length for chunk in batch.chunks)
+        graph = geometry.graph_for(len(batch.chunks), longest)
+    step = _pack(batch, graph, host, geometry)
+    if step.replays and sum(map(len, step.sections.values())) > geometry.staging:
+        step = _pack(batch, None, host, geometry)
     return step
 
 
-def _pack_decode(
-    batch: Batch,
-    chunk_rows: np.ndarray,
-    lengths: np.ndarray,
-    size: int,
-    width: int,
-    geometry: Geometry,
-    others: Sections,
-) -> tuple[StepArrays, np.ndarray]:
+def _pack(
+    batch: Batch, graph: tuple[int, int] | None, host: HostRows, geometry: Geometry
+) -> StepArrays:
+    """The step in the layout of the decode graph (size, width), or else a ragged one."""
+    if graph is None:
+        step = _lay_out_ragged(batch, geometry)
+    else:
+        step = _lay_out_decode(batch, *graph, geometry)
+    if batch.setups:
+        step.sections |= host.pack(batch.setups)
+    _pack_logprobs(step, host)
+    if batch.copies:
+        jobs = [(job.source, job.target, job.num_tokens) for job in batch.copies]
+        step.sections["copies"] = np.array(jobs, np.int32).ravel()
+    step.sections |= _pack_patches(batch.chunks, geometry.page_table_width)
+    drafts, step.num_passes = pack_drafts(batch, geometry)
+    step.sections |= drafts
+    return step
+
+
+def _lay_out_decode(batch: Batch, size: int, width: int, geometry: Geometry) -> StepArrays:
     """The layout of a decode graph: `size` sequences of `width` tokens, every token a point.
 
     Sections: decode, the words of `decode_words`; cascade, those of `cascade_words`, where there
-    are cascade groups. Also returns where each chunk's tokens begin.
+    are cascade groups.
     """
-    chunks = batch.chunks
-    count = len(chunks)
+    chunks, count = batch.chunks, len(batch.chunks)
     packed = np.zeros(sum(decode_words(size, width)), np.int32)
     packed[: count * width], starts = _token_ids(chunks, count, width)
     rows, packed_starts, num_tokens = packed[size * width :].reshape(3, size)
-    rows[:count], rows[count:] = chunk_rows, geometry.padding_row
-    packed_starts[:count], num_tokens[:count] = starts, lengths
+    rows[:count], rows[count:] = [chunk.row for chunk in chunks], geometry.padding_row
+    packed_starts[:count], num_tokens[:count] = starts, [chunk.length for chunk in chunks]
     offsets = np.arange(count, dtype=np.int32) * width
-    step = StepArrays(
+    return StepArrays(
         batch=batch,
-        sections={"decode": packed} | _pack_groups(batch, size, geometry.page_size) | others,
+        sections={"decode": packed} | _pack_groups(batch, size, geometry.page_size),
+        rows=rows[:count],
+        offsets=offsets,
         num_tokens=size * width,
         num_sequences=size,
         num_decode=size,
@@ -176,72 +123,55 @@ def _pack_decode(
         sampling=range(count),
         first_points=offsets.tolist(),
     )
-    return step, offsets
 
 
-def _pack_ragged(
-    batch: Batch,
-    chunk_rows: np.ndarray,
-    lengths: np.ndarray,
-    geometry: Geometry,
-    sections: Sections,
-) -> tuple[StepArrays, np.ndarray]:
+def _lay_out_ragged(batch: Batch, geometry: Geometry) -> StepArrays:
     """The layout of any other step; decode chunks are padded to the longest of them.
 
-    Sections: those of `ragged_sections`; points [N padded], point_rows [N]; first, sampled_rows
-    [M]; drafts [M * K] and point_drafts [N * K] where there are drafts; cascade as in
-    `_pack_decode`. Also returns where chunks begin.
+    Sections: those of `ragged_sections` and `_pack_points`; cascade as in `_lay_out_decode`.
     """
-    chunks = batch.chunks
-    num_decode = batch.num_decode
+    chunks, num_decode = batch.chunks, batch.num_decode
+    chunk_rows = np.array([chunk.row for chunk in chunks], np.int32)
+    lengths = np.array([chunk.length for chunk in chunks], np.int32)
     width = int(lengths[:num_decode].max()) if num_decode else 1
     widths = lengths.copy()
     widths[:num_decode] = width
     total = int(widths.sum())
     token_ids, starts = _token_ids(chunks, num_decode, width)
-    chunk_offsets = np.cumsum(widths, dtype=np.int32) - widths
-    rows, own = chunk_rows, lengths
-    sizes = geometry.piece_sizes
-    in_pieces = bool(sizes) and total <= sizes[-1]
-    if in_pieces:
-        padding = sizes[bisect_left(sizes, total)] - total
-    else:
-        padding = padded_size(total, geometry.token_multiple) - total
+    offsets = np.cumsum(widths, dtype=np.int32) - widths
+    in_pieces, padded = geometry.padded(total)
+    padding = padded - total
+    sequences: tuple[np.ndarray, ...] = widths, chunk_rows, starts, lengths
     if padding:
         # Empty sequences at the end of the decode slice, or one at the very end.
         fits = num_decode > 0 and padding % width == 0 and not in_pieces
-        at = num_decode if fits else len(chunks)
-        filler = np.full(padding // width if fits else 1, width if fits else padding, np.int32)
-        token_ids = np.insert(token_ids, num_decode * width if fits else total, [0] * padding)
-        widths, own, rows, starts = (
-            np.concatenate([array[:at], fill, array[at:]])
-            for array, fill in (
-                (widths, filler),
-                (own, 0 * filler),
-                (rows, 0 * filler + geometry.padding_row),
-                (starts, 0 * filler),
-            )
+        at, end = (num_decode, num_decode * width) if fits else (len(chunks), total)
+        empty = np.full(padding // width if fits else 1, width if fits else padding, np.int32)
+        fillers = empty, 0 * empty + geometry.padding_row, 0 * empty, 0 * empty
+        token_ids = np.insert(token_ids, end, [0] * padding)
+        sequences = tuple(
+            np.concatenate([array[:at], filler, array[at:]])
+            for array, filler in zip(sequences, fillers, strict=True)
         )
         if fits:
-            chunk_offsets[num_decode:] += padding
-            num_decode += len(filler)
-    sections |= ragged_sections(token_ids, widths, rows, starts, own)
-    sections |= _pack_groups(batch, num_decode, geometry.page_size)
+            offsets[num_decode:] += padding
+            num_decode += len(empty)
+    widths = sequences[0]
+    sections = ragged_sections(token_ids, *sequences)
     step = StepArrays(
         batch=batch,
-        sections=sections,
-        num_tokens=total + padding,
+        sections=sections | _pack_groups(batch, num_decode, geometry.page_size),
+        rows=chunk_rows,
+        offsets=offsets,
+        num_tokens=padded,
         num_sequences=len(widths),
         num_decode=num_decode,
         decode_width=width,
         max_seqlen_q=int(widths[num_decode:].max()) if num_decode < len(widths) else 1,
         in_pieces=in_pieces,
     )
-    sampling = np.flatnonzero([chunk.samples for chunk in chunks])
-    if len(sampling):
-        ends = (chunk_offsets + lengths)[sampling]
-        _pack_points(step, sampling, chunk_rows[sampling], ends, geometry.token_multiple)
-    return step, chunk_offsets
+    _pack_points(step, offsets + lengths, geometry.token_multiple)
+    return step
 
 
 def _token_ids(chunks: list[Chunk], num_decode: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -282,28 +212,16 @@ def _pack_groups(batch: Batch, size: int, page_size: int) -> Sections:
     return {"cascade": words}
 
 
-def _pack_patches(chunks: list[Chunk], page_table_width: int) -> Sections:
-    index: list[int] = []
-    pages: list[int] = []
-    for chunk in chunks:
-        if chunk.pages:
-            first = chunk.row * page_table_width + chunk.page_index
-            if chunk.page_index + len(chunk.pages) > page_table_width:
-                raise ValueError(
-                    f"sequence {chunk.uid} needs {chunk.page_index + len(chunk.pages)} pages, "
-                    f"but a row of the page table has {page_table_width}"
-                )
-            index.extend(range(first, first + len(chunk.pages)))
-            pages.extend(chunk.pages)
-    if not pages:
-        return {}
-    return {"patch_index": np.array(index, np.int32), "patch_page": np.array(pages, np.int32)}
+def _pack_points(step: StepArrays, ends: np.ndarray, multiple: int) -> None:
+    """Where logits are needed: the last 1 + drafts tokens of every chunk that samples.
 
-
-def _pack_points(
-    step: StepArrays, sampling: np.ndarray, rows: np.ndarray, ends: np.ndarray, multiple: int
-) -> None:
-    """Where logits are needed: the last 1 + drafts tokens of every chunk that samples."""
+    ends: where each chunk's tokens end. Sections: points [N padded], point_rows [N]; first,
+    sampled_rows [M]; drafts [M * K] and point_drafts [N * K] where there are drafts.
+    """
+    sampling = np.flatnonzero([chunk.samples for chunk in step.batch.chunks])
+    if not len(sampling):
+        return
+    rows, ends = step.rows[sampling], ends[sampling]
     drafts = [step.batch.chunks[i].drafts for i in sampling.tolist()]
     first = np.arange(len(sampling), dtype=np.int32)
     points, point_rows = ends - 1, rows
@@ -329,10 +247,8 @@ def _pack_points(
     step.sections["sampled_rows"] = rows
 
 
-def _pack_logprobs(
-    step: StepArrays, host: HostRows, chunk_rows: np.ndarray, chunk_offsets: np.ndarray
-) -> None:
-    flags = host.flags[chunk_rows]
+def _pack_logprobs(step: StepArrays, host: HostRows) -> None:
+    flags = host.flags[step.rows]
     if not flags.any():
         return
     chunks = step.batch.chunks
@@ -348,13 +264,31 @@ def _pack_logprobs(
         num_top = setup.params.prompt_logprobs or 0
         if chunk.start < setup.prompt_length:
             targets += setup.token_ids[chunk.start + 1 : end + 1]
-            first = int(chunk_offsets[i])
+            first = int(step.offsets[i])
             step.prompt_logprobs.append(LogprobRequest(i, first, end - chunk.start, num_top))
     if step.logprobs:
         spans = [np.arange(r.first, r.first + r.count, dtype=np.int32) for r in step.logprobs]
         step.sections["asked"] = np.concatenate(spans)
     if step.prompt_logprobs:
         step.sections["targets"] = np.array(targets, np.int32)
+
+
+def _pack_patches(chunks: list[Chunk], page_table_width: int) -> Sections:
+    index: list[int] = []
+    pages: list[int] = []
+    for chunk in chunks:
+        if chunk.pages:
+            first = chunk.row * page_table_width + chunk.page_index
+            if chunk.page_index + len(chunk.pages) > page_table_width:
+                raise ValueError(
+                    f"sequence {chunk.uid} needs {chunk.page_index + len(chunk.pages)} pages, "
+                    f"but a row of the page table has {page_table_width}"
+                )
+            index.extend(range(first, first + len(chunk.pages)))
+            pages.extend(chunk.pages)
+    if not pages:
+        return {}
+    return {"patch_index": np.array(index, np.int32), "patch_page": np.array(pages, np.int32)}
 
 
 def pack_masks(step: StepArrays, masks: GrammarMasks, places: int) -> np.ndarray:

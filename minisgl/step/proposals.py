@@ -4,6 +4,7 @@ A draft that the device will propose travels as `DRAFTED - n`, n being its place
 proposals [D, K], until `resolve` puts the token there.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import msgspec
@@ -11,28 +12,24 @@ import numpy as np
 import torch
 
 from minisgl.core.batch import PENDING, Batch, Chunk
+from minisgl.step.ragged import ragged_sections
 from minisgl.step.rows import Sections
+from minisgl.step.sizes import Geometry
 
 DRAFTED = -2
-RAGGED = ("token_ids", "sequences", "offsets", "rows", "starts", "num_tokens")
 FILL = "fill_"  # before the names of what the draft model alone computes
 
 
-def is_proposed(chunk: Chunk) -> bool:
-    """Whether the draft model names the chunk's drafts."""
-    return bool(chunk.drafts) and chunk.drafts[0] == PENDING
-
-
-def number_drafts(batch: Batch, num_drafts: int) -> tuple[Batch, list[int]]:
-    """The batch with its pending drafts numbered, and which chunks have them.
+def number_drafts(batch: Batch, num_drafts: int) -> Batch:
+    """The batch with its pending drafts numbered, by which they are known from then on.
 
     ValueError where a chunk has more than the `num_drafts` that the draft model proposes.
     """
-    proposing = [i for i, c in enumerate(batch.chunks) if c.drafts and is_proposed(c)]
-    if not proposing:
-        return batch, proposing
+    pending = [i for i, c in enumerate(batch.chunks) if c.drafts and c.drafts[0] == PENDING]
+    if not pending:
+        return batch
     chunks = list(batch.chunks)
-    for n, i in enumerate(proposing):
+    for n, i in enumerate(pending):
         count, first = len(chunks[i].drafts), DRAFTED - n * num_drafts
         if count > num_drafts:
             raise ValueError(
@@ -40,48 +37,41 @@ def number_drafts(batch: Batch, num_drafts: int) -> tuple[Batch, list[int]]:
             )
         numbers = list(range(first, first - count, -1))
         chunks[i] = msgspec.structs.replace(chunks[i], drafts=numbers)
-    return msgspec.structs.replace(batch, chunks=chunks), proposing
+    return msgspec.structs.replace(batch, chunks=chunks)
 
 
-def pack_proposals(chunks: list[Chunk], size: int, num_drafts: int, padding_row: int) -> Sections:
-    """Section propose: `size` rows, padding included, then [K, size] tokens of each row's own.
+def _is_proposed(chunk: Chunk) -> bool:
+    """Whether the draft model names the chunk's drafts, which are numbered."""
+    return bool(chunk.drafts) and chunk.drafts[0] <= DRAFTED
 
+
+def pack_drafts(batch: Batch, geometry: Geometry) -> tuple[Sections, int]:
+    """What the draft model computes and proposes before the target's pass, and in how many passes.
+
+    Sections: those of `ragged_sections` over the draft chunks, named FILL + ...; propose, a row
+    for each chunk with numbered drafts, padding included, then [K, size] tokens of each row's own.
     The first pass takes a row's last two tokens, each later one the draft before.
     """
-    packed = np.zeros((1 + num_drafts, size), np.int32)
+    sections: Sections = {}
+    if chunks := batch.draft_chunks:
+        lengths = np.array([chunk.length for chunk in chunks], np.int32)
+        ids = np.array([token for chunk in chunks for token in chunk.token_ids], np.int32)
+        rows = np.array([chunk.row for chunk in chunks], np.int32)
+        starts = np.array([chunk.start for chunk in chunks], np.int32)
+        parts = ragged_sections(ids, lengths, rows, starts, lengths)
+        sections |= {FILL + name: section for name, section in parts.items()}
+    asking = [chunk for chunk in batch.chunks if _is_proposed(chunk)]
+    if not asking:
+        return sections, 0
+    size = geometry.draft_sizes[bisect_left(geometry.draft_sizes, len(asking))]
+    packed = np.zeros((1 + geometry.num_drafts, size), np.int32)
     rows, counts = packed[0], packed[1:]
-    rows[:] = padding_row
-    rows[: len(chunks)] = [chunk.row for chunk in chunks]
-    wanted = np.array([len(chunk.drafts) for chunk in chunks])
-    counts[:, : len(chunks)] = np.arange(num_drafts)[:, None] < wanted
+    rows[: len(asking)], rows[len(asking) :] = [chunk.row for chunk in asking], geometry.padding_row
+    wanted = np.array([len(chunk.drafts) for chunk in asking])
+    counts[:, : len(asking)] = np.arange(geometry.num_drafts)[:, None] < wanted
     counts[0] *= 2
-    return {"propose": packed.ravel()}
-
-
-def pack_draft_chunks(chunks: list[Chunk]) -> Sections:
-    """The sections of a ragged pass over these chunks, named FILL + ..."""
-    lengths = np.array([chunk.length for chunk in chunks], np.int32)
-    ids = np.array([token for chunk in chunks for token in chunk.token_ids], np.int32)
-    rows = np.array([chunk.row for chunk in chunks], np.int32)
-    starts = np.array([chunk.start for chunk in chunks], np.int32)
-    sections = ragged_sections(ids, lengths, rows, starts, lengths)
-    return {FILL + name: section for name, section in sections.items()}
-
-
-def ragged_sections(
-    token_ids: np.ndarray,
-    widths: np.ndarray,
-    rows: np.ndarray,
-    starts: np.ndarray,
-    num_tokens: np.ndarray,
-) -> Sections:
-    """What a ragged forward pass over sequences of `widths` tokens needs, by the names in RAGGED:
-    token_ids, sequences [T]; offsets [S + 1]; rows, starts, num_tokens [S]."""
-    offsets = np.zeros(len(widths) + 1, np.int32)
-    np.cumsum(widths, out=offsets[1:])
-    sequences = np.repeat(np.arange(len(widths), dtype=np.int32), widths)
-    parts = (token_ids, sequences, offsets, rows, starts, num_tokens)
-    return dict(zip(RAGGED, parts, strict=True))
+    sections["propose"] = packed.ravel()
+    return sections, int(wanted.max())
 
 
 def resolve(ids: torch.Tensor, drafted: torch.Tensor) -> None:
@@ -96,8 +86,6 @@ def read_drafts(batch: Batch, drafted: Sequence[Sequence[int]]) -> list[list[int
     proposals [D][K]."""
     proposals = iter(drafted)
     return [
-        list(next(proposals)[: len(chunk.drafts)])
-        if chunk.drafts and chunk.drafts[0] <= DRAFTED
-        else chunk.drafts
+        list(next(proposals)[: len(chunk.drafts)]) if _is_proposed(chunk) else chunk.drafts
         for chunk in batch.chunks
     ]

@@ -1,13 +1,32 @@
-"""The inputs of a forward pass over sequences of any lengths, in memory of their own."""
+"""A forward pass over sequences of any lengths: what is sent for it, and its inputs."""
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from minisgl.kernels.advance import prepare_inputs
 from minisgl.layers.attention import ForwardInputs
 from minisgl.step.kv_pool import KVPool
-from minisgl.step.rows import RowBuffers
+from minisgl.step.rows import RowBuffers, Sections
+
+RAGGED = ("token_ids", "sequences", "offsets", "rows", "starts", "num_tokens")
+
+
+def ragged_sections(
+    token_ids: np.ndarray,
+    widths: np.ndarray,
+    rows: np.ndarray,
+    starts: np.ndarray,
+    num_tokens: np.ndarray,
+) -> Sections:
+    """What a ragged forward pass over sequences of `widths` tokens needs, by the names in RAGGED:
+    token_ids, sequences [T]; offsets [S + 1]; rows, starts, num_tokens [S]."""
+    offsets = np.zeros(len(widths) + 1, np.int32)
+    np.cumsum(widths, out=offsets[1:])
+    sequences = np.repeat(np.arange(len(widths), dtype=np.int32), widths)
+    parts = (token_ids, sequences, offsets, rows, starts, num_tokens)
+    return dict(zip(RAGGED, parts, strict=True))
 
 
 def ragged_inputs(

@@ -16,13 +16,13 @@ from minisgl.parallel import Communicator
 from minisgl.step.agreement import compare_ranks
 from minisgl.step.draft import DraftRunner
 from minisgl.step.graphs import DecodeGraphs, Forward
-from minisgl.step.inputs import StepArrays, cascade_words, join, split
+from minisgl.step.inputs import StepArrays, join, split
 from minisgl.step.kv_pool import KVPool
 from minisgl.step.piecewise import PiecewiseGraphs
-from minisgl.step.proposals import RAGGED
-from minisgl.step.ragged import ragged_inputs
+from minisgl.step.ragged import RAGGED, ragged_inputs
 from minisgl.step.rows import RowBuffers
 from minisgl.step.sampler import Points, Sampled, Sampler, Sent
+from minisgl.step.sizes import cascade_words
 from minisgl.trace import span
 
 
@@ -111,8 +111,7 @@ class Runner:
         if self.draft is not None:
             if "copies" in step.sent:
                 self.draft.copy(step.sent["copies"].view(-1, 3))
-            longest = max((chunk.length for chunk in arrays.batch.draft_chunks), default=0)
-            drafted = self.draft.run(step.sent, longest, arrays.num_passes, arrays.adjusts)
+            drafted = self.draft.run(arrays, step.sent)
             if drafted is not None and self._sampler.draws:
                 step.drafted = self._device.download(drafted.clone())
 

@@ -1,14 +1,15 @@
-"""The sizes of graphs, and those that steps are padded to."""
+"""The sizes of graphs, those that steps are padded to, and of what a step sends."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from minisgl.core.batch import MAX_CASCADE_GROUPS
 from minisgl.core.executor import Limits
 from minisgl.models.decoder import ROPE_SLACK
-from minisgl.step.inputs import cascade_words, decode_words
 
 FP32_CPU_ROWS = 8  # CPU matrix products treat a row alike whatever others are there, in 8s
 STAGING_SLACK = 2**16  # words for what a step sends besides: page-table patches, copy jobs, setups
@@ -49,6 +50,55 @@ class GraphSizes:
             for width, sizes in self.by_width.items()
         )
         return STAGING_SLACK + max(longest, default=0)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What packing must know of the buffers, and to which sizes steps are padded."""
+
+    page_table_width: int  # entries of a row
+    padding_row: int
+    token_multiple: int = 1  # T and N are padded to half of it or its multiples; 1 = not padded
+    # Decode graphs: by tokens per sequence, the numbers of sequences there are graphs for, rising.
+    decode_sizes: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    staging: int = 0  # int32 words that a step of a decode graph may send
+    page_size: int = field(kw_only=True)
+    num_drafts: int = 0  # that a draft model proposes for a row, at most
+    draft_sizes: Sequence[int] = ()  # numbers of rows that it has graphs for, rising
+    piece_sizes: Sequence[int] = ()  # numbers of tokens there are piecewise graphs for, rising
+
+    def graph_for(self, num_sequences: int, width: int) -> tuple[int, int] | None:
+        """(size, width) of the smallest graph that holds so many sequences of `width` tokens."""
+        for own, sizes in sorted(self.decode_sizes.items()):
+            if own >= width and num_sequences <= sizes[-1]:
+                return sizes[bisect_left(sizes, num_sequences)], own
+        return None
+
+    def padded(self, tokens: int) -> tuple[bool, int]:
+        """Whether a ragged step of so many runs in pieces, and how many it has with padding."""
+        sizes = self.piece_sizes
+        if sizes and tokens <= sizes[-1]:
+            return True, sizes[bisect_left(sizes, tokens)]
+        return False, padded_size(tokens, self.token_multiple)
+
+
+def decode_words(size: int, width: int) -> tuple[int, int, int, int]:
+    """Lengths of what a decode graph's step sends first, one after another: token_ids, then rows,
+    starts and num_tokens of its sequences."""
+    return size * width, size, size, size
+
+
+def cascade_words(size: int) -> tuple[int, int]:
+    """Lengths of what a step with cascade groups sends next: the groups and each sequence's shared
+    tokens, as `ForwardInputs` has them."""
+    return 3 * MAX_CASCADE_GROUPS, size
+
+
+def padded_size(count: int, multiple: int) -> int:
+    """`count` rounded up to multiple / 2 or to a multiple of `multiple`."""
+    if multiple == 1 or count == 0:
+        return count
+    return multiple // 2 if count <= multiple // 2 else -(-count // multiple) * multiple
 
 
 def piece_sizes(most: int) -> Iterator[int]:

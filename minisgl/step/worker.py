@@ -7,13 +7,12 @@ from minisgl.device import Device
 from minisgl.parallel import Communicator, Solo
 from minisgl.step.draft import Draft, DraftRunner
 from minisgl.step.graphs import DecodeGraphs, StaticBuffers
-from minisgl.step.inputs import Geometry
 from minisgl.step.kv_pool import KVPool, KVShape
 from minisgl.step.piecewise import PiecewiseGraphs
 from minisgl.step.rows import HostRows, RowBuffers
 from minisgl.step.runner import Model, Runner
 from minisgl.step.sampler import Sampler
-from minisgl.step.sizes import GraphSizes, draft_sizes, page_table_width, token_multiple
+from minisgl.step.sizes import Geometry, GraphSizes, draft_sizes, page_table_width, token_multiple
 
 
 class Worker:

@@ -13,8 +13,9 @@ from minisgl.core.speculation import Speculation
 from minisgl.kernels.cascade import cascade
 from minisgl.layers import attention
 from minisgl.step.graphs import Forward
-from minisgl.step.inputs import Geometry, cascade_words, pack_step
+from minisgl.step.inputs import pack_step
 from minisgl.step.rows import HostRows
+from minisgl.step.sizes import Geometry, cascade_words
 from tests.step.harness import VOCAB, make_executor, mixed_requests, serve, tiny_decoder
 
 GROUPS = SchedulerConfig(cascade_min_shared_tokens=1)

@@ -13,15 +13,13 @@ from minisgl.core.request import SamplingParams
 from minisgl.device import CpuDevice
 from minisgl.kernels.advance import advance_rows, prepare_inputs
 from minisgl.step.inputs import (
-    Geometry,
     StepArrays,
-    decode_words,
     join,
     pack_step,
-    padded_size,
     split,
 )
 from minisgl.step.rows import HostRows, RowBuffers
+from minisgl.step.sizes import Geometry, decode_words, padded_size
 
 ROWS, PAGES, VOCAB = 9, 6, 50
 
