@@ -28,6 +28,7 @@ from minisgl.core.scheduler import Scheduler
 from minisgl.device import pick_device
 from minisgl.engine.engine import Engine
 from minisgl.engine.messages import EngineInfo
+from minisgl.start.facts import read_facts
 from minisgl.start.load import load_worker
 from minisgl.step.executor import LocalExecutor, plan_on_one_thread
 
@@ -116,7 +117,8 @@ def main() -> None:
             page_size=PAGE,
             cascade_min_shared_tokens=1,
         )
-        worker, facts = load_worker(config, folder, device)
+        facts = read_facts(config, folder, device)
+        worker = load_worker(facts, device)
         executor = LocalExecutor(worker)
         results.put(
             model=args.shape or folder.name,
@@ -132,7 +134,7 @@ def main() -> None:
                 break
             for name in list(seconds)[:: -1 if turn % 2 else 1]:
                 least = 1 if name == "groups" else None
-                took, found[name] = serve(executor, args, facts.vocab_size, least)
+                took, found[name] = serve(executor, args, facts.model.vocab_size, least)
                 seconds[name].append(took)
             ratios = [a / b for a, b in zip(seconds["plain"], seconds["groups"], strict=True)]
             results.put(

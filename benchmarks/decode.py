@@ -51,6 +51,7 @@ from minisgl.engine.engine import Engine
 from minisgl.engine.messages import EngineInfo
 from minisgl.models.hub import model_directory
 from minisgl.models.loader import shapes
+from minisgl.start.facts import read_facts
 from minisgl.start.load import load_worker
 from minisgl.step.executor import LocalExecutor, plan_on_one_thread
 from minisgl.step.kv_pool import KVShape
@@ -174,7 +175,8 @@ class Bench:
             batch_invariant=args.batch_invariant,
             piecewise_cuda_graph_max_tokens=args.batch[0] + chunk if chunk else None,
         )
-        self.worker, self.facts = load_worker(config, folder, device)
+        facts = read_facts(config, folder, device)
+        self.worker, self.facts = load_worker(facts, device), facts.model
         self.executor = LocalExecutor(self.worker)
         self._geometry = self.worker.geometry
         dtype = self.worker.dtype

@@ -17,6 +17,7 @@ from minisgl.core.costmodel import (
     ModelFacts,
     cascade_min_tokens,
 )
+from minisgl.core.executor import Limits
 from minisgl.core.ngram import NGramProposer
 from minisgl.core.policy import SchedulerConfig
 from minisgl.core.scheduler import Scheduler
@@ -25,11 +26,11 @@ from minisgl.device import Device, pick_device
 from minisgl.engine.engine import Engine
 from minisgl.engine.messages import EngineInfo
 from minisgl.log import get_logger
-from minisgl.models.config import ModelConfig
 from minisgl.models.hub import model_directory
 from minisgl.ranks.executor import ParallelExecutor, load_ranks
 from minisgl.ranks.node import run_node
-from minisgl.start.load import load_worker, uses_cascade
+from minisgl.start.facts import Facts, read_facts
+from minisgl.start.load import load_worker
 from minisgl.step.executor import LocalExecutor, plan_on_one_thread
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny"
@@ -43,47 +44,33 @@ def build_engine(config: EngineConfig) -> Engine:
     Call it on the thread that will own the engine. Raises ValueError naming the field for what the
     config asks and cannot have.
     """
-    executor, model, path, device = _load(config)
-    limits = executor.limits
-    ngram = NGramProposer(*config.ngram_sizes)
-    speculation = None
-    if config.speculative_algorithm != "none":
-        on_device = config.speculative_algorithm == "draft"
-        speculation = Speculation(
-            propose_on_device if on_device else ngram,
-            config.num_draft_tokens,
-            on_device=on_device,
-            any_width=not device.captures,
-            chunk_size=config.chunked_prefill_size,
+    if config.node_rank != 0:
+        raise ValueError(
+            f"node_rank must be 0 where the engine is, got {config.node_rank}; "
+            "`python -m minisgl.serve` runs the ranks of other nodes"
         )
-    facts = ModelFacts(**model.cost_facts(executor.dtype))
-    device_facts = _device_facts(device, config.tp_size)
-    cascade_min = config.cascade_min_shared_tokens
-    if cascade_min is None and uses_cascade(config, model, device):
-        cascade_min = cascade_min_tokens(facts, device_facts)
-    scheduler = Scheduler(
-        limits,
-        SchedulerConfig(
-            chunked_prefill_size=config.chunked_prefill_size,
-            schedule_policy=config.schedule_policy,
-            batch_policy=config.batch_policy,
-            itl_target_ms=config.itl_target_ms,
-            disable_radix_cache=config.disable_radix_cache,
-            cascade_min_shared_tokens=cascade_min,
-        ),
-        model.eos_token_ids,
-        CostModel(facts, device_facts),
-        speculation=speculation,
-    )
-    ngram.continuation = scheduler.continuation
+    started = time.perf_counter()
+    path = _model_path(config)
+    device = pick_device(config.device, of=config.tp_size // config.nnodes)
+    try:
+        _say_device(config, device)
+        if device.torch_device.type == "cpu":
+            plan_on_one_thread()
+        facts = read_facts(config, path, device)
+        executor = _load(facts, device)
+    except BaseException:
+        device.close()
+        raise
+    log.info("model %s is ready after %.1f s", path.name, time.perf_counter() - started)
+    scheduler = _scheduler(facts, device, executor.limits)
     info = EngineInfo(
         model=config.model or "minisgl-tiny",
         model_path=str(path),
-        architecture=model.architecture,
-        dtype=str(executor.dtype).removeprefix("torch."),
+        architecture=facts.model.architecture,
+        dtype=str(facts.dtype).removeprefix("torch."),
         device=("" if config.tp_size == 1 else f"{config.tp_size} x ") + device.name,
-        eos_token_ids=list(model.eos_token_ids),
-        limits=limits,
+        eos_token_ids=list(facts.model.eos_token_ids),
+        limits=executor.limits,
     )
     overlap = not config.disable_overlap_schedule
     try:
@@ -104,32 +91,43 @@ def _model_path(config: EngineConfig) -> Path:
     return model_directory(config.model, weights=config.load_format != "dummy")
 
 
-def _load(
-    config: EngineConfig,
-) -> tuple[LocalExecutor | ParallelExecutor, ModelConfig, Path, Device]:
-    if config.node_rank != 0:
-        raise ValueError(
-            f"node_rank must be 0 where the engine is, got {config.node_rank}; "
-            "`python -m minisgl.serve` runs the ranks of other nodes"
+def _load(facts: Facts, device: Device) -> LocalExecutor | ParallelExecutor:
+    if facts.config.tp_size > 1:
+        return load_ranks(facts, device)
+    details = facts.config.profile_dir is not None
+    return LocalExecutor(load_worker(facts, device), trace_details=details)
+
+
+def _scheduler(facts: Facts, device: Device, limits: Limits) -> Scheduler:
+    config, eos = facts.config, facts.model.eos_token_ids
+    model = ModelFacts(**facts.model.cost_facts(facts.dtype))
+    own = _device_facts(device, config.tp_size)
+    cascade_min = config.cascade_min_shared_tokens
+    if cascade_min is None and facts.cascade:
+        cascade_min = cascade_min_tokens(model, own)
+    ngram = NGramProposer(*config.ngram_sizes)
+    speculation = None
+    if config.speculative_algorithm != "none":
+        on_device = config.speculative_algorithm == "draft"
+        speculation = Speculation(
+            propose_on_device if on_device else ngram,
+            config.num_draft_tokens,
+            on_device=on_device,
+            any_width=not device.captures,
+            chunk_size=config.chunked_prefill_size,
         )
-    started = time.perf_counter()
-    path = _model_path(config)
-    device = pick_device(config.device, of=config.tp_size // config.nnodes)
-    try:
-        _say_device(config, device)
-        if device.torch_device.type == "cpu":
-            plan_on_one_thread()
-        executor: LocalExecutor | ParallelExecutor
-        if config.tp_size == 1:
-            worker, model = load_worker(config, path, device)
-            executor = LocalExecutor(worker, trace_details=config.profile_dir is not None)
-        else:
-            executor, model = load_ranks(config, path, device)
-    except BaseException:
-        device.close()
-        raise
-    log.info("model %s is ready after %.1f s", path.name, time.perf_counter() - started)
-    return executor, model, path, device
+    policy = SchedulerConfig(
+        chunked_prefill_size=config.chunked_prefill_size,
+        schedule_policy=config.schedule_policy,
+        batch_policy=config.batch_policy,
+        itl_target_ms=config.itl_target_ms,
+        disable_radix_cache=config.disable_radix_cache,
+        cascade_min_shared_tokens=cascade_min,
+    )
+    cost = CostModel(model, own)
+    scheduler = Scheduler(limits, policy, eos, cost, speculation=speculation)
+    ngram.continuation = scheduler.continuation
+    return scheduler
 
 
 def _say_device(config: EngineConfig, device: Device) -> None:

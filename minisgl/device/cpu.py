@@ -15,6 +15,7 @@ import torch
 from minisgl.device.protocol import Cut, Memory, T
 
 CACHE_LINE = 64  # bytes
+FP32_ROWS = 8  # that matrix products take at once; half of them for the last ones
 
 
 class CpuEvent:
@@ -90,6 +91,9 @@ class CpuDevice:
         self._sized = threading.Event()
         self._thread.start()
         self._sized.wait()
+
+    def row_multiple(self, dtype: torch.dtype) -> int:
+        return FP32_ROWS if dtype == torch.float32 else 1
 
     @property
     def name(self) -> str:

@@ -81,6 +81,9 @@ class CudaDevice:
         self._failure: BaseException | None = None
         self._closed = False
 
+    def row_multiple(self, dtype: torch.dtype) -> int:
+        return 1
+
     @property
     def name(self) -> str:
         return torch.cuda.get_device_name(self.torch_device)

@@ -56,8 +56,8 @@ class Pieces(Protocol):
 
 
 class Device(Protocol):
-    """`submit`, `run`, `record`, `landed`, `memory` and `close` may be called anywhere, the other
-    methods inside the stream only."""
+    """`submit`, `run`, `record`, `landed`, `row_multiple`, `memory` and `close` may be called
+    anywhere, the other methods inside the stream only."""
 
     @property
     def torch_device(self) -> torch.device: ...
@@ -65,6 +65,10 @@ class Device(Protocol):
     @property
     def captures(self) -> bool:
         """Whether graphs are worth being made ahead, of few sizes; else a graph is a call."""
+
+    def row_multiple(self, dtype: torch.dtype) -> int:
+        """Matrix products treat a row alike whatever others there are, if their number is half of
+        this or a multiple of it; 1 = any number."""
 
     @property
     def name(self) -> str:

@@ -2,18 +2,14 @@
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
-import torch
-
-from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch, StepOutput
 from minisgl.core.executor import GrammarMasks, Limits
 from minisgl.device import Device
-from minisgl.models.config import ModelConfig
 from minisgl.models.loader import check_shares
 from minisgl.ranks.channel import Dispatch, Sample, StartProfile, StopProfile
 from minisgl.ranks.leader import Ranks
+from minisgl.start.facts import Facts
 from minisgl.start.load import load_worker
 from minisgl.step.executor import LocalExecutor
 
@@ -29,10 +25,6 @@ class ParallelExecutor:
     @property
     def limits(self) -> Limits:
         return self._local.limits
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._local.dtype
 
     @property
     def compilations(self) -> int:
@@ -89,18 +81,17 @@ class ParallelExecutor:
             self._ranks.close()
 
 
-def load_ranks(
-    config: EngineConfig, path: Path, device: Device
-) -> tuple[ParallelExecutor, ModelConfig]:
+def load_ranks(facts: Facts, device: Device) -> ParallelExecutor:
     """Start all ranks and load the model into them; `device` is rank 0's.
 
     Raises ValueError naming the field for what cannot be, RuntimeError when a rank fails.
     """
-    check_shares(ModelConfig.from_hf(path), config.tp_size)
+    config = facts.config
+    check_shares(facts.model, config.tp_size)
     ranks = Ranks(config.tp_size)
     try:
-        comm = ranks.start(config, path, device)
-        worker, facts = load_worker(config, path, device, comm)
+        comm = ranks.start(config, facts.path, device)
+        worker = load_worker(facts, device, comm)
         ranks.wait_ready()
     except BaseException as error:
         try:
@@ -109,4 +100,4 @@ def load_ranks(
             ranks.end()
             ranks.close()
     local = LocalExecutor(worker, trace_details=config.profile_dir is not None)
-    return ParallelExecutor(local, ranks), facts
+    return ParallelExecutor(local, ranks)

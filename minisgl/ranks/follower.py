@@ -32,6 +32,7 @@ from minisgl.ranks.channel import (
     ToRank,
 )
 from minisgl.ranks.meeting import call, meet, open_store
+from minisgl.start.facts import read_facts
 from minisgl.start.load import load_worker
 from minisgl.step.executor import LocalExecutor, plan_on_one_thread
 
@@ -49,7 +50,8 @@ def follow(boot: Boot, channel: Channel, store: dist.Store | None) -> None:
         plan_on_one_thread()
     host = channel.host if boot.channel is None else None
     comm = meet(config, device, boot.rank, store=store, shared=boot.shared, host=host)
-    worker, _ = load_worker(config, Path(boot.path), device, comm)
+    facts = read_facts(config, Path(boot.path), device, boot.rank)
+    worker = load_worker(facts, device, comm)
     details = config.profile_dir is not None
     executor = LocalExecutor(worker, rank=boot.rank, trace_details=details)
     _say(channel, Ready())

@@ -5,18 +5,59 @@ is measured and said.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
+from minisgl.start.facts import Facts
 from minisgl.step.draft import FIRST_WIDTH, GRAPHS_PER_SIZE, Draft
-from minisgl.step.sizes import GraphSizes, mask_words
+from minisgl.step.rows import RowBuffers
+from minisgl.step.sizes import GraphSizes, draft_sizes, mask_words
 
 # A captured kernel's launch, in the driver and on the device; a guess until it is measured.
 NODE_BYTES = 16 * 2**10
 NODES_PER_LAYER = 14
 OTHER_NODES = 40  # of the passes' ends, and of the three sampling halves
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes by purpose, of what a rank allocates beside KV."""
+
+    weights: int
+    workspace: int
+    logits: int
+    counts: int
+    graphs: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.workspace + self.logits + self.counts + self.graphs
+
+
+def footprint(
+    facts: Facts, model: Decoder, draft: Draft | None, ranks: int, *, captures: bool
+) -> Footprint:
+    """Of a rank with its share `model`; captures: whether graphs are made ahead."""
+    config, sizes, vocab = facts.config, facts.graphs, facts.model.vocab_size
+    rows = config.max_running_requests
+    points = rows * (1 + config.num_draft_tokens)  # of every row, with its drafts
+    tokens = config.chunked_prefill_size + points
+    weights = weight_bytes(model)
+    workspace = workspace_bytes(facts.model, tokens, facts.dtype, ranks)
+    graphs = static_bytes(sizes, vocab) + pieces_bytes(sizes, facts.model, facts.dtype, ranks)
+    if captures:
+        graphs += captured_bytes(sizes, facts.model, facts.dtype, ranks, facts.cascade)
+    if draft is not None:  # which computes before the target, never beside it
+        weights += 0 if draft.model is None else weight_bytes(draft.model)
+        workspace = max(workspace, draft_workspace_bytes(draft, tokens))
+        passes = draft_sizes(rows, any_size=not captures)
+        captured = captures and bool(sizes.by_width)
+        graphs += draft_graph_bytes(draft, passes, captures=captured)
+    counts = RowBuffers.counts_bytes(rows, vocab)
+    return Footprint(weights, workspace, logits_bytes(vocab, points), counts, graphs)
 
 
 def weight_bytes(model: Decoder) -> int:

@@ -1,26 +1,27 @@
 """The memory plan, which sizes the KV pool before anything large is allocated."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
-from minisgl.device import Memory
+import torch
+
+from minisgl.config import EngineConfig
+from minisgl.device import Device, Memory
 from minisgl.log import get_logger
-from minisgl.step.kv_pool import KVShape
+from minisgl.parallel import Communicator
+from minisgl.start.footprint import Footprint
 
 log = get_logger(__name__)
 
-CPU_TOKENS = 65_536  # the CPU's default pool: at most this many tokens
-CPU_BYTES = 4 * 2**30  # and at most this many bytes
+# A pool that nobody asked for, where memory is not the engine's alone: at most this much.
+MODEST_TOKENS = 65_536
+MODEST_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes by purpose. `kv` is what is left, and `num_pages` what fits in it."""
 
-    weights: int
-    workspace: int
-    logits: int
-    counts: int
-    graphs: int
+    needs: Footprint
     kv: int
     num_pages: int
     page_size: int
@@ -32,74 +33,61 @@ class MemoryPlan:
 
     def table(self) -> str:
         """One line per purpose, in MiB, for the log."""
-        purposes = ("weights", "workspace", "logits", "counts", "graphs", "kv", "budget")
-        lines = [f"  {name:<10} {getattr(self, name) / 2**20:>10.1f} MiB" for name in purposes]
+        needs = {field.name: getattr(self.needs, field.name) for field in fields(self.needs)}
+        lines = [
+            f"  {name:<10} {taken / 2**20:>10.1f} MiB"
+            for name, taken in {**needs, "kv": self.kv, "budget": self.budget}.items()
+        ]
         pages = f"{self.num_pages} pages of {self.page_size} tokens"
         return "\n".join(["memory plan:", *lines[:-1], f"  {pages}", lines[-1]])
 
 
 def plan_memory(
     memory: Memory,
-    shape: KVShape,
-    *,
-    draft_shape: KVShape | None = None,
-    on_cpu: bool,
-    weights: int,
-    workspace: int,
-    logits: int,
-    counts: int,
-    graphs: int,
-    page_size: int,
+    needs: Footprint,
+    token_bytes: int,
+    config: EngineConfig,
     max_context: int,
-    mem_fraction_static: float,
-    max_total_tokens: int | None,
+    *,
+    modest: bool,
 ) -> MemoryPlan:
-    """Divide the device's memory. `memory` is measured with the weights loaded. A draft model's
-    KV, where there is one, lies on the same pages.
+    """Divide the device's memory. `memory` is measured with the weights loaded; token_bytes: what
+    a token's KV takes.
 
-    The budget is `mem_fraction_static` of what was free before the weights. On CPU the pool is
-    also at most CPU_TOKENS and CPU_BYTES, unless `max_total_tokens` states its size. Nobody needs
+    The budget is `mem_fraction_static` of what was free before the weights. A `modest` pool is also
+    at most MODEST_TOKENS and MODEST_BYTES, unless `max_total_tokens` states its size. Nobody needs
     a pool beyond what is stated. Raises ValueError, with the numbers, when not even one page fits,
     or the stated pool does not.
     """
-    budget = int((memory.free + weights) * mem_fraction_static)
-    left = budget - weights - workspace - logits - counts - graphs
-    page_bytes = shape.bytes_per_token * page_size
-    if draft_shape is not None:
-        page_bytes += draft_shape.bytes_per_token * page_size
-    if max_total_tokens is not None:
-        num_pages = max_total_tokens // page_size
+    page_size, stated, fraction = (
+        config.page_size,
+        config.max_total_tokens,
+        config.mem_fraction_static,
+    )
+    budget = int((memory.free + needs.weights) * fraction)
+    left, page_bytes = budget - needs.total, token_bytes * page_size
+    if stated is not None:
+        num_pages = stated // page_size
         if num_pages < 1:
             raise ValueError(
-                f"max_total_tokens must be at least page_size ({page_size}), got {max_total_tokens}"
+                f"max_total_tokens must be at least page_size ({page_size}), got {stated}"
             )
         if num_pages * page_bytes > left:
             raise ValueError(
-                f"max_total_tokens {max_total_tokens} needs {num_pages * page_bytes / 2**20:.0f} "
-                f"MiB of KV memory, but mem_fraction_static {mem_fraction_static} leaves "
-                f"{max(left, 0) / 2**20:.0f} MiB"
+                f"max_total_tokens {stated} needs {num_pages * page_bytes / 2**20:.0f} MiB of KV "
+                f"memory, but mem_fraction_static {fraction} leaves {max(left, 0) / 2**20:.0f} MiB"
             )
     else:
         num_pages = left // page_bytes
-        if on_cpu:
-            num_pages = min(num_pages, CPU_TOKENS // page_size, CPU_BYTES // page_bytes)
+        if modest:
+            num_pages = min(num_pages, MODEST_TOKENS // page_size, MODEST_BYTES // page_bytes)
         if num_pages < 1:
             raise ValueError(
-                f"no memory is left for KV: mem_fraction_static {mem_fraction_static} gives "
-                f"{budget / 2**20:.0f} MiB, of which {(budget - left) / 2**20:.0f} MiB are taken "
+                f"no memory is left for KV: mem_fraction_static {fraction} gives "
+                f"{budget / 2**20:.0f} MiB, of which {needs.total / 2**20:.0f} MiB are taken "
                 f"by weights, workspace, logits, counts and graphs; a page needs {page_bytes} bytes"
             )
-    plan = MemoryPlan(
-        weights=weights,
-        workspace=workspace,
-        logits=logits,
-        counts=counts,
-        graphs=graphs,
-        kv=num_pages * page_bytes,
-        num_pages=num_pages,
-        page_size=page_size,
-        budget=budget,
-    )
+    plan = MemoryPlan(needs, num_pages * page_bytes, num_pages, page_size, budget)
     log.info("%s", plan.table())
     if plan.num_tokens < max_context:
         log.warning(
@@ -111,13 +99,28 @@ def plan_memory(
     return plan
 
 
+def share_of_memory(comm: Communicator, device: Device, local_size: int) -> Memory:
+    """The device's memory once every rank has loaded; of a CPU's, what is free for one of them."""
+    comm.all_reduce(torch.zeros(1, device=device.torch_device))
+    memory = device.memory()
+    shared = device.torch_device.type == "cpu"
+    return replace(memory, free=memory.free // local_size) if shared else memory
+
+
+def fewest(comm: Communicator, device: Device, count: int) -> int:
+    """The least `count` of any rank."""
+    counts = comm.gather(torch.tensor([count], device=device.torch_device), 0)
+    return int(comm.broadcast(counts.min()[None]).item())
+
+
 def check_graphs(plan: MemoryPlan, taken: int) -> None:
     """Say what capturing took beside the plan; a warning when it is more."""
-    if taken > plan.graphs:
+    planned = plan.needs.graphs
+    if taken > planned:
         log.warning(
             "graphs take %.0f MiB, planned were %.0f: lower mem_fraction_static if memory runs out",
             taken / 2**20,
-            plan.graphs / 2**20,
+            planned / 2**20,
         )
     elif taken:
-        log.info("graphs take %.0f of %.0f MiB", taken / 2**20, plan.graphs / 2**20)
+        log.info("graphs take %.0f of %.0f MiB", taken / 2**20, planned / 2**20)

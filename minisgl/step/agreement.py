@@ -1,11 +1,9 @@
-"""What ranks settle between them besides the model's sums: memory, and hashes to find faults."""
+"""Whether ranks compute the same: hashes of each step, compared to find faults."""
 
 import zlib
-from dataclasses import replace
 
 import torch
 
-from minisgl.device import Device, Memory
 from minisgl.parallel import Communicator
 from minisgl.step.inputs import StepArrays, join
 
@@ -31,17 +29,3 @@ def compare_ranks(comm: Communicator, arrays: StepArrays, hidden: torch.Tensor) 
                 raise RuntimeError(
                     f"step {own[0]}: {part} is {there} on rank {rank} and {here} on rank 0"
                 )
-
-
-def share_of_memory(comm: Communicator, device: Device, local_size: int) -> Memory:
-    """The device's memory once every rank has loaded; of a CPU's, what is free for one of them."""
-    comm.all_reduce(torch.zeros(1, device=device.torch_device))
-    memory = device.memory()
-    on_cpu = device.torch_device.type == "cpu"
-    return replace(memory, free=memory.free // local_size) if on_cpu else memory
-
-
-def fewest(comm: Communicator, device: Device, count: int) -> int:
-    """The least `count` of any rank."""
-    counts = comm.gather(torch.tensor([count], device=device.torch_device), 0)
-    return int(comm.broadcast(counts.min()[None]).item())

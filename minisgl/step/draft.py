@@ -52,47 +52,31 @@ class DraftRunner:
     def __init__(
         self,
         device: Device,
-        model: Decoder | None,
-        pool: KVPool | None,
-        rows: RowBuffers,
-        comm: Communicator,
-        sizes: Sequence[int],
-        num_drafts: int,
-        *,
-        graphs: bool,
-    ) -> None:
-        """sizes: numbers of rows, rising. Without `graphs` it runs eagerly. Made in the stream."""
-        self._captures = graphs
-        self._device = device
-        self._model = model
-        self._pool = pool
-        self._rows = rows
-        self._comm = comm
-        self._num_drafts = num_drafts
-        self._graphs: dict[tuple[int, int, bool], Graph] = {}
-        most = sizes[-1]
-        self._sizes = sizes
-        self._asked = device.zeros(((1 + num_drafts) * most,), torch.int32)
-        self._drafted = device.zeros((most * num_drafts,), torch.int32)
-        self._nth = device.zeros((1,), torch.int64)  # of the pass
-
-    @classmethod
-    def of(
-        cls,
         draft: Draft,
-        device: Device,
         limits: Limits,
         rows: RowBuffers,
         comm: Communicator,
         sizes: Sequence[int],
         *,
         graphs: bool,
-    ) -> "DraftRunner":
-        """Allocates its pool; inside the stream."""
-        pool = None
+    ) -> None:
+        """Allocates its pool; in the stream. sizes: numbers of rows, rising. Without `graphs` it
+        runs eagerly."""
+        self._captures = graphs
+        self._device = device
+        self._model = draft.model
+        self._pool: KVPool | None = None
         if draft.shape is not None:
-            pool = KVPool(device, draft.shape, limits.num_pages, limits.page_size)
-        return cls(device, draft.model, pool, rows, comm, sizes, draft.num_drafts, graphs=graphs)
+            self._pool = KVPool(device, draft.shape, limits.num_pages, limits.page_size)
+        self._rows = rows
+        self._comm = comm
+        self._num_drafts = num_drafts = draft.num_drafts
+        self._graphs: dict[tuple[int, int, bool], Graph] = {}
+        most = sizes[-1]
+        self._sizes = sizes
+        self._asked = device.zeros(((1 + num_drafts) * most,), torch.int32)
+        self._drafted = device.zeros((most * num_drafts,), torch.int32)
+        self._nth = device.zeros((1,), torch.int64)  # of the pass
 
     def copy(self, jobs: torch.Tensor) -> None:
         """The copy jobs of a step."""

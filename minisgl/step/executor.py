@@ -46,11 +46,6 @@ class LocalExecutor:
     def compilations(self) -> int:
         return self._worker.compilations()
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of weights, activations and KV."""
-        return self._worker.dtype
-
     def dispatch(self, batch: Batch) -> None:
         worker, device = self._worker, self._worker.device
         step = proposed = None

@@ -9,12 +9,9 @@ from contextlib import ExitStack
 
 import torch
 
-from minisgl import csrc
 from minisgl.kernels.config import fixed_order
-from minisgl.kernels.native import DTYPES
 from minisgl.kernels.op import forced
 from minisgl.layers.attention import ForwardInputs
-from minisgl.models.config import ModelConfig
 from minisgl.step.runner import Model
 
 
@@ -38,21 +35,3 @@ class FixedOrder:
         stack.enter_context(fixed_order())
         stack.enter_context(forced(self._choices))
         return stack
-
-
-def check_fixed_order(facts: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-    """Raises ValueError, naming the limit, where the mode cannot be kept. May wait for a build."""
-    if device.type != "cpu":
-        return
-    native = csrc.load("model_ops", wait=True)
-    if native is None:
-        raise ValueError(
-            "batch_invariant needs the native CPU operators, which could not be built (see above)"
-        )
-    if dtype not in DTYPES:
-        raise ValueError(f"batch_invariant on CPU needs dtype bfloat16 or float32, got {dtype}")
-    if facts.head_dim not in native.DECODE_HEAD_DIMS:
-        raise ValueError(
-            f"batch_invariant on CPU needs a head_dim among {list(native.DECODE_HEAD_DIMS)}, "
-            f"got {facts.head_dim}"
-        )

@@ -34,7 +34,7 @@ class PiecewiseGraphs:
         self.sizes = tuple(sizes)
         self._device = device
         self._forward = forward
-        self._tokens = [device.zeros((sizes[-1],), dtype) for dtype in TOKENS]
+        self._tokens = [device.zeros((max(sizes, default=0),), dtype) for dtype in TOKENS]
         self._graphs: dict[int, Pieces] = {}
         # Queries and what is made of them, [most, Hq, D] each, of one layer after another.
         self._shared: tuple[torch.Tensor, torch.Tensor] | None = None

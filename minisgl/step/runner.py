@@ -69,7 +69,7 @@ class Runner:
         *,
         graphs: Mapping[int, DecodeGraphs],
         staging: torch.Tensor,
-        pieces: PiecewiseGraphs | None = None,
+        pieces: PiecewiseGraphs,
         draft: DraftRunner | None = None,
         compare: Communicator | None = None,
     ) -> None:

@@ -5,13 +5,10 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from minisgl.core.batch import MAX_CASCADE_GROUPS
 from minisgl.core.executor import Limits
 from minisgl.models.decoder import ROPE_SLACK
 
-FP32_CPU_ROWS = 8  # CPU matrix products treat a row alike whatever others are there, in 8s
 STAGING_SLACK = 2**16  # words for what a step sends besides: page-table patches, copy jobs, setups
 
 
@@ -24,14 +21,19 @@ class GraphSizes:
 
     @classmethod
     def of(
-        cls, most: int, widths: Iterable[int], on_cpu: bool, multiple: int, most_in_pieces: int = 0
+        cls,
+        most: int,
+        widths: Iterable[int],
+        any_size: bool,
+        multiple: int,
+        most_in_pieces: int = 0,
     ) -> "GraphSizes":
         """Graphs for up to `most` sequences, piecewise ones for up to `most_in_pieces` tokens.
 
-        A CPU needs no padding, for any size replays at once there, but that of tokens to half of
+        any_size: where graphs of every size are at hand nothing is padded but tokens, to half of
         `multiple` or its multiples. Piecewise graphs have their sizes everywhere.
         """
-        by_width = {width: _sizes(most, width, on_cpu, multiple) for width in widths}
+        by_width = {width: _sizes(most, width, any_size, multiple) for width in widths}
         return cls(by_width, tuple(piece_sizes(most_in_pieces)))
 
     @property
@@ -49,7 +51,7 @@ class GraphSizes:
             sum(decode_words(sizes[-1], width)) + sum(cascade_words(sizes[-1])) + sizes[-1] * width
             for width, sizes in self.by_width.items()
         )
-        return STAGING_SLACK + max(longest, default=0)
+        return STAGING_SLACK + max(longest) if self.by_width else 0
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,9 @@ def padded_sizes(most: int) -> tuple[int, ...]:
     return tuple(size for size, below in zip(sizes, [0, *sizes[:-1]], strict=True) if below < most)
 
 
-def _sizes(most: int, width: int, on_cpu: bool, multiple: int) -> tuple[int, ...]:
+def _sizes(most: int, width: int, any_size: bool, multiple: int) -> tuple[int, ...]:
     if multiple == 1:
-        return tuple(range(1, most + 1)) if on_cpu else padded_sizes(most)
+        return tuple(range(1, most + 1)) if any_size else padded_sizes(most)
     step, half = multiple // math.gcd(multiple, width), multiple // 2
     sizes = range(step, most + step, step)
     if half % width:
@@ -136,11 +138,6 @@ def page_table_width(limits: Limits) -> int:
     return -(-(limits.max_context + ROPE_SLACK) // limits.page_size)
 
 
-def draft_sizes(max_rows: int, on_cpu: bool) -> tuple[int, ...]:
-    """The numbers of rows that a pass may have: on a GPU those of its graphs."""
-    return tuple(range(1, max_rows + 1)) if on_cpu else padded_sizes(max_rows)
-
-
-def token_multiple(dtype: torch.dtype, on_cpu: bool) -> int:
-    """Steps have half as many tokens, or a multiple of it; 1 = any number."""
-    return FP32_CPU_ROWS if on_cpu and dtype == torch.float32 else 1
+def draft_sizes(max_rows: int, *, any_size: bool) -> tuple[int, ...]:
+    """The numbers of rows that a pass of the draft model may have: those of its graphs."""
+    return tuple(range(1, max_rows + 1)) if any_size else padded_sizes(max_rows)

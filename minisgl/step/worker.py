@@ -12,7 +12,7 @@ from minisgl.step.piecewise import PiecewiseGraphs
 from minisgl.step.rows import HostRows, RowBuffers
 from minisgl.step.runner import Model, Runner
 from minisgl.step.sampler import Sampler
-from minisgl.step.sizes import Geometry, GraphSizes, draft_sizes, page_table_width, token_multiple
+from minisgl.step.sizes import Geometry, GraphSizes, draft_sizes, page_table_width
 
 
 class Worker:
@@ -35,59 +35,60 @@ class Worker:
 
         compare: every step checks that all ranks of `comm` compute the same.
         """
-        comm, graphs = comm or Solo(), graphs or GraphSizes({})
+        graphs = graphs or GraphSizes({})
         self.device = device
         self.limits = limits
         self.dtype = shape.dtype
         self.compilations: Callable[[], int] = lambda: 0  # kernels compiled while serving
-        on_cpu = not device.captures
-        passes = () if draft is None else draft_sizes(limits.max_rows, on_cpu)
         self.geometry = Geometry(
             page_table_width(limits),
             limits.max_rows,
-            token_multiple(shape.dtype, on_cpu),
+            device.row_multiple(shape.dtype),
             graphs.by_width,
             graphs.staging_words,
             page_size=limits.page_size,
             num_drafts=0 if draft is None else draft.num_drafts,
-            draft_sizes=passes,
+            draft_sizes=draft_sizes(limits.max_rows, any_size=not device.captures),
             piece_sizes=graphs.pieces,
         )
         self.host_rows = HostRows(limits.max_rows, limits.vocab_size, eos_token_ids)
+        self.runner = device.run(self._build, model, shape, graphs, comm or Solo(), draft, compare)
 
-        def build() -> Runner:
-            width, vocab = self.geometry.page_table_width, limits.vocab_size
-            pool = KVPool(device, shape, limits.num_pages, limits.page_size)
-            rows = RowBuffers.allocate(device, limits.max_rows, width, vocab)
-            drafting = None
-            if draft is not None:
-                drafting = DraftRunner.of(
-                    draft, device, limits, rows, comm, passes, graphs=bool(graphs.by_width)
-                )
-            keeps_previous = draft is not None
-            sampler = Sampler(device, model.logits, rows, comm, keeps_previous=keeps_previous)
-            buffers = StaticBuffers(device, vocab, graphs)
-            by_width = {
+    def _build(
+        self,
+        model: Model,
+        shape: KVShape,
+        graphs: GraphSizes,
+        comm: Communicator,
+        draft: Draft | None,
+        compare: bool,
+    ) -> Runner:
+        """In the stream."""
+        device, limits, vocab = self.device, self.limits, self.limits.vocab_size
+        pool = KVPool(device, shape, limits.num_pages, limits.page_size)
+        pages = self.geometry.page_table_width
+        rows = RowBuffers.allocate(device, limits.max_rows, pages, vocab)
+        drafting = None
+        if draft is not None:
+            sizes, some = self.geometry.draft_sizes, bool(graphs.by_width)
+            drafting = DraftRunner(device, draft, limits, rows, comm, sizes, graphs=some)
+        sampler = Sampler(device, model.logits, rows, comm, keeps_previous=draft is not None)
+        buffers = StaticBuffers(device, vocab, graphs)
+        return Runner(
+            device,
+            model,
+            pool,
+            rows,
+            sampler,
+            graphs={
                 width: DecodeGraphs(device, model.forward, sampler, pool, rows, buffers, own, width)
                 for width, own in graphs.by_width.items()
-            }
-            pieces = (
-                PiecewiseGraphs(device, model.forward, graphs.pieces) if graphs.pieces else None
-            )
-            return Runner(
-                device,
-                model,
-                pool,
-                rows,
-                sampler,
-                graphs=by_width,
-                staging=buffers.staging,
-                pieces=pieces,
-                draft=drafting,
-                compare=comm if compare else None,
-            )
-
-        self.runner = device.run(build)
+            },
+            staging=buffers.staging,
+            pieces=PiecewiseGraphs(device, model.forward, graphs.pieces),
+            draft=drafting,
+            compare=comm if compare else None,
+        )
 
     def close(self) -> None:
         """Idempotent."""

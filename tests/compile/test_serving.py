@@ -25,7 +25,7 @@ from minisgl.kernels.offline import OfflineDriver, offline
 from minisgl.kernels.op import forced
 from minisgl.kernels.shapes import EngineShapes
 from minisgl.kernels.warmup import CompileCounter, serving_launches
-from minisgl.start.draft_loading import draft_launches
+from minisgl.start.draft import draft_launches
 from minisgl.start.kernel_shapes import model_shapes
 from minisgl.step.executor import LocalExecutor
 from minisgl.step.fixed_order import FixedOrder

@@ -12,16 +12,18 @@ from torch.utils._pytree import tree_leaves
 from minisgl.build import BUNDLED_MODEL
 from minisgl.config import EngineConfig
 from minisgl.core.executor import Limits
-from minisgl.device import CpuDevice
+from minisgl.device import CpuDevice, Memory
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
 from minisgl.models.loader import load_model
 from minisgl.parallel import Solo
 from minisgl.start import load
+from minisgl.start.facts import read_facts
 from minisgl.start.footprint import (
     NODE_BYTES,
     NODES_PER_LAYER,
     OTHER_NODES,
+    Footprint,
     draft_graph_bytes,
     draft_workspace_bytes,
     workspace_bytes,
@@ -89,12 +91,12 @@ def draft(model: Decoder) -> Draft:
 
 def runner_of(draft: Draft, device: CpuDevice, sizes: tuple[int, ...]) -> DraftRunner:
     rows = RowBuffers.allocate(device, ROWS, 8, VOCAB)
-    return DraftRunner.of(draft, device, LIMITS, rows, Solo(), sizes, graphs=True)
+    return DraftRunner(device, draft, LIMITS, rows, Solo(), sizes, graphs=True)
 
 
 def test_graphs_of_the_draft_model_are_planned(draft: Draft) -> None:
     device = CpuDevice(num_threads=1)
-    sizes = draft_sizes(ROWS, on_cpu=False)
+    sizes = draft_sizes(ROWS, any_size=False)
     assert sizes == (1, 2, 4, 8, 16, 24)
 
     def count() -> tuple[int, int, int]:
@@ -123,11 +125,11 @@ def test_graphs_of_the_draft_model_are_planned(draft: Draft) -> None:
 
 
 def test_the_draft_models_share_reaches_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    planned: list[dict[str, Any]] = []
+    planned: list[Footprint] = []
 
-    def plan(*args: Any, **facts: Any) -> MemoryPlan:
-        planned.append(facts)
-        return plan_memory(*args, **facts)
+    def plan(memory: Memory, needs: Footprint, *args: Any, **others: Any) -> MemoryPlan:
+        planned.append(needs)
+        return plan_memory(memory, needs, *args, **others)
 
     monkeypatch.setattr(load, "plan_memory", plan)
     common = {
@@ -139,13 +141,13 @@ def test_the_draft_models_share_reaches_the_plan(monkeypatch: pytest.MonkeyPatch
         device = CpuDevice(num_threads=1)
         try:
             config = EngineConfig(**common, **options, chunked_prefill_size=64)  # type: ignore[arg-type]
-            load.load_worker(config, BUNDLED_MODEL, device)
+            load.load_worker(read_facts(config, BUNDLED_MODEL, device), device)
         finally:
             device.close()
     without, within = planned
-    assert within["graphs"] - without["graphs"] == 4 * 5 * (1 + 2 * DRAFTS) + 8
-    assert within["weights"] > without["weights"]
-    assert within["workspace"] == without["workspace"]  # the bundled draft model is smaller
+    assert within.graphs - without.graphs == 4 * 5 * (1 + 2 * DRAFTS) + 8
+    assert within.weights > without.weights
+    assert within.workspace == without.workspace  # the bundled draft model is smaller
     facts = ModelConfig.from_hf(BUNDLED_MODEL)
     most = 64 + 5 * (1 + DRAFTS)  # tokens: prompts', and every row's with its drafts
-    assert without["workspace"] == workspace_bytes(facts, most, facts.dtype, 1)
+    assert without.workspace == workspace_bytes(facts, most, facts.dtype, 1)

@@ -19,18 +19,20 @@ from minisgl.kernels.shapes import EngineShapes
 from minisgl.models.config import ModelConfig
 from minisgl.models.loader import load_model
 from minisgl.parallel import Solo
+from minisgl.start.facts import read_facts
 from minisgl.start.footprint import (
     NODE_BYTES,
     NODES_PER_LAYER,
     OTHER_NODES,
+    Footprint,
     captured_bytes,
     static_bytes,
     workspace_bytes,
 )
 from minisgl.start.load import load_worker
 from minisgl.start.memory_plan import (
-    CPU_BYTES,
-    CPU_TOKENS,
+    MODEST_BYTES,
+    MODEST_TOKENS,
     MemoryPlan,
     check_graphs,
     plan_memory,
@@ -45,20 +47,15 @@ MIB = 2**20
 SHAPE = KVShape(num_layers=3, num_kv_heads=2, head_dim=32, dtype=torch.bfloat16)
 
 
-def plan(free: int, **changes) -> MemoryPlan:
-    facts = {
-        "on_cpu": False,
-        "weights": 100 * MIB,
-        "workspace": 20 * MIB,
-        "logits": 7 * MIB,
-        "counts": 3 * MIB,
-        "graphs": 11 * MIB,
-        "page_size": 16,
-        "max_context": 64,
-        "mem_fraction_static": 0.5,
-        "max_total_tokens": None,
-    }
-    return plan_memory(Memory(free, 2 * free, 0), SHAPE, **(facts | changes))
+NEEDS = Footprint(
+    weights=100 * MIB, workspace=20 * MIB, logits=7 * MIB, counts=3 * MIB, graphs=11 * MIB
+)
+
+
+def plan(free: int, *, modest: bool = False, **changes) -> MemoryPlan:
+    config = EngineConfig(**{"page_size": 16, "mem_fraction_static": 0.5} | changes)
+    memory = Memory(free, 2 * free, 0)
+    return plan_memory(memory, NEEDS, SHAPE.bytes_per_token, config, max_context=64, modest=modest)
 
 
 def test_what_is_left_becomes_pages():
@@ -68,8 +65,7 @@ def test_what_is_left_becomes_pages():
     assert SHAPE.bytes_per_token * 16 == page
     assert made.num_pages == left // page
     assert made.kv == made.num_pages * page
-    total = made.weights + made.workspace + made.logits + made.counts + made.graphs + made.kv
-    assert made.budget - page < total <= made.budget
+    assert made.budget - page < NEEDS.total + made.kv <= made.budget
     assert made.num_tokens == made.num_pages * 16
     for amount in ("100.0", "20.0", "7.0", "3.0", "11.0", f"{made.kv / MIB:.1f}"):
         assert f"{amount} MiB" in made.table()
@@ -81,23 +77,13 @@ def test_a_stated_pool_is_what_is_stated(stated: int, pages: int):
 
 
 def test_the_cpu_default_is_modest():
-    made = plan(300_000 * MIB, on_cpu=True)
-    assert made.num_tokens == CPU_TOKENS
-    large = KVShape(80, 8, 128, torch.float32)
-    facts = {"weights": 0, "workspace": 0, "logits": 0, "counts": 0, "graphs": 0}
-    memory = Memory(2**40, 2**41, 0)
-    limited = plan_memory(
-        memory,
-        large,
-        on_cpu=True,
-        page_size=16,
-        max_context=64,
-        mem_fraction_static=0.9,
-        max_total_tokens=None,
-        **facts,
-    )
-    assert CPU_BYTES - large.bytes_per_token * 16 < limited.kv <= CPU_BYTES
-    assert plan(300_000 * MIB, on_cpu=True, max_total_tokens=10**6).num_tokens == 10**6
+    made = plan(300_000 * MIB, modest=True)
+    assert made.num_tokens == MODEST_TOKENS
+    large = KVShape(80, 8, 128, torch.float32).bytes_per_token
+    memory, needs, config = Memory(2**40, 2**41, 0), Footprint(0, 0, 0, 0, 0), EngineConfig()
+    limited = plan_memory(memory, needs, large, config, max_context=64, modest=True)
+    assert MODEST_BYTES - large * config.page_size < limited.kv <= MODEST_BYTES
+    assert plan(300_000 * MIB, modest=True, max_total_tokens=10**6).num_tokens == 10**6
 
 
 @pytest.mark.parametrize(
@@ -188,14 +174,16 @@ def test_a_worker_follows_its_config(model: Path, caplog):
         load_format="dummy", max_running_requests=5, max_total_tokens=200, page_size=16
     )
     with caplog.at_level(logging.INFO, "minisgl"):
-        worker, facts = load_worker(config, model, CpuDevice(num_threads=1))
+        device = CpuDevice(num_threads=1)
+        facts = read_facts(config, model, device)
+        worker = load_worker(facts, device)
     executor = LocalExecutor(worker)
     try:
         limits = executor.limits
         assert (limits.num_pages, limits.page_size, limits.max_rows) == (12, 16, 5)
         assert (limits.max_context, limits.vocab_size) == (96, 131)
-        assert facts.eos_token_ids == (3, 7)
-        assert executor.dtype == torch.bfloat16
+        assert facts.model.eos_token_ids == (3, 7)
+        assert worker.dtype == facts.dtype == torch.bfloat16
         assert "memory plan" in caplog.text
         for stage in ("load weights", "plan memory", "warm up", "total"):
             assert re.search(rf"^  {stage} +\d+\.\d\d s$", caplog.text, re.M), stage
@@ -219,8 +207,9 @@ def test_a_worker_follows_its_config(model: Path, caplog):
 def test_what_the_model_cannot_do_is_refused(model: Path, changes, message: str):
     device = CpuDevice(num_threads=1)
     try:
+        config = EngineConfig(load_format="dummy", **changes)
         with pytest.raises(ValueError, match=message):
-            load_worker(EngineConfig(load_format="dummy", **changes), model, device)
+            load_worker(read_facts(config, model, device), device)
     finally:
         device.close()
 
@@ -231,7 +220,7 @@ def test_dtype_and_context_may_be_chosen(model: Path):
     )
     device = CpuDevice(num_threads=1)
     try:
-        worker, _ = load_worker(config, model, device)
+        worker = load_worker(read_facts(config, model, device), device)
         assert worker.dtype == torch.float32
         assert worker.limits.max_context == 50
         assert worker.geometry.token_multiple == 8

@@ -23,6 +23,7 @@ from minisgl.core.request import SamplingParams
 from minisgl.core.speculation import Speculation, propose_on_device
 from minisgl.device import CpuDevice
 from minisgl.kernels.op import Op
+from minisgl.start.facts import read_facts
 from minisgl.start.load import load_worker
 from minisgl.step.executor import LocalExecutor
 from tests.step.harness import mixed_requests, serve
@@ -82,6 +83,9 @@ class Captures(CpuDevice):
     captured = 0
     tape: Tape | None = None
 
+    def row_multiple(self, dtype: torch.dtype) -> int:
+        return 1
+
     def capture(self, function: Callable[[], object]) -> Any:
         return Recording(self, lambda cut: function())
 
@@ -97,7 +101,7 @@ def load(device: CpuDevice, **options: Any) -> LocalExecutor:
         chunked_prefill_size=48,
         **options,
     )
-    return LocalExecutor(load_worker(config, BUNDLED_MODEL, device)[0])
+    return LocalExecutor(load_worker(read_facts(config, BUNDLED_MODEL, device), device))
 
 
 def mask_all(batch: Batch) -> GrammarMasks:

@@ -21,7 +21,7 @@ from minisgl.models.loader import load_model
 from minisgl.step.draft import Draft
 from minisgl.step.executor import LocalExecutor
 from minisgl.step.kv_pool import KVShape
-from minisgl.step.sizes import GraphSizes, token_multiple
+from minisgl.step.sizes import GraphSizes
 from minisgl.step.worker import Worker
 from tests.step import oracle
 
@@ -78,7 +78,7 @@ def make_executor(
     sizes = GraphSizes({})
     if graphs:
         most = min(max_rows, graph_max_sequences)
-        multiple = token_multiple(dtype, True)
+        multiple = device.row_multiple(dtype)
         sizes = GraphSizes.of(most, graph_widths, True, multiple, most_in_pieces)
     drafting = None if draft is None else Draft(draft, draft_shape or shape, num_drafts)
     worker = Worker(device, model, shape, limits, eos_token_ids=EOS, graphs=sizes, draft=drafting)

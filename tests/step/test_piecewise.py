@@ -15,17 +15,17 @@ from minisgl.core.batch import Batch
 from minisgl.core.executor import GrammarMasks
 from minisgl.core.policy import SchedulerConfig
 from minisgl.core.speculation import Speculation
-from minisgl.device.cpu import CallPieces
+from minisgl.device.cpu import CallPieces, CpuDevice
 from minisgl.kernels.activation import silu_and_mul
 from minisgl.kernels.linear import linear
 from minisgl.kernels.qkv_prepare import qkv_prepare
 from minisgl.kernels.rmsnorm import rmsnorm
 from minisgl.models.decoder import ROPE_SLACK
+from minisgl.start.facts import graph_sizes
 from minisgl.start.footprint import pieces_bytes
-from minisgl.start.load import graph_sizes
 from minisgl.start.startup import capture_pieces
 from minisgl.step.executor import LocalExecutor
-from minisgl.step.sizes import piece_sizes
+from minisgl.step.sizes import GraphSizes, piece_sizes
 from minisgl.trace import record_with
 from tests.step.harness import VOCAB, mixed_requests, serve
 from tests.step.test_cascade import guesses, shared_requests
@@ -266,14 +266,23 @@ def test_sizes_are_near_each_other(most):
     assert gaps.max() <= ROPE_SLACK  # of padding, the last position is one less
 
 
+def sizes_on_gpu(config: EngineConfig) -> GraphSizes:
+    class Gpu(CpuDevice):
+        captures = True
+
+    device = Gpu(num_threads=1)
+    device.close()
+    return graph_sizes(config, torch.bfloat16, device)
+
+
 def test_no_more_are_captured_than_a_step_can_have():
     facts = {"chunked_prefill_size": 50, "max_running_requests": 5}
     asked = EngineConfig(piecewise_cuda_graph_max_tokens=10_000, **facts)
-    assert graph_sizes(asked, torch.bfloat16, False).pieces[-1] == 56
+    assert sizes_on_gpu(asked).pieces[-1] == 56
     drafting = {"speculative_algorithm": "ngram", "speculative_num_draft_tokens": 3}
     asked = EngineConfig(piecewise_cuda_graph_max_tokens=10_000, **facts, **drafting)
-    assert graph_sizes(asked, torch.bfloat16, False).pieces[-1] == 72
-    assert graph_sizes(EngineConfig(), torch.bfloat16, False).pieces == ()
+    assert sizes_on_gpu(asked).pieces[-1] == 72
+    assert sizes_on_gpu(EngineConfig()).pieces == ()
 
 
 def test_what_they_hold_is_planned(executors, model):
@@ -281,11 +290,9 @@ def test_what_they_hold_is_planned(executors, model):
     serve(executor, mixed_requests(3, seed=1))
     pieces = executor._worker.runner.pieces
     held = sum(t.nbytes for t in (*pieces._tokens, *pieces._shared, pieces._hidden))
-    sizes = graph_sizes(
-        EngineConfig(piecewise_cuda_graph_max_tokens=90), torch.float32, on_cpu=False
-    )
+    sizes = sizes_on_gpu(EngineConfig(piecewise_cuda_graph_max_tokens=90))
     planned = pieces_bytes(sizes, model.config, torch.float32, 1)
     assert held < planned
     assert pieces_bytes(sizes, model.config, torch.float32, 2) < planned
-    none = graph_sizes(EngineConfig(), torch.float32, on_cpu=False)
+    none = sizes_on_gpu(EngineConfig())
     assert pieces_bytes(none, model.config, torch.float32, 1) == 0

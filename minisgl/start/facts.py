@@ -1,0 +1,108 @@
+"""What a config and the models' own configs settle, before anything is loaded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minisgl import csrc
+from minisgl.config import CUDA_GRAPH_MAX_BS, EngineConfig
+from minisgl.device import Device
+from minisgl.kernels.native import DTYPES as NATIVE_DTYPES
+from minisgl.models.config import ModelConfig
+from minisgl.start.draft import DraftFacts, read_draft
+from minisgl.step.sizes import GraphSizes
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The same for all ranks, but for the draft model, which rank 0 alone has."""
+
+    config: EngineConfig
+    path: Path  # of the model
+    model: ModelConfig
+    dtype: torch.dtype  # of weights, activations and KV
+    max_context: int
+    cascade: bool  # whether steps may have cascade groups
+    graphs: GraphSizes
+    draft: DraftFacts | None = None
+
+
+def read_facts(config: EngineConfig, path: Path, device: Device, rank: int = 0) -> Facts:
+    """What `config` makes of the model at `path`. ValueError naming the field for what cannot be.
+
+    A draft model that is not here is fetched; with `batch_invariant` a build may be waited for.
+    """
+    model = ModelConfig.from_hf(path)
+    dtype = model.dtype if config.dtype == "auto" else DTYPES[config.dtype]
+    max_context = config.context_length or model.max_context
+    if max_context > model.max_context:
+        raise ValueError(
+            f"context_length must be at most the model's {model.max_context}, got {max_context}"
+        )
+    if config.batch_invariant:
+        check_fixed_order(model, dtype, device.torch_device)
+    draft = None
+    if config.speculative_algorithm == "draft" and rank == 0:
+        draft = read_draft(config, model, path, max_context)
+    cascade, graphs = uses_cascade(config, model, device), graph_sizes(config, dtype, device)
+    return Facts(config, path, model, dtype, max_context, cascade, graphs, draft)
+
+
+def uses_cascade(config: EngineConfig, model: ModelConfig, device: Device) -> bool:
+    """Whether steps have cascade groups: on GPUs, and on CPUs, where they do not pay, on demand.
+
+    Raises ValueError where they are demanded of a model that has no use for them.
+    """
+    least = config.cascade_min_shared_tokens
+    if all(layer.window is not None for layer in model.layers):
+        if least is not None:
+            raise ValueError(
+                f"cascade_min_shared_tokens must be absent for {config.model}, got {least}: every "
+                "layer has a sliding window, which leaves shared prefixes out"
+            )
+        return False
+    if config.disable_cascade or config.disable_radix_cache or config.batch_invariant:
+        return False
+    return least is not None or device.torch_device.type != "cpu"
+
+
+def graph_sizes(config: EngineConfig, dtype: torch.dtype, device: Device) -> GraphSizes:
+    """With drafts, graphs for one token and for all drafts there may be: what has fewer is padded,
+    but where every width is at hand."""
+    if config.disable_cuda_graph:
+        return GraphSizes({})
+    most = min(config.max_running_requests, config.cuda_graph_max_bs or CUDA_GRAPH_MAX_BS)
+    widths: Sequence[int] = (1,)
+    if config.num_draft_tokens:
+        longest = 1 + config.num_draft_tokens
+        widths = (1, longest) if device.captures else range(1, longest + 1)
+    steps = config.chunked_prefill_size + config.max_running_requests * widths[-1]
+    in_pieces = min(steps, config.piecewise_cuda_graph_max_tokens or 0)
+    any_size, multiple = not device.captures, device.row_multiple(dtype)
+    return GraphSizes.of(most, widths, any_size, multiple, in_pieces)
+
+
+def check_fixed_order(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ValueError, naming the limit, where the batch-invariant mode cannot be kept."""
+    if device.type != "cpu":
+        return
+    native = csrc.load("model_ops", wait=True)
+    if native is None:
+        raise ValueError(
+            "batch_invariant needs the native CPU operators, which could not be built (see above)"
+        )
+    if dtype not in NATIVE_DTYPES:
+        raise ValueError(f"batch_invariant on CPU needs dtype bfloat16 or float32, got {dtype}")
+    if model.head_dim not in native.DECODE_HEAD_DIMS:
+        raise ValueError(
+            f"batch_invariant on CPU needs a head_dim among {list(native.DECODE_HEAD_DIMS)}, "
+            f"got {model.head_dim}"
+        )
