@@ -267,8 +267,11 @@ class Bench:
         tokens = sum(c.start + c.length for n in steps for c in n.batch.chunks) / len(steps)
         figures.bytes.append(self.weight_bytes + tokens * self.kv_bytes)
 
-    def kernels_idle(self, way: Way, batch: int) -> float:
-        """The share of a run of decode steps in which no kernel ran, by the torch profiler."""
+    def kernels_idle(self, way: Way, batch: int) -> float | None:
+        """The share of a run of decode steps in which no kernel ran, by the torch profiler.
+
+        None where its trace holds no kernels.
+        """
         with tempfile.TemporaryDirectory() as folder:
             engine = self.engine(way, profile_dir=folder)
             self.steady(engine, batch)
@@ -280,7 +283,8 @@ class Bench:
             with gzip.open(trace, "rt") as file:
                 events = json.load(file)["traceEvents"]
         kinds = ("kernel", "gpu_memcpy", "gpu_memset")
-        return idle_share([(e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") in kinds])
+        spans = [(e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") in kinds]
+        return idle_share(spans) if spans else None
 
     def mixed(self, way: Way, batch: int, chunk: int, figures: Figures) -> dict[str, list[int]]:
         """Steps that decode `batch` sequences and prefill `chunk` tokens of one more, added to
@@ -470,7 +474,8 @@ def main() -> None:
         print(f"{HEAD}{'tok/s':>10}{'idle':>8}{'kernels':>9}{'roofline':>10}{'equal':>8}")
         results.put(rows=[], mixed=[])
         for batch in args.batch:
-            if not results.is_late(f"batch {batch}"):
+            first = not results.content["rows"]
+            if first or not results.is_late(f"batch {batch}"):
                 for row in measure(bench, device, rate, batch):
                     show(row)
                     results.add("rows", row)

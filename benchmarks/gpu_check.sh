@@ -6,6 +6,6 @@
 # python -m benchmarks.gpu_check --help says more. The tree itself is what is checked; nothing is
 # installed but the wheels of a folder that is given.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+root="$(cd "${BASH_SOURCE[0]%/*}/.." && pwd)"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 exec "${PYTHON:-python3}" -m benchmarks.gpu_check "$@"

@@ -40,9 +40,11 @@ def benchmark(line: str) -> str:
 
 
 def gpu_tests(line: str) -> str:
-    return f"-m pytest -q -m gpu -p no:cacheprovider --confcutdir tests/gpu {OPTIONS} {line}"
+    plain = "-p xdist.plugin -p no:cacheprovider --confcutdir tests/gpu"  # nothing of other tests
+    return f"-m pytest -q -m gpu {plain} {OPTIONS} {line}"
 
 
+ENGINE_TESTS = "tests/gpu/test_step.py tests/gpu/test_engine.py tests/gpu/test_profile.py"
 QWEN_06B, QWEN_8B = "--shape qwen3-0.6b", "--shape qwen3-8b"
 CHATS = "--dtype float32 --batch 1 --temperature 0.0 --workload chat --rounds 2 --requests 2"
 PLAYED = "--stand-ins --dtype float32 --repeats 1"
@@ -55,7 +57,7 @@ STAGES = (
         "cards",
         "kernels",
         150,
-        gpu_tests("-n 8 tests/gpu/test_cards.py --without hopper"),
+        gpu_tests("-n 16 tests/gpu/test_cards.py --without hopper"),
         (*PYTEST, "triton"),
         "-n 0 --stand-ins",
     ),
@@ -71,15 +73,13 @@ STAGES = (
     ),
     Stage("hopper", "kernels", 60, benchmark("kernels --only hopper"), ("triton",), PLAYED),
     Stage("build", "engine", 60, "-m minisgl.csrc build", NATIVE),
+    # By file: engines that a file's tests share start once, and times are not taken in a crowd.
     Stage(
         "engine",
         "engine",
-        200,
-        gpu_tests(
-            "-n 8 tests/gpu/test_engine.py tests/gpu/test_step.py tests/gpu/test_profile.py "
-            "tests/gpu/test_all_reduce.py"
-        ),
-        (*PYTEST, "triton", *ENGINE, *NATIVE, "cuda"),
+        180,
+        gpu_tests(f"-n 3 --dist loadfile {ENGINE_TESTS}"),
+        (*PYTEST, "triton", *ENGINE),
         "-n 0 --stand-ins",
     ),
     Stage(
@@ -97,6 +97,14 @@ STAGES = (
         benchmark(f"cascade {QWEN_06B} --batch 64 --shared 4096"),
         ("triton", *WORKER),
         f"{TINY} --batch 3 --shared 40 --steps 3 --check 4",
+    ),
+    Stage(
+        "all-reduce-tests",
+        "engine",
+        50,
+        gpu_tests("-n 0 tests/gpu/test_all_reduce.py"),
+        (*PYTEST, *NATIVE, "cuda"),
+        "--stand-ins",
     ),
     Stage(
         "all-reduce",
@@ -118,7 +126,7 @@ STAGES = (
     Stage(
         "startup-8b",
         "models",
-        130,
+        150,
         benchmark(f"startup {QWEN_8B} --rounds 1"),
         ("triton", *ENGINE),
         "--shape tiny",

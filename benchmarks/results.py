@@ -27,14 +27,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 class Results:
     """The figures of one run of the benchmark called `name`, in `--out`/name.json."""
 
-    def __init__(self, name: str, args: argparse.Namespace) -> None:
+    def __init__(self, name: str, args: argparse.Namespace, *, resume: bool = False) -> None:
+        """resume: goes on with the figures that are in the file."""
         self._path = None if args.out is None else args.out / f"{name}.json"
         self._end = None if args.seconds is None else time.monotonic() + args.seconds
         self._limit = args.seconds
         self.content: dict[str, Any] = {"benchmark": name, "commit": commit(args.commit)}
         self.content |= {"date": today(), "late": [], "finished": False}
-        if args.out is not None:
+        if self._path is not None:
             args.out.mkdir(parents=True, exist_ok=True)
+            if resume:
+                self.content = json.loads(self._path.read_text())
             self._write()
 
     def put(self, **fields: Any) -> None:
@@ -45,6 +48,10 @@ class Results:
         """Appends to the list called `name`."""
         self.content.setdefault(name, []).append(row)
         self._write()
+
+    @property
+    def seconds_left(self) -> float | None:
+        return None if self._end is None else self._end - time.monotonic()
 
     def is_late(self, what: str) -> bool:
         """Whether the time is up, so that `what` is not to be begun. It is named in the file."""
@@ -66,7 +73,7 @@ class Results:
 
 def replace(path: Path, text: str) -> None:
     """Writes a file at once: whoever reads it finds all of the old or all of the new."""
-    fresh = path.with_name(f".{path.name}")
+    fresh = path.with_name(f"{path.name}.part")
     fresh.write_text(text)
     fresh.replace(path)
 
@@ -75,12 +82,17 @@ def commit(given: str | None = None) -> str:
     """The commit as given, or as git names it ("-dirty" where files differ), or "unknown"."""
     if given is not None:
         return given
-    words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
     try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if git("rev-parse", "--show-toplevel") != str(ROOT):  # a tree in another repository
+            return "unknown"
+        return git("describe", "--always", "--dirty", "--exclude=*") or "unknown"
     except OSError:  # a machine without git
         return "unknown"
-    return done.stdout.strip() or "unknown"
 
 
 def today() -> str:

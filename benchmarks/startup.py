@@ -69,13 +69,21 @@ def engine_stages(log: str) -> dict[str, float]:
 def run_once(words: list[str], kernels: str) -> Round:
     command = [sys.executable, "-m", "benchmarks.startup", *words, "--born", repr(time.time())]
     environment = os.environ | {"TRITON_CACHE_DIR": kernels}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        sys.stderr.write(done.stderr)
-        raise SystemExit(f"a start ended with exit status {done.returncode}")
-    result = json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    log = []
+    for line in process.stderr:  # as it comes: of a start that hangs it says where
+        sys.stderr.write(line)
+        log.append(line)
+    said = process.stdout.read()  # a line, which no pipe is too short for
+    if process.wait():
+        raise SystemExit(f"a start ended with exit status {process.returncode}")
+    result = json.loads(said.splitlines()[-1])
     print(f"a start took {sum(result['seconds']):.2f} s", flush=True)
-    return result | {"engine": engine_stages(done.stderr)}
+    return result | {"engine": engine_stages("".join(log))}
 
 
 def parse() -> argparse.Namespace:
@@ -143,7 +151,7 @@ def main() -> None:
         )
         rounds: list[Round] = []
         for turn in range(args.rounds):
-            if results.is_late(f"round {turn}"):
+            if turn and results.is_late(f"round {turn}"):
                 break
             rounds.append(run_once(words, kernels))
     rounds = rounds or [first]

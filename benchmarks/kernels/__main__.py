@@ -14,8 +14,10 @@ CPU, each kernel by its specification, to try the run itself.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from benchmarks.kernels.measure import (
     Ways,
     compare,
     first_line,
+    is_broken,
     measure,
     passes,
     stand_ins,
@@ -36,7 +39,7 @@ from benchmarks.kernels.measure import (
 from benchmarks.kernels.timing import Ceilings, Timer, measure_ceilings
 from benchmarks.kernels.workload import Setting, Workload
 from benchmarks.kernels.workloads import workloads
-from benchmarks.results import Results, add_options, device_name
+from benchmarks.results import Results, add_options, device_name, replace
 from minisgl.kernels.op import Op
 
 
@@ -52,6 +55,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), help="the GPU if there is one")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--repeats", type=int, default=20, help="calls a median is taken of")
+    parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--stand-ins", action="store_true", help="play a GPU")
     add_options(parser)
     args = parser.parse_args(words)
@@ -82,46 +86,61 @@ def chosen(args: argparse.Namespace) -> Ways:
 def main(words: list[str] | None = None) -> int:
     args = parse(words)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    results, ways = Results("kernels", args), chosen(args)
+    results, ways = Results("kernels", args, resume=args.resume), chosen(args)
     timer = Timer(device, args.repeats, small=args.stand_ins)
-    ceilings = measure_ceilings(timer, dtype, small=args.stand_ins)
     name = "stand-ins for a GPU" if args.stand_ins else device_name(args.device)
+    if not args.resume:
+        ceilings = measure_ceilings(timer, dtype, small=args.stand_ins)
+        results.put(device=name, torch=torch.__version__, dtype=args.dtype, **vars(ceilings))
+    ceilings = Ceilings(*(results.content[field.name] for field in fields(Ceilings)))
     title = f"{name}, {args.dtype}, {results.content['date']}, commit {results.content['commit']}"
     print(
         f"{title}: copies {ceilings.bytes_per_second / 1e9:.0f} GB/s, "
         f"multiplies {ceilings.flops_per_second / 1e12:.2f} TFLOP/s, "
         f"measures nothing as {ceilings.empty_seconds * 1e6:.1f} us"
     )
-    results.put(
-        device=name,
-        torch=torch.__version__,
-        dtype=args.dtype,
-        copy_bytes_per_second=ceilings.bytes_per_second,
-        matmul_flops_per_second=ceilings.flops_per_second,
-        empty_seconds=ceilings.empty_seconds,
-    )
-    found = Found()
+    before = [results.content.get(name, []) for name in ("rows", "wrong", "missing")]
+    found, done = Found(*before), results.content.get("done", 0)
     listed = [w for w in workloads(small=device.type == "cpu") if ways(w.op)]
     if args.op:
         listed = [w for w in listed if w.op.name in args.op]
-    ops = {w.op.name for w in listed} if device.type == "cuda" or args.stand_ins else set()
-    judged = [goal for goal in goals(name) if goal.op in ops]
-
-    def put() -> None:
+    own = {(w.op.name, way) for w in listed for way in ways(w.op)}
+    on_gpu = device.type == "cuda" or args.stand_ins
+    judged = [goal for goal in goals(name) if on_gpu and goal.is_of(own)]
+    for number, (workload, rivals, itself) in enumerate(passes(listed)):
+        if number < done:
+            continue
+        what = workload.title if itself else f"{workload.title}: rivals"
+        if not results.is_late(what):
+            results.put(doing=what, done=number + 1)
+            setting = Setting(device, dtype, torch.Generator(device).manual_seed(0))
+            found.add(run(workload, rivals, itself, found, setting, timer, ways))
         missing = [*found.wrong, *found.missing, *results.content["late"]]
         verdicts = [goal.verdict(found.rows, ceilings, missing) for goal in judged]
         results.put(rows=found.rows, goals=verdicts, wrong=found.wrong, missing=found.missing)
-
-    for workload, rivals, own in passes(listed):
-        what = workload.title if own else f"{workload.title}: rivals"
-        if not results.is_late(what):
-            setting = Setting(device, dtype, torch.Generator(device).manual_seed(0))
-            found.add(run(workload, rivals, own, found, setting, timer, ways))
-        put()
-    put()
-    show(args.out, title, found, ceilings, results.content["goals"])
+        write_tables(args.out, title, found, ceilings, verdicts)
+        if found.broken:
+            go_on_in_a_new_process(args, results)
+    results.put(doing="")
+    print("\n" + write_tables(args.out, title, found, ceilings, results.content.get("goals", [])))
+    if args.out is not None and found.rows:
+        report.plot(found.rows, ceilings, title, args.out)
     results.finish()
     return 1 if found.wrong else 0
+
+
+def go_on_in_a_new_process(args: argparse.Namespace, results: Results) -> None:
+    """After an error that stays with the process, as of an illegal address: with the next pass.
+
+    RuntimeError where nothing is kept, so that there is nothing to go on with.
+    """
+    if args.out is None:
+        raise RuntimeError("the device refuses everything; with --out the rest would be measured")
+    print("  the device refuses this process: a new one goes on", flush=True)
+    words = [sys.executable, "-m", "benchmarks.kernels", *sys.argv[1:], "--resume"]
+    if results.seconds_left is not None:
+        words += ["--seconds", f"{results.seconds_left:.1f}"]
+    os.execv(sys.executable, words)
 
 
 def run(
@@ -143,30 +162,30 @@ def run(
             found.add(compare(workload, rivals, rows, setting, timer, ways))
     except torch.OutOfMemoryError as error:
         found.missing.append(f"{workload.title}: {first_line(error)}")
+    except Exception as error:  # making the arguments, even
+        found.wrong.append(f"{workload.title}: {type(error).__name__}, {first_line(error)}")
+        found.broken |= is_broken(timer)
     for text in found.missing:
         print(f"  {text}")
     for text in found.wrong:
         print(f"  WRONG: {text}", file=sys.stderr)
-    if setting.device.type == "cuda":
+    if setting.device.type == "cuda" and not found.broken:
         torch.cuda.empty_cache()
     return found
 
 
-def show(
+def write_tables(
     out: Path | None, title: str, found: Found, ceilings: Ceilings, verdicts: list[dict[str, Any]]
-) -> None:
-    """The tables; with `out` there, too, and the pictures where they can be drawn."""
+) -> str:
+    """The tables, which stand in `out`, too."""
     parts = [report.table(found.rows, ceilings)]
     if verdicts:
         parts.append(report.goal_table(verdicts))
-    print("\n" + "\n\n".join(parts))
-    if out is None:
-        return
-    parts.insert(0, f"# Kernels on {title}")
-    parts += ["\n".join(f"- {text}" for text in texts) for texts in (found.wrong, found.missing)]
-    (out / "kernels.md").write_text("\n\n".join(filter(None, parts)) + "\n")
-    if found.rows:
-        report.plot(found.rows, ceilings, title, out)
+    if out is not None:
+        lists = ["\n".join(f"- {text}" for text in texts) for texts in (found.wrong, found.missing)]
+        text = "\n\n".join(filter(None, (f"# Kernels on {title}", *parts, *lists)))
+        replace(out / "kernels.md", text + "\n")
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":

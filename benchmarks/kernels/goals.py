@@ -1,6 +1,6 @@
 """The figures that this project means to reach, and whether a run has reached them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,9 +22,16 @@ class Goal:
     target: float
     of: Callable[[list[Row], Ceilings], float | None]
     op: str  # whose rows it reads
+    implementation: str | None = None  # the only one whose rows it reads
     stretch: float | None = None
     at_most: bool = False
     predicted: Range | None = None  # before anything had run on such a GPU, from its machine code
+
+    def is_of(self, ways: Collection[tuple[str, str]]) -> bool:
+        """Whether a run of these (op, implementation) can measure it."""
+        if self.implementation is not None:
+            return (self.op, self.implementation) in ways
+        return any(op == self.op for op, _ in ways)
 
     def verdict(self, rows: list[Row], ceilings: Ceilings, missing: Sequence[str] = ()) -> Row:
         """`missing`: why workloads or implementations have no row, "op shape: why"."""
@@ -87,6 +94,7 @@ def goals(device_name: str) -> list[Goal]:
             400,
             _prefill("portable"),
             "attention",
+            "portable",
             predicted=(330, 420),
         ),
         Goal(
@@ -95,6 +103,7 @@ def goals(device_name: str) -> list[Goal]:
             550,
             _prefill("hopper"),
             "attention",
+            "hopper",
             stretch=620,
             predicted=(440, 500),
         ),

@@ -31,11 +31,13 @@ class Found:
     rows: list[Row] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)  # results and launches that must not be
     missing: list[str] = field(default_factory=list)  # what was refused or did not fit
+    broken: bool = False  # the device may be of no more use to this process
 
     def add(self, other: "Found") -> None:
         self.rows += other.rows
         self.wrong += other.wrong
         self.missing += other.missing
+        self.broken |= other.broken
 
 
 def passes(workloads: Iterable[Workload]) -> Iterator[Pass]:
@@ -79,19 +81,22 @@ def measure(workload: Workload, setting: Setting, timer: Timer, ways: Ways) -> F
         except ValueError as refusal:
             found.missing.append(f"{workload.title}: {name}: refuses, {first_line(refusal)}")
             continue
-        except torch.OutOfMemoryError:
-            raise
+        except torch.OutOfMemoryError as error:
+            found.missing.append(f"{workload.title}: {name}: {first_line(error)}")
+            continue
         except Exception as failure:  # a wrong result or launch; the others are still timed
             kind = "" if isinstance(failure, WrongResult) else f"{type(failure).__name__}, "
             found.wrong.append(f"{workload.title}: {name}: {kind}{first_line(failure)}")
+            found.broken |= is_broken(timer)
             continue
-        short = None
+        launch_seen, short = timer.launch_seen, None
         if num_bytes <= SHORT_BYTES:
             try:
                 short = timer.graph_seconds(call)
             except Exception as failure:  # it waits for the device, say; its own time is there
                 text = f"{workload.title}: {name}: not in a graph, {first_line(failure)}"
                 found.missing.append(text)
+                found.broken |= setting.device.type == "cuda"  # a failed capture may last
         found.rows.append(
             {
                 "op": op.name,
@@ -99,6 +104,7 @@ def measure(workload: Workload, setting: Setting, timer: Timer, ways: Ways) -> F
                 "implementation": name,
                 "seconds": seconds,
                 "graph_seconds": short,
+                "launch_seen": launch_seen,
                 "error": error,
                 "bytes": num_bytes,
                 "flops": cost.flops,
@@ -147,6 +153,15 @@ def compare(
             own[name]["baselines"][rival] = theirs
             own[name]["ratios"][rival] = theirs / ours
     return found
+
+
+def is_broken(timer: Timer) -> bool:
+    """Whether the device refuses everything from now on, as after an illegal address."""
+    try:
+        timer.clock.wait()
+    except Exception:
+        return True
+    return False
 
 
 def _bound(function: Callable[..., Any], arguments: Arguments) -> Callable[[], object]:

@@ -4,14 +4,15 @@ import importlib.util
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.kernels.timing import Ceilings
+if TYPE_CHECKING:  # which imports torch: a check without it can say so
+    from benchmarks.kernels.timing import Ceilings
 
 Row = dict[str, Any]
 
 
-def table(rows: list[Row], ceilings: Ceilings) -> str:
+def table(rows: list[Row], ceilings: "Ceilings") -> str:
     """Markdown: one line per workload and implementation, ratios to what a user would pick."""
     lines = [
         "| op | shape | kernel | us | graph | GB/s | of copy | TFLOP/s | of matmul | faster than |",
@@ -51,7 +52,7 @@ def prediction(bounds: Sequence[float] | None) -> str:
     return "" if bounds is None else "-".join(f"{bound:g}" for bound in bounds)
 
 
-def plot(rows: list[Row], ceilings: Ceilings, title: str, folder: Path) -> list[Path]:
+def plot(rows: list[Row], ceilings: "Ceilings", title: str, folder: Path) -> list[Path]:
     """roofline.png and ratios.png in `folder`; no pictures where matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         print("no pictures: matplotlib is not installed")

@@ -13,9 +13,11 @@ from typing import Any, Protocol
 import torch
 
 # Several times the last-level cache. It is read, not written: lines that a flush has written would
-# be written back while the call is timed. Reading it keeps a GPU busy for longer than it takes to
-# launch a call, so that no launch is timed.
+# be written back while the call is timed.
 FLUSH_BYTES = {"cuda": 512 * 2**20, "cpu": 128 * 2**20}
+# What a GPU waits for before the flush, so that it is still busy when a call of several kernels has
+# been launched, and no launch is timed: half a millisecond, where that takes a fifth of one.
+HOLD_CYCLES = 1_000_000
 WARMUPS = 3
 LONG = 0.2  # seconds: fewer repeats, but three, where they would take more together
 GRAPH_CALLS = 20  # in one graph
@@ -37,6 +39,7 @@ class Event(Protocol):
 
     def record(self) -> None: ...
     def elapsed_time(self, end: Any) -> float: ...
+    def query(self) -> bool: ...  # whether the device has come to it
 
 
 class HostEvent:
@@ -50,9 +53,15 @@ class HostEvent:
     def elapsed_time(self, end: "HostEvent") -> float:
         return 1e3 * (end.moment - self.moment)
 
+    def query(self) -> bool:
+        return False  # a CPU launches nothing
+
 
 class HostClock:
     """A CPU's, whose calls are over when they return. Its graph of a call is the call itself."""
+
+    def hold(self) -> None:
+        """Keeps the device busy while what follows is launched."""
 
     def event(self) -> Event:
         return HostEvent()
@@ -68,6 +77,9 @@ class HostClock:
 class CudaClock(HostClock):
     """A GPU's: events in the stream, graphs captured."""
 
+    def hold(self) -> None:
+        torch.cuda._sleep(HOLD_CYCLES)  # type: ignore[no-untyped-call]
+
     def event(self) -> Event:
         return torch.cuda.Event(enable_timing=True)
 
@@ -75,8 +87,9 @@ class CudaClock(HostClock):
         torch.cuda.synchronize()
 
     def graph(self, call: Call) -> Call:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        # A capture that fails leaves its stream current; the outer context does not.
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
             call()
         return graph.replay
 
@@ -86,6 +99,7 @@ class Timer:
 
     def __init__(self, device: torch.device, repeats: int, *, small: bool = False) -> None:
         self.device, self.repeats = device, repeats
+        self.launch_seen = 0.0  # share of the last calls that began before they were all launched
         self.clock = CudaClock() if device.type == "cuda" else HostClock()
         self._graph_calls = 2 if small else GRAPH_CALLS
         size = 2**20 if small else FLUSH_BYTES[device.type]
@@ -93,7 +107,12 @@ class Timer:
 
     def seconds(self, call: Call) -> float:
         """Median time of `call` when its data is in no cache."""
-        return self._median(call, self._flush.amax)
+
+        def flush() -> None:
+            self.clock.hold()
+            self._flush.amax()
+
+        return self._median(call, flush)
 
     def graph_seconds(self, call: Call) -> float:
         """Median time of `call` as one of many in a graph, its data in the caches: what a short
@@ -118,11 +137,14 @@ class Timer:
         once = time.perf_counter() - start
         repeats = min(self.repeats, max(3, int(LONG / max(once, 1e-9))))
         events = [(self.clock.event(), self.clock.event()) for _ in range(repeats)]
+        seen = 0
         for begin, end in events:
             before()
             begin.record()
             call()
             end.record()
+            seen += begin.query()
+        self.launch_seen = seen / repeats
         self.clock.wait()
         return statistics.median(begin.elapsed_time(end) for begin, end in events) / 1e3
 

@@ -1,18 +1,21 @@
 """The check's stages: bounded, resumable, and never losing what a run has found."""
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+import zipfile
+from pathlib import Path
 
 import pytest
 
 from benchmarks import gpu_check
 from benchmarks.gpu_stages import GROUP_SECONDS, GROUPS, SHARE, STAGES, START_SECONDS, Stage
 from benchmarks.results import ROOT
+from minisgl.parallel import shared_memory
 
 SLEEP = "import time; time.sleep(60)"
 DRY = ["--device", "cpu", "--stand-ins"]
@@ -62,8 +65,9 @@ def test_a_stage_that_fails_stops_no_other(check, tmp_path):
     assert (tmp_path / "hangs" / "log.txt").read_text() == "begun\n"
     assert stages["lacks"]["reason"] == "not installed: no_such_package"
     report = (tmp_path / "check.md").read_text()
-    assert "## fails: end of its output\n\n```\nno good\n```" in report
-    assert "| lacks | left out |  | abc | not installed: no_such_package |" in report
+    assert "## fails: end of its output\n\n````\nno good\n````" in report
+    lacks = "| lacks | left out |  | abc | stand-ins for a GPU | not installed: no_such_package |"
+    assert lacks in report
 
 
 def test_a_stage_left_out_is_no_failure(check):
@@ -80,9 +84,20 @@ def test_what_passed_at_this_commit_is_run_again_only_by_name(check, tmp_path):
     assert (code, mark.read_text(), set(stages)) == (0, "xx", {"counts", "fails"})
     check([counts], commit="def")
     assert mark.read_text() == "xxx"
-    for _ in range(2):  # nobody knows whether an unknown commit is the same
-        check([counts], commit="unknown")
-    assert mark.read_text() == "xxxxx"
+    for vague in ("unknown", "abc-dirty"):  # nobody knows whether the tree is the same
+        check([counts], commit=vague)
+        check([counts], commit=vague)
+    assert mark.read_text() == "xxxxxxx"
+
+
+def test_what_passed_on_another_device_counts_for_nothing_here(check, tmp_path):
+    """A dry run, say, before the GPU is there."""
+    mark = tmp_path.parent / "ran"
+    check([PRINTS])
+    path = tmp_path / "check.json"
+    path.write_text(path.read_text().replace("stand-ins for a GPU", "NVIDIA H100"))
+    check([Script("prints", f"open({str(mark)!r}, 'w')")])
+    assert mark.exists()
 
 
 def test_a_group_runs_its_stages(check):
@@ -100,34 +115,80 @@ def test_what_a_stage_wrote_stays_when_it_is_cut(check, tmp_path):
     assert "- part: 1" in (tmp_path / "check.md").read_text()
 
 
-def test_what_once_passed_stays_beside_what_does_not(check, tmp_path):
-    whole, part = '{"benchmark": "x", "rate": 3}', '{"benchmark": "x", "rate": 0}'
+def rows(count: int) -> str:
+    return json.dumps({"benchmark": "x", "rows": [{"n": n} for n in range(count)]})
+
+
+def test_the_best_of_earlier_runs_stays_until_one_passes(check, tmp_path):
     before = tmp_path / "writes.before" / "x.json"
-    check([writes(whole)])
-    for _ in range(2):
-        _, stages = check([writes(part, "raise SystemExit(1)")], "writes", commit="def")
-        assert stages["writes"]["state"] == "failed"
-        assert stages["writes"]["passed_before"]["commit"] == "abc"
-        assert json.loads(before.read_text())["rate"] == 3
-        assert "passed at abc, see writes.before" in (tmp_path / "check.md").read_text()
-    _, stages = check([writes(whole)], "writes", commit="def")
+    fails = "raise SystemExit(1)"
+
+    def kept() -> int:
+        return len(json.loads(before.read_text())["rows"])
+
+    check([writes(rows(2), fails)])
     assert not before.exists()
-    assert "passed_before" not in stages["writes"]
+    check([writes(rows(5), fails)])
+    assert kept() == 2
+    check([writes(rows(1), fails)])
+    assert kept() == 5  # the second run, which had more
+    for _ in range(2):
+        _, stages = check([writes(rows(3), fails)])
+        assert kept() == 5
+    assert stages["writes"]["before"]["state"] == "failed"
+    check([writes(rows(2))])
+    assert not before.exists()  # it has passed
+    for _ in range(2):
+        _, stages = check([writes(rows(9), fails)], "writes", commit="def")
+        assert kept() == 2  # what passed is worth more
+        assert stages["writes"]["before"]["commit"] == "abc"
+        assert "passed at abc: writes.before" in (tmp_path / "check.md").read_text()
+    check([Script("writes", fails)], "writes", commit="def")  # leaves nothing
+    assert kept() == 2
 
 
 def test_what_was_not_begun_in_time_is_named(check):
-    code, stages = check([writes('{"benchmark": "x", "late": ["batch 64"]}')])
+    late = json.dumps({"benchmark": "x", "late": [f"batch {n}" for n in range(5)]})
+    code, stages = check([writes(late)])
     assert code == 0
     assert stages["writes"]["state"] == "in part"
-    assert stages["writes"]["reason"] == "not begun in time: batch 64"
+    begun = "not begun in time: batch 0, batch 1, batch 2 and 2 more"
+    assert stages["writes"]["reason"] == begun
+    code, stages = check([writes(late, "raise SystemExit(3)")])
+    assert (code, stages["writes"]["reason"]) == (1, f"exit status 3; {begun}")
 
 
 def test_a_stage_that_lacks_a_package_now_keeps_what_it_found(check, tmp_path):
-    check([writes('{"benchmark": "x"}')])
-    lacking = Script("writes", "print()", 30, ("no_such_package",))
-    code, stages = check([lacking], "writes")
-    assert (code, stages["writes"]["state"]) == (0, "passed")
-    assert (tmp_path / "writes" / "x.json").exists()
+    for then, state in (("", "passed"), ("raise SystemExit(1)", "failed")):
+        check([writes('{"benchmark": "x"}', then)], "writes")
+        lacking = Script("writes", "print()", 30, ("no_such_package",))
+        code, stages = check([lacking], "writes")
+        assert (code, stages["writes"]["state"]) == (0, state)
+        assert (tmp_path / "writes" / "x.json").exists()
+
+
+@pytest.mark.parametrize("text", ["", '{"a": ', "[1]", "3"])
+def test_a_file_that_no_stage_wrote_stops_nothing(check, tmp_path, text):
+    code, stages = check([writes(text), PRINTS])
+    assert code == 0
+    assert [record["state"] for record in stages.values()] == ["passed", "passed"]
+    check([writes(text), PRINTS], "writes")
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"stages"', "[]"])
+def test_a_record_that_no_check_wrote_is_refused(check, tmp_path, text):
+    (tmp_path / "check.json").write_text(text)
+    with pytest.raises(SystemExit, match="is not what a check writes"):
+        check([PRINTS])
+    assert (tmp_path / "check.json").read_text() == text
+
+
+def test_everything_is_packed_after_every_stage(check, tmp_path):
+    archive = tmp_path.parent / "all.tar.gz"
+    check([writes(rows(1)), FAILS], "--archive", str(archive))
+    with tarfile.open(archive) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    assert names >= {"check.json", "check.md", "writes/x.json", "writes/log.txt", "fails/log.txt"}
 
 
 def test_the_report_shows_figures_rows_and_goals(check, tmp_path):
@@ -148,12 +209,44 @@ def test_the_report_shows_figures_rows_and_goals(check, tmp_path):
         (["--device", "cpu"], "--device cpu needs --stand-ins"),
         (["--stand-ins"], "--device cpu needs --stand-ins"),
         (["--seconds", "0", *DRY], "--seconds must be at least 1, got 0"),
+        (["--commit", "{x}", *DRY], "--commit must be letters, digits"),
+        (["--out", "/x/y", "--archive", "/x/y/z.tgz", *DRY], "--archive must not lie in --out"),
     ],
 )
 def test_bad_words_are_named(words, message, capsys):
     with pytest.raises(SystemExit):
         gpu_check.main(words)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["/proc/x", "file", "file/below"])
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, place):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="cannot be written: "):
+        gpu_check.main([*DRY, "--out", str(tmp_path / place)])
+
+
+def test_two_checks_do_not_write_to_one_folder(check, tmp_path):
+    with gpu_check.only_one(tmp_path), pytest.raises(SystemExit, match="another check is writing"):
+        check([PRINTS])
+    check([PRINTS])
+
+
+def test_wheels_are_unpacked_without_pip(check, tmp_path):
+    wheels = tmp_path / "wheels"
+    with pytest.raises(SystemExit, match="wheels: no folder"):
+        check([PRINTS], "--wheels", str(wheels))
+    wheels.mkdir()
+    with pytest.raises(SystemExit, match=r"wheels: no \*.whl there"):
+        check([PRINTS], "--wheels", str(wheels))
+    needs = Script("needs", "import a_carried_package", 30, ("a_carried_package",))
+    assert check([needs])[1]["needs"]["state"] == "left out"
+    with zipfile.ZipFile(wheels / "a-1.whl", "w") as wheel:
+        wheel.writestr("a_carried_package/__init__.py", "")
+    assert check([needs], "--wheels", str(wheels))[1]["needs"]["state"] == "passed"
+    (wheels / "b-1.whl").write_text("no zip")
+    with pytest.raises(SystemExit, match=r"b-1.whl cannot be unpacked"):
+        check([needs], "needs", "--wheels", str(wheels))
 
 
 def test_a_missing_gpu_is_refused(tmp_path, monkeypatch):
@@ -202,25 +295,54 @@ def test_the_walk_through_the_stages_is_true():
 # ---- killed in the middle ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["cards", "kernels", "decode"])
-def test_killed_in_the_middle_a_stage_has_left_what_it_had(tmp_path, name):
+def children(process: int) -> list[int]:
+    return [int(n) for n in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def is_running(process: int) -> bool:
+    try:
+        return "(zombie)" not in Path(f"/proc/{process}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def measured(content: dict) -> list:
+    return content.get("rows") or [content[name] for name in ("first_seconds",) if name in content]
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("cards", signal.SIGKILL),
+        ("kernels", signal.SIGTERM),
+        ("decode", signal.SIGKILL),
+        ("startup-8b", signal.SIGINT),
+        ("all-reduce", signal.SIGKILL),
+    ],
+)
+def test_killed_in_the_middle_a_stage_has_left_what_it_had(tmp_path, name, end):
+    """Whoever ends the check ends the stage; its figures and the record are there."""
+    if name == "all-reduce" and not shared_memory.available():
+        pytest.skip("no C++ compiler or Python headers")
     command = [sys.executable, "-m", "benchmarks.gpu_check", *DRY, "--out", str(tmp_path), name]
     process = subprocess.Popen(
         [*command, "--commit", "abc"], cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True
     )
     folder, content = tmp_path / name, {}
-    end = time.monotonic() + 120
-    while not content.get("rows"):
+    limit = time.monotonic() + 120
+    while not measured(content):
         assert process.poll() is None, (folder / "log.txt").read_text()
-        assert time.monotonic() < end
-        time.sleep(0.02)
+        assert time.monotonic() < limit
+        time.sleep(0.01)
         content = next((json.loads(p.read_text()) for p in folder.glob("*.json")), {})
-    stage = int(subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()[0])
-    for group in (process.pid, stage):
-        os.killpg(group, signal.SIGKILL)
-    process.wait()
+    (stage,) = children(process.pid)
+    process.send_signal(end)
+    assert process.wait() != 0
+    while is_running(stage):
+        assert time.monotonic() < limit
+        time.sleep(0.01)
     left = next(json.loads(path.read_text()) for path in folder.glob("*.json"))
-    assert left["rows"][: len(content["rows"])] == content["rows"]
+    assert measured(left)[: len(measured(content))] == measured(content)
     assert not left["finished"]
     record = json.loads((tmp_path / "check.json").read_text())["stages"][name]
     assert (record["state"], record["reason"]) == ("cut", "the check ended while it ran")

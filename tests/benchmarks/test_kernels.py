@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from benchmarks.kernels import __main__ as kernels
 from benchmarks.kernels import report
 from benchmarks.kernels.__main__ import main
 from benchmarks.kernels.check import WrongResult, check
@@ -137,6 +138,41 @@ def test_every_rival_comes_once_and_after_all_workloads():
     assert set(pairs) == {(w.title, r) for w in workloads(small=False) for r in w.rivals}
 
 
+def test_a_broken_device_costs_one_row(tmp_path, monkeypatch, capsys):
+    """An error that stays with a process, as of an illegal address: another measures the rest."""
+    words = ["--device", "cpu", "--op", "merge", "rmsnorm", "--repeats", "1", "--seconds", "90"]
+    words += ["--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["benchmarks.kernels", *words])
+    monkeypatch.setattr(kernels, "is_broken", lambda timer: True)
+    real, broken = kernels.measure, []
+
+    def breaks(workload, *others):
+        if workload.op.name == "merge" and not broken:
+            broken.append(workload.title)
+            raise OSError("an illegal address")
+        return real(workload, *others)
+
+    monkeypatch.setattr(kernels, "measure", breaks)
+
+    def again(program, command):
+        assert command[:3] == [sys.executable, "-m", "benchmarks.kernels"]
+        assert float(command[-1]) < 90
+        raise SystemExit(main(command[3:]))
+
+    monkeypatch.setattr("os.execv", again)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 1  # something was wrong
+    last = json.loads((tmp_path / "kernels.json").read_text())
+    assert last["finished"]
+    assert last["wrong"] == [f"{broken[0]}: OSError, an illegal address"]
+    rows = [(row["op"], row["label"]) for row in last["rows"]]
+    assert len(rows) == len(set(rows))
+    small = [w for w in workloads(small=True) if w.op.name in ("merge", "rmsnorm")]
+    assert {*rows} == {(w.op.name, w.label) for w in small} - {tuple(broken[0].split(" ", 1))}
+    assert all(row["ratios"] for row in last["rows"])
+
+
 class FakeEvent:
     def __init__(self, log):
         self.log = log
@@ -146,6 +182,9 @@ class FakeEvent:
 
     def elapsed_time(self, end):
         return 2.0
+
+    def query(self):
+        return False
 
 
 def test_a_timed_call_finds_a_cache_that_was_read_and_not_written(monkeypatch):

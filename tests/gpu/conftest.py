@@ -13,9 +13,12 @@ import os
 import time
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.results import Results
 from minisgl.kernels.all_reduce.virtual import QUEUES
@@ -55,6 +58,13 @@ def stand_ins(config: pytest.Config) -> bool:
     return bool(config.getoption("--stand-ins", False))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _device_is_there(request: pytest.FixtureRequest) -> None:
+    """One sentence where there is no GPU, instead of a failure for each test."""
+    if not stand_ins(request.config) and not torch.cuda.is_available():
+        pytest.exit("torch finds no CUDA device; --device cpu --stand-ins plays one", returncode=4)
+
+
 @pytest.fixture(scope="session")
 def device_type(request: pytest.FixtureRequest) -> str:
     """What engines and tensors are made on: "cuda", or its stand-in."""
@@ -73,12 +83,35 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"{NOT_BEGUN} {item.config.getoption('--seconds'):g} s")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, pytest.TestReport]:
+    """Ends one of xdist's processes whose GPU refuses everything, as after an illegal address.
+
+    Another takes its place. In this one every test to come would fail, and nobody would know which
+    kernel it was: the test that is running is reported with the process.
+    """
+    report: pytest.TestReport = yield
+    if report.failed and hasattr(item.config, "workerinput") and torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except Exception:
+            os._exit(1)
+    return report
+
+
 class Report:
-    """Writes a row for every test that has ended."""
+    """Writes a row for every test that has ended, and which have begun and not ended."""
 
     def __init__(self, args: Namespace, stand_ins: bool) -> None:
         self.results = Results("tests", args)
-        self.results.put(stand_ins=stand_ins, rows=[])
+        self.results.put(stand_ins=stand_ins, rows=[], running=[])
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.results.add("running", nodeid)
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        if nodeid in self.results.content["running"]:
+            self.results.content["running"].remove(nodeid)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         why = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
@@ -86,7 +119,8 @@ class Report:
             self.results.add("late", report.nodeid)
         elif report.when == "call" or report.outcome != "passed":
             row = {"test": report.nodeid, "outcome": report.outcome, "when": report.when}
-            row |= {"seconds": round(report.duration, 3), "why": why[-1000:]}
+            row["seconds"] = round(report.duration, 3)
+            row["why"] = "" if report.passed else why[-1000:]
             self.results.add("rows", row)
 
     def pytest_sessionfinish(self) -> None:

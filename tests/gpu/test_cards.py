@@ -1,7 +1,5 @@
 """Every GPU implementation on every card's cases, on the GPU itself, against float64."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -12,31 +10,31 @@ from minisgl.kernels.op import Case, Implementation, Op
 from tests.gpu.conftest import stand_ins
 from tests.kernels.cards import all_ops, check
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 pytestmark = pytest.mark.gpu
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every case in every type; the first in float32 where the GPU is played."""
+    """Every case in every type, the first cases of all in bf16 first: what a run that is cut has
+    seen is something of every kernel. Where the GPU is played, the first in float32 alone."""
     option, played = metafunc.config.getoption, stand_ins(metafunc.config)
     only, without = option("--only", None), option("--without", None)
-    cases = [
-        pytest.param(op, implementation, case, dtype, id="-".join(label))
-        for op, implementation, cases in _implementations()
+    listed = [
+        (DTYPES.index(dtype), number, op, implementation, case, dtype)
+        for op in all_ops()
+        for implementation in op.implementations
+        if implementation.device == "cuda"
         if implementation.name == only or (only is None and implementation.name != without)
-        for case in (cases[:1] if played else cases)
-        for dtype in (DTYPES[:1] if played else DTYPES)
-        for label in [(op.name, implementation.name, case.label, str(dtype)[6:])]
+        for number, case in enumerate(op.cases[:1] if played else op.cases)
+        for dtype in (DTYPES[-1:] if played else DTYPES)
+    ]
+    listed.sort(key=lambda item: (item[1] > 0, item[0], item[1]))
+    cases = [
+        pytest.param(*item, id=f"{item[0].name}-{item[1].name}-{item[2].label}-{str(item[3])[6:]}")
+        for _, _, *item in listed
     ]
     metafunc.parametrize(("op", "implementation", "case", "dtype"), cases)
-
-
-def _implementations() -> Iterator[tuple[Op, Implementation, list[Case]]]:
-    for op in all_ops():
-        for implementation in op.implementations:
-            if implementation.device == "cuda":
-                yield op, implementation, list(op.cases)
 
 
 @pytest.fixture(scope="session")
