@@ -67,7 +67,7 @@ def load_worker(facts: Facts, device: Device, comm: Communicator | None = None) 
     if taken:
         check_graphs(plan, taken + static_bytes(facts.graphs, limits.vocab_size))
     kernels.ready()
-    worker.compilations = kernels.missing
+    worker.compilations = kernels.missed
     if comm.rank == 0:
         log.info("%s", stages.table())
     return worker

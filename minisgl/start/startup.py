@@ -67,10 +67,10 @@ class Kernels:
             self._counter.install()
 
     def ready(self) -> None:
-        """From now on what is compiled is missing."""
+        """From now on, what is compiled has been missed."""
         self._before = self._total()
 
-    def missing(self) -> int:
+    def missed(self) -> int:
         """How many were compiled since `ready`; those found in the cache on disk count, too."""
         return self._total() - self._before
 

@@ -323,9 +323,9 @@ def test_one_rank_compiles_and_all_load_what_is_on_disk(monkeypatch):
         compiled()
         kernels.ready()
         compiled()
-        assert kernels.missing() == 1
+        assert kernels.missed() == 1
     cpu = CpuDevice(num_threads=1)
     kernels = Kernels(cpu)
     kernels.build(model, engine, Solo())
-    assert (kernels.missing(), log) == (0, [])
+    assert (kernels.missed(), log) == (0, [])
     cpu.close()
