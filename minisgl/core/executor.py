@@ -1,4 +1,4 @@
-"""The boundary between the engine, which decides, and the runtime, which computes."""
+"""The boundary between the engine, which decides, and the workers, which compute."""
 
 from typing import Protocol
 

@@ -31,7 +31,7 @@ if NATIVE is not None:
 
 
 class Table:
-    """Row buffers set up from requests' parameters, as the runtime does it."""
+    """Row buffers set up from requests' parameters, as a step does it."""
 
     def __init__(self, params: list[SamplingParams], tokens: list[list[int]], prompt: int) -> None:
         device = CpuDevice(num_threads=1)
