@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import torch
 
-from minisgl.core.batch import PENDING, Batch, Chunk
+from minisgl.core.batch import PENDING, Batch
 from minisgl.step.ragged import ragged_sections
 from minisgl.step.rows import Sections
 from minisgl.step.sizes import Geometry
@@ -40,11 +40,6 @@ def number_drafts(batch: Batch, num_drafts: int) -> Batch:
     return msgspec.structs.replace(batch, chunks=chunks)
 
 
-def _is_proposed(chunk: Chunk) -> bool:
-    """Whether the draft model names the chunk's drafts, which are numbered."""
-    return bool(chunk.drafts) and chunk.drafts[0] <= DRAFTED
-
-
 def pack_drafts(batch: Batch, geometry: Geometry) -> tuple[Sections, int]:
     """What the draft model computes and proposes before the target's pass, and in how many passes.
 
@@ -60,7 +55,7 @@ def pack_drafts(batch: Batch, geometry: Geometry) -> tuple[Sections, int]:
         starts = np.array([chunk.start for chunk in chunks], np.int32)
         parts = ragged_sections(ids, lengths, rows, starts, lengths)
         sections |= {FILL + name: section for name, section in parts.items()}
-    asking = [chunk for chunk in batch.chunks if _is_proposed(chunk)]
+    asking = [chunk for chunk in batch.chunks if chunk.drafts and chunk.drafts[0] <= DRAFTED]
     if not asking:
         return sections, 0
     size = geometry.draft_sizes[bisect_left(geometry.draft_sizes, len(asking))]
@@ -86,6 +81,8 @@ def read_drafts(batch: Batch, drafted: Sequence[Sequence[int]]) -> list[list[int
     proposals [D][K]."""
     proposals = iter(drafted)
     return [
-        list(next(proposals)[: len(chunk.drafts)]) if _is_proposed(chunk) else chunk.drafts
+        list(next(proposals)[: len(chunk.drafts)])
+        if chunk.drafts and chunk.drafts[0] <= DRAFTED
+        else chunk.drafts
         for chunk in batch.chunks
     ]
