@@ -36,16 +36,6 @@ def _activation(a: Arguments) -> Call:
     return call
 
 
-def _index_copy(a: Arguments) -> Call:
-    slots = a["slot_mapping"].long()
-
-    def call() -> None:
-        a["k_pool"].index_copy_(0, slots, a["k"])
-        a["v_pool"].index_copy_(0, slots, a["v"])
-
-    return call
-
-
 def _copy_pages(a: Arguments) -> Call:
     storage, size = a["storage"], a["page_size"]
     place = torch.arange(size, device=storage.device)
@@ -131,7 +121,6 @@ def sampling(fields: dict[str, float]) -> dict[str, Baseline]:
 NORM: dict[str, Baseline] = {"F.rms_norm": _norm}
 ADD_NORM: dict[str, Baseline] = {"add, F.rms_norm": _add_norm}
 ACTIVATION: dict[str, Baseline] = {"F.silu, mul": _activation}
-WRITE_KV: dict[str, Baseline] = {"index_copy_": _index_copy}
 COPY_PAGES: dict[str, Baseline] = {"index_copy_": _copy_pages}
 GATHER_PAGES: dict[str, Baseline] = {"index_select, copy_": _gather}
 SCATTER_PAGES: dict[str, Baseline] = {"copy, index_copy_": _scatter}

@@ -65,12 +65,10 @@ FILTERS: dict[str, tuple[int, Range | None]] = {
     "min-p": (2, None),
 }
 # An op's share of the copy rate at many tokens, as predicted for an H100.
-COPY_SHARES: dict[str, Range | None] = {
+COPY_SHARES: dict[str, Range] = {
     "rmsnorm": (0.88, 0.93),
     "qkv_prepare": (0.78, 0.88),
-    "rotary": None,
     "silu_and_mul": (0.88, 0.93),
-    "write_kv": None,
 }
 
 

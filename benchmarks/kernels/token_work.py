@@ -19,11 +19,10 @@ from benchmarks.kernels.workload import (
 )
 from minisgl.kernels.activation import silu_and_mul
 from minisgl.kernels.advance import advance_rows, prepare_inputs
-from minisgl.kernels.kv_copy import copy_pages, write_kv
+from minisgl.kernels.kv_copy import copy_pages
 from minisgl.kernels.kv_staging import gather_pages, scatter_pages
 from minisgl.kernels.qkv_prepare import qkv_prepare
 from minisgl.kernels.rmsnorm import rmsnorm
-from minisgl.kernels.rotary import rotary
 
 MAX_POSITION = 8192
 # Goals read one case of few tokens and one of many; the first is a CPU's.
@@ -68,27 +67,12 @@ def heads(small: bool) -> Iterator[Workload]:
     for shape, tokens in _cases(small):
         tags, label = {"tokens": tokens}, f"{shape.name} {tokens} tokens"
 
-        def turn(setting: Setting, shape: Shape = shape, tokens: int = tokens) -> Arguments:
-            made = _qkv(setting, shape, tokens)
-            return {
-                "q": setting.normal(tokens, shape.q_heads, shape.head_dim),
-                "k": setting.normal(tokens, shape.kv_heads, shape.head_dim),
-            } | {name: made[name] for name in ("cos_sin", "positions")}
-
         def prepare(setting: Setting, shape: Shape = shape, tokens: int = tokens) -> Arguments:
             return _qkv(setting, shape, tokens)
 
-        def write(setting: Setting, shape: Shape = shape, tokens: int = tokens) -> Arguments:
-            made = _qkv(setting, shape, tokens)
-            size = (tokens, shape.kv_heads, shape.head_dim)
-            kept = {name: made[name] for name in ("k_pool", "v_pool", "slot_mapping")}
-            return {"k": setting.normal(*size), "v": setting.normal(*size)} | kept
-
         goal = () if (shape, tokens) in GOAL_CASES else None
-        for op, make in ((qkv_prepare, prepare), (rotary, turn)):
-            eager = {"eager torch": baselines.reference_of(op)}
-            yield Workload(op, label, make, eager, tags, goal_rivals=goal)
-        yield Workload(write_kv, label, write, baselines.WRITE_KV, tags, goal_rivals=goal)
+        eager = {"eager torch": baselines.reference_of(qkv_prepare)}
+        yield Workload(qkv_prepare, label, prepare, eager, tags, goal_rivals=goal)
 
 
 def _qkv(setting: Setting, shape: Shape, tokens: int) -> Arguments:

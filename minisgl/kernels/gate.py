@@ -13,10 +13,9 @@ from dataclasses import replace
 
 from minisgl.kernels.attention.hopper import attention_hopper
 from minisgl.kernels.attention.portable import attention_portable
-from minisgl.kernels.attention.tma import attention_tma
 from minisgl.kernels.config import table_for
 from minisgl.kernels.decode.portable import decode_portable
-from minisgl.kernels.kv_copy.portable import copy_pages_portable, write_kv_portable
+from minisgl.kernels.kv_copy.portable import copy_pages_portable
 from minisgl.kernels.kv_staging.portable import gather_pages_portable, scatter_pages_portable
 from minisgl.kernels.launches import (
     TOKENS,
@@ -30,7 +29,6 @@ from minisgl.kernels.launches import (
     floats,
     heads,
     ints,
-    longs,
     paged,
     pools,
     products,
@@ -39,7 +37,6 @@ from minisgl.kernels.launches import (
     sampling,
 )
 from minisgl.kernels.merge.portable import merge_portable
-from minisgl.kernels.rotary.portable import rotary_portable
 from minisgl.kernels.shapes import EngineShapes, ModelShapes
 
 LLAMA = ModelShapes(
@@ -97,7 +94,7 @@ def launches(arch: int) -> Iterator[Launch]:
 
 
 def _options(arch: int) -> Iterator[Launch]:
-    """The fixed-order mode, log-sum-exp as a result, and attention by TMA and in Gluon."""
+    """The fixed-order mode, log-sum-exp as a result, and attention in Gluon."""
     table, engine = table_for(arch), _engine(16)
     fixed = replace(engine, batch_invariant=True)
     yield from decodes(LLAMA, fixed, table, None, COUNTS)
@@ -114,8 +111,6 @@ def _options(arch: int) -> Iterator[Launch]:
         return
     for page_size in (16, 64):
         call = paged(LLAMA, _engine(page_size), 4, 512) | several
-        tma = {"attention_kernel": ("wgmma", "tma")}
-        yield Launch(f"attention-tma page{page_size}", attention_tma, call, on_hopper=tma)
         alone = {"attention_hopper_kernel": ("wgmma", "tma", "set_registers")}
         label = f"attention-hopper page{page_size}"
         yield Launch(label, attention_hopper, call, on_hopper=alone)
@@ -124,17 +119,11 @@ def _options(arch: int) -> Iterator[Launch]:
 
 
 def _pieces() -> Iterator[Launch]:
-    """Ops that serving has fused into others, and those of a second cache tier."""
+    """The merge on its own, and the ops of a second cache tier."""
     model, engine = LLAMA, _engine(16)
     dtype, sizes = model.torch_dtype, (model.kv_heads, model.head_dim)
     storage = pools(model, engine)
     q = empty(TOKENS, model.q_heads, model.head_dim, dtype=dtype)
-    k = empty(TOKENS, *sizes, dtype=dtype)
-    turned = {"q": q, "k": k, "cos_sin": floats(4096, 128), "positions": longs(TOKENS)}
-    yield Launch("rotary", rotary_portable, turned, WIDE)
-    written = {"k": k, "v": k, "k_pool": storage[0, 0], "v_pool": storage[0, 1]}
-    written |= {"slot_mapping": longs(TOKENS)}
-    yield Launch("write_kv", write_kv_portable, written, WIDE)
     staging = empty(8, model.num_layers, 2, 16, *sizes, dtype=dtype)
     staged = {"storage": storage, "pages": ints(8), "staging": staging}
     yield Launch("gather_pages", gather_pages_portable, staged, WIDE)

@@ -258,11 +258,11 @@ def test_goals_are_met_short_or_not_measured():
     assert h100["rmsnorm, >= 4k tokens, of the copy rate"] == "met"
     assert h100["cascade, 4k shared prefix, batch 64"] == "short"
     assert h100["decode, page 16 over the best of 1, 16 and 64"] == "met"
-    assert h100["rotary, <= 64 tokens, in a graph"] == "not measured"
-    missing = ["rotary Qwen3-8B 1 tokens: portable: refuses, planted"]
+    assert h100["qkv_prepare, <= 64 tokens, in a graph"] == "not measured"
+    missing = ["qkv_prepare Qwen3-8B 1 tokens: portable: refuses, planted"]
     table = report.goal_table([g.verdict(rows, ceilings, missing) for g in goals("H200")])
     assert "short" in table
-    assert "not measured: rotary Qwen3-8B 1 tokens: portable: refuses, planted" in table
+    assert "not measured: qkv_prepare Qwen3-8B 1 tokens: portable: refuses, planted" in table
     assert "not measured: no such row of sample" in table
 
 

@@ -127,8 +127,7 @@ attention = Op(
     attention_reference,
     implementations=[
         Implementation("portable", "cuda", "minisgl.kernels.attention.portable:attention_portable"),
-        # Behind the portable one until they have passed on a GPU; chosen by `forced`.
-        Implementation("tma", "cuda", "minisgl.kernels.attention.tma:attention_tma", (9, 0)),
+        # Behind the portable one until it has passed on a GPU; chosen by `forced`.
         Implementation(
             "hopper", "cuda", "minisgl.kernels.attention.hopper:attention_hopper", (9, 0)
         ),

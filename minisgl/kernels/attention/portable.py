@@ -9,7 +9,6 @@ a query's result does not depend on the tile, chunk or batch it is computed in.
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from minisgl.kernels.config import Tile, architecture, attention_tile
 
@@ -65,7 +64,7 @@ def attend(
     position,
     start,
     end,
-    keys,  # the pool, or its tensor descriptor with TMA
+    keys,  # the pool
     values,
     column,  # where this key head begins in a slot
     table_row,
@@ -79,34 +78,25 @@ def attend(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
-    TMA: tl.constexpr,
 ):
     """One step of online softmax over the keys start .. start + BLOCK_N - 1, below `end`.
 
-    Without MASKED all of them are visible to all queries. TMA copies whole tiles: what it brings
-    from beyond `end` or D is finite and meets a weight or a query of 0, or is not stored.
+    Without MASKED all of them are visible to all queries.
     """
     j = start + tl.arange(0, BLOCK_N)
-    if TMA:
-        slot = tl.load(table_row + start // PAGE) * PAGE + start % PAGE
-        k = keys.load([slot, column])
+    d = tl.arange(0, BLOCK_D)
+    live = j < end
+    slots = key_slots(table_row, start, j, live, PAGE, BLOCK_N)
+    at = slots[:, None] * key_stride + column + d[None, :]
+    if MASKED:
+        ok = live[:, None] & (d < D)[None, :]
     else:
-        d = tl.arange(0, BLOCK_D)
-        live = j < end
-        slots = key_slots(table_row, start, j, live, PAGE, BLOCK_N)
-        at = slots[:, None] * key_stride + column + d[None, :]
-        if MASKED:
-            ok = live[:, None] & (d < D)[None, :]
-        else:
-            ok = (d < D)[None, :]
-        k = tl.load(keys + at, mask=ok, other=0.0)
+        ok = (d < D)[None, :]
+    k = tl.load(keys + at, mask=ok, other=0.0)
     weights, shrink, top = fold(
         q, k, top, position, j, end, scale, softcap, WINDOW, SOFTCAP, MASKED
     )
-    if TMA:
-        v = values.load([slot, column])
-    else:
-        v = tl.load(values + at, mask=ok, other=0.0)
+    v = tl.load(values + at, mask=ok, other=0.0)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, top, total * shrink + tl.sum(weights, 1)
 
@@ -138,7 +128,6 @@ def attention_kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     LSE: tl.constexpr,
-    TMA: tl.constexpr,
 ):
     LN2: tl.constexpr = 0.6931471805599453
     GROUP: tl.constexpr = HQ // HK
@@ -180,12 +169,12 @@ def attention_kernel(
             for start in range(0, low, BLOCK_N):
                 acc, top, total = attend(
                     q, acc, top, total, position, start, end, k_ptr, v_ptr, kv_head * D, table_row,
-                    scale, softcap, HK * D, D, PAGE, BLOCK_N, BLOCK_D, WINDOW, SOFTCAP, False, TMA,
+                    scale, softcap, HK * D, D, PAGE, BLOCK_N, BLOCK_D, WINDOW, SOFTCAP, False,
                 )  # fmt: skip
         for start in range(low, end, BLOCK_N):
             acc, top, total = attend(
                 q, acc, top, total, position, start, end, k_ptr, v_ptr, kv_head * D, table_row,
-                scale, softcap, HK * D, D, PAGE, BLOCK_N, BLOCK_D, WINDOW, SOFTCAP, True, TMA,
+                scale, softcap, HK * D, D, PAGE, BLOCK_N, BLOCK_D, WINDOW, SOFTCAP, True,
             )  # fmt: skip
         divisor = tl.where(total > 0.0, total, 1.0)
         out = (acc / divisor[:, None]).to(out_ptr.dtype.element_ty)
@@ -243,7 +232,6 @@ def launch_attention(
     window: int | None,
     softcap: float | None,
     queries: int,
-    tma: bool = False,
 ) -> None:
     """Launches tiles for up to `queries` queries a sequence; with no offsets each has as many."""
     q_heads, head_dim = q.shape[1:]
@@ -253,17 +241,11 @@ def launch_attention(
         return
     tile: Tile = attention_tile(architecture(q.device).chunk, head_dim, q.dtype)
     block_m = max(tile.rows, triton.next_power_of_2(group))
-    block_d = triton.next_power_of_2(head_dim)
-    block_n = min(tile.cols, page_size) if tma else tile.cols
-    keys, values = (
-        TensorDescriptor.from_tensor(pool.flatten(1), [block_n, block_d]) if tma else pool
-        for pool in (k_pool, v_pool)
-    )
     grid = (triton.cdiv(queries, block_m // group), kv_heads, len(rows))
     attention_kernel[grid](
         q,
-        keys,
-        values,
+        k_pool,
+        v_pool,
         out,
         out if lse is None else lse,
         page_table,
@@ -281,12 +263,11 @@ def launch_attention(
         D=head_dim,
         PAGE=page_size,
         BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
+        BLOCK_N=tile.cols,
+        BLOCK_D=triton.next_power_of_2(head_dim),
         WINDOW=window or 0,
         SOFTCAP=softcap is not None,
         LSE=lse is not None,
-        TMA=tma,
         num_warps=tile.warps,
         # One table entry per key, loaded ahead as deep as the keys, makes ptxas serialise wgmma.
         num_stages=2 if page_size == 1 else tile.stages,
@@ -309,7 +290,6 @@ def attention_portable(
     max_seqlen_q: int | None = None,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
-    tma: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`attention_reference` on a GPU. Raises ValueError for shapes that do not fit."""
     out = check_paged(q, k_pool, v_pool, page_table, rows, seq_lens, out)
@@ -333,6 +313,5 @@ def attention_portable(
         window=window,
         softcap=softcap,
         queries=q.shape[0] if max_seqlen_q is None else max_seqlen_q,
-        tma=tma,
     )
     return out if lse is None else (out, lse)

@@ -81,12 +81,12 @@ def prefix_kernel(
             for start in range(begin, whole, BLOCK_N):
                 acc, top, total = attend(
                     q, acc, top, total, position, start, end, k_ptr, v_ptr, kv_head * D, table_row,
-                    scale, softcap, HK * D, D, PAGE, BLOCK_N, BLOCK_D, 0, SOFTCAP, False, False,
+                    scale, softcap, HK * D, D, PAGE, BLOCK_N, BLOCK_D, 0, SOFTCAP, False,
                 )  # fmt: skip
             for start in range(whole, end, BLOCK_N):
                 acc, top, total = attend(
                     q, acc, top, total, position, start, end, k_ptr, v_ptr, kv_head * D, table_row,
-                    scale, softcap, HK * D, D, PAGE, BLOCK_N, BLOCK_D, 0, SOFTCAP, True, False,
+                    scale, softcap, HK * D, D, PAGE, BLOCK_N, BLOCK_D, 0, SOFTCAP, True,
                 )  # fmt: skip
             to = split * split_stride + at[:, None] * (HQ * D) + head[:, None] * D + d[None, :]
             tl.store(out_ptr + to, acc / total[:, None], mask=ok)

@@ -96,7 +96,7 @@ def decode_kernel(
         for start in range(begin, end, BLOCK_N):
             acc, top, total = attend(
                 q, acc, top, total, position, start, end, k_ptr, v_ptr, kv_head * D, table_row,
-                scale, softcap, HK * D, D, PAGE, BLOCK_N, BLOCK_D, WINDOW, SOFTCAP, True, False,
+                scale, softcap, HK * D, D, PAGE, BLOCK_N, BLOCK_D, WINDOW, SOFTCAP, True,
             )  # fmt: skip
         divisor = tl.where(total > 0.0, total, 1.0)
         to = split * split_stride + at[:, None] * out_stride + head[:, None] * D + d[None, :]

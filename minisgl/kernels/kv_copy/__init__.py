@@ -1,8 +1,7 @@
-"""Moving keys and values: this step's into their slots, and the head of one page to another.
+"""Copying the first tokens of one page to another, in all layers at once.
 
-`write_kv` scatters token t to slot slot_mapping[t] of one layer's pool. `copy_pages` is the
-prefix cache's copy job: where two prompts diverge inside a page, the shared tokens are copied to a
-fresh page in every layer at once and prefill starts at the exact token.
+This is the prefix cache's copy job: where two prompts diverge inside a page, the shared tokens are
+copied to a fresh page and prefill starts at the first token that differs.
 """
 
 from typing import Any
@@ -10,24 +9,6 @@ from typing import Any
 import torch
 
 from minisgl.kernels.op import Case, Cost, Implementation, Op
-
-
-def write_kv_reference(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_pool: torch.Tensor,
-    v_pool: torch.Tensor,
-    slot_mapping: torch.Tensor,
-) -> None:
-    """Write k, v [T, Hkv, D] into k_pool, v_pool [slots, Hkv, D] in place, cast to their dtype.
-
-    slot_mapping: [T] integers, each slot at most once; -1 skips the token. k and v are dense in
-    the last dimension, else strided at will.
-    """
-    kept = (slot_mapping >= 0).nonzero().squeeze(1)
-    slots = slot_mapping[kept].long()
-    k_pool[slots] = k[kept].to(k_pool.dtype)
-    v_pool[slots] = v[kept].to(v_pool.dtype)
 
 
 def copy_pages_reference(storage: torch.Tensor, jobs: torch.Tensor, page_size: int) -> None:
@@ -42,42 +23,13 @@ def copy_pages_reference(storage: torch.Tensor, jobs: torch.Tensor, page_size: i
         storage[:, :, to : to + n] = storage[:, :, start : start + n]
 
 
-def write_kv_cost(
-    k: torch.Tensor, k_pool: torch.Tensor, slot_mapping: torch.Tensor, **_: Any
-) -> Cost:
-    moved = 2 * k.numel() * (k.element_size() + k_pool.element_size())
-    return Cost(bytes=moved + slot_mapping.numel() * slot_mapping.element_size(), flops=0)
-
-
 def copy_pages_cost(storage: torch.Tensor, jobs: torch.Tensor, **_: Any) -> Cost:
     tokens = int(jobs[:, 2].sum())
     per_token = storage[:, :, 0].numel() * storage.element_size()
     return Cost(bytes=2 * tokens * per_token + jobs.numel() * jobs.element_size(), flops=0)
 
 
-def _write_case(tokens: int, kv_heads: int, head_dim: int, *, skip: bool = False) -> Case:
-    def make(
-        device: torch.device, dtype: torch.dtype, generator: torch.Generator
-    ) -> dict[str, Any]:
-        on = generator.device
-        slots = 2 * tokens + 5
-        qkv = torch.randn(tokens, 4 * kv_heads, head_dim, generator=generator, device=on)
-        qkv = qkv.to(device, dtype)
-        mapping = torch.randperm(slots, generator=generator, device=on)[:tokens]
-        if skip:
-            mapping[::3] = -1
-        return {
-            "k": qkv[:, 2 * kv_heads : 3 * kv_heads],
-            "v": qkv[:, 3 * kv_heads :],
-            "k_pool": torch.full((slots, kv_heads, head_dim), torch.nan, device=device).to(dtype),
-            "v_pool": torch.full((slots, kv_heads, head_dim), torch.nan, device=device).to(dtype),
-            "slot_mapping": mapping.to(device),
-        }
-
-    return Case(f"T{tokens}-Hkv{kv_heads}-D{head_dim}" + ("-skip" if skip else ""), make)
-
-
-def _copy_case(layers: int, kv_heads: int, head_dim: int, page_size: int, jobs: int) -> Case:
+def _case(layers: int, kv_heads: int, head_dim: int, page_size: int, jobs: int) -> Case:
     def make(
         device: torch.device, dtype: torch.dtype, generator: torch.Generator
     ) -> dict[str, Any]:
@@ -95,35 +47,19 @@ def _copy_case(layers: int, kv_heads: int, head_dim: int, page_size: int, jobs: 
     return Case(f"L{layers}-Hkv{kv_heads}-D{head_dim}-page{page_size}-J{jobs}", make)
 
 
-WRITE_CASES = (
-    _write_case(1, 8, 128),
-    _write_case(65, 2, 80, skip=True),
-    _write_case(7, 1, 256, skip=True),
-    _write_case(33, 3, 96),
-    _write_case(0, 2, 64),
-)
-COPY_CASES = (
-    _copy_case(3, 2, 128, 16, 4),
-    _copy_case(2, 3, 80, 64, 5),
-    _copy_case(2, 1, 64, 1, 3),
-    _copy_case(1, 2, 64, 32, 0),
+CASES = (
+    _case(3, 2, 128, 16, 4),
+    _case(2, 3, 80, 64, 5),
+    _case(2, 1, 64, 1, 3),
+    _case(1, 2, 64, 32, 0),
 )
 
-write_kv = Op(
-    "write_kv",
-    write_kv_reference,
-    implementations=[
-        Implementation("portable", "cuda", "minisgl.kernels.kv_copy.portable:write_kv_portable")
-    ],
-    cases=WRITE_CASES,
-    cost=write_kv_cost,
-)
 copy_pages = Op(
     "copy_pages",
     copy_pages_reference,
     implementations=[
         Implementation("portable", "cuda", "minisgl.kernels.kv_copy.portable:copy_pages_portable")
     ],
-    cases=COPY_CASES,
+    cases=CASES,
     cost=copy_pages_cost,
 )

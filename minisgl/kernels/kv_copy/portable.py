@@ -1,80 +1,10 @@
-"""KV writes by slot, and page copies over all layers in one launch."""
+"""Page copies over all layers in one launch."""
 
 import torch
 import triton
 import triton.language as tl
 
 COPY_BLOCK = 2048  # words per program
-
-
-@triton.jit
-def write_kv_kernel(
-    k_ptr,
-    v_ptr,
-    k_pool_ptr,  # [slots, H, D]
-    v_pool_ptr,
-    slots_ptr,  # [T]
-    k_token_stride,
-    k_head_stride,
-    v_token_stride,
-    v_head_stride,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    HEADS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots_ptr + token).to(tl.int64)
-    if slot >= 0:
-        head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
-        d = tl.arange(0, BLOCK_D)[None, :]
-        ok = (head < H) & (d < D)
-        to = slot * H * D + head * D + d
-        k = tl.load(k_ptr + token * k_token_stride + head * k_head_stride + d, mask=ok, other=0.0)
-        v = tl.load(v_ptr + token * v_token_stride + head * v_head_stride + d, mask=ok, other=0.0)
-        tl.store(k_pool_ptr + to, k.to(k_pool_ptr.dtype.element_ty), mask=ok)
-        tl.store(v_pool_ptr + to, v.to(v_pool_ptr.dtype.element_ty), mask=ok)
-
-
-def write_kv_portable(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_pool: torch.Tensor,
-    v_pool: torch.Tensor,
-    slot_mapping: torch.Tensor,
-) -> None:
-    """`write_kv_reference` on a GPU. Raises ValueError for shapes that do not fit."""
-    tokens, heads, head_dim = k.shape
-    if v.shape != k.shape:
-        raise ValueError(f"v must be {list(k.shape)}, got {list(v.shape)}")
-    for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
-        if pool.shape[1:] != (heads, head_dim) or not pool.is_contiguous():
-            raise ValueError(
-                f"{name} must be dense [slots, {heads}, {head_dim}], got {list(pool.shape)}"
-            )
-    if slot_mapping.shape != (tokens,):
-        raise ValueError(f"slot_mapping must be [{tokens}], got {list(slot_mapping.shape)}")
-    if k.stride(2) != 1 or v.stride(2) != 1:
-        raise ValueError("the last dimension of k and v must be dense")
-    if tokens == 0:
-        return
-    tile = min(8, triton.next_power_of_2(heads))
-    write_kv_kernel[(tokens, triton.cdiv(heads, tile))](
-        k,
-        v,
-        k_pool,
-        v_pool,
-        slot_mapping,
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
-        H=heads,
-        D=head_dim,
-        HEADS=tile,
-        BLOCK_D=triton.next_power_of_2(head_dim),
-        num_warps=2,
-    )
 
 
 @triton.jit(do_not_specialize_on_alignment=["jobs_ptr"])

@@ -1,18 +1,43 @@
 """Everything between the fused QKV projection and attention, as one op.
 
 Splits the projection, normalises queries and keys per head (Qwen3, Gemma 3), rotates them, writes
-keys and values into this layer's pool and returns the queries. It is `rmsnorm`, `rotary` and
-`write_kv` composed in fp32 with one rounding at the end; fused, the projection is read once.
+keys and values into this layer's pool and returns the queries. The projection is read once;
+arithmetic is in fp32 with one rounding at the end.
+
+Rotary embedding of a head x at position p, for rotary dimension R <= D, with c = table[p, :R/2]
+and s = table[p, R/2:]:
+
+    half-split:   (x1, x2) = (x[:R/2], x[R/2:R])     pairs lie R/2 apart (Llama, Qwen, Gemma)
+    interleaved:  (x1, x2) = (x[0:R:2], x[1:R:2])    pairs are neighbours (GPT-J)
+    rotated pair: (x1 c - x2 s, x2 c + x1 s)         dimensions from R on pass through
+
+What a checkpoint's rope scaling asks for is in the table. Source: Su et al., "RoFormer: Enhanced
+Transformer with Rotary Position Embedding", 2021.
 """
 
 from typing import Any
 
 import torch
 
-from minisgl.kernels.kv_copy import write_kv_reference
 from minisgl.kernels.op import Case, Cost, Implementation, Op
 from minisgl.kernels.rmsnorm import rmsnorm_reference
-from minisgl.kernels.rotary import plain_table, rotate
+
+
+def rotate(
+    x: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor, interleaved: bool
+) -> torch.Tensor:
+    """`x` [T, heads, D] rotated by `positions` [T], in fp32."""
+    table = cos_sin[positions].float()[:, None]  # [T, 1, R]
+    cos, sin = table.chunk(2, dim=-1)
+    rotary_dim = table.shape[-1]
+    turned, rest = x[..., :rotary_dim].float(), x[..., rotary_dim:].float()
+    if interleaved:
+        x1, x2 = turned[..., 0::2], turned[..., 1::2]
+        turned = torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).flatten(-2)
+    else:
+        x1, x2 = turned.chunk(2, dim=-1)
+        turned = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+    return torch.cat((turned, rest), dim=-1)
 
 
 def qkv_prepare_reference(
@@ -44,7 +69,10 @@ def qkv_prepare_reference(
         q = rmsnorm_reference(q, q_weight, eps, unit_offset=unit_offset)
         k = rmsnorm_reference(k, k_weight, eps, unit_offset=unit_offset)
     k = rotate(k, cos_sin, positions, interleaved)
-    write_kv_reference(k.to(qkv.dtype), v.to(qkv.dtype), k_pool, v_pool, slot_mapping)
+    kept = (slot_mapping >= 0).nonzero().squeeze(1)
+    slots = slot_mapping[kept].long()
+    k_pool[slots] = k[kept].to(qkv.dtype).to(k_pool.dtype)
+    v_pool[slots] = v[kept].to(qkv.dtype).to(v_pool.dtype)
     q = rotate(q, cos_sin, positions, interleaved).to(qkv.dtype)
     return q if out is None else out.copy_(q)
 
@@ -59,6 +87,13 @@ def qkv_prepare_cost(
         num_q_heads * head_dim * qkv.element_size() + 2 * k_pool[0].numel() * k_pool.element_size()
     )
     return Cost(bytes=read + written, flops=8 * qkv.numel())
+
+
+def plain_table(max_position: int, rotary_dim: int, base: float = 10000.0) -> torch.Tensor:
+    """The unscaled table [max_position, rotary_dim] fp32, for cases and tests."""
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim
+    angles = torch.arange(max_position, dtype=torch.float64)[:, None] * base**-exponents
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
 
 
 def _case(
@@ -117,6 +152,8 @@ CASES = (
     _case(5, 4, 2, 256, unit_offset=True),
     _case(7, 6, 2, 80, rotary_dim=32),
     _case(9, 4, 4, 96, norm=False, interleaved=True),
+    _case(3, 2, 2, 128, rotary_dim=32, interleaved=True),
+    _case(0, 4, 2, 64),
     _case(3, 5, 1, 64, out=True),
 )
 

@@ -1,14 +1,21 @@
 """Queries, keys and values made ready for attention in one launch over the projection.
 
 A program takes a tile of one token's query heads, or of its key heads together with the value
-heads beside them; keys and values go straight to their slot.
+heads beside them; keys and values go straight to their slot. A tile spans several heads so that
+one warp's loads of a half-head stay 128 bits wide.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from minisgl.kernels.rotary.portable import HEADS, check_table, turn
+HEADS = 8  # heads per program
+
+
+@triton.jit
+def turn(x1, x2, cos, sin):
+    """Rotates pairs (x1, x2), [heads, R/2] each, by [R/2] angles."""
+    return x1 * cos[None, :] - x2 * sin[None, :], x2 * cos[None, :] + x1 * sin[None, :]
 
 
 @triton.jit
@@ -115,6 +122,17 @@ def qkv_prepare_kernel(
             value = tl.load(key + HK * D + d, mask=ok, other=0.0)
             to = v_pool_ptr + slot * HK * D + head * D + d
             tl.store(to, value.to(v_pool_ptr.dtype.element_ty), mask=ok)
+
+
+def check_table(cos_sin: torch.Tensor, head_dim: int) -> int:
+    """The rotary dimension of a table, once it is seen to fit the heads."""
+    rotary_dim = cos_sin.shape[-1]
+    if rotary_dim % 2 or rotary_dim > head_dim or not cos_sin.is_contiguous():
+        raise ValueError(
+            f"cos_sin must be dense, its last dimension even and at most head_dim {head_dim}, "
+            f"got {rotary_dim} with strides {cos_sin.stride()}"
+        )
+    return rotary_dim
 
 
 def qkv_prepare_portable(
