@@ -16,11 +16,11 @@ from minisgl.kernels.decode import decode
 
 def dense(arguments: Arguments, queries: int) -> tuple[torch.Tensor, ...]:
     """q [B, Hq, n, D], k and v [B, Hkv, L, D] of sequences that are all equally long."""
-    q, table = arguments["q"], arguments["page_table"]
-    page_size, length = arguments["page_size"], int(arguments["seq_lens"][0])
+    q, kv = arguments["q"], arguments["kv"]
+    table, page_size, length = kv.page_table, kv.page_size, int(kv.seq_lens[0])
     j = torch.arange(length, device=q.device)
     slots = table[:, j // page_size].long() * page_size + j % page_size
-    k, v = (arguments[name][slots].transpose(1, 2).contiguous() for name in ("k_pool", "v_pool"))
+    k, v = (pool[slots].transpose(1, 2).contiguous() for pool in (kv.k_pool, kv.v_pool))
     return q.view(len(table), queries, *q.shape[1:]).transpose(1, 2).contiguous(), k, v
 
 
@@ -78,10 +78,10 @@ def _flashinfer_decode(arguments: Arguments) -> Call | None:
         return None
     import flashinfer
 
-    q, table, size = arguments["q"], arguments["page_table"], arguments["page_size"]
-    length = int(arguments["seq_lens"][0])
+    q, kv = arguments["q"], arguments["kv"]
+    table, size, length = kv.page_table, kv.page_size, int(kv.seq_lens[0])
     count = -(-length // size)
-    pools = tuple(arguments[name].unflatten(0, (-1, size)) for name in ("k_pool", "v_pool"))
+    pools = tuple(pool.unflatten(0, (-1, size)) for pool in (kv.k_pool, kv.v_pool))
     heads, kv_heads = q.shape[1], pools[0].shape[2]
     workspace = torch.empty(2**28, dtype=torch.uint8, device=q.device)
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
@@ -110,13 +110,12 @@ def _flash_attn(arguments: Arguments) -> Call | None:
     q, k, v = (x.transpose(1, 2).contiguous() for x in dense(arguments, n))
     if n > 1:
         return lambda: flash_attn_func(q, k, v, causal=True)
-    return lambda: flash_attn_with_kvcache(q, k, v, cache_seqlens=arguments["seq_lens"])
+    return lambda: flash_attn_with_kvcache(q, k, v, cache_seqlens=arguments["kv"].seq_lens)
 
 
 def plain_decode(arguments: Arguments) -> Call:
     """Our own decode, which reads a group's shared keys once per sequence."""
-    plain = {name: arguments[name] for name in arguments if name not in ("q", "groups", "shared")}
-    return lambda: decode(arguments["q"], **plain)
+    return lambda: decode(arguments["q"], arguments["kv"])
 
 
 _BACKENDS = {

@@ -21,6 +21,7 @@ from benchmarks.kernels.workload import (
     Workload,
 )
 from minisgl.kernels.attention import attention
+from minisgl.kernels.attention.paged import PagedKV
 from minisgl.kernels.cascade import cascade
 from minisgl.kernels.decode import decode
 from minisgl.kernels.merge import merge
@@ -46,17 +47,17 @@ def paged(
     for row, own in enumerate(pages.split(counts)):
         table[row, : len(own)] = own
     slots = total * page_size
-    return {
-        "q": setting.normal(sum(queries), shape.q_heads, shape.head_dim),
-        "k_pool": setting.normal(slots, shape.kv_heads, shape.head_dim),
-        "v_pool": setting.normal(slots, shape.kv_heads, shape.head_dim),
-        "page_table": table,
-        "rows": torch.arange(len(lengths), dtype=torch.int32, device=device),
-        "seq_lens": torch.tensor(lengths, dtype=torch.int32, device=device),
-        "page_size": page_size,
-        "scale": shape.head_dim**-0.5,
-        "window": None,
-    }
+    q = setting.normal(sum(queries), shape.q_heads, shape.head_dim)
+    kv = PagedKV(
+        k_pool=setting.normal(slots, shape.kv_heads, shape.head_dim),
+        v_pool=setting.normal(slots, shape.kv_heads, shape.head_dim),
+        page_table=table,
+        rows=torch.arange(len(lengths), dtype=torch.int32, device=device),
+        seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
+        page_size=page_size,
+        scale=shape.head_dim**-0.5,
+    )
+    return {"q": q, "kv": kv}
 
 
 def _decode(
@@ -172,19 +173,22 @@ def _cascade(
             [heads * page_size] * groups + [tails * page_size] * batch,
             page_size=page_size,
         )
-        pages = made["page_table"]
+        kv: PagedKV = made["kv"]
+        pages, rows = kv.page_table, kv.rows[:batch]
         prefixes = pages[:groups, :heads].repeat_interleave(members, dim=0)
         plan = torch.zeros(MAX_GROUPS, 3, dtype=torch.int32)
         for g in range(groups):
             plan[g] = torch.tensor([g * members, members, heads])
-        del made["window"]
-        return made | {
-            "page_table": torch.cat([prefixes, pages[groups:, :tails]], dim=1),
-            "rows": made["rows"][:batch],
-            "seq_lens": torch.full_like(made["rows"][:batch], heads * page_size + own),
+        kv = kv._replace(
+            page_table=torch.cat([prefixes, pages[groups:, :tails]], dim=1),
+            rows=rows,
+            seq_lens=torch.full_like(rows, heads * page_size + own),
+        )
+        return {
+            "q": made["q"],
+            "kv": kv,
             "groups": plan.to(setting.device),
-            "shared": torch.full_like(made["rows"][:batch], heads * page_size),
-            "width": 1,
+            "shared": torch.full_like(rows, heads * page_size),
         }
 
     return Workload(

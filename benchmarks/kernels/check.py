@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from benchmarks.kernels.workload import Arguments, Workload
+from minisgl.kernels.attention.paged import PagedKV
 
 QUERIES = 32  # of one sequence that an attention's check looks at
 SLACK = 1e-5  # relative: float32 in another order
@@ -51,22 +52,23 @@ def _attention_triples(
     arguments: Arguments, out: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """(ours, plain PyTorch in the same type, fp32) of the last queries of two sequences."""
-    table, size = arguments["page_table"], arguments["page_size"]
+    kv: PagedKV = arguments["kv"]
+    table, size = kv.page_table, kv.page_size
     offsets = arguments.get("cu_seqlens_q")
     for s in {0, len(table) - 1}:
         if offsets is None:
-            width = arguments["width"]
+            width = arguments.get("width", 1)
             start, end = s * width, (s + 1) * width
         else:
             start, end = offsets[s : s + 2].tolist()
-        length = int(arguments["seq_lens"][s])
+        length = int(kv.seq_lens[s])
         n = min(end - start, QUERIES)
         j = torch.arange(length, device=out.device)
         slots = table[s, j // size].long() * size + j % size
         q = arguments["q"][end - n : end]
-        k, v = arguments["k_pool"][slots], arguments["v_pool"][slots]
-        plain = _attend(q, k, v, arguments["scale"])
-        exact = _attend(q.float(), k.float(), v.float(), arguments["scale"])
+        k, v = kv.k_pool[slots], kv.v_pool[slots]
+        plain = _attend(q, k, v, kv.scale)
+        exact = _attend(q.float(), k.float(), v.float(), kv.scale)
         yield out[end - n : end], plain, exact
 
 

@@ -19,6 +19,7 @@ from minisgl.kernels.activation.portable import (
     silu_and_mul_portable,
 )
 from minisgl.kernels.advance.portable import advance_rows_portable, prepare_inputs_portable
+from minisgl.kernels.attention.paged import PagedKV
 from minisgl.kernels.attention.portable import attention_portable
 from minisgl.kernels.cascade.portable import cascade_portable, cascade_splits
 from minisgl.kernels.config import Architecture, fixed_order
@@ -159,21 +160,28 @@ def heads(model: ModelShapes, engine: EngineShapes) -> Iterator[Launch]:
 
 
 def paged(
-    model: ModelShapes, engine: EngineShapes, count: int, tokens: int, **facts: Any
+    model: ModelShapes,
+    engine: EngineShapes,
+    count: int,
+    tokens: int,
+    window: int | None = None,
+    **facts: Any,
 ) -> dict[str, Any]:
     """Arguments of a paged attention of `count` sequences with `tokens` queries together."""
     storage = pools(model, engine)
-    return {
-        "q": empty(tokens, model.q_heads, model.head_dim, dtype=model.torch_dtype),
-        "k_pool": storage[0, 0],
-        "v_pool": storage[0, 1],
-        "page_table": ints(engine.max_rows + 1, engine.max_pages),
-        "rows": ints(count),
-        "seq_lens": ints(count),
-        "page_size": engine.page_size,
-        "scale": model.head_dim**-0.5,
-        "softcap": 50.0 if model.softcap else None,
-    } | facts
+    kv = PagedKV(
+        k_pool=storage[0, 0],
+        v_pool=storage[0, 1],
+        page_table=ints(engine.max_rows + 1, engine.max_pages),
+        rows=ints(count),
+        seq_lens=ints(count),
+        page_size=engine.page_size,
+        scale=model.head_dim**-0.5,
+        window=window,
+        softcap=50.0 if model.softcap else None,
+    )
+    q = empty(tokens, model.q_heads, model.head_dim, dtype=model.torch_dtype)
+    return {"q": q, "kv": kv} | facts
 
 
 def _where(model: ModelShapes, engine: EngineShapes, window: int | None = None) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from minisgl.kernels.attention import attention
+from minisgl.kernels.attention.paged import PagedKV
 from minisgl.kernels.cascade import cascade
 from minisgl.kernels.decode import decode
 from minisgl.kernels.qkv_prepare import qkv_prepare
@@ -155,27 +156,22 @@ class Attention:
     ) -> torch.Tensor:
         """What queries [T, Hq, D] make of `kv`, in `out` if that is given."""
         attended = torch.empty_like(q) if out is None else out
-        facts = {"page_size": inputs.page_size, "scale": self.scale, "softcap": self.softcap}
-        n = slices.decode_tokens
+        how = (inputs.page_size, self.scale, self.window, self.softcap)
+        n, width = slices.decode_tokens, inputs.decode_width
         if slices.decode_rows.shape[0]:
-            paged = (q[:n], *kv, inputs.page_table, slices.decode_rows, slices.decode_lens)
-            whole = facts | {"width": inputs.decode_width, "out": attended[:n]}
+            paged = PagedKV(*kv, inputs.page_table, slices.decode_rows, slices.decode_lens, *how)
             # What sequences share is their beginning, which a window leaves out.
             if inputs.groups is None or self.window is not None:
-                decode(*paged, window=self.window, **whole)
+                decode(q[:n], paged, width=width, out=attended[:n])
             else:
-                cascade(*paged, inputs.groups, inputs.shared, **whole)
+                shared = (inputs.groups, inputs.shared)
+                cascade(q[:n], paged, *shared, width=width, out=attended[:n])
         if slices.chunk_rows.shape[0]:
             attention(
                 q[n:],
-                *kv,
-                inputs.page_table,
-                slices.chunk_rows,
+                PagedKV(*kv, inputs.page_table, slices.chunk_rows, slices.chunk_lens, *how),
                 slices.chunk_offsets,
-                slices.chunk_lens,
                 max_seqlen_q=inputs.max_seqlen_q,
-                window=self.window,
                 out=attended[n:],
-                **facts,
             )
         return attended

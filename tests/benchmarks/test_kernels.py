@@ -33,10 +33,9 @@ def off_by_a_percent(x, *args, **kwargs):
     return 1.01 * _first("rmsnorm").op.reference(x, *args, **kwargs)
 
 
-def last_key_forgotten(q, k_pool, v_pool, page_table, rows, seq_lens, **kwargs):
-    return _first("decode").op.reference(
-        q, k_pool, v_pool, page_table, rows, seq_lens - 1, **kwargs
-    )
+def last_key_forgotten(q, kv, **kwargs):
+    shorter = kv._replace(seq_lens=kv.seq_lens - 1)
+    return _first("decode").op.reference(q, shorter, **kwargs)
 
 
 @pytest.mark.parametrize(

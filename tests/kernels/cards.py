@@ -37,20 +37,21 @@ def copied(value: Any, floating: torch.dtype | None = None) -> Any:
     if isinstance(value, dict):
         return {name: copied(item, floating) for name, item in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(copied(item, floating) for item in value)
+        items = [copied(item, floating) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 
 
 def refused(name: str, arguments: Values) -> bool:
     """Whether an implementation that serves part of its op must refuse these arguments."""
     if name == "hopper":
-        q = arguments["q"]
+        q, kv = arguments["q"], arguments["kv"]
         return (
             q.shape[2] != 128
             or q.dtype == torch.float32
-            or arguments["page_size"] < 16
-            or arguments["window"] is not None
-            or arguments["softcap"] is not None
+            or kv.page_size < 16
+            or kv.window is not None
+            or kv.softcap is not None
         )
     return False
 
@@ -80,6 +81,8 @@ def tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
     elif isinstance(value, dict):
         for key, item in value.items():
             yield from tensors(f"{name}.{key}", item)
+    elif hasattr(value, "_fields"):
+        yield from tensors(name, value._asdict())
     elif isinstance(value, tuple | list):
         for index, item in enumerate(value):
             yield from tensors(f"{name}[{index}]", item)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minisgl.kernels.attention.paged import paged_case
+from minisgl.kernels.attention.paged import PagedKV, paged_case
 from minisgl.kernels.attention.portable import attention_portable
 from minisgl.kernels.config import fixed_order, target
 from minisgl.kernels.decode.portable import decode_portable, split_count
@@ -24,27 +24,27 @@ def _fixed_order_on_hopper():
 
 
 def _sequence(dtype: torch.dtype, length: int, **facts):
-    """One sequence's queries at every position, and the other arguments."""
+    """One sequence's queries at every position, and its keys and values."""
     generator = torch.Generator().manual_seed(length)
-    arguments = paged_case(length, [length], CPU, dtype, generator, head_dim=64, **facts)
-    arguments.pop("return_lse")
-    return arguments.pop("q"), arguments
+    made = paged_case(length, [length], CPU, dtype, generator, head_dim=64, **facts)
+    return made["q"], made["kv"]
+
+
+def _repeated(kv: PagedKV, copies: int, length: int) -> PagedKV:
+    """The first `length` tokens of the one sequence, as so many sequences."""
+    lengths = torch.full((copies,), length, dtype=torch.int32)
+    return kv._replace(rows=kv.rows.repeat(copies), seq_lens=lengths)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 40])
 def test_attention_over_chunkings_and_batches(dtype, window):
-    q, arguments = _sequence(dtype, 137, window=window)
-    rows = arguments["rows"]
+    q, kv = _sequence(dtype, 137, window=window)
 
     def chunk(start: int, end: int, copies: int = 1) -> torch.Tensor:
         queries = torch.cat([q[start:end]] * copies)
-        facts = arguments | {
-            "rows": rows.repeat(copies),
-            "seq_lens": torch.full((copies,), end, dtype=torch.int32),
-            "cu_seqlens_q": torch.arange(copies + 1, dtype=torch.int32) * (end - start),
-        }
-        return attention_portable(queries, **facts)
+        offsets = torch.arange(copies + 1, dtype=torch.int32) * (end - start)
+        return attention_portable(queries, _repeated(kv, copies, end), offsets)
 
     whole = chunk(0, 137)
     parts = torch.cat([chunk(0, 50), chunk(50, 51), chunk(51, 137)])
@@ -54,17 +54,11 @@ def test_attention_over_chunkings_and_batches(dtype, window):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decode_and_verification_equal_prefill(dtype):
-    q, arguments = _sequence(dtype, 131)
-    lengths = torch.tensor([131], dtype=torch.int32)
-    offsets = torch.tensor([0, 131], dtype=torch.int32)
-    whole = attention_portable(q, **arguments | {"cu_seqlens_q": offsets, "seq_lens": lengths})
+    q, kv = _sequence(dtype, 131)
+    whole = attention_portable(q, kv, torch.tensor([0, 131], dtype=torch.int32))
     for width, copies in ((1, 1), (1, 3), (4, 2)):
-        facts = arguments | {
-            "rows": arguments["rows"].repeat(copies),
-            "seq_lens": lengths.repeat(copies),
-            "width": width,
-        }
-        got = decode_portable(torch.cat([q[-width:]] * copies), **facts)
+        queries = torch.cat([q[-width:]] * copies)
+        got = decode_portable(queries, _repeated(kv, copies, 131), width=width)
         assert torch.equal(got[-width:], whole[-width:])
 
 

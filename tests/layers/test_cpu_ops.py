@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from minisgl import csrc
+from minisgl.kernels.cascade import cascade
 from minisgl.kernels.linear import linear
 from minisgl.kernels.op import Case, Op
 from tests.kernels.cards import all_ops, check
@@ -34,6 +35,14 @@ def test_case(op: Op, name: str, case: Case, dtype: torch.dtype, native: bool) -
     arguments = case.make(torch.device("cpu"), dtype, torch.Generator().manual_seed(0))
     with patch.object(csrc, "load", lambda _: NATIVE if native else None):
         check(op, name, arguments)
+
+
+def test_cascade_refuses_a_window() -> None:
+    made = cascade.cases[0].make(torch.device("cpu"), torch.float32, torch.Generator())
+    windowed = made | {"kv": made["kv"]._replace(window=4)}
+    for name in ("reference", "cpu"):
+        with pytest.raises(ValueError, match="cascade needs attention without a window, got 4"):
+            cascade.implementation(name)(**windowed)
 
 
 @pytest.mark.skipif(NATIVE is None, reason="no compiler: there is no native linear layer to test")

@@ -32,9 +32,9 @@ def calls():
     """How often the op was called, and how often for how many sequences of a group."""
     counted = Counter[int]()
 
-    def spy(q, *args, **kwargs):
-        counted.update(count for _, count, _ in args[5].tolist() if count)
-        return cascade(q, *args, **kwargs)
+    def spy(q, kv, groups, shared, **facts):
+        counted.update(count for _, count, _ in groups.tolist() if count)
+        return cascade(q, kv, groups, shared, **facts)
 
     with patch.object(attention, "cascade", spy):
         yield counted

@@ -42,10 +42,9 @@ def served(model, requests, config, **facts):
     """What is served, the groups of every call of the op, and the graphs."""
     facts, calls = dict(facts), []
 
-    def spy(q, *args, **kwargs):
-        groups, shared = args[5:7]
-        calls.append((groups.tolist(), shared.tolist(), kwargs["width"]))
-        return cascade(q, *args, **kwargs)
+    def spy(q, kv, groups, shared, *, width, out):
+        calls.append((groups.tolist(), shared.tolist(), width))
+        return cascade(q, kv, groups, shared, width=width, out=out)
 
     serving = {"overlap": facts.pop("overlap", True)}
     if facts.pop("drafts", False):

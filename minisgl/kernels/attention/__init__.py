@@ -8,10 +8,10 @@ keys, its own n last among them. Query t stands at position i = L - n + t and se
     x_ij = scale * q_i . k_j,   softcap * tanh(x_ij / softcap) where there is one
     o_i  = sum_j softmax_j(x_ij) v_j,   lse_i = log sum_j exp(x_ij)
 
-Key j lies in slot page_table[rows[s], j // page_size] * page_size + j % page_size. Query head h
-reads key head h // (Hq / Hkv). Sources: Kwon et al., "Efficient Memory Management for Large
-Language Model Serving with PagedAttention", 2023; Dao, "FlashAttention-2", 2023; the soft cap from
-"Gemma 2: Improving Open Language Models at a Practical Size", 2024.
+`PagedKV` says where key j lies. Query head h reads key head h // (Hq / Hkv). Sources: Kwon et al.,
+"Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023; Dao,
+"FlashAttention-2", 2023; the soft cap from "Gemma 2: Improving Open Language Models at a Practical
+Size", 2024.
 """
 
 import math
@@ -19,55 +19,45 @@ from typing import Any
 
 import torch
 
-from minisgl.kernels.attention.paged import paged_case, visible_pairs
+from minisgl.kernels.attention.paged import Attended, PagedKV, paged_case, visible_pairs
 from minisgl.kernels.op import Case, Cost, Implementation, Op
 
 
 def attention_reference(
     q: torch.Tensor,
-    k_pool: torch.Tensor,
-    v_pool: torch.Tensor,
-    page_table: torch.Tensor,
-    rows: torch.Tensor,
+    kv: PagedKV,
     cu_seqlens_q: torch.Tensor,
-    seq_lens: torch.Tensor,
     *,
-    page_size: int,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
     max_seqlen_q: int | None = None,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Attended:
     """Returns out [T, Hq, D] in q's dtype, and lse [T, Hq] fp32 (natural log) if asked for.
 
     q: [T, Hq, D], dense in its last two dimensions; T may exceed cu_seqlens_q[S], the rest of the
-    output is then left as it is. k_pool, v_pool: [slots, Hkv, D]; slots past a sequence's length
-    hold any finite value. page_table: [max_rows, max_pages] int32, rows [S], cu_seqlens_q [S + 1]
-    and seq_lens [S] int32. max_seqlen_q: an upper bound on n, which sizes a launch; it changes no
-    result. A query that sees no key (seq_lens = 0, or more queries than keys) gives 0 and lse
-    -inf. `out` receives the result when given.
+    output is then left as it is. cu_seqlens_q: [S + 1] int32. max_seqlen_q: an upper bound on n,
+    which sizes a launch; it changes no result. A query that sees no key (seq_lens = 0, or more
+    queries than keys) gives 0 and lse -inf. `out` receives the result when given.
     """
-    num_heads = q.shape[1]
-    groups = num_heads // k_pool.shape[1]
+    groups = q.shape[1] // kv.k_pool.shape[1]
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     offsets = cu_seqlens_q.tolist()
-    for s, (row, length) in enumerate(zip(rows.tolist(), seq_lens.tolist(), strict=True)):
+    for s, (row, length) in enumerate(zip(kv.rows.tolist(), kv.seq_lens.tolist(), strict=True)):
         start, end = offsets[s], offsets[s + 1]
         j = torch.arange(length, device=q.device)
         i = length - (end - start) + torch.arange(end - start, device=q.device)[:, None]
-        slots = page_table[row, j // page_size].long() * page_size + j % page_size
-        keys = k_pool[slots].float().repeat_interleave(groups, dim=1)  # [L, Hq, D]
-        values = v_pool[slots].float().repeat_interleave(groups, dim=1)
-        x = torch.einsum("qhd,khd->qhk", q[start:end].float(), keys) * scale
-        if softcap is not None:
-            x = softcap * torch.tanh(x / softcap)
+        pages = kv.page_table[row, j // kv.page_size].long()
+        slots = pages * kv.page_size + j % kv.page_size
+        keys = kv.k_pool[slots].float().repeat_interleave(groups, dim=1)  # [L, Hq, D]
+        values = kv.v_pool[slots].float().repeat_interleave(groups, dim=1)
+        x = torch.einsum("qhd,khd->qhk", q[start:end].float(), keys) * kv.scale
+        if kv.softcap is not None:
+            x = kv.softcap * torch.tanh(x / kv.softcap)
         visible = j <= i
-        if window is not None:
-            visible &= i - j < window
+        if kv.window is not None:
+            visible &= i - j < kv.window
         x = x.masked_fill(~visible[:, None], -math.inf)
         lse[start:end] = torch.logsumexp(x, dim=-1)
         weights = torch.softmax(x, dim=-1).nan_to_num(0.0)  # no visible key: 0, not 0 / 0
@@ -75,24 +65,16 @@ def attention_reference(
     return (out, lse) if return_lse else out
 
 
-def attention_cost(
-    q: torch.Tensor,
-    k_pool: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    seq_lens: torch.Tensor,
-    *,
-    window: int | None = None,
-    **_: Any,
-) -> Cost:
+def attention_cost(q: torch.Tensor, kv: PagedKV, cu_seqlens_q: torch.Tensor, **_: Any) -> Cost:
     widths = cu_seqlens_q.diff().tolist()
     pairs = keys = 0
-    for n, length in zip(widths, seq_lens.tolist(), strict=True):
-        pairs += visible_pairs(n, length, window)
-        keys += length if window is None else min(length, window + n - 1)
-    kv = 2 * keys * k_pool[0].numel() * k_pool.element_size()
+    for n, length in zip(widths, kv.seq_lens.tolist(), strict=True):
+        pairs += visible_pairs(n, length, kv.window)
+        keys += length if kv.window is None else min(length, kv.window + n - 1)
+    moved = 2 * keys * kv.k_pool[0].numel() * kv.k_pool.element_size()
     head_dim = q.shape[-1]
     return Cost(
-        bytes=2 * q.numel() * q.element_size() + kv, flops=4 * pairs * q.shape[1] * head_dim
+        bytes=2 * q.numel() * q.element_size() + moved, flops=4 * pairs * q.shape[1] * head_dim
     )
 
 

@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from minisgl.kernels.attention.paged import Attended, PagedKV
 from minisgl.kernels.config import batch_invariant
 from minisgl.kernels.decode.native import decode_native
 
@@ -17,21 +18,13 @@ _BLOCK = 128  # queries at a time
 
 def attention_cpu(
     q: torch.Tensor,
-    k_pool: torch.Tensor,
-    v_pool: torch.Tensor,
-    page_table: torch.Tensor,
-    rows: torch.Tensor,
+    kv: PagedKV,
     cu_seqlens_q: torch.Tensor,
-    seq_lens: torch.Tensor,
     *,
-    page_size: int,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
     max_seqlen_q: int | None = None,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Attended:
     """See `attention_reference`. Under `fixed_order` a query is computed as if it came alone.
 
     Raises RuntimeError under `fixed_order` where the native ops are missing or do not cover it.
@@ -40,53 +33,51 @@ def attention_cpu(
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:2], dtype=torch.float32) if return_lse else None
     offsets = cu_seqlens_q.tolist()
-    for s, (row, length) in enumerate(zip(rows.tolist(), seq_lens.tolist(), strict=True)):
-        start, end = offsets[s], offsets[s + 1]
-        if start == end:
-            continue
-        if batch_invariant():
-            own = slice(start, end)
-            result = decode_native(
-                q[own],
-                k_pool,
-                v_pool,
-                page_table,
-                rows[s : s + 1],
-                seq_lens[s : s + 1],
-                page_size=page_size,
-                scale=scale,
-                width=end - start,
-                window=window,
-                softcap=softcap,
-                return_lse=return_lse,
-                out=out[own],
-            )
-            if result is None:
-                raise RuntimeError("attention in a fixed order on CPU needs the native ops")
-            if lse is not None:
-                lse[own] = result[1]
-            continue
-        past = length - (end - start)  # position of the first query
-        first = 0 if window is None else max(past - window + 1, 0)
-        slots = sequence_slots(page_table[row], first, length, page_size)
-        keys, values = k_pool[slots], v_pool[slots]
-        for block in range(start, end, _BLOCK):
-            stop = min(block + _BLOCK, end)
-            position = past + block - start
-            hi = past + stop - start
-            lo = 0 if window is None else max(position - window + 1, 0)
-            attend(
-                q[block:stop],
-                keys[lo - first : max(hi - first, 0)],
-                values[lo - first : max(hi - first, 0)],
-                out[block:stop],
-                None if lse is None else lse[block:stop],
-                first_position=position - lo,
-                scale=scale,
-                window=window,
-                softcap=softcap,
-            )
+    one_sequence = _each_query_alone if batch_invariant() else _blocks_of_queries
+    for s in range(len(kv.rows)):
+        own = slice(offsets[s], offsets[s + 1])
+        if own.start < own.stop:
+            one = kv._replace(rows=kv.rows[s : s + 1], seq_lens=kv.seq_lens[s : s + 1])
+            one_sequence(q[own], one, out[own], None if lse is None else lse[own])
     return out if lse is None else (out, lse)
+
+
+def _each_query_alone(
+    q: torch.Tensor, kv: PagedKV, out: torch.Tensor, lse: torch.Tensor | None
+) -> None:
+    """One sequence. q, out: [n, Hq, D]."""
+    result = decode_native(q, kv, width=len(q), return_lse=lse is not None, out=out)
+    if result is None:
+        raise RuntimeError("attention in a fixed order on CPU needs the native ops")
+    if lse is not None:
+        lse.copy_(result[1])
+
+
+def _blocks_of_queries(
+    q: torch.Tensor, kv: PagedKV, out: torch.Tensor, lse: torch.Tensor | None
+) -> None:
+    """One sequence. q, out: [n, Hq, D]."""
+    row, length = int(kv.rows), int(kv.seq_lens)
+    past = length - len(q)  # position of the first query
+    first = 0 if kv.window is None else max(past - kv.window + 1, 0)
+    slots = sequence_slots(kv.page_table[row], first, length, kv.page_size)
+    keys, values = kv.k_pool[slots], kv.v_pool[slots]
+    for start in range(0, len(q), _BLOCK):
+        block = slice(start, min(start + _BLOCK, len(q)))
+        position = past + block.start
+        low = 0 if kv.window is None else max(position - kv.window + 1, 0)
+        seen = slice(low - first, max(past + block.stop - first, 0))
+        attend(
+            q[block],
+            keys[seen],
+            values[seen],
+            out[block],
+            None if lse is None else lse[block],
+            first_position=position - low,
+            scale=kv.scale,
+            window=kv.window,
+            softcap=kv.softcap,
+        )
 
 
 def sequence_slots(

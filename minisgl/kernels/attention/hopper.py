@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from minisgl.kernels.attention.paged import Attended, PagedKV
 from minisgl.kernels.attention.portable import check_paged
 
 BLOCK_M = 128
@@ -238,51 +239,42 @@ def attention_hopper_kernel(
 
 def attention_hopper(
     q: torch.Tensor,
-    k_pool: torch.Tensor,
-    v_pool: torch.Tensor,
-    page_table: torch.Tensor,
-    rows: torch.Tensor,
+    kv: PagedKV,
     cu_seqlens_q: torch.Tensor,
-    seq_lens: torch.Tensor,
     *,
-    page_size: int,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
     max_seqlen_q: int | None = None,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Attended:
     """`attention_reference` on Hopper. Raises ValueError for what it does not serve."""
-    out = check_paged(q, k_pool, v_pool, page_table, rows, seq_lens, out)
+    out, lse = check_paged(q, kv, out, return_lse)
     q_heads, head_dim = q.shape[1:]
-    kv_heads = k_pool.shape[1]
+    kv_heads, count = kv.k_pool.shape[1], len(kv.rows)
     if head_dim != 128 or q.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"needs head_dim 128 in bf16 or fp16, got {head_dim} in {q.dtype}")
-    if page_size < 16 or window is not None or softcap is not None:
+    if kv.page_size < 16 or kv.window is not None or kv.softcap is not None:
         raise ValueError(
             "needs pages of 16 tokens or more, no window and no softcap, got "
-            f"page_size {page_size}, window {window}, softcap {softcap}"
+            f"page_size {kv.page_size}, window {kv.window}, softcap {kv.softcap}"
         )
     if q_heads // kv_heads > BLOCK_M:
         raise ValueError(f"serves up to {BLOCK_M} query heads per key head, got {q_heads}")
-    lse = None
-    if return_lse:
-        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     queries = q.shape[0] if max_seqlen_q is None else max_seqlen_q
-    if queries and len(rows):
+    if queries and count:
         element = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
         half = HALF.value
-        box = [min(page_size, BLOCK_N), half]
+        box = [min(kv.page_size, BLOCK_N), half]
         layout = gl.NVMMASharedLayout.get_default_for(box, element)
         keys, values = (
-            TensorDescriptor.from_tensor(pool.flatten(1), box, layout) for pool in (k_pool, v_pool)
+            TensorDescriptor.from_tensor(pool.flatten(1), box, layout)
+            for pool in (kv.k_pool, kv.v_pool)
         )
-        grid = (triton.cdiv(queries, BLOCK_M // (q_heads // kv_heads)), kv_heads, len(rows))
+        grid = (triton.cdiv(queries, BLOCK_M // (q_heads // kv_heads)), kv_heads, count)
         attention_hopper_kernel[grid](
-            q, keys, values, out, out if lse is None else lse, page_table, rows, cu_seqlens_q,
-            seq_lens, scale * 1.4426950408889634, q.stride(0), out.stride(0), page_table.stride(0),
-            HQ=q_heads, HK=kv_heads, PAGE=page_size, BM=BLOCK_M, BN=BLOCK_N, STAGES=STAGES,
+            q, keys, values, out, out if lse is None else lse, kv.page_table, kv.rows,
+            cu_seqlens_q, kv.seq_lens, kv.scale * 1.4426950408889634, q.stride(0), out.stride(0),
+            kv.page_table.stride(0),
+            HQ=q_heads, HK=kv_heads, PAGE=kv.page_size, BM=BLOCK_M, BN=BLOCK_N, STAGES=STAGES,
             LSE=lse is not None,
             Q_LAYOUT=gl.NVMMASharedLayout.get_default_for([BLOCK_M, half], element),
             KV_LAYOUT=gl.NVMMASharedLayout.get_default_for([BLOCK_N, half], element),

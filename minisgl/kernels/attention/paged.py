@@ -1,8 +1,28 @@
-"""What chunk attention and decode share: cases with paged keys and values, and counted work."""
+"""What all attention ops share: their paged arguments, cases of them, and counted work."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+Attended = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # out, or (out, lse)
+
+
+class PagedKV(NamedTuple):
+    """The keys and values in pages that S sequences attend to, and how their scores are made.
+
+    Key j of sequence s lies in slot page_table[rows[s], j // page_size] * page_size + j % page_size
+    of the pools. (A tuple, because every layer makes one in every step.)
+    """
+
+    k_pool: torch.Tensor  # [slots, Hkv, D], dense; unused slots hold any finite value
+    v_pool: torch.Tensor  # like k_pool
+    page_table: torch.Tensor  # [max_rows, max_pages] int32
+    rows: torch.Tensor  # [S] int32
+    seq_lens: torch.Tensor  # [S] int32: keys of a sequence, those of its queries included
+    page_size: int
+    scale: float  # of q . k
+    window: int | None = None  # a query sees its own key and the window - 1 before it
+    softcap: float | None = None
 
 
 def visible_pairs(queries: int, length: int, window: int | None) -> int:
@@ -28,7 +48,7 @@ def paged_case(
     softcap: float | None = None,
     return_lse: bool = False,
 ) -> dict[str, Any]:
-    """Arguments of a paged attention: pages and rows shuffled, unused slots filled with 1000.
+    """Arguments of an attention op: pages and rows shuffled, unused slots filled with 1000.
 
     q is the head of a wider projection, so its rows are strided. Table entries past a sequence's
     pages name no page of the pool.
@@ -49,16 +69,15 @@ def paged_case(
         slots = (own[:, None] * page_size + torch.arange(page_size, device=on)).flatten()[:length]
         pools[:, slots] = torch.randn(2, length, kv_heads, head_dim, generator=generator, device=on)
     projection = torch.randn(tokens, q_heads + 2, head_dim, generator=generator, device=on)
-    return {
-        "q": projection.to(device, dtype)[:, :q_heads],
-        "k_pool": pools[0].to(device, dtype),
-        "v_pool": pools[1].to(device, dtype),
-        "page_table": page_table.to(device),
-        "rows": rows.int().to(device),
-        "seq_lens": torch.tensor(lengths, dtype=torch.int32, device=device),
-        "page_size": page_size,
-        "scale": head_dim**-0.5,
-        "window": window,
-        "softcap": softcap,
-        "return_lse": return_lse,
-    }
+    kv = PagedKV(
+        k_pool=pools[0].to(device, dtype),
+        v_pool=pools[1].to(device, dtype),
+        page_table=page_table.to(device),
+        rows=rows.int().to(device),
+        seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
+        page_size=page_size,
+        scale=head_dim**-0.5,
+        window=window,
+        softcap=softcap,
+    )
+    return {"q": projection.to(device, dtype)[:, :q_heads], "kv": kv, "return_lse": return_lse}

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from minisgl.kernels.attention.paged import Attended, PagedKV
 from minisgl.kernels.config import Tile, architecture, attention_tile
 
 
@@ -185,133 +186,96 @@ def attention_kernel(
 
 
 def check_paged(
-    q: torch.Tensor,
-    k_pool: torch.Tensor,
-    v_pool: torch.Tensor,
-    page_table: torch.Tensor,
-    rows: torch.Tensor,
-    seq_lens: torch.Tensor,
-    out: torch.Tensor | None,
-) -> torch.Tensor:
-    """Checks what every paged attention takes; the result's tensor, allocated if not given."""
+    q: torch.Tensor, kv: PagedKV, out: torch.Tensor | None, return_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Checks what every attention takes; the result's tensor, allocated if not given, and lse's."""
     _, q_heads, head_dim = q.shape
-    kv_heads = k_pool.shape[1]
+    kv_heads = kv.k_pool.shape[1]
     if q_heads % kv_heads:
         raise ValueError(f"q's heads must be a multiple of the pool's {kv_heads}, got {q_heads}")
-    if k_pool.shape[2] != head_dim or v_pool.shape != k_pool.shape:
+    if kv.k_pool.shape[2] != head_dim or kv.v_pool.shape != kv.k_pool.shape:
         raise ValueError(
             f"k_pool and v_pool must be alike, with head_dim {head_dim}, got "
-            f"{list(k_pool.shape)} and {list(v_pool.shape)}"
+            f"{list(kv.k_pool.shape)} and {list(kv.v_pool.shape)}"
         )
-    if not (k_pool.is_contiguous() and v_pool.is_contiguous()):
+    if not (kv.k_pool.is_contiguous() and kv.v_pool.is_contiguous()):
         raise ValueError("k_pool and v_pool must be dense")
     if q.stride()[1:] != (head_dim, 1):
         raise ValueError(f"q must be dense in its last two dimensions, got {q.stride()}")
-    if seq_lens.shape != rows.shape or page_table.stride(1) != 1:
+    if kv.seq_lens.shape != kv.rows.shape or kv.page_table.stride(1) != 1:
         raise ValueError("rows and seq_lens must have one entry per sequence, page_table dense")
     if out is None:
-        return torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if out.shape != q.shape or out.stride()[1:] != (head_dim, 1):
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    elif out.shape != q.shape or out.stride()[1:] != (head_dim, 1):
         raise ValueError(f"out must be like q, {list(q.shape)}, got {list(out.shape)}")
-    return out
+    lse = None
+    if return_lse:
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    return out, lse
 
 
 def launch_attention(
     q: torch.Tensor,
-    k_pool: torch.Tensor,
-    v_pool: torch.Tensor,
-    page_table: torch.Tensor,
-    rows: torch.Tensor,
+    kv: PagedKV,
     offsets: torch.Tensor | None,
-    seq_lens: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor | None,
-    *,
-    page_size: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
     queries: int,
 ) -> None:
     """Launches tiles for up to `queries` queries a sequence; with no offsets each has as many."""
     q_heads, head_dim = q.shape[1:]
-    kv_heads = k_pool.shape[1]
+    kv_heads, count = kv.k_pool.shape[1], len(kv.rows)
     group = q_heads // kv_heads
-    if queries == 0 or len(rows) == 0:
+    if queries == 0 or count == 0:
         return
     tile: Tile = attention_tile(architecture(q.device).chunk, head_dim, q.dtype)
     block_m = max(tile.rows, triton.next_power_of_2(group))
-    grid = (triton.cdiv(queries, block_m // group), kv_heads, len(rows))
-    attention_kernel[grid](
+    attention_kernel[(triton.cdiv(queries, block_m // group), kv_heads, count)](
         q,
-        k_pool,
-        v_pool,
+        kv.k_pool,
+        kv.v_pool,
         out,
         out if lse is None else lse,
-        page_table,
-        rows,
-        rows if offsets is None else offsets,
-        seq_lens,
-        scale,
-        0.0 if softcap is None else softcap,
+        kv.page_table,
+        kv.rows,
+        kv.rows if offsets is None else offsets,
+        kv.seq_lens,
+        kv.scale,
+        0.0 if kv.softcap is None else kv.softcap,
         q.stride(0),
         out.stride(0),
-        page_table.stride(0),
+        kv.page_table.stride(0),
         WIDTH=queries if offsets is None else 0,
         HQ=q_heads,
         HK=kv_heads,
         D=head_dim,
-        PAGE=page_size,
+        PAGE=kv.page_size,
         BLOCK_M=block_m,
         BLOCK_N=tile.cols,
         BLOCK_D=triton.next_power_of_2(head_dim),
-        WINDOW=window or 0,
-        SOFTCAP=softcap is not None,
+        WINDOW=kv.window or 0,
+        SOFTCAP=kv.softcap is not None,
         LSE=lse is not None,
         num_warps=tile.warps,
         # One table entry per key, loaded ahead as deep as the keys, makes ptxas serialise wgmma.
-        num_stages=2 if page_size == 1 else tile.stages,
+        num_stages=2 if kv.page_size == 1 else tile.stages,
     )
 
 
 def attention_portable(
     q: torch.Tensor,
-    k_pool: torch.Tensor,
-    v_pool: torch.Tensor,
-    page_table: torch.Tensor,
-    rows: torch.Tensor,
+    kv: PagedKV,
     cu_seqlens_q: torch.Tensor,
-    seq_lens: torch.Tensor,
     *,
-    page_size: int,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
     max_seqlen_q: int | None = None,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Attended:
     """`attention_reference` on a GPU. Raises ValueError for shapes that do not fit."""
-    out = check_paged(q, k_pool, v_pool, page_table, rows, seq_lens, out)
-    if cu_seqlens_q.shape != (len(rows) + 1,):
-        raise ValueError(f"cu_seqlens_q must be [{len(rows) + 1}], got {list(cu_seqlens_q.shape)}")
-    lse = None
-    if return_lse:
-        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    launch_attention(
-        q,
-        k_pool,
-        v_pool,
-        page_table,
-        rows,
-        cu_seqlens_q,
-        seq_lens,
-        out,
-        lse,
-        page_size=page_size,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        queries=q.shape[0] if max_seqlen_q is None else max_seqlen_q,
-    )
+    out, lse = check_paged(q, kv, out, return_lse)
+    count = len(kv.rows)
+    if cu_seqlens_q.shape != (count + 1,):
+        raise ValueError(f"cu_seqlens_q must be [{count + 1}], got {list(cu_seqlens_q.shape)}")
+    queries = q.shape[0] if max_seqlen_q is None else max_seqlen_q
+    launch_attention(q, kv, cu_seqlens_q, out, lse, queries)
     return out if lse is None else (out, lse)

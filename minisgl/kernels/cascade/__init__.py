@@ -11,64 +11,44 @@ from typing import Any
 
 import torch
 
-from minisgl.kernels.attention.paged import paged_case
+from minisgl.kernels.attention.paged import Attended, PagedKV, paged_case
 from minisgl.kernels.decode import decode_cost, decode_reference
 from minisgl.kernels.op import Case, Cost, Implementation, Op
 
 
 def cascade_reference(
     q: torch.Tensor,
-    k_pool: torch.Tensor,
-    v_pool: torch.Tensor,
-    page_table: torch.Tensor,
-    rows: torch.Tensor,
-    seq_lens: torch.Tensor,
+    kv: PagedKV,
     groups: torch.Tensor,
     shared: torch.Tensor,
     *,
-    page_size: int,
-    scale: float,
     width: int = 1,
-    softcap: float | None = None,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Returns what `decode` does for the same arguments, without a window.
+) -> Attended:
+    """Returns what `decode` does for the same arguments, which have no window.
 
     groups: [G, 3] int32, disjoint; a count of 0 is padding. shared: [S] int32, the keys a sequence
     shares with its group, pages * page_size, or 0 outside every group; at most seq_lens - width,
     so that every query of the group sees them all.
     """
-    return decode_reference(
-        q,
-        k_pool,
-        v_pool,
-        page_table,
-        rows,
-        seq_lens,
-        page_size=page_size,
-        scale=scale,
-        width=width,
-        softcap=softcap,
-        return_lse=return_lse,
-        out=out,
-    )
+    check_window(kv)
+    return decode_reference(q, kv, width=width, return_lse=return_lse, out=out)
+
+
+def check_window(kv: PagedKV) -> None:
+    """Raises ValueError for a window: it would leave out what the groups share."""
+    if kv.window is not None:
+        raise ValueError(f"cascade needs attention without a window, got {kv.window}")
 
 
 def cascade_cost(
-    q: torch.Tensor,
-    k_pool: torch.Tensor,
-    seq_lens: torch.Tensor,
-    groups: torch.Tensor,
-    *,
-    page_size: int,
-    width: int = 1,
-    **_: Any,
+    q: torch.Tensor, kv: PagedKV, groups: torch.Tensor, *, width: int = 1, **_: Any
 ) -> Cost:
     """As `decode`, less the bytes of shared keys and values that are not read again."""
-    plain = decode_cost(q, k_pool, seq_lens, width=width, window=None)
+    plain = decode_cost(q, kv, width=width)
     again = sum((count - 1) * pages for _, count, pages in groups.tolist() if count)
-    saved = 2 * again * page_size * k_pool[0].numel() * k_pool.element_size()
+    saved = 2 * again * kv.page_size * kv.k_pool[0].numel() * kv.k_pool.element_size()
     return Cost(bytes=plain.bytes - saved, flops=plain.flops)
 
 
@@ -84,13 +64,13 @@ def _case(
         device: torch.device, dtype: torch.dtype, generator: torch.Generator
     ) -> dict[str, Any]:
         made = paged_case(len(lengths) * width, lengths, device, dtype, generator, **facts)
-        del made["window"]
-        table, rows = made["page_table"], made["rows"].tolist()
+        kv: PagedKV = made["kv"]
+        table, rows = kv.page_table, kv.rows.tolist()
         shared = torch.zeros(len(lengths), dtype=torch.int32)
         for first, count, pages in groups:
             for s in range(first, first + count):
                 table[rows[s], :pages] = table[rows[first], :pages]
-                shared[s] = pages * made["page_size"]
+                shared[s] = pages * kv.page_size
         plan = torch.tensor(groups, dtype=torch.int32).reshape(-1, 3).to(device)
         return made | {"groups": plan, "shared": shared.to(device), "width": width}
 

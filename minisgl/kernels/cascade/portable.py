@@ -9,9 +9,16 @@ import torch
 import triton
 import triton.language as tl
 
-from minisgl.kernels.attention.portable import attend, check_paged
+from minisgl.kernels.attention.paged import Attended, PagedKV
+from minisgl.kernels.attention.portable import attend
+from minisgl.kernels.cascade import check_window
 from minisgl.kernels.config import Architecture, Tile, architecture, attention_tile
-from minisgl.kernels.decode.portable import decode_splits, launch_decode, split_count
+from minisgl.kernels.decode.portable import (
+    check_decode,
+    decode_splits,
+    launch_decode,
+    split_count,
+)
 from minisgl.kernels.merge.portable import launch_merge
 
 MAX_PREFIX_SPLITS = 16
@@ -106,89 +113,78 @@ def cascade_splits(
     return min(prefixes, MAX_PREFIX_SPLITS), suffixes
 
 
-def cascade_portable(
+def launch_prefix(
     q: torch.Tensor,
-    k_pool: torch.Tensor,
-    v_pool: torch.Tensor,
-    page_table: torch.Tensor,
-    rows: torch.Tensor,
-    seq_lens: torch.Tensor,
+    kv: PagedKV,
     groups: torch.Tensor,
-    shared: torch.Tensor,
-    *,
-    page_size: int,
-    scale: float,
-    width: int = 1,
-    softcap: float | None = None,
-    return_lse: bool = False,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """`cascade_reference` on a GPU. Raises ValueError for shapes that do not fit."""
-    out = check_paged(q, k_pool, v_pool, page_table, rows, seq_lens, out)
-    tokens, q_heads, head_dim = q.shape
-    kv_heads, count = k_pool.shape[1], len(rows)
-    if tokens != count * width:
-        raise ValueError(f"q must have {count} x {width} tokens, got {tokens}")
-    if groups.shape[1:] != (3,) or not groups.is_contiguous() or shared.shape != (count,):
-        raise ValueError(f"groups must be dense [G, 3] and shared [{count}]")
-    lse = None
-    if return_lse:
-        lse = torch.empty((tokens, q_heads), dtype=torch.float32, device=q.device)
-    if count == 0:
-        return out if lse is None else (out, lse)
-    arch = architecture(q.device)
-    tile: Tile = attention_tile(arch.chunk, head_dim, q.dtype)
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    width: int,
+) -> None:
+    """Launches one program per tile of queries, group, key head and run of the shared keys.
+
+    out: [splits, S * width, Hq, D]; lse: [splits, S * width, Hq], -inf already.
+    """
+    splits, tokens, q_heads, head_dim = out.shape
+    kv_heads = kv.k_pool.shape[1]
     group = q_heads // kv_heads
+    tile: Tile = attention_tile(architecture(q.device).chunk, head_dim, q.dtype)
     block_m = max(tile.rows, triton.next_power_of_2(group))
     tiles = triton.cdiv(tokens, block_m // group)
-    max_keys = page_table.shape[1] * page_size
-    prefixes, suffixes = cascade_splits(arch, q, kv_heads, count, max_keys)
-    shape = (prefixes + suffixes, tokens, q_heads)
-    parts = torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device)
-    part_lse = torch.full(shape, -torch.inf, dtype=torch.float32, device=q.device)
-    prefix_kernel[(tiles, len(groups), kv_heads * prefixes)](
+    prefix_kernel[(tiles, len(groups), kv_heads * splits)](
         q,
-        k_pool,
-        v_pool,
-        parts,
-        part_lse,
-        page_table,
-        rows,
+        kv.k_pool,
+        kv.v_pool,
+        out,
+        lse,
+        kv.page_table,
+        kv.rows,
         groups,
-        scale,
-        0.0 if softcap is None else softcap,
+        kv.scale,
+        0.0 if kv.softcap is None else kv.softcap,
         q.stride(0),
-        parts.stride(0),
-        part_lse.stride(0),
-        page_table.stride(0),
+        out.stride(0),
+        lse.stride(0),
+        kv.page_table.stride(0),
         WIDTH=width,
         HQ=q_heads,
         HK=kv_heads,
         D=head_dim,
-        PAGE=page_size,
+        PAGE=kv.page_size,
         BLOCK_M=block_m,
         BLOCK_N=tile.cols,
         BLOCK_D=triton.next_power_of_2(head_dim),
-        SOFTCAP=softcap is not None,
+        SOFTCAP=kv.softcap is not None,
         num_warps=tile.warps,
-        num_stages=2 if page_size == 1 else tile.stages,
+        num_stages=2 if kv.page_size == 1 else tile.stages,
     )
-    launch_decode(
-        q,
-        k_pool,
-        v_pool,
-        page_table,
-        rows,
-        seq_lens,
-        parts[prefixes:],
-        part_lse[prefixes:],
-        page_size=page_size,
-        scale=scale,
-        width=width,
-        window=None,
-        softcap=softcap,
-        splits=suffixes,
-        skipped=shared,
-    )
+
+
+def cascade_portable(
+    q: torch.Tensor,
+    kv: PagedKV,
+    groups: torch.Tensor,
+    shared: torch.Tensor,
+    *,
+    width: int = 1,
+    return_lse: bool = False,
+    out: torch.Tensor | None = None,
+) -> Attended:
+    """`cascade_reference` on a GPU. Raises ValueError for shapes that do not fit."""
+    check_window(kv)
+    out, lse = check_decode(q, kv, width, out, return_lse)
+    count = len(kv.rows)
+    if groups.shape[1:] != (3,) or not groups.is_contiguous() or shared.shape != (count,):
+        raise ValueError(f"groups must be dense [G, 3] and shared [{count}]")
+    if count == 0:
+        return out if lse is None else (out, lse)
+    max_keys = kv.page_table.shape[1] * kv.page_size
+    arch = architecture(q.device)
+    prefixes, suffixes = cascade_splits(arch, q, kv.k_pool.shape[1], count, max_keys)
+    shape = (prefixes + suffixes, *q.shape)
+    parts = torch.empty(shape, dtype=torch.float32, device=q.device)
+    part_lse = torch.full(shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
+    launch_prefix(q, kv, groups, parts[:prefixes], part_lse[:prefixes], width)
+    launch_decode(q, kv, parts[prefixes:], part_lse[prefixes:], width, suffixes, skipped=shared)
     launch_merge(parts, part_lse, out, lse)
     return out if lse is None else (out, lse)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from minisgl.kernels.attention import attention_cost, attention_reference
-from minisgl.kernels.attention.paged import paged_case
+from minisgl.kernels.attention.paged import Attended, PagedKV, paged_case
 from minisgl.kernels.op import Case, Cost, Implementation, Op
 
 
@@ -22,47 +22,22 @@ def _offsets(seq_lens: torch.Tensor, width: int) -> torch.Tensor:
 
 def decode_reference(
     q: torch.Tensor,
-    k_pool: torch.Tensor,
-    v_pool: torch.Tensor,
-    page_table: torch.Tensor,
-    rows: torch.Tensor,
-    seq_lens: torch.Tensor,
+    kv: PagedKV,
     *,
-    page_size: int,
-    scale: float,
     width: int = 1,
-    window: int | None = None,
-    softcap: float | None = None,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Attended:
     """Returns out [S * width, Hq, D] in q's dtype, and lse [S * width, Hq] fp32 if asked for.
 
-    q: [S * width, Hq, D], sequence by sequence. seq_lens: [S] int32, the width included; a
-    sequence of length 0 is padding and gives 0 and lse -inf, as does any query that sees no key.
-    Everything else is as `attention` has it.
+    q: [S * width, Hq, D], sequence by sequence. A sequence of length 0 is padding and gives 0 and
+    lse -inf, as does any query that sees no key. Everything else is as `attention` has it.
     """
-    return attention_reference(
-        q,
-        k_pool,
-        v_pool,
-        page_table,
-        rows,
-        _offsets(seq_lens, width),
-        seq_lens,
-        page_size=page_size,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        return_lse=return_lse,
-        out=out,
-    )
+    return attention_reference(q, kv, _offsets(kv.seq_lens, width), return_lse=return_lse, out=out)
 
 
-def decode_cost(
-    q: torch.Tensor, k_pool: torch.Tensor, seq_lens: torch.Tensor, *, width: int = 1, **facts: Any
-) -> Cost:
-    return attention_cost(q, k_pool, _offsets(seq_lens, width), seq_lens, window=facts["window"])
+def decode_cost(q: torch.Tensor, kv: PagedKV, *, width: int = 1, **_: Any) -> Cost:
+    return attention_cost(q, kv, _offsets(kv.seq_lens, width))
 
 
 def _case(label: str, lengths: list[int], *, width: int = 1, **facts: Any) -> Case:

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from minisgl.kernels.attention.paged import Attended, PagedKV
 from minisgl.kernels.attention.portable import attend, check_paged, launch_attention
 from minisgl.kernels.config import (
     Architecture,
@@ -133,56 +134,47 @@ def decode_splits(
 
 def launch_decode(
     q: torch.Tensor,
-    k_pool: torch.Tensor,
-    v_pool: torch.Tensor,
-    page_table: torch.Tensor,
-    rows: torch.Tensor,
-    seq_lens: torch.Tensor,
+    kv: PagedKV,
     out: torch.Tensor,
     lse: torch.Tensor | None,
-    *,
-    page_size: int,
-    scale: float,
     width: int,
-    window: int | None,
-    softcap: float | None,
     splits: int,
     skipped: torch.Tensor | None = None,
 ) -> None:
     """Launches one program per sequence, group and run. out: [splits, S * width, Hq, D]."""
     q_heads, head_dim = q.shape[1:]
-    kv_heads = k_pool.shape[1]
+    kv_heads = kv.k_pool.shape[1]
     needed = triton.next_power_of_2(width * (q_heads // kv_heads))
     tile: Tile = attention_tile(architecture(q.device).decode, head_dim, q.dtype)
     block_m = min(MAX_ROWS, max(tile.rows, needed))
     row_tiles = max(1, needed // block_m)
-    decode_kernel[(len(rows) * row_tiles, kv_heads, splits)](
+    decode_kernel[(len(kv.rows) * row_tiles, kv_heads, splits)](
         q,
-        k_pool,
-        v_pool,
+        kv.k_pool,
+        kv.v_pool,
         out,
         out if lse is None else lse,
-        page_table,
-        rows,
-        seq_lens,
-        seq_lens if skipped is None else skipped,
-        scale,
-        0.0 if softcap is None else softcap,
+        kv.page_table,
+        kv.rows,
+        kv.seq_lens,
+        kv.seq_lens if skipped is None else skipped,
+        kv.scale,
+        0.0 if kv.softcap is None else kv.softcap,
         q.stride(0),
         out.stride(1),
         out.stride(0),
         0 if lse is None else lse.stride(0),
-        page_table.stride(0),
+        kv.page_table.stride(0),
         WIDTH=width,
         HQ=q_heads,
         HK=kv_heads,
         D=head_dim,
-        PAGE=page_size,
+        PAGE=kv.page_size,
         BLOCK_M=block_m,
         BLOCK_N=tile.cols,
         BLOCK_D=triton.next_power_of_2(head_dim),
-        WINDOW=window or 0,
-        SOFTCAP=softcap is not None,
+        WINDOW=kv.window or 0,
+        SOFTCAP=kv.softcap is not None,
         ROW_TILES=row_tiles,
         SKIP=skipped is not None,
         LSE=lse is not None,
@@ -191,52 +183,42 @@ def launch_decode(
     )
 
 
+def check_decode(
+    q: torch.Tensor, kv: PagedKV, width: int, out: torch.Tensor | None, return_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`check_paged`, where every sequence has `width` queries."""
+    if len(q) != len(kv.rows) * width:
+        raise ValueError(f"q must have {len(kv.rows)} x {width} tokens, got {len(q)}")
+    return check_paged(q, kv, out, return_lse)
+
+
 def decode_portable(
     q: torch.Tensor,
-    k_pool: torch.Tensor,
-    v_pool: torch.Tensor,
-    page_table: torch.Tensor,
-    rows: torch.Tensor,
-    seq_lens: torch.Tensor,
+    kv: PagedKV,
     *,
-    page_size: int,
-    scale: float,
     width: int = 1,
-    window: int | None = None,
-    softcap: float | None = None,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Attended:
     """`decode_reference` on a GPU. Raises ValueError for shapes that do not fit.
 
     Under `config.fixed_order` the chunk kernel does the work: a query then goes through the
     same operations in the same order whether it is decoded, verified or prefilled.
     """
-    out = check_paged(q, k_pool, v_pool, page_table, rows, seq_lens, out)
-    tokens, q_heads, head_dim = q.shape
-    count = len(rows)
-    if tokens != count * width:
-        raise ValueError(f"q must have {count} x {width} tokens, got {tokens}")
-    lse = None
-    if return_lse:
-        lse = torch.empty((tokens, q_heads), dtype=torch.float32, device=q.device)
-    if count == 0:
+    out, lse = check_decode(q, kv, width, out, return_lse)
+    if len(kv.rows) == 0:
         return out if lse is None else (out, lse)
-    paged = (q, k_pool, v_pool, page_table, rows)
-    facts = {"page_size": page_size, "scale": scale, "window": window, "softcap": softcap}
     if batch_invariant():
-        launch_attention(*paged, None, seq_lens, out, lse, queries=width, **facts)
+        launch_attention(q, kv, None, out, lse, queries=width)
         return out if lse is None else (out, lse)
-    max_keys = page_table.shape[1] * page_size
-    arch = architecture(q.device)
-    splits = decode_splits(arch, count, k_pool.shape[1], head_dim, max_keys, q.dtype)
+    max_keys = kv.page_table.shape[1] * kv.page_size
+    arch, (_, kv_heads, head_dim) = architecture(q.device), kv.k_pool.shape
+    splits = decode_splits(arch, len(kv.rows), kv_heads, head_dim, max_keys, q.dtype)
     if splits == 1:
-        single = None if lse is None else lse[None]
-        launch_decode(*paged, seq_lens, out[None], single, width=width, splits=1, **facts)
+        launch_decode(q, kv, out[None], None if lse is None else lse[None], width, splits)
     else:
-        shape = (splits, tokens, q_heads)
-        parts = torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device)
-        part_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
-        launch_decode(*paged, seq_lens, parts, part_lse, width=width, splits=splits, **facts)
+        parts = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(parts.shape[:3], dtype=torch.float32, device=q.device)
+        launch_decode(q, kv, parts, part_lse, width, splits)
         launch_merge(parts, part_lse, out, lse)
     return out if lse is None else (out, lse)
