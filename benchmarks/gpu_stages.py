@@ -77,10 +77,18 @@ STAGES = (
     Stage(
         "engine",
         "engine",
-        180,
+        160,
         gpu_tests(f"-n 3 --dist loadfile {ENGINE_TESTS}"),
         (*PYTEST, "triton", *ENGINE),
         "-n 0 --stand-ins",
+    ),
+    Stage(
+        "hopper-engine",
+        "engine",
+        50,
+        gpu_tests("-n 0 tests/gpu/test_gluon.py"),
+        (*PYTEST, "triton", *ENGINE),
+        "--stand-ins",
     ),
     Stage(
         "decode",

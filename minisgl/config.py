@@ -15,6 +15,7 @@ LoadFormat = Literal["auto", "dummy"]
 SchedulePolicy = Literal["fcfs", "lpm", "priority"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 BatchPolicy = Literal["balanced", "prefill-first", "decode-first"]
+AttentionBackend = Literal["auto", "triton", "gluon"]
 SpeculativeAlgorithm = Literal["none", "draft", "ngram"]
 PAGE_SIZES = (1, 16, 32, 64)
 CUDA_GRAPH_MAX_BS = 256  # beyond, a step's kernels take longer than launching them
@@ -47,6 +48,9 @@ class EngineConfig:
     disable_cascade: bool = _option(False, "read shared prefixes once per sequence when decoding")
     cascade_min_shared_tokens: int | None = _option(
         None, "tokens a group's shared prefix must save; by the GPU when absent, no groups on CPU"
+    )
+    attention_backend: AttentionBackend = _option(
+        "auto", "GPU kernel of prompt attention: triton, gluon (sm_90 only), or auto: triton"
     )
     disable_overlap_schedule: bool = _option(False, "plan a step only after the last is collected")
     batch_invariant: bool = _option(
@@ -106,6 +110,8 @@ class EngineConfig:
             for name in ("disable_cascade", "disable_radix_cache", "batch_invariant"):
                 if getattr(self, name):
                     raise ValueError(f"cascade_min_shared_tokens needs cascade groups, got {name}")
+        if self.attention_backend == "gluon" and self.batch_invariant:
+            raise ValueError("attention_backend gluon cannot be used with batch_invariant")
         if self.mem_fraction_static > 1:
             raise ValueError(
                 f"mem_fraction_static must be at most 1, got {self.mem_fraction_static}"

@@ -19,8 +19,8 @@ from minisgl.kernels.activation.portable import (
     silu_and_mul_portable,
 )
 from minisgl.kernels.advance.portable import advance_rows_portable, prepare_inputs_portable
+from minisgl.kernels.attention import attention
 from minisgl.kernels.attention.paged import PagedKV
-from minisgl.kernels.attention.portable import attention_portable
 from minisgl.kernels.cascade.portable import cascade_portable, cascade_splits
 from minisgl.kernels.config import Architecture, fixed_order
 from minisgl.kernels.decode.portable import decode_portable, decode_splits
@@ -193,7 +193,8 @@ def chunks(model: ModelShapes, engine: EngineShapes, window: int | None, **facts
     call |= {"cu_seqlens_q": ints(5), "max_seqlen_q": 512}
     wgmma = {} if model.dtype == "float32" else {"attention_kernel": ("wgmma",)}
     label = f"attention {_where(model, engine, window)}"
-    return Launch(label, attention_portable, call, ("load128",), on_hopper=wgmma)
+    launcher = attention.implementation(model.attention)
+    return Launch(label, launcher, call, ("load128",), on_hopper=wgmma)
 
 
 def decodes(

@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,17 +42,15 @@ class Implementation:
     name: str
     device: str  # torch device type it runs on
     path: str
-    min_capability: tuple[int, int] = (0, 0)  # of a CUDA device
+    capability: tuple[int, int] | None = None  # of the CUDA devices it runs on, if not of all
 
     def supports(self, device: torch.device) -> bool:
-        if device.type != self.device:
-            return False
-        return (
-            device.type != "cuda" or torch.cuda.get_device_capability(device) >= self.min_capability
-        )
+        if device.type != self.device or self.capability is None:
+            return device.type == self.device
+        return torch.cuda.get_device_capability(device) == self.capability
 
 
-@dataclass
+@dataclass(eq=False)
 class Op:
     """An op card. Calling it runs the implementation that fits the first tensor's device.
 
@@ -80,6 +78,13 @@ class Op:
             with detail(self.name):
                 return function(first, *args, **kwargs)
         return function(first, *args, **kwargs)
+
+    def only(self, name: str) -> "Op":
+        """This op with one of its implementations, for who chooses by more than the device."""
+        chosen = [i for i in self.implementations if i.name == name]
+        if not chosen:
+            raise KeyError(f"op {self.name} has no implementation {name!r}")
+        return replace(self, implementations=chosen, _chosen={})
 
     def choose(self, device: torch.device) -> Callable[..., Any]:
         """The preferred implementation for `device`. Raises RuntimeError when there is none."""

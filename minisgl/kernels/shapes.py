@@ -25,6 +25,7 @@ class ModelShapes:
     rotary_dims: tuple[int, ...] = ()  # as many as there are kinds of tables; the head if empty
     windows: tuple[int | None, ...] = (None,)  # as many as there are kinds of layers
     softcap: bool = False  # of attention scores
+    attention: str = "portable"  # the implementation that computes prompts
     qk_norm: bool = False
     unit_offset: bool = False
     activation: str = "silu"

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 
-from minisgl.kernels.attention import attention
 from minisgl.kernels.attention.paged import PagedKV
 from minisgl.kernels.cascade import cascade
 from minisgl.kernels.decode import decode
@@ -101,6 +100,7 @@ class Attention:
             f"{prefix}.o_proj", num_heads, head_dim, hidden_size, bias=out_bias, at=at
         )
         self.num_heads, self.num_kv_heads, _ = (count for _, count in self.qkv.shares)
+        self.attention = at.attention
         self.scale = scale
         self.window = window
         self.softcap = softcap
@@ -167,7 +167,7 @@ class Attention:
                 shared = (inputs.groups, inputs.shared)
                 cascade(q[:n], paged, *shared, width=width, out=attended[:n])
         if slices.chunk_rows.shape[0]:
-            attention(
+            self.attention(
                 q[n:],
                 PagedKV(*kv, inputs.page_table, slices.chunk_rows, slices.chunk_lens, *how),
                 slices.chunk_offsets,

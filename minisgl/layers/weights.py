@@ -7,16 +7,20 @@ from dataclasses import dataclass
 
 import torch
 
+from minisgl.kernels.attention import attention
+from minisgl.kernels.op import Op
 from minisgl.parallel import Communicator
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The same for all layers of a model: where they live, in what type, among which ranks."""
+    """The same for all layers of a model: where they live, in what type, among which ranks, and
+    what computes the attention of prompts."""
 
     dtype: torch.dtype
     device: torch.device
     comm: Communicator
+    attention: Op = attention
 
     def empty(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)

@@ -10,6 +10,8 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
+from minisgl.kernels.attention import attention
+from minisgl.kernels.op import Op
 from minisgl.layers.weights import Placement, Weight
 from minisgl.log import get_logger, shows_progress
 from minisgl.models.config import ModelConfig
@@ -31,15 +33,17 @@ def load_model(
     device: torch.device,
     load_format: Literal["auto", "dummy"] = "auto",
     comm: Communicator | None = None,
+    attention: Op = attention,
     seed: int = 0,
 ) -> Decoder:
     """Build this rank's part of the model and fill its weights, cast to `dtype`.
 
     path: a directory of safetensors files; not read when `load_format` is "dummy", which fills
-    random weights that depend on `seed` and their names only. Raises ValueError naming the tensors
+    random weights that depend on `seed` and their names only. attention: the op that computes the
+    attention of prompts. Raises ValueError naming the tensors
     for weights that are unknown, missing or misshapen, and for pickle checkpoints.
     """
-    decoder = Decoder(config, Placement(dtype, device, comm or Solo()))
+    decoder = Decoder(config, Placement(dtype, device, comm or Solo(), attention))
     if load_format == "dummy":
         weights = _RandomWeights(seed, device)
         for weight in decoder.weights():

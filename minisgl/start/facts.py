@@ -9,8 +9,11 @@ import torch
 from minisgl import csrc
 from minisgl.config import CUDA_GRAPH_MAX_BS, EngineConfig
 from minisgl.device import Device
+from minisgl.kernels.attention import attention
 from minisgl.kernels.native import DTYPES as NATIVE_DTYPES
+from minisgl.kernels.op import Op
 from minisgl.models.config import ModelConfig
+from minisgl.start.attention_backend import attention_op
 from minisgl.start.draft import DraftFacts, read_draft
 from minisgl.step.sizes import GraphSizes
 
@@ -33,6 +36,7 @@ class Facts:
     cascade: bool  # whether steps may have cascade groups
     graphs: GraphSizes
     draft: DraftFacts | None = None
+    attention: Op = attention  # of the model's prompts
 
 
 def read_facts(config: EngineConfig, path: Path, device: Device, rank: int = 0) -> Facts:
@@ -53,7 +57,8 @@ def read_facts(config: EngineConfig, path: Path, device: Device, rank: int = 0) 
     if config.speculative_algorithm == "draft" and rank == 0:
         draft = read_draft(config, model, path, max_context)
     cascade, graphs = uses_cascade(config, model, device), graph_sizes(config, dtype, device)
-    return Facts(config, path, model, dtype, max_context, cascade, graphs, draft)
+    op = attention_op(config.attention_backend, model, dtype, config.page_size, device.torch_device)
+    return Facts(config, path, model, dtype, max_context, cascade, graphs, draft, op)
 
 
 def uses_cascade(config: EngineConfig, model: ModelConfig, device: Device) -> bool:

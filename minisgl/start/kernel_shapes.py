@@ -38,6 +38,7 @@ def model_shapes(decoder: Decoder) -> ModelShapes:
         rotary_dims=tuple(dict.fromkeys(layer.attention.cos_sin.shape[1] for layer in layers)),
         windows=tuple(windows),
         softcap=config.attention_softcap is not None,
+        attention=next(i.name for i in attention.attention.implementations if i.device == "cuda"),
         qk_norm=attention.qk_norm is not None,
         unit_offset=config.family.norm_unit_offset,
         activation=config.activation,

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from minisgl.core.executor import Limits
 from minisgl.device import Device
+from minisgl.kernels.attention import attention
+from minisgl.kernels.op import Op
 from minisgl.kernels.shapes import EngineShapes
 from minisgl.log import get_logger
 from minisgl.models.config import ModelConfig
@@ -79,7 +81,7 @@ def load_models(
     """This rank's share of the model, and the draft model where there is to be one."""
     config = facts.config
 
-    def load(model: ModelConfig, path: Path, comm: Communicator) -> Decoder:
+    def load(model: ModelConfig, path: Path, comm: Communicator, op: Op) -> Decoder:
         return device.run(
             lambda: load_model(
                 model,
@@ -88,19 +90,20 @@ def load_models(
                 device=device.torch_device,
                 load_format=config.load_format,
                 comm=comm,
+                attention=op,
                 seed=config.random_seed,
             )
         )
 
     with stages.stage("load weights"):
-        model = load(facts.model, facts.path, comm)
+        model = load(facts.model, facts.path, comm, facts.attention)
     if config.speculative_algorithm != "draft":
         return model, None
     if facts.draft is None:
         return model, Draft(None, None, config.num_draft_tokens)
     with stages.stage("load the draft model"):
         own = facts.draft.model
-        drafting = load(own, facts.draft.path, Solo())
+        drafting = load(own, facts.draft.path, Solo(), attention)
     shape = KVShape(own.num_layers, own.num_kv_heads, own.head_dim, facts.dtype)
     return model, Draft(drafting, shape, config.num_draft_tokens)
 

@@ -126,6 +126,13 @@ def look_at_all_reduce_tests(folder: Path) -> None:
     assert "only a GPU has this" in content["rows"][0]["why"]
 
 
+def look_at_gluon(folder: Path) -> None:
+    """No CPU can play it: with these packages the test is found, and skipped."""
+    (row,) = found(folder, "hopper-engine", "tests")["rows"]
+    assert row["test"].endswith("test_gluon.py::test_gluon_scores_prompts_as_triton_does")
+    assert row["outcome"] == "skipped"
+
+
 def look_at_all_reduce(folder: Path) -> None:
     content = found(folder, "all-reduce", "all_reduce")
     assert [row["rows"] for row in content["rows"]] == [1, 3]
@@ -149,6 +156,7 @@ LOOKS = {
     "cards": look_at_cards,
     "build": look_at_build,
     "engine": look_at_engine,
+    "hopper-engine": look_at_gluon,
     "decode": look_at_steps,
     "all-reduce-tests": look_at_all_reduce_tests,
     "all-reduce": look_at_all_reduce,

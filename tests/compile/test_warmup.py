@@ -59,6 +59,16 @@ def test_the_counter_tells_compiled_from_found_and_known(tmp_path, monkeypatch, 
     assert set(counter.names) == {"gated_kernel"}
 
 
+def test_prompts_are_warmed_up_by_the_kernel_that_was_chosen():
+    model = replace(MODEL, head_dim=128, attention="hopper")
+    every = serving_launches(model, ENGINE, table_for(90))
+    prompts = [launch for launch in every if launch.label.startswith("attention ")]
+    with offline(90) as compiled:
+        for launch in prompts:
+            launch.run()
+    assert {kernel.metadata.name for kernel in compiled} == {"attention_hopper_kernel"}
+
+
 def test_every_step_of_a_batch_invariant_engine_is_one_number_of_runs():
     fixed = list(serving_launches(MODEL, replace(ENGINE, batch_invariant=True), table_for(90)))
     assert [x.label for x in fixed if "runs" in x.label] == []

@@ -11,6 +11,16 @@ from minisgl.config import EngineConfig, ServerConfig
         ({"page_size": True}, TypeError, "page_size must be int, got True (bool)"),
         ({"dtype": "fp8"}, ValueError, "got 'fp8'"),
         ({"dtype": ["auto"]}, ValueError, "got ['auto']"),
+        (
+            {"attention_backend": "flash"},
+            ValueError,
+            "attention_backend must be one of ['auto', 'triton', 'gluon'], got 'flash'",
+        ),
+        (
+            {"attention_backend": "gluon", "batch_invariant": True},
+            ValueError,
+            "attention_backend gluon cannot be used with batch_invariant",
+        ),
         ({"device": "tpu"}, ValueError, "cuda:<index>, got 'tpu'"),
         ({"tp_size": 0}, ValueError, "tp_size must be at least 1, got 0"),
         (

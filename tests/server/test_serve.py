@@ -67,6 +67,7 @@ VALUES = {
     "page_size": 32,
     "schedule_policy": "lpm",
     "batch_policy": "decode-first",
+    "attention_backend": "triton",
     "speculative_algorithm": "ngram",
     "speculative_draft_model": "x",
     "speculative_ngram_min": 3,

@@ -104,12 +104,30 @@ CASES = (
     _case("lse-D128", [10, 66], [75, 66], head_dim=128, return_lse=True),
 )
 
+
+def hopper_refusal(
+    head_dim: int, dtype: torch.dtype, page_size: int, window: int | None, softcap: float | None
+) -> str | None:
+    """Why the Gluon kernel cannot serve such attention, "needs ..., got ..."; None if it can."""
+    if head_dim != 128:
+        return f"needs head_dim 128, got {head_dim}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"needs dtype bfloat16 or float16, got {str(dtype).removeprefix('torch.')}"
+    if page_size < 16:
+        return f"needs a page_size of at least 16, got {page_size}"
+    if window is not None:
+        return f"needs attention without a sliding window, got one of {window} tokens"
+    if softcap is not None:
+        return f"needs attention scores without a soft cap, got one of {softcap}"
+    return None
+
+
 attention = Op(
     "attention",
     attention_reference,
     implementations=[
         Implementation("portable", "cuda", "minisgl.kernels.attention.portable:attention_portable"),
-        # Behind the portable one until it has passed on a GPU; chosen by `forced`.
+        # Behind the portable one until it has passed on a GPU; chosen by --attention-backend gluon.
         Implementation(
             "hopper", "cuda", "minisgl.kernels.attention.hopper:attention_hopper", (9, 0)
         ),

@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from minisgl.kernels.attention import hopper_refusal
 from minisgl.kernels.attention.paged import Attended, PagedKV
 from minisgl.kernels.attention.portable import check_paged
 
@@ -250,13 +251,9 @@ def attention_hopper(
     out, lse = check_paged(q, kv, out, return_lse)
     q_heads, head_dim = q.shape[1:]
     kv_heads, count = kv.k_pool.shape[1], len(kv.rows)
-    if head_dim != 128 or q.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"needs head_dim 128 in bf16 or fp16, got {head_dim} in {q.dtype}")
-    if kv.page_size < 16 or kv.window is not None or kv.softcap is not None:
-        raise ValueError(
-            "needs pages of 16 tokens or more, no window and no softcap, got "
-            f"page_size {kv.page_size}, window {kv.window}, softcap {kv.softcap}"
-        )
+    refusal = hopper_refusal(head_dim, q.dtype, kv.page_size, kv.window, kv.softcap)
+    if refusal is not None:
+        raise ValueError(refusal)
     if q_heads // kv_heads > BLOCK_M:
         raise ValueError(f"serves up to {BLOCK_M} query heads per key head, got {q_heads}")
     queries = q.shape[0] if max_seqlen_q is None else max_seqlen_q
