@@ -156,10 +156,9 @@ class Attention:
     ) -> torch.Tensor:
         """What queries [T, Hq, D] make of `kv`, in `out` if that is given."""
         attended = torch.empty_like(q) if out is None else out
-        how = (inputs.page_size, self.scale, self.window, self.softcap)
         n, width = slices.decode_tokens, inputs.decode_width
         if slices.decode_rows.shape[0]:
-            paged = PagedKV(*kv, inputs.page_table, slices.decode_rows, slices.decode_lens, *how)
+            paged = self._paged(kv, inputs, slices.decode_rows, slices.decode_lens)
             # What sequences share is their beginning, which a window leaves out.
             if inputs.groups is None or self.window is not None:
                 decode(q[:n], paged, width=width, out=attended[:n])
@@ -169,9 +168,24 @@ class Attention:
         if slices.chunk_rows.shape[0]:
             self.attention(
                 q[n:],
-                PagedKV(*kv, inputs.page_table, slices.chunk_rows, slices.chunk_lens, *how),
+                self._paged(kv, inputs, slices.chunk_rows, slices.chunk_lens),
                 slices.chunk_offsets,
                 max_seqlen_q=inputs.max_seqlen_q,
                 out=attended[n:],
             )
         return attended
+
+    def _paged(
+        self, kv: KV, inputs: ForwardInputs, rows: torch.Tensor, seq_lens: torch.Tensor
+    ) -> PagedKV:
+        """This layer's keys and values for the sequences of some of a step's rows."""
+        return PagedKV(
+            *kv,
+            inputs.page_table,
+            rows,
+            seq_lens,
+            inputs.page_size,
+            self.scale,
+            self.window,
+            self.softcap,
+        )

@@ -157,50 +157,13 @@ def open_peers(
     blocks: int = BLOCKS,
 ) -> Peers:
     """This rank's end, with memory mapped on all ranks. Refused, on all, where it cannot be."""
-    index, rank = device.index, council.rank
-    addresses = [0] * council.size
-    made: list[PeerBuffer] = []
-    ends: list[Peers] = []
-
-    def prepare() -> bytes:
-        most = native_module(device).MAX_RANKS
-        if council.size > most:
-            raise ValueError(f"there may be {most} ranks, got {council.size}")
-        return str(index).encode()
-
-    devices = [int(told) for told in council.step("device", prepare)]
+    index = device.index
+    devices = _device_indices(council, device)
     native = native_module(device)
     segment = Segment(native.SIGNAL_BYTES)
-
-    def allocate() -> bytes:
-        runtime_call("cudaSetDevice", index)
-        check_peer_access(index, devices)
-        buffer = PeerBuffer(segment.num_bytes)
-        made.append(buffer)
-        addresses[rank] = buffer.address
-        return buffer.handle()
-
-    def free() -> None:
-        if council.part():  # else a peer may have it mapped still; the process's end frees it
-            made[0].close()
-
-    try:
-        handles = council.step("allocate", allocate)
-    except Refused:
-        for buffer in made:
-            buffer.close()
-        raise
-    resources.callback(free)  # last, since closing goes backwards
-
-    def map_peers() -> None:
-        for peer, handle in enumerate(handles):
-            if peer != rank:
-                mapped = MappedBuffer(handle)
-                resources.callback(mapped.close)
-                addresses[peer] = mapped.address
-
-    council.step("map", map_peers)
+    addresses = _share_memory(council, resources, devices, segment.num_bytes)
     multicast = None if ordered else _open_multicast(council, resources, index, segment)
+    ends: list[Peers] = []
 
     def finish() -> None:
         word = HostWord()
@@ -210,7 +173,7 @@ def open_peers(
         ends.append(
             Peers(
                 native,
-                rank,
+                council.rank,
                 addresses,
                 word,
                 stream=lambda: torch.cuda.current_stream(device).cuda_stream,
@@ -224,6 +187,58 @@ def open_peers(
 
     council.step("finish", finish)
     return ends[0]
+
+
+def _device_indices(council: Council, device: torch.device) -> list[int]:
+    """Of every rank's GPU."""
+
+    def prepare() -> bytes:
+        most = native_module(device).MAX_RANKS
+        if council.size > most:
+            raise ValueError(f"there may be {most} ranks, got {council.size}")
+        return str(device.index).encode()
+
+    return [int(told) for told in council.step("device", prepare)]
+
+
+def _share_memory(
+    council: Council, resources: ExitStack, devices: list[int], num_bytes: int
+) -> list[int]:
+    """Addresses on this rank of `num_bytes` of memory of every rank, its own included."""
+    rank = council.rank
+    made: list[PeerBuffer] = []
+
+    def allocate() -> bytes:
+        runtime_call("cudaSetDevice", devices[rank])
+        check_peer_access(devices[rank], devices)
+        buffer = PeerBuffer(num_bytes)
+        made.append(buffer)
+        return buffer.handle()
+
+    def free() -> None:
+        if council.part():  # else a peer may have it mapped still; the process's end frees it
+            made[0].close()
+
+    try:
+        handles = council.step("allocate", allocate)
+    except Refused:
+        for buffer in made:
+            buffer.close()
+        raise
+    resources.callback(free)  # last, since closing goes backwards
+    addresses: list[int] = []
+
+    def map_peers() -> None:
+        for peer, handle in enumerate(handles):
+            if peer == rank:
+                addresses.append(made[0].address)
+            else:
+                mapped = MappedBuffer(handle)
+                resources.callback(mapped.close)
+                addresses.append(mapped.address)
+
+    council.step("map", map_peers)
+    return addresses
 
 
 def _open_multicast(

@@ -189,6 +189,39 @@ def moe_route_portable(
     return weights, ids
 
 
+def launch_sort(
+    ids: torch.Tensor, experts: int, tile_rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(pairs by expert, each expert's padded to whole tiles by -1; the expert of each tile)."""
+    pairs = ids.numel()
+    tiles = pairs // tile_rows + min(experts, pairs)
+
+    def made(size: int, fill: int) -> torch.Tensor:
+        return torch.full((size,), fill, dtype=torch.int32, device=ids.device)
+
+    counts, ranks = made(experts, 0), torch.empty(pairs, dtype=torch.int32, device=ids.device)
+    order = made(tiles * tile_rows, -1)
+    tile_expert = torch.empty(tiles, dtype=torch.int32, device=ids.device)
+    count_kernel[(triton.cdiv(pairs, ALIGN_BLOCK),)](
+        ids, counts, ranks, pairs, E=experts, BLOCK=ALIGN_BLOCK, num_warps=4
+    )
+    align_kernel[(triton.cdiv(max(pairs, tiles), ALIGN_BLOCK),)](
+        ids,
+        counts,
+        ranks,
+        order,
+        tile_expert,
+        pairs,
+        tiles,
+        E=experts,
+        BLOCK_E=triton.next_power_of_2(experts),
+        BLOCK_M=tile_rows,
+        BLOCK=ALIGN_BLOCK,
+        num_warps=4,
+    )
+    return order, tile_expert
+
+
 def moe_experts_portable(
     x: torch.Tensor,
     gate_up: torch.Tensor,
@@ -217,31 +250,8 @@ def moe_experts_portable(
     arch = architecture(x.device)
     few = pairs <= 16 * experts and not batch_invariant()
     tile: Tile = product_tile(arch.experts_few if few else arch.experts, x.dtype)
-    tiles = pairs // tile.rows + min(experts, pairs)
-
-    def made(size: int, fill: int) -> torch.Tensor:
-        return torch.full((size,), fill, dtype=torch.int32, device=x.device)
-
-    counts, ranks = made(experts, 0), torch.empty(pairs, dtype=torch.int32, device=x.device)
-    order = made(tiles * tile.rows, -1)
-    tile_expert = torch.empty(tiles, dtype=torch.int32, device=x.device)
-    count_kernel[(triton.cdiv(pairs, ALIGN_BLOCK),)](
-        ids, counts, ranks, pairs, E=experts, BLOCK=ALIGN_BLOCK, num_warps=4
-    )
-    align_kernel[(triton.cdiv(max(pairs, tiles), ALIGN_BLOCK),)](
-        ids,
-        counts,
-        ranks,
-        order,
-        tile_expert,
-        pairs,
-        tiles,
-        E=experts,
-        BLOCK_E=triton.next_power_of_2(experts),
-        BLOCK_M=tile.rows,
-        BLOCK=ALIGN_BLOCK,
-        num_warps=4,
-    )
+    order, tile_expert = launch_sort(ids, experts, tile.rows)
+    tiles = len(tile_expert)
     middle = torch.empty((pairs, inner), dtype=x.dtype, device=x.device)
     parts = torch.empty((pairs, hidden), dtype=x.dtype, device=x.device)
     for source, weight, target, gated in ((x, gate_up, middle, True), (middle, down, parts, False)):

@@ -135,6 +135,22 @@ def check_table(cos_sin: torch.Tensor, head_dim: int) -> int:
     return rotary_dim
 
 
+def check_pools(
+    qkv: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, num_q_heads: int
+) -> None:
+    """Raises ValueError where the projection and the pools do not fit."""
+    tokens = qkv.shape[0]
+    _, kv_heads, head_dim = k_pool.shape
+    width = (num_q_heads + 2 * kv_heads) * head_dim
+    if qkv.shape != (tokens, width) or not qkv.is_contiguous():
+        raise ValueError(
+            f"qkv must be dense [{tokens}, {width}], got {list(qkv.shape)} "
+            f"with strides {qkv.stride()}"
+        )
+    if v_pool.shape != k_pool.shape or not (k_pool.is_contiguous() and v_pool.is_contiguous()):
+        raise ValueError("k_pool and v_pool must be dense and alike")
+
+
 def qkv_prepare_portable(
     qkv: torch.Tensor,
     positions: torch.Tensor,
@@ -153,14 +169,7 @@ def qkv_prepare_portable(
     """`qkv_prepare_reference` on a GPU. Raises ValueError for shapes that do not fit."""
     tokens = qkv.shape[0]
     _, kv_heads, head_dim = k_pool.shape
-    width = (num_q_heads + 2 * kv_heads) * head_dim
-    if qkv.shape != (tokens, width) or not qkv.is_contiguous():
-        raise ValueError(
-            f"qkv must be dense [{tokens}, {width}], got {list(qkv.shape)} "
-            f"with strides {qkv.stride()}"
-        )
-    if v_pool.shape != k_pool.shape or not (k_pool.is_contiguous() and v_pool.is_contiguous()):
-        raise ValueError("k_pool and v_pool must be dense and alike")
+    check_pools(qkv, k_pool, v_pool, num_q_heads)
     if slot_mapping.shape != (tokens,) or positions.shape != (tokens,):
         raise ValueError(f"slot_mapping and positions must be [{tokens}]")
     if (q_weight is None) != (k_weight is None):
