@@ -6,7 +6,7 @@
 
 With several GPUs each rank is a process with one, and every path of our kernels runs beside NCCL;
 "table" is the path that serving picks. With a single GPU the ranks are streams on it (NCCL cannot
-do that): what is seen there is the cost of the kernels and meetings, not of any link. On CPUs the
+do that): what is seen there is the cost of the kernels and barriers, not of any link. On CPUs the
 ranks are processes that share memory, beside gloo. Calls are captured in graphs on GPUs. Every
 result is checked before it is timed; times are medians of rank 0. The last line is JSON.
 """

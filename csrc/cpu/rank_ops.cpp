@@ -34,7 +34,7 @@ using Address = std::uintptr_t;
 using Index = std::int64_t;
 
 constexpr int SPINS = 300, YIELDS = 20;
-constexpr long NAP = 20'000'000;  // nanoseconds between two looks at what has been given up
+constexpr long NAP = 20'000'000;  // nanoseconds between checks whether a collective was given up
 
 struct alignas(128) Line {  // apart, so that no rank's stores disturb another's polling
     std::atomic<std::uint32_t> epoch;
@@ -102,7 +102,7 @@ class Group {
         for (Index i = 0; i < bytes; i += slot_) {
             const Index n = std::min(slot_, bytes - i);
             std::memcpy(begin(), reinterpret_cast<const char *>(x) + i, n);
-            meet();
+            barrier();
             for (int r = 0; rank_ == 0 && r < size_; ++r)
                 std::memcpy(reinterpret_cast<char *>(out) + r * bytes + i, slot(r), n);
         }
@@ -115,7 +115,7 @@ class Group {
             const Index n = std::min(slot_, bytes - i);
             char *own = begin(), *here = reinterpret_cast<char *>(x) + i;
             if (rank_ == 0) std::memcpy(own, here, n);
-            meet();
+            barrier();
             if (rank_ != 0) std::memcpy(here, slot(0), n);
         }
     }
@@ -136,7 +136,7 @@ class Group {
 
     // A rank that falls asleep has counted itself before it looks at the epoch for the last time, and
     // the epoch is published before its sleepers are looked for: one of the two sees the other.
-    void meet() {
+    void barrier() {
         Line &own = lines_[rank_];
         own.epoch.store(epoch_);
         if (own.sleepers.load()) wake_all(own.epoch);
@@ -171,7 +171,7 @@ class Group {
         for (Index first = 0; first < count; first += most) {
             const Index n = std::min(most, count - first);
             std::memcpy(begin(), x + first, n * sizeof(T));
-            meet();
+            barrier();
             add(x + first, n);
         }
     }
@@ -197,7 +197,7 @@ class Group {
     const double timeout_;
     const std::size_t bytes_;
     std::uint32_t epoch_ = 0;  // wraps around
-    Line *lines_;  // one per rank: the epoch it has published; then one that calls all off
+    Line *lines_;  // one per rank: the epoch it has published; the last one ends all waits
     char *slots_;
 };
 

@@ -1,19 +1,19 @@
-// How the ranks of an all-reduce meet: whose rows are whose, when a block may read, when it may
-// write again. The same source runs in kernels (nvcc) and in threads that play ranks (g++, under
-// ThreadSanitizer: tests/csrc/all_reduce_ranks.cpp).
+// How the ranks of an all-reduce synchronise: which rows a rank owns, when a block may read, and when
+// it may write again. The same source runs in kernels (nvcc) and in threads that stand for ranks
+// (g++, under ThreadSanitizer: tests/csrc/all_reduce_ranks.cpp).
 //
 // Each rank owns a `Signal` and two data halves, all mapped by every peer. One call is one kernel
-// of `blocks` blocks per rank; block b of a rank only ever meets block b of its peers:
+// of `blocks` blocks per rank; block b of a rank synchronises with block b of its peers only:
 //
 //   publish  copy the block's rows of the input into the own half `epoch % 2`
-//   meet     tell every peer "block b has published epoch e", wait until every peer has said so
-//   reduce   (all but one-shot) sum the rows that this rank owns in place, meet once more
+//   barrier  tell every peer "block b has published epoch e", wait until every peer has said so
+//   reduce   (all but one-shot) sum the rows that this rank owns in place, then a second barrier
 //   finish   read the sums: from all ranks' halves (one-shot) or from the rows' owners
 //
-// Why a half may be written again two calls later. Block b passes the first meeting of epoch e+1
+// Why a half may be written again two calls later. Block b passes the first barrier of epoch e+1
 // only when block b of every peer has entered epoch e+1. Kernels of a stream run one after another
 // and a kernel ends when all its blocks have, so that peer has then finished all of epoch e, and
-// this rank's kernel e+2 starts after all its blocks passed their meetings of e+1. So nobody reads
+// this rank's kernel e+2 starts after all its blocks passed their barriers of e+1. So nobody reads
 // half e % 2 any more. This needs the same number of blocks in every call of a communicator, one
 // stream order, and nothing of the sizes: they may differ from call to call.
 //
@@ -33,17 +33,17 @@ namespace minisgl::all_reduce {
 
 constexpr int kMaxRanks = 8;
 constexpr int kMaxBlocks = 64;
-constexpr uint64_t kLookNs = 1'000'000;  // between looks at the clock's limit and the host's word
+constexpr uint64_t kPollNs = 1'000'000;  // between checks of the time limit and of the host's word
 
 enum class Path : int { one_shot = 0, two_shot = 1, multimem = 2 };
 
 // One per rank, zeroed once, before any peer can reach it.
 struct alignas(128) Signal {
     uint32_t epoch[kMaxBlocks];  // the last finished call; written and read by the owner only
-    // flag[meeting][block][peer]: the epoch in which that peer got there; written by that peer. The
+    // flag[barrier][block][peer]: the epoch in which that peer got there; written by that peer. The
     // eight words that a block polls lie in one 32-byte sector.
     alignas(128) uint32_t flag[2][kMaxBlocks][kMaxRanks];
-    alignas(128) uint32_t fault;  // not 0: a meeting failed somewhere, do not wait any more
+    alignas(128) uint32_t fault;  // not 0: a barrier failed somewhere, do not wait any more
 };
 
 // What a wait that ended badly says: which rank waited for which. Never 0.
@@ -52,7 +52,7 @@ MINISGL_RANKS_FN uint32_t fault_code(int rank, int awaited) {
 }
 
 // Rows first, first + blocks, ... below end: those of one block among the rows of one owner.
-// One-shot calls know one owner, of all rows; otherwise ranks own equal runs, the last ones less.
+// One-shot calls have one owner, of all rows; otherwise ranks own equal runs, the last ones fewer.
 struct Rows {
     int64_t first, end;
 };
@@ -64,7 +64,7 @@ MINISGL_RANKS_FN Rows rows_of(int64_t rows, int owners, int owner, int block) {
     return {begin + block, end};
 }
 
-// What the protocol knows of a rank.
+// A rank, as the protocol sees it.
 struct Ranks {
     Signal *signals[kMaxRanks];
     uint64_t timeout_ns;
@@ -77,7 +77,8 @@ struct Ranks {
 //   block(), lane(), lanes()   which block, and which of its threads this is
 //   sync()                     a barrier of the block's threads, ordering their memory
 //   load_acquire(p), store_release(p, v), load_relaxed(p)   at the scope of all ranks
-//   now()                      nanoseconds; stopped(): the host wants an end; report(code): to it
+//   now()                      nanoseconds
+//   stopped(), report(code)    whether the host ends all waits; tell it of a fault
 //   publish(half), reduce(half), finish(half)               the block's work on its rows
 
 template <class Machine>
@@ -85,12 +86,12 @@ MINISGL_RANKS_FN void wait_for(Machine &m, const Ranks &ranks, const uint32_t *f
                                int peer) {
     Signal &own = *ranks.signals[ranks.rank];
     const uint64_t begin = m.now();
-    uint64_t look = begin + kLookNs;
+    uint64_t next = begin + kPollNs;
     while (static_cast<int32_t>(m.load_acquire(flag) - epoch) < 0) {
         if (m.load_relaxed(&own.fault) != 0) return;
         const uint64_t now = m.now();
-        if (now < look) continue;
-        look = now + kLookNs;
+        if (now < next) continue;
+        next = now + kPollNs;
         if (m.stopped()) {
             m.store_release(&own.fault, fault_code(ranks.rank, ranks.rank));
             return;
@@ -109,15 +110,15 @@ MINISGL_RANKS_FN void wait_for(Machine &m, const Ranks &ranks, const uint32_t *f
 // sync orders the threads before the lane that releases, the flag orders that lane before the
 // peer's lane that acquires, and the peer's sync orders that lane before its block's threads.
 template <class Machine>
-MINISGL_RANKS_FN void meet(Machine &m, const Ranks &ranks, int meeting, uint32_t epoch) {
+MINISGL_RANKS_FN void barrier(Machine &m, const Ranks &ranks, int index, uint32_t epoch) {
     m.sync();
     Signal &own = *ranks.signals[ranks.rank];
 #pragma unroll 1  // a release store is a fence: nothing is gained by copies of it
     for (int peer = m.lane(); peer < ranks.size; peer += m.lanes())
-        m.store_release(&ranks.signals[peer]->flag[meeting][m.block()][ranks.rank], epoch);
+        m.store_release(&ranks.signals[peer]->flag[index][m.block()][ranks.rank], epoch);
 #pragma unroll 1
     for (int peer = m.lane(); peer < ranks.size; peer += m.lanes())
-        wait_for(m, ranks, &own.flag[meeting][m.block()][peer], epoch, peer);
+        wait_for(m, ranks, &own.flag[index][m.block()][peer], epoch, peer);
     m.sync();
 }
 
@@ -127,18 +128,18 @@ MINISGL_RANKS_FN void all_reduce(Machine &m, const Ranks &ranks) {
     const uint32_t epoch = own.epoch[m.block()] + 1;
     const int half = static_cast<int>(epoch & 1);
     m.publish(half);
-    meet(m, ranks, 0, epoch);
+    barrier(m, ranks, 0, epoch);
     if constexpr (path != Path::one_shot) {
-        // In place: between the meetings only its owner touches a row of any rank's half.
+        // In place: between the barriers only its owner accesses a row of any rank's half.
         m.reduce(half);
-        meet(m, ranks, 1, epoch);
+        barrier(m, ranks, 1, epoch);
     }
-    // A rank that gave up says so before its next flag, so what it spoils is not taken for a sum.
+    // A rank that gave up sets `fault` before its next flag: peers do not take its data for a sum.
     // The value is needed last: the load costs no time.
     const uint32_t fault = m.lane() == 0 ? m.load_relaxed(&own.fault) : 0;
     m.finish(half);
     if (fault != 0) m.report(fault);
-    // Every thread read the old epoch before the first meeting's sync; the next kernel reads this.
+    // Every thread read the old epoch before the first barrier's sync; the next kernel reads this.
     if (m.lane() == 0) own.epoch[m.block()] = epoch;
 }
 

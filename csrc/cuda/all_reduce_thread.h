@@ -118,7 +118,7 @@ template <class T, Path path, bool norm> struct Thread {
     }
 
     // As the separate kernels would: the sum is rounded, its sum with the residual is rounded, and
-    // what a reader of that gets is what is normalised. A thread meets its own packs only.
+    // what a reader of that gets is what is normalised. A thread reads only the packs that it wrote.
     MINISGL_DEVICE void finish_norm(int half, int owner, int64_t row) {
         float squares = 0.0f;
         each_pack(row, [&](int64_t i, int64_t j) {

@@ -1,4 +1,4 @@
-"""The CPU as a device: one worker thread is its stream, and a graph replays by calling."""
+"""The CPU as a device: one worker thread is its stream, and replaying a graph calls a function."""
 
 import math
 import os
@@ -19,12 +19,12 @@ FP32_ROWS = 8  # that matrix products take at once; half of them for the last on
 
 
 class CpuEvent:
-    """Set by the stream thread when it gets there."""
+    """A point in the stream: set by its thread."""
 
     __slots__ = ("_failure", "_gate", "_passed", "_time")
 
     def __init__(self) -> None:
-        self._gate = threading.Lock()  # held until the stream gets there
+        self._gate = threading.Lock()  # held until the stream has passed
         self._gate.acquire()
         self._passed = False
         self._failure: BaseException | None = None
@@ -61,7 +61,7 @@ class CallGraph:
 
 @dataclass(frozen=True)
 class CallPieces:
-    """Pieces on a device without graphs: a replay calls the function, and what it cuts out."""
+    """Pieces on a device without graphs: a replay calls the function and what it cuts out."""
 
     function: Callable[[Cut], object]
 
@@ -193,7 +193,7 @@ class CpuDevice:
 
 @dataclass(frozen=True)
 class _Always:
-    """Runs even on a poisoned stream: events, and calls that report their own failure."""
+    """Runs even after a failure of the stream: events, and calls that report their own failure."""
 
     call: Callable[[], object]
 
@@ -202,8 +202,8 @@ class _Always:
 
 
 def default_num_threads(processes: int = 1) -> int:
-    """OMP_NUM_THREADS if set, else a share of the physical cores this process may use, within its
-    quota: as large a share as everyone's of `processes` that work at the same time."""
+    """OMP_NUM_THREADS if set, else an equal share, for each of `processes` that work at the same
+    time, of the physical cores that this process may use within its quota."""
     stated = os.environ.get("OMP_NUM_THREADS", "")
     if stated.isdigit() and int(stated) > 0:
         return int(stated)

@@ -47,7 +47,7 @@ class CudaEvent:
         return float(earlier._event.elapsed_time(self._event)) / 1e3
 
     def hold(self, stream: Any) -> None:
-        """Hold `stream`, not the host, until the event has passed."""
+        """Make `stream`, not the host, wait for the event."""
         stream.wait_event(self._event)
 
 
@@ -170,7 +170,7 @@ class CudaDevice:
         try:
             function(cut)
         except BaseException:
-            with contextlib.suppress(RuntimeError):  # "capture failed": why is about to be raised
+            with contextlib.suppress(RuntimeError):  # "capture failed": the reason is raised below
                 pieces.graphs[-1].capture_end()
             raise
         pieces.graphs[-1].capture_end()
@@ -187,8 +187,10 @@ class CudaDevice:
             try:
                 self.stream.synchronize()
                 self._copies.synchronize()
-            except RuntimeError as error:  # of work whose event has raised it, or nobody waits for
-                log.warning("%s was not left in peace: %s", self.torch_device, error)
+            except (
+                RuntimeError
+            ) as error:  # of work whose event has raised it already, or that nobody waits for
+                log.warning("%s had failed when it was closed: %s", self.torch_device, error)
 
 
 def _pinned(size: int) -> PinnedRing:

@@ -1,4 +1,4 @@
-"""Host memory that a device copies from or to by itself, handed out round and round.
+"""A ring of pinned host memory, which a device copies from and to by itself.
 
 Page-locking memory takes milliseconds and stops the device, so it happens once. A span is given out
 again when the copy that uses it, or its reader, is done.
@@ -32,7 +32,7 @@ class PinnedRing:
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
         """A dense tensor of unknown content, to be followed by `hold`; None when there is no room.
 
-        Never waits: a span that is still in use stays so.
+        Never waits for a span that is still in use.
         """
         size = dtype.itemsize * math.prod(shape)
         length = -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
@@ -42,7 +42,7 @@ class PinnedRing:
         if self._spans:
             tail = self._spans[0].begin
             begin = self._head
-            if begin <= tail:  # it has come round
+            if begin <= tail:  # the ring has wrapped around
                 limit = tail
             elif begin + length > limit:
                 begin, limit = 0, tail

@@ -3,8 +3,8 @@
 `submit` enqueues a function on the stream and returns before the work is done: on CUDA the function
 runs at once and enqueues kernels, on CPU it runs later on the one worker thread that is the stream.
 All torch work of an engine happens inside submitted functions, so that both devices see the same
-order. A function that raises poisons the stream: later ones are skipped, and every later event
-raises the failure when waited for.
+order. After a function has raised, later ones are skipped, and every later event raises its failure
+when it is waited for.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,7 +49,7 @@ Cut = Callable[[Callable[..., object]], object]
 
 
 class Pieces(Protocol):
-    """Work that was captured in pieces, between which what was cut out of it runs."""
+    """Work captured in pieces, and the calls that were cut out and run between them."""
 
     def replay(self, *args: object) -> None:
         """Replay the pieces, and call what was cut out with `args` where it was."""
@@ -64,7 +64,7 @@ class Device(Protocol):
 
     @property
     def captures(self) -> bool:
-        """Whether graphs are worth being made ahead, of few sizes; else a graph is a call."""
+        """Whether graphs of a few sizes are made ahead; else a graph is a plain call."""
 
     def row_multiple(self, dtype: torch.dtype) -> int:
         """Matrix products treat a row alike whatever others there are, if their number is half of
@@ -72,16 +72,16 @@ class Device(Protocol):
 
     @property
     def name(self) -> str:
-        """What a person would call it."""
+        """For logs and reports."""
 
     def submit(self, function: Callable[..., object], *args: object) -> None:
         """Enqueue `function(*args)`. RuntimeError after `close`."""
 
     def run(self, function: Callable[..., T], *args: object) -> T:
-        """Enqueue, wait, and return the result or raise what it raised (which poisons nothing)."""
+        """Enqueue, wait, and return the result or raise what it raised; the stream goes on."""
 
     def record(self) -> Event:
-        """An event at the stream's present end; inside the stream, at the work under way."""
+        """An event at the stream's current end; inside the stream, after the work so far."""
 
     def upload(self, array: np.ndarray, out: torch.Tensor | None = None) -> torch.Tensor:
         """A device tensor with the array's content: the first entries of `out`, if that is given.
@@ -96,7 +96,7 @@ class Device(Protocol):
         """Like `record`, and all downloads so far are on the host."""
 
     def await_downloads(self) -> None:
-        """Hold the stream until downloads so far are done: what they read may be overwritten."""
+        """Make the stream wait for the downloads so far: what they read may be overwritten then."""
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A zeroed tensor; on CPU its pages are committed at first touch."""
@@ -107,8 +107,8 @@ class Device(Protocol):
     def capture_pieces(self, function: Callable[[Cut], object]) -> Pieces:
         """Graphs of what `function` does to static buffers, without the calls that it cuts out.
 
-        It is given `cut`, and hands it what is to run, at each replay anew, between the work before
-        and the work after; in the context (of variables) that it was in then.
+        `function` is given `cut`, and calls it with what must run again at every replay, between
+        the work before and the work after. It runs with the context variables of the capture.
         """
 
     def memory(self) -> Memory: ...

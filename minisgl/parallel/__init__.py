@@ -1,8 +1,7 @@
-"""What the ranks of one model say to each other. One process alone is a `Solo`.
+"""Collectives between the ranks of one model. A process alone has a `Solo`.
 
 Layers take a `Communicator` and hold the shard that their rank computes; which dimension of which
-weight is split is said where the weight is declared, so a block's code reads the same for one rank
-and for many.
+weight is split is declared with the weight, so a block's code is the same for any number of ranks.
 """
 
 from dataclasses import dataclass
@@ -81,7 +80,7 @@ class SumThenNorm:
 
 @dataclass(frozen=True)
 class Solo(SumThenNorm):
-    """The communicator of one rank: nothing to say, nobody to say it to."""
+    """The communicator of one rank: every collective returns what it is given."""
 
     rank: int = 0
     size: int = 1

@@ -20,10 +20,10 @@ def connect(
     ordered: bool,
     host: str | None = None,
 ) -> Communicator:
-    """The communicator of one rank; returns once all have come and are connected.
+    """The communicator of one rank; returns once all are connected.
 
     local_size: ranks per machine. shared: descriptor of memory that ranks on one machine's CPUs
-    map, where they have such. store: where ranks meet that have not, and GPUs. host: this
+    map, where they have such. store: through which other ranks, and GPUs, connect. host: this
     machine's address for the others. ordered: sums must be taken in rank order at every size.
     """
     if size == 1:
@@ -31,7 +31,7 @@ def connect(
     if shared is not None:
         return SharedMemory(shared, rank, size)
     if store is None:
-        raise ValueError("ranks without shared memory need a store to meet at")
+        raise ValueError("ranks without shared memory need a store to connect through")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # of this thread
     group = TorchGroup(store, rank, size, device, ordered=ordered, host=host)

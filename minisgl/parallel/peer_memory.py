@@ -1,6 +1,6 @@
-"""`PeerMemory`: GPUs of one machine that add up in each other's memory, by our own kernels.
+"""`PeerMemory`: all-reduce between the GPUs of one machine, by our own kernels in mapped memory.
 
-What the kernels do not take, and everything that is no sum, goes to the `TorchGroup` beside them.
+Sums that the kernels do not take, and all other collectives, go to a `TorchGroup`.
 """
 
 import os
@@ -35,7 +35,7 @@ from minisgl.trace import ranged
 
 log = get_logger(__name__)
 
-PARTING = timedelta(seconds=0.3)  # that a closing rank waits for the others
+CLOSE_WAIT = timedelta(seconds=0.3)  # that a closing rank waits for the others
 TIMEOUT = 1800.0  # seconds a kernel waits for a peer that lives: loading may take one far longer
 
 
@@ -86,7 +86,9 @@ class PeerMemory:
     def close(self) -> None:
         try:
             self._resources.close()
-        except RuntimeError as error:  # of a device that has failed: the process's end frees all
+        except (
+            RuntimeError
+        ) as error:  # of a device that has failed: all is freed when the process ends
             log.warning("memory of other ranks was not given back: %s", error)
         self._group.close()
 
@@ -95,8 +97,8 @@ class Refused(RuntimeError):
     """A step did not succeed on some rank, which is named."""
 
 
-class Council:
-    """Steps that ranks take together: each sees what all have answered, or all see a refusal."""
+class Consensus:
+    """Steps that ranks take together: each gets the answers of all, or all get the same error."""
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
         self._store = store
@@ -107,7 +109,7 @@ class Council:
         """What `action` returned on every rank. Refused, on every rank, if it raised on any."""
         try:
             answer = b"+" + (action() or b"")
-        except Exception as error:  # of any library below: the others must hear of it
+        except Exception as error:  # of any library: the others must be told
             answer = b"-" + (str(error) or repr(error)).encode()
         self._store.set(f"{name}/{self.rank}", answer)
         answers = [self._store.get(f"{name}/{rank}") for rank in range(self.size)]
@@ -116,13 +118,13 @@ class Council:
                 raise Refused(f"rank {rank}: {told[1:].decode(errors='replace')}")
         return [told[1:] for told in answers]
 
-    def part(self) -> bool:
-        """Whether every rank has come here, after a short wait: one may be gone, or come last."""
+    def all_closing(self) -> bool:
+        """Whether every rank gets here within a short wait: one may be gone, or be late."""
         try:
-            self._store.set(f"part/{self.rank}", b"")
-            self._store.wait([f"part/{rank}" for rank in range(self.size)], PARTING)
+            self._store.set(f"close/{self.rank}", b"")
+            self._store.wait([f"close/{rank}" for rank in range(self.size)], CLOSE_WAIT)
         except RuntimeError as error:
-            log.debug("not all ranks have come to close their memory: %s", error)
+            log.debug("not all ranks are closing their memory: %s", error)
             return False
         return True
 
@@ -135,10 +137,10 @@ def connect_peers(
     store: with no keys of others. Every rank of the group calls this; all are on one machine, and
     each has its device as the current one. timeout: seconds a kernel waits for a peer.
     """
-    council = Council(store, group.rank, group.size)
+    consensus = Consensus(store, group.rank, group.size)
     resources = ExitStack()
     try:
-        peers = open_peers(council, resources, device, ordered=group.ordered, timeout=timeout)
+        peers = open_peers(consensus, resources, device, ordered=group.ordered, timeout=timeout)
     except Refused as refusal:
         resources.close()
         if group.rank == 0:
@@ -148,7 +150,7 @@ def connect_peers(
 
 
 def open_peers(
-    council: Council,
+    consensus: Consensus,
     resources: ExitStack,
     device: torch.device,
     *,
@@ -158,11 +160,11 @@ def open_peers(
 ) -> Peers:
     """This rank's end, with memory mapped on all ranks. Refused, on all, where it cannot be."""
     index = device.index
-    devices = _device_indices(council, device)
+    devices = _device_indices(consensus, device)
     native = native_module(device)
     segment = Segment(native.SIGNAL_BYTES)
-    addresses = _share_memory(council, resources, devices, segment.num_bytes)
-    multicast = None if ordered else _open_multicast(council, resources, index, segment)
+    addresses = _share_memory(consensus, resources, devices, segment.num_bytes)
+    multicast = None if ordered else _open_multicast(consensus, resources, index, segment)
     ends: list[Peers] = []
 
     def finish() -> None:
@@ -173,7 +175,7 @@ def open_peers(
         ends.append(
             Peers(
                 native,
-                council.rank,
+                consensus.rank,
                 addresses,
                 word,
                 stream=lambda: torch.cuda.current_stream(device).cuda_stream,
@@ -185,27 +187,27 @@ def open_peers(
             )
         )
 
-    council.step("finish", finish)
+    consensus.step("finish", finish)
     return ends[0]
 
 
-def _device_indices(council: Council, device: torch.device) -> list[int]:
-    """Of every rank's GPU."""
+def _device_indices(consensus: Consensus, device: torch.device) -> list[int]:
+    """The index of every rank's GPU."""
 
     def prepare() -> bytes:
         most = native_module(device).MAX_RANKS
-        if council.size > most:
-            raise ValueError(f"there may be {most} ranks, got {council.size}")
+        if consensus.size > most:
+            raise ValueError(f"there may be {most} ranks, got {consensus.size}")
         return str(device.index).encode()
 
-    return [int(told) for told in council.step("device", prepare)]
+    return [int(answer) for answer in consensus.step("device", prepare)]
 
 
 def _share_memory(
-    council: Council, resources: ExitStack, devices: list[int], num_bytes: int
+    consensus: Consensus, resources: ExitStack, devices: list[int], num_bytes: int
 ) -> list[int]:
     """Addresses on this rank of `num_bytes` of memory of every rank, its own included."""
-    rank = council.rank
+    rank = consensus.rank
     made: list[PeerBuffer] = []
 
     def allocate() -> bytes:
@@ -216,11 +218,13 @@ def _share_memory(
         return buffer.handle()
 
     def free() -> None:
-        if council.part():  # else a peer may have it mapped still; the process's end frees it
+        if (
+            consensus.all_closing()
+        ):  # else a peer may have it mapped still; the process's end frees it
             made[0].close()
 
     try:
-        handles = council.step("allocate", allocate)
+        handles = consensus.step("allocate", allocate)
     except Refused:
         for buffer in made:
             buffer.close()
@@ -237,12 +241,12 @@ def _share_memory(
                 resources.callback(mapped.close)
                 addresses.append(mapped.address)
 
-    council.step("map", map_peers)
+    consensus.step("map", map_peers)
     return addresses
 
 
 def _open_multicast(
-    council: Council, resources: ExitStack, index: int, segment: Segment
+    consensus: Consensus, resources: ExitStack, index: int, segment: Segment
 ) -> tuple[int, int] | None:
     """(address of all replicas, of this rank's); None where the devices have no multicast."""
     made: list[Multicast] = []
@@ -250,27 +254,27 @@ def _open_multicast(
     def begin() -> None:
         if not supports_multicast(index):
             raise RuntimeError(f"GPU {index} has no multicast")
-        made.append(Multicast(index, council.size, 2 * segment.half_bytes))
+        made.append(Multicast(index, consensus.size, 2 * segment.half_bytes))
         resources.callback(made[0].close)
 
     try:
-        council.step("multicast", begin)
+        consensus.step("multicast", begin)
         with ExitStack() as passing:
-            _pass_object(council, made[0], passing)
-        council.step("join", made[0].join)
-        council.step("bind", made[0].bind)
+            _pass_object(consensus, made[0], passing)
+        consensus.step("join", made[0].join)
+        consensus.step("bind", made[0].bind)
     except Refused as refusal:
-        log.debug("no sums by the switch: %s", refusal)
+        log.debug("no all-reduce by NVLink multicast: %s", refusal)
         return None
     return made[0].address, made[0].replica
 
 
-def _pass_object(council: Council, multicast: Multicast, passing: ExitStack) -> None:
-    """From rank 0, which creates it, to the others."""
+def _pass_object(consensus: Consensus, multicast: Multicast, passing: ExitStack) -> None:
+    """Send the multicast object from rank 0, which creates it, to the others."""
     servers: list[tuple[socket.socket, int]] = []
 
     def create() -> bytes:
-        if council.rank != 0:
+        if consensus.rank != 0:
             return b""
         descriptor = multicast.create()
         passing.callback(os.close, descriptor)
@@ -279,12 +283,12 @@ def _pass_object(council: Council, multicast: Multicast, passing: ExitStack) -> 
         servers.append((server, descriptor))
         return name
 
-    name = council.step("object", create)[0]
+    name = consensus.step("object", create)[0]
 
     def hand_over() -> None:
-        if council.rank == 0:
-            send_descriptor(*servers[0], council.size - 1)
+        if consensus.rank == 0:
+            send_descriptor(*servers[0], consensus.size - 1)
         else:
             multicast.receive(receive_descriptor(name))
 
-    council.step("descriptor", hand_over)
+    consensus.step("descriptor", hand_over)

@@ -1,6 +1,6 @@
-"""`SharedMemory`: ranks on the CPUs of one machine, which meet in memory that all of them map.
+"""`SharedMemory`: ranks on the CPUs of one machine communicate through memory that all of them map.
 
-The work is done by `rank_ops` (csrc/cpu/rank_ops.cpp); `TorchGroup` is its twin.
+The work is done by `rank_ops` (csrc/cpu/rank_ops.cpp); where it is not built, `TorchGroup` serves.
 """
 
 import os
@@ -11,7 +11,7 @@ from minisgl import csrc
 from minisgl.parallel import SumThenNorm
 from minisgl.trace import ranged
 
-SLOT_BYTES = 1 << 18  # what a rank shows at once; twice this is kept per rank
+SLOT_BYTES = 1 << 18  # what a rank publishes at once; twice this is kept per rank
 TIMEOUT = 1800.0  # seconds to wait for a rank that lives: loading may take one far longer
 
 
@@ -21,8 +21,8 @@ def available() -> bool:
 
 
 def create(size: int) -> int:
-    """A descriptor of memory for `size` ranks, to be handed to each. Nameless: it leaves nothing
-    behind, however its users end, and is not bound by the size of /dev/shm."""
+    """A descriptor of memory for `size` ranks, to be handed to each. It has no name: nothing
+    is left of it however its users end, and is not bound by the size of /dev/shm."""
     native = csrc.load("rank_ops", wait=True)
     assert native is not None
     fd = os.memfd_create("minisgl-ranks")

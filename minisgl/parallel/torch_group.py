@@ -13,7 +13,7 @@ TIMEOUT = timedelta(minutes=30)  # as torch's own: a rank may load far longer th
 
 
 class TorchGroup(SumThenNorm):
-    """Ranks that meet at `store`, which holds nobody else's keys.
+    """Ranks that connect through `store`, which holds no keys of others.
 
     With `ordered`, sums are taken in rank order from what all ranks send each other; without, by
     the backend, in an order that depends on the size and the machines.
@@ -69,7 +69,7 @@ class TorchGroup(SumThenNorm):
         pass
 
     def abort(self) -> None:
-        """Of NCCL. gloo has no such thing, but fails by itself once the others' sockets close."""
+        """Aborts NCCL. gloo cannot be aborted, but fails once the others' sockets close."""
         self._group.abort()
 
     def close(self) -> None:

@@ -9,7 +9,7 @@
 //     relaxed       flags are stored without release (a race that ThreadSanitizer sees)
 //     one-half      every call uses the same half of the buffers
 //     moving-grid   the number of blocks changes from call to call
-//     one-meeting   a two-shot call reads the sums without a second meeting
+//     one-barrier   a two-shot call reads the sums without a second barrier
 //     dead          the last rank stops half-way: the others must end and say for whom they waited
 //     stopped       the same, and the host ends it long before the time limit
 //
@@ -70,8 +70,8 @@ struct Test {
         // A few calls before the counters wrap around.
         for (ar::Signal &signal : signals) {
             for (uint32_t &epoch : signal.epoch) epoch = 0u - 10;
-            for (auto &meeting : signal.flag)
-                for (auto &block : meeting)
+            for (auto &barrier : signal.flag)
+                for (auto &block : barrier)
                     for (uint32_t &flag : block) flag = 0u - 10;
         }
     }
@@ -167,11 +167,11 @@ struct Thread {
     void run_call() {
         if (!two_shot) {
             ar::all_reduce<ar::Path::one_shot>(*this, ranks);
-        } else if (test.mode == "one-meeting") {
+        } else if (test.mode == "one-barrier") {
             ar::Signal &own = *ranks.signals[ranks.rank];
             const uint32_t epoch = own.epoch[index] + 1;
             publish(epoch & 1);
-            ar::meet(*this, ranks, 0, epoch);
+            ar::barrier(*this, ranks, 0, epoch);
             reduce(epoch & 1);
             sync();
             finish(epoch & 1);

@@ -61,7 +61,7 @@ def test_no_race_is_found(sanitized):
     assert RACE not in done.stderr
 
 
-@pytest.mark.parametrize("mode", ["one-half", "moving-grid", "one-meeting"])
+@pytest.mark.parametrize("mode", ["one-half", "moving-grid", "one-barrier"])
 def test_a_planted_fault_gives_wrong_sums(program, mode):
     done = run(program, 4, 2, 2, 1000, mode)
     assert done.returncode == 1, done.stdout

@@ -16,7 +16,7 @@ pytest.importorskip("cuda")
 
 from minisgl.kernels.all_reduce import Path, all_reduce_norm_reference, all_reduce_reference
 from minisgl.kernels.all_reduce.virtual import VirtualRanks
-from minisgl.parallel.peer_memory import Council, open_peers
+from minisgl.parallel.peer_memory import Consensus, open_peers
 from tests.kernels.cards import check_floats
 
 pytestmark = pytest.mark.gpu
@@ -201,8 +201,8 @@ def _process(rank: int, size: int, port: int, answers) -> None:
     device = torch.device("cuda", 0)
     store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
     resources = ExitStack()
-    council = Council(store, rank, size)
-    peers = open_peers(council, resources, device, ordered=True, timeout=60, blocks=4)
+    consensus = Consensus(store, rank, size)
+    peers = open_peers(consensus, resources, device, ordered=True, timeout=60, blocks=4)
     equal = []
     for seed, shape in enumerate([(1, 64), (9, 1000), (40, 4096), (3, 8)] * 2):
         given = parts(size, shape, torch.bfloat16, seed)
@@ -212,9 +212,9 @@ def _process(rank: int, size: int, port: int, answers) -> None:
             peers.check()
             equal.append(torch.equal(total, all_reduce_reference(given)))
     answers.put((rank, equal))
-    council.step("done", lambda: None)  # the store is rank 0's
+    consensus.step("done", lambda: None)  # the store is rank 0's
     resources.close()
-    council.step("closed", lambda: None)
+    consensus.step("closed", lambda: None)
 
 
 @pytest.mark.usefixtures("gpu_only")

@@ -25,7 +25,7 @@ from minisgl.kernels.all_reduce.memory import HostWord, PeerBuffer
 from minisgl.kernels.all_reduce.peers import STOPPED, Peers, Segment
 from minisgl.kernels.rmsnorm import rmsnorm_reference
 from minisgl.parallel import SumThenNorm, peer_memory
-from minisgl.parallel.peer_memory import Council, PeerMemory, Refused, open_peers
+from minisgl.parallel.peer_memory import Consensus, PeerMemory, Refused, open_peers
 
 SIZES = [16, 1 << 16, 1 << 19, (1 << 19) + 16, CAPACITY, CAPACITY + 16, 1 << 30]
 C_TYPES = {0: torch.bfloat16, 1: torch.float16, 2: torch.float32}
@@ -229,12 +229,12 @@ def test_the_group_takes_what_the_kernels_do_not():
 
 
 def together(size: int, body) -> list:
-    """`body(council)` of every rank, each in a thread; what it returned or raised."""
+    """`body(consensus)` of every rank, each in a thread; what it returned or raised."""
     store = dist.HashStore()
 
     def run(rank: int):
         try:
-            return body(Council(store, rank, size))
+            return body(Consensus(store, rank, size))
         except Refused as refusal:
             return refusal
 
@@ -243,15 +243,15 @@ def together(size: int, body) -> list:
 
 
 def test_a_refusal_on_one_rank_is_heard_by_all():
-    def body(council: Council) -> list[bytes]:
-        heard = council.step("first", lambda: b"%d" % council.rank)
+    def body(consensus: Consensus) -> list[bytes]:
+        heard = consensus.step("first", lambda: b"%d" % consensus.rank)
         assert heard == [b"0", b"1", b"2"]
 
         def fail() -> None:
-            if council.rank == 1:
+            if consensus.rank == 1:
                 raise OSError("no memory")
 
-        return council.step("second", fail)
+        return consensus.step("second", fail)
 
     assert [str(told) for told in together(3, body)] == ["rank 1: no memory"] * 3
 
@@ -298,12 +298,12 @@ def memory(monkeypatch) -> list[tuple[str, int]]:
 
 
 def test_ranks_map_each_other_and_free_nothing_that_is_mapped(memory):
-    def body(council: Council) -> list[int]:
+    def body(consensus: Consensus) -> list[int]:
         resources = ExitStack()
-        device = torch.device("cuda", council.rank)
-        peers = open_peers(council, resources, device, ordered=False, timeout=1.0)
-        assert (peers.rank, peers.size) == (council.rank, 3)
-        council.step("used", lambda: None)
+        device = torch.device("cuda", consensus.rank)
+        peers = open_peers(consensus, resources, device, ordered=False, timeout=1.0)
+        assert (peers.rank, peers.size) == (consensus.rank, 3)
+        consensus.step("used", lambda: None)
         resources.close()
         return []
 
@@ -408,11 +408,11 @@ def test_a_multicast_is_made_in_the_order_that_the_driver_wants(monkeypatch, ran
 def test_memory_is_kept_where_a_peer_does_not_come_to_close(memory):
     """The other rank may have it mapped still."""
 
-    def body(council: Council) -> None:
+    def body(consensus: Consensus) -> None:
         resources = ExitStack()
-        device = torch.device("cuda", council.rank)
-        open_peers(council, resources, device, ordered=True, timeout=1.0)
-        if council.rank == 0:
+        device = torch.device("cuda", consensus.rank)
+        open_peers(consensus, resources, device, ordered=True, timeout=1.0)
+        if consensus.rank == 0:
             resources.close()
 
     together(2, body)
