@@ -79,8 +79,8 @@ struct Decode {
         }
     }
 
-    // f(j, row) for first <= j < end, a page at a time, while the rows of `head_dim` values that
-    // are due about sixteen keys later are on their way: no hardware foresees a page table.
+    // f(j, row) for first <= j < end, a page at a time. The rows of `head_dim` values needed about
+    // sixteen keys later are prefetched: the hardware cannot predict addresses from a page table.
     template <class T, class F>
     void for_keys(const std::int32_t *pages, Index first, Index end, const T *pool, Index step,
                   Index head_dim, F f) const {

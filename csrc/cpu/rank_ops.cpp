@@ -2,9 +2,9 @@
 //
 // Every rank has two slots, used in turn. A collective is: write the own slot, publish its number
 // (the epoch), wait until everyone has published it, read the others' slots. Who publishes epoch e
-// has read all it needed of e - 1, and who passes e knows that of everyone: a slot may be written
-// again two epochs later. Who waits spins and yields shortly, then sleeps: ranks may outnumber the
-// cores. Sums are taken in rank order, in fp32, so that all ranks hold the same bits.
+// has read all it needed of e - 1, and a rank that passes e knows this of all: a slot may be written
+// again two epochs later. A waiting rank spins and yields shortly, then sleeps: there may be more
+// ranks than cores. Sums are taken in rank order, in fp32, so that all ranks hold the same bits.
 // The Python twin is gloo, in minisgl/parallel/torch_group.py.
 
 #include <pybind11/pybind11.h>
@@ -134,8 +134,8 @@ class Group {
         return slot(rank_);
     }
 
-    // A rank that falls asleep has counted itself before it looks at the epoch for the last time, and
-    // the epoch is published before its sleepers are looked for: one of the two sees the other.
+    // A rank counts itself as a sleeper before it reads the epoch for the last time, and the epoch is
+    // published before sleepers are counted: so either it sees the epoch, or it is woken.
     void barrier() {
         Line &own = lines_[rank_];
         own.epoch.store(epoch_);

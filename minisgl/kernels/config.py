@@ -1,8 +1,8 @@
-"""The launch-configuration table: one per architecture, fixed, never tuned while serving.
+"""Launch configurations: one fixed table per GPU architecture. Nothing is tuned while serving.
 
-Launchers read their tiles, warps and stages here and nowhere else, and the compile gate walks the
-same table, so what is checked offline is what is launched. Figures follow from what compiles
-without spilling registers and within shared memory (`python -m minisgl.kernels.lint`).
+Launchers read their tiles, warps and stages here and nowhere else, and so does the compile gate:
+what is checked offline is what is launched. The numbers are chosen so that kernels compile without
+spilling registers and within shared memory (`python -m minisgl.kernels.lint`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,7 +27,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the launchers need to know of a GPU generation; attention tiles go by head size."""
+    """What the launchers need to know of a GPU generation. Attention tiles are by head size."""
 
     processors: int  # streaming multiprocessors assumed when work is split
     shared_bytes: int  # shared memory one block may use
@@ -81,7 +81,7 @@ ARCHITECTURES: Mapping[int, Architecture] = {
     ),
 }
 
-# Attention in fp32 multiplies without tensor cores, and needs registers for it.
+# Attention in fp32 multiplies without tensor cores, which takes more registers.
 _FP32_ATTENTION = _by_head(Tile(32, 32, 8, 2), Tile(32, 64, 8, 1), Tile(32, 16, 8, 2))
 
 # Compute capabilities that use a listed generation's table.
@@ -103,7 +103,7 @@ def target(arch: int) -> Iterator[None]:
 
 @contextmanager
 def fixed_order() -> Iterator[None]:
-    """Within the context each result is computed in an order no other sequence has a part in."""
+    """Within the context, no result depends on which other sequences are in the batch."""
     token = _invariant.set(True)
     try:
         yield
@@ -112,7 +112,7 @@ def fixed_order() -> Iterator[None]:
 
 
 def batch_invariant() -> bool:
-    """Whether launchers must compute a token's results in the same order in every batch."""
+    """Whether launchers are within `fixed_order`."""
     return _invariant.get()
 
 

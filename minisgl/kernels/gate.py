@@ -1,11 +1,11 @@
 """What the compile gate covers: the launches of serving, and those behind an option.
 
-Every architecture gets `LLAMA` as an engine with drafts and cascade serves it, the fixed-order
-mode, a mixture of experts, and of `OTHERS` what depends on a head's shape. So every value of an
-option (head size 64, 80, 96, 128, 256; pages of 1, 16, 32, 64; 1, 2, 4, 5, 8 query heads per key
-head; bf16, fp16, fp32; a window, a soft cap, normed heads, log-sum-exp) is compiled for every
-architecture at least once, but not every combination of values. Norms and activations at further
-widths are compiled for sm_90 alone.
+For every architecture it has `LLAMA` as an engine with drafts and cascade serves it, the
+fixed-order mode, a mixture of experts, and of `OTHERS` what depends on a head's shape. So every
+value of an option (head size 64, 80, 96, 128, 256; pages of 1, 16, 32, 64; 1, 2, 4, 5, 8 query
+heads per key head; bf16, fp16, fp32; a window, a soft cap, normed heads, log-sum-exp) is compiled
+for every architecture at least once, but not every combination of values. Norms and activations at
+further widths are compiled for sm_90 alone.
 """
 
 from collections.abc import Iterator

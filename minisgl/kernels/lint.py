@@ -73,7 +73,7 @@ class Report:
 
 @lru_cache
 def _dumped(cubin: bytes, *options: str) -> str:
-    """What the tool that comes with Triton says of a cubin."""
+    """The output of `cuobjdump`, which comes with Triton, for a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -119,7 +119,7 @@ def reports(launch: Launch, arch: int) -> list[Report]:
 
 
 def problems(report: Report, launch: Launch) -> list[str]:
-    """What the gate objects to in one kernel; empty when it passes."""
+    """What is wrong with one kernel; empty when it passes."""
     found = []
     limit = ARCHITECTURES[report.arch].shared_bytes
     if report.local:

@@ -1,7 +1,7 @@
-"""The CPU's native ops, csrc/cpu/model_ops.cpp: when they can be used.
+"""When the CPU's native ops, csrc/cpu/model_ops.cpp, can be used.
 
-They serve bf16 and fp32 with fp32 arithmetic. A call that they do not cover, or that comes before
-they are built, is served by the reference, which computes the same.
+They take bf16 and fp32 and compute in fp32. A call that they do not take, or that comes before
+they are built, is computed by the reference instead.
 """
 
 from types import ModuleType
@@ -24,5 +24,5 @@ def model_ops(first: torch.Tensor, *others: torch.Tensor | None) -> ModuleType |
 
 
 def address(tensor: torch.Tensor | None) -> int:
-    """Where the first element is; 0 for none."""
+    """The address of the first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

@@ -1,7 +1,7 @@
-"""Compiling for a GPU that need not be there.
+"""Compiling kernels for a GPU that this machine need not have.
 
-The launchers themselves are called, on tensors without memory, while a stand-in driver answers that
-the GPU is an sm_N and a launch stops once its kernel is compiled. Arguments are therefore bound,
+The launchers themselves are called, on tensors without memory, while a substitute driver reports an
+sm_N GPU and a launch stops once its kernel is compiled. Arguments are therefore bound,
 specialised and configured exactly as when serving, and what is compiled lands in Triton's cache on
 disk under the key that a launch on such a GPU looks up.
 """
@@ -21,7 +21,7 @@ from minisgl.kernels.config import target
 
 
 class OfflineDriver(DriverBase):  # type: ignore[misc]
-    """Stands in for a GPU driver: names a target, launches nothing."""
+    """A substitute for a GPU driver: names a target, launches nothing."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -69,7 +69,7 @@ def compile_only(arch: int) -> Iterator[list[Any]]:
 
 @contextmanager
 def offline(arch: int) -> Iterator[list[Any]]:
-    """`compile_only` for an sm_`arch` that is not there."""
+    """`compile_only` for an sm_`arch` that this machine need not have."""
     driver = triton.runtime.driver
     active = driver._active
     driver.set_active(OfflineDriver(arch))

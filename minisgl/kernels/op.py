@@ -1,8 +1,8 @@
 """The op card: one operation, its specification, its implementations, its cases and its cost.
 
-Tests, micro-benchmarks, the compile gate and warm-up all walk the cards, so a new kernel is one
-new room and nothing else. An implementation is named by an import path and loaded when first
-chosen, so that a CPU process never imports Triton.
+Tests, micro-benchmarks, the compile gate and warm-up go through all cards, so that a new kernel
+needs one new folder and nothing else. An implementation is named by an import path and loaded when
+first chosen, so that a CPU process never imports Triton.
 """
 
 import importlib
@@ -80,7 +80,7 @@ class Op:
         return function(first, *args, **kwargs)
 
     def only(self, name: str) -> "Op":
-        """This op with one of its implementations, for who chooses by more than the device."""
+        """This op with one implementation only, for callers that choose by more than the device."""
         chosen = [i for i in self.implementations if i.name == name]
         if not chosen:
             raise KeyError(f"op {self.name} has no implementation {name!r}")

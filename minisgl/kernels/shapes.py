@@ -39,7 +39,7 @@ class ModelShapes:
 
 @dataclass(frozen=True)
 class EngineShapes:
-    """What an engine's limits fix of its launches."""
+    """Limits of an engine that its launches depend on."""
 
     page_size: int
     num_pages: int  # of the KV pool

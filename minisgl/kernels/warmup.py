@@ -1,4 +1,4 @@
-"""No kernel is compiled while serving: all that serving can need is compiled before it starts.
+"""Every kernel that serving can need is compiled before it starts, and none while it serves.
 
 `compile_ahead` compiles the launches of a model in parallel processes into Triton's cache on disk;
 no GPU is needed, so it may also run where an image is built. `load` then takes them from there into
@@ -48,11 +48,11 @@ class CompileCounter:
 
     @property
     def total(self) -> int:
-        """First launches of a kernel's variant: each held up a step."""
+        """First launches of a kernel's variants; each of them delayed a step."""
         return self.compiled + self.loaded
 
     def install(self) -> None:
-        """Listen to Triton's compiler, beside whoever does so already."""
+        """Listen to Triton's compiler; listeners that are there already stay."""
         before = triton.knobs.compilation.listener
 
         def listen(*, src: Any, cache_hit: bool, **facts: Any) -> None:
@@ -89,7 +89,7 @@ def compile_ahead(
         assert process.stdin is not None
         process.stdin.write(shapes)
         process.stdin.close()
-        process.stdin = None  # what is written is written: `communicate` only reads
+        process.stdin = None  # `communicate` is only to read
         running.append(process)
     compiled, failures = 0, []
     for process in running:
@@ -106,7 +106,7 @@ def compile_ahead(
 def load(launches: Iterable[Launch], arch: int) -> None:
     """Compile or find the launches' kernels in this process, and load them on its GPU, sm_`arch`.
 
-    Their first launches then cost no more than any other. To be called on the thread that serves.
+    Their first launches then take no longer than later ones. Call it on the thread that serves.
     """
     with compile_only(arch) as kernels:
         for launch in launches:
@@ -116,7 +116,7 @@ def load(launches: Iterable[Launch], arch: int) -> None:
 
 
 def _shapes(content: Mapping[str, Any]) -> tuple[ModelShapes, EngineShapes]:
-    """Lists of JSON become the tuples they were."""
+    """From JSON, in which tuples have become lists."""
 
     def frozen(value: Any) -> Any:
         return tuple(frozen(item) for item in value) if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""`ForwardInputs`, a `Batch` as tensors and the one argument of every forward pass; attention."""
+"""Self-attention over paged KV, and `ForwardInputs`, a `Batch` as tensors."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from minisgl.layers.norm import RMSNorm
 from minisgl.layers.weights import Placement, Weight
 
 KV = tuple[torch.Tensor, torch.Tensor]  # a layer's pools of keys and values [slots, Hkv, D]
-# (layer, x, inputs, kv) -> [T, Hq, D], what the layer would attend to by itself.
+# (layer, x, inputs, kv) -> [T, Hq, D]: queries and attention, in place of the layer's own.
 Attend = Callable[["Attention", torch.Tensor, "ForwardInputs", KV], torch.Tensor]
 
 
@@ -159,7 +159,7 @@ class Attention:
         n, width = slices.decode_tokens, inputs.decode_width
         if slices.decode_rows.shape[0]:
             paged = self._paged(kv, inputs, slices.decode_rows, slices.decode_lens)
-            # What sequences share is their beginning, which a window leaves out.
+            # Sequences share their beginning, which a window leaves out.
             if inputs.groups is None or self.window is not None:
                 decode(q[:n], paged, width=width, out=attended[:n])
             else:

@@ -66,7 +66,7 @@ class Rope:
                 low, high = math.floor(low), math.ceil(high)
             low, high = max(low, 0), min(high, self.rotary_dim - 1)
             if low == high:
-                high += 0.001  # a step, not a division by zero
+                high += 0.001  # avoids a division by zero
             pairs = torch.arange(self.rotary_dim // 2, dtype=torch.float64)
             stretched = ((pairs - low) / (high - low)).clamp(0.0, 1.0)
             return frequencies * (1.0 - stretched + stretched / scaling.factor)

@@ -30,9 +30,9 @@ class Placement:
 class Weight:
     """One tensor of a checkpoint and the place its part for this rank is copied to.
 
-    `target` is a view of a parameter, so that fused and sharded parameters fill piece by piece and
-    nothing is allocated twice. `dim` is the dimension that is split over ranks, `start` where this
-    rank's part begins in it; the length is the target's.
+    `target` is a view of a parameter, so that fused and sharded parameters are filled piece by
+    piece and nothing is allocated twice. `dim` is the dimension that is split over ranks, `start`
+    where this rank's part begins in it; the length is the target's.
     """
 
     name: str

@@ -44,7 +44,7 @@ class LayerConfig:
     """What may differ from layer to layer."""
 
     rope: Rope
-    window: int | None  # a key is visible from this many positions on, its own included
+    window: int | None  # a query sees so many keys, its own included
     moe: MoeConfig | None  # a dense block otherwise
 
 
@@ -201,7 +201,9 @@ def _read_layers(family: Family, fields: Fields, head_dim: int) -> tuple[LayerCo
     types = _layer_types(family, fields, count)
     window = fields.optional_integer("sliding_window")
     if SLIDING in types and window is None:
-        raise fields.bad("sliding_window", "an integer of at least 1, as some layers slide")
+        raise fields.bad(
+            "sliding_window", "an integer of at least 1, as some layers have a sliding window"
+        )
     ropes = {kind: _read_rope(fields, kind, head_dim) for kind in sorted(set(types))}
     return tuple(
         LayerConfig(
@@ -292,7 +294,10 @@ def _read_rope(fields: Fields, kind: str, head_dim: int) -> Rope:
         raise ValueError(f"{rope.where} of type {rope_type!r} have unknown {sorted(unknown)}")
     rotary_dim = int(head_dim * rope.number("partial_rotary_factor"))
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
-        raise rope.bad("partial_rotary_factor", f"such that an even part of {head_dim} turns")
+        raise rope.bad(
+            "partial_rotary_factor",
+            f"such that an even number of a head's {head_dim} dimensions is rotated",
+        )
     return Rope(rope.number("rope_theta"), rotary_dim, _read_scaling(rope_type, rope))
 
 
@@ -345,7 +350,7 @@ def _yarn_attention_factor(rope: Fields) -> float:
 
 
 def _max_context(fields: Fields) -> int:
-    """Positions the model is made for; YaRN checkpoints may state only the original's."""
+    """The longest context of the model; YaRN checkpoints may state only the original model's."""
     stated = fields.integer("max_position_embeddings")
     section = _rope_section(fields, FULL)
     if "yarn" in (section.get("rope_type"), section.get("type")):

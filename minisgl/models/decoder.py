@@ -16,15 +16,15 @@ from minisgl.layers.weights import Placement, Weight
 from minisgl.models.config import ModelConfig
 from minisgl.trace import detail
 
-# Rotary tables reach this far past the context: drafts and a step in flight may run over its end.
+# Rotary tables have this many more positions than the context, for drafts and a step in flight.
 ROPE_SLACK = 256
 
 
 class DecoderLayer:
     """x + attention(norm x), then x + feed_forward(norm x), each normalised after too in Gemma.
 
-    The sum is taken by the norm that follows it, so a layer takes and returns what has been added
-    up (`residual`) and what is still to be added (`x`). A block's output is in parts, one on each
+    The norm that follows a sum computes it too, so a layer takes and returns what has been added up
+    (`residual`) and what is still to be added (`x`). A block's output is in parts, one on each
     rank; the norm that follows adds them up too.
     """
 
@@ -192,7 +192,7 @@ class Decoder:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [N, vocab] fp32 of hidden states [N, hidden], soft-capped where the model is.
 
-        Whole on rank 0 only: that is where tokens are drawn.
+        Complete on rank 0 only, which draws the tokens.
         """
         logits = self.head.logits(hidden)
         if self.config.logit_softcap is not None:

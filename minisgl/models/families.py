@@ -1,4 +1,4 @@
-"""The families of decoders, one row each: what tells them apart, and what their weights are called.
+"""The families of decoders, one row each: how they differ, and how their weights are named.
 
 A row says what the architecture's code fixes. What a checkpoint chooses is read from its
 config.json by `minisgl.models.config`; `defaults` are the fields a checkpoint may leave out.
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# Which layers slide, where the checkpoint has a window but no `layer_types`.
+# Which layers have a window, where the checkpoint has one but no `layer_types`.
 Windows = Literal["all", "above max_window_layers", "all but every nth"]
 
 

@@ -20,7 +20,7 @@ class Fields:
         return self.values.get(name) is not None
 
     def raw(self, name: str) -> Any:
-        """The value, null included. KeyError-free: a missing field is a ValueError."""
+        """The value, null included. Raises ValueError where the field is missing."""
         if name in self.values:
             return self.values[name]
         if name in self.defaults:

@@ -38,7 +38,7 @@ def model_directory(model: str, *, weights: bool = True) -> Path:
         return directory
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(
-            f"model {model!r} is no directory here and no model on the hub: {error}"
+            f"model {model!r} is neither a directory here nor a model on the hub: {error}"
         ) from error
 
 
@@ -58,5 +58,5 @@ def _names_on_hub(model: str) -> list[str]:
 
     try:
         return list_repo_files(model)
-    except OSError:  # the hub is out of reach, and what is here came from its cache
+    except OSError:  # the hub cannot be reached; the files came from the cache
         return []

@@ -1,4 +1,4 @@
-"""Loading a decoder: safetensors files streamed tensor by tensor straight to their place."""
+"""Loading a decoder: safetensors files are read tensor by tensor, straight into its weights."""
 
 import json
 import zlib
@@ -40,8 +40,8 @@ def load_model(
 
     path: a directory of safetensors files; not read when `load_format` is "dummy", which fills
     random weights that depend on `seed` and their names only. attention: the op that computes the
-    attention of prompts. Raises ValueError naming the tensors
-    for weights that are unknown, missing or misshapen, and for pickle checkpoints.
+    attention of prompts. Raises ValueError naming the tensors for weights that are unknown, missing
+    or of another shape, and for pickle checkpoints.
     """
     decoder = Decoder(config, Placement(dtype, device, comm or Solo(), attention))
     if load_format == "dummy":
@@ -61,7 +61,7 @@ def find_files(path: Path) -> list[Path]:
         files = [path / name for name in names]
         missing = [file.name for file in files if not file.exists()]
         if missing:
-            raise ValueError(f"{path} lacks {_some(missing)}, named in {index.name}")
+            raise ValueError(f"{path} lacks {_some(missing)}, which {index.name} names")
         return files
     files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("*.safetensors"))
     if files:
@@ -117,8 +117,8 @@ def _fill_from_files(decoder: Decoder, files: list[Path]) -> None:
 
 
 class _RandomWeights:
-    """Random numbers enough for one block, which every weight reads from its own place, round and
-    round: drawing them all anew would take seconds per billion."""
+    """One block of random numbers. Every weight is filled from it, beginning at a place of its own
+    and repeating it: drawing new numbers for all would take seconds per billion."""
 
     SIZE = 1_000_003  # prime: no two rows of a matrix begin at the same number
 

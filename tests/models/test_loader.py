@@ -194,7 +194,7 @@ def test_model_directory(tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(ValueError, match="is a file"):
         model_directory(str(file))
-    with pytest.raises(ValueError, match="no directory here"):
+    with pytest.raises(ValueError, match="neither a directory here nor"):
         model_directory("/nowhere/at/all")
 
 

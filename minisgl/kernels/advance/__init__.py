@@ -1,4 +1,4 @@
-"""What the device knows of each row, turned into a step's inputs, and moved on by its tokens.
+"""A step's inputs made from the state of each row on the device, and that state updated after it.
 
 A row holds its last sampled token and `lengths`, the position where that token stands (all before
 it are computed). A chunk whose tokens the host has not read starts there, so a step can be planned
@@ -68,7 +68,7 @@ def advance_rows_reference(
     counts: torch.Tensor,
     counted: torch.Tensor,
 ) -> torch.Tensor:
-    """Move rows on by what was sampled; returns how many drafts each accepted, [M] int32.
+    """Update rows by what was sampled; returns how many drafts each accepted, [M] int32.
 
     tokens: [N] int32 samples, sequence m's from index first[m] on. rows: [M] int32, distinct.
     drafts: [M, K] int32, -1 after a sequence's own. positions: [N] int64, where each sample stands.

@@ -1,4 +1,4 @@
-"""Row state on CPU, through numpy: these arrays are small, and its calls are the cheaper ones."""
+"""Row state on CPU, through numpy, whose calls on such small arrays take less time than torch's."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""A step's inputs from the rows, and the rows moved on by its tokens: one launch each."""
+"""A step's inputs from the rows, and the rows updated by its tokens: one launch each."""
 
 import torch
 import triton

@@ -6,12 +6,12 @@
 
 The kernels are in csrc/cuda/all_reduce.cu, their protocol, and why it is right, in
 all_reduce_protocol.h beside it. A *path* is how the data travels: every rank reads all others
-(one-shot: fewest meetings), each rank sums its share for all (two-shot: fewest bytes), or the
-switch sums (multimem: NVLink SHARP; its own order of additions). One-shot and two-shot sums are
-equal to the bit, so a call's size may choose between them in every mode.
+(one-shot: fewest barriers), each rank sums its share for all (two-shot: fewest bytes), or the
+switch sums (multimem: NVLink SHARP, in its own order of additions). One-shot and two-shot sums are
+equal to the bit, so the size may choose between them in every mode.
 
-The sizes at which paths take turns follow published measurements (docs/ALL_REDUCE.md); on a machine
-with several GPUs `python -m benchmarks.all_reduce` measures them.
+The sizes from which on each path is used follow published measurements (docs/ALL_REDUCE.md); on a
+machine with several GPUs `python -m benchmarks.all_reduce` measures them.
 """
 
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ LIMITS = {  # by number of ranks, at most
 
 
 def choose(num_bytes: int, ranks: int, *, multimem: bool, ordered: bool) -> Path | None:
-    """How a call of `num_bytes` should travel; None: by NCCL.
+    """The path of a call of `num_bytes`; None: NCCL.
 
     With `ordered` the sum is taken in rank order at every size, so never by NCCL or the switch;
     what exceeds the capacity is cut in pieces.

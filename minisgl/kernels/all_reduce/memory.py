@@ -1,7 +1,7 @@
 """Device memory that other processes map, and a word that host and device share.
 
-By cuda-python. torch's allocator cannot serve: a handle exports a whole allocation of the driver's,
-which torch cuts up and reuses.
+Allocated through cuda-python. torch's allocator cannot be used: a handle exports a whole allocation
+of the driver, and torch splits and reuses those.
 """
 
 import ctypes
@@ -26,10 +26,10 @@ class PeerBuffer:
     def __init__(self, num_bytes: int) -> None:
         self.address = int(runtime_call("cudaMalloc", num_bytes))
         runtime_call("cudaMemset", self.address, 0, num_bytes)
-        runtime_call("cudaDeviceSynchronize")  # zero before any peer hears of it
+        runtime_call("cudaDeviceSynchronize")  # zero before any peer gets the handle
 
     def handle(self) -> bytes:
-        """What another process opens it by."""
+        """With it another process opens the memory."""
         handle = runtime_call("cudaIpcGetMemHandle", self.address)
         return ctypes.string_at(handle.getPtr(), HANDLE_BYTES)
 
@@ -55,7 +55,7 @@ class MappedBuffer:
 
 
 class HostWord:
-    """A 32-bit word in pinned memory: kernels and host threads read and write it as they please.
+    """A 32-bit word in pinned memory: kernels and host threads may read and write it at any time.
 
     The address is the same for both (unified addressing).
     """
@@ -77,7 +77,7 @@ class HostWord:
         self._word.value = value
 
     def close(self) -> None:
-        """What is written afterwards goes nowhere."""
+        """Later writes to `value` are ignored."""
         self._word = ctypes.c_uint32(self.value)
         runtime_call("cudaFreeHost", self.address)
 
@@ -85,7 +85,7 @@ class HostWord:
 def check_peer_access(device: int, peers: list[int]) -> None:
     """RuntimeError unless `device` reaches the memory of all `peers` by NVLink.
 
-    Over PCIe NCCL's rings are the faster way, so such peers do not count.
+    Over PCIe NCCL is faster, so such peers are refused.
     """
     from cuda.bindings import runtime
 

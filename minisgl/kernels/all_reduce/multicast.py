@@ -22,7 +22,7 @@ def driver_call(name: str, *arguments: Any) -> Any:
 
 
 def supports_multicast(device: int) -> bool:
-    """Whether the device, with its driver and fabric, takes part in multicasts."""
+    """Whether the device, its driver and its NVLink fabric support multicast."""
     from cuda.bindings import driver
 
     attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTICAST_SUPPORTED
@@ -30,7 +30,7 @@ def supports_multicast(device: int) -> bool:
 
 
 class Multicast:
-    """One rank's share of a multicast object, in the order of calls that every rank keeps:
+    """One rank's part of a multicast object. The order of calls:
 
     `create` on rank 0 and `receive` on the others; `join` on all; only then `bind` on all.
     """
@@ -95,7 +95,7 @@ class Multicast:
         return int(address)
 
     def close(self) -> None:
-        """Undo what has been done, as far as it went."""
+        """Undo all calls made so far."""
         for address in filter(None, (self.address, self.replica)):
             driver_call("cuMemUnmap", address, self._size)
             driver_call("cuMemAddressFree", address, self._size)
@@ -107,7 +107,7 @@ class Multicast:
 
 
 def listen() -> tuple[socket.socket, bytes]:
-    """A socket of no file system, and its name for the other ranks of this machine."""
+    """A listening socket in no file system, and its name for the other ranks of this machine."""
     name = b"\0minisgl-multicast-" + os.urandom(16).hex().encode()
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     server.bind(name)

@@ -14,7 +14,7 @@ from minisgl.kernels.all_reduce import CAPACITY, Path, choose
 BLOCKS = 64  # of every call of a communicator; a grid that changed would break the protocol
 PACK_BYTES = 16
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-STOPPED = 0x100  # written by the host, it ends all waits; as is a fault_code of the protocol
+STOPPED = 0x100  # written by the host, it ends all waits; kernels write the protocol's fault_code
 
 
 class Word(Protocol):
@@ -54,9 +54,9 @@ def native_module(device: torch.device) -> ModuleType:
 class Peers:
     """Enqueues all-reduces on the device's current stream; they take part in captured graphs.
 
-    Every rank makes the same calls in the same order, all of them in one order of streams. Calls
-    above the table's sizes, and of other types than bf16, fp16 and fp32, are not taken: they
-    return None, on every rank alike.
+    Every rank makes the same calls in the same order, all of them in one order of streams. For
+    calls above the table's sizes, and of other types than bf16, fp16 and fp32, the methods return
+    None, on every rank alike.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Peers:
         )
 
     def path(self, x: torch.Tensor) -> Path | None:
-        """How a call on `x` travels; None: it is not taken."""
+        """The path of a call on `x`; None where these kernels do not take it."""
         if x.dtype not in TYPES:
             return None
         return choose(x.nbytes, self.size, multimem=self.multimem, ordered=self._ordered)

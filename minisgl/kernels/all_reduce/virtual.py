@@ -16,9 +16,9 @@ from minisgl.kernels.all_reduce.peers import BLOCKS, Peers, Segment, native_modu
 
 T = TypeVar("T")
 # For the environment, before CUDA starts. By default streams share 8 hardware queues, which keep
-# their order; 8 ranks and the process's own streams are more, so two ranks may have one queue. If
-# the second call of one is there before the first of the other, it waits for its own first call,
-# that for the other rank, and the other rank behind it: for ever.
+# their order; 8 ranks and the process's own streams are more, so two ranks may share a queue. If
+# the second call of one is queued before the first of the other, that first call can never start,
+# and both ranks wait for ever.
 QUEUES = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
 SPARE_BYTES = (1 << 19, 1 << 26)  # for each stream's outputs, small and large
 

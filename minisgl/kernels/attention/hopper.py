@@ -1,9 +1,9 @@
 """Warp-specialised attention for Hopper, in Gluon: a producer warp and two consumer warpgroups.
 
-The producer asks the tensor memory accelerator for keys and values, page by page, into stages of
-shared memory and signals barriers; the consumers never compute an address. They keep the tensor
-cores busy during softmax: the product of this tile's weights and values and the scores of the next
-tile are both in flight while the next weights are computed (Shah et al., "FlashAttention-3", 2024).
+The producer has the tensor memory accelerator copy keys and values, page by page, into stages of
+shared memory, and signals barriers; the consumers never compute an address. The product of this
+tile's weights and values and the scores of the next tile are meant to run on the tensor cores while
+the next weights are computed (Shah et al., "FlashAttention-3", 2024).
 
 A head is held as two halves of 64 columns, 128 bytes each, so that the rows of a page are one
 contiguous piece of a swizzled buffer whatever the page size. Only this shape is served: bf16 or

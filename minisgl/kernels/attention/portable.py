@@ -135,7 +135,7 @@ def attention_kernel(
     TOKENS: tl.constexpr = BLOCK_M // GROUP  # queries per tile
     s = tl.program_id(2)
     kv_head = tl.program_id(1)
-    # Late tiles see the most keys: they start first.
+    # The last tiles see the most keys, so they start first.
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * TOKENS
     if WIDTH > 0:
         begin = s * WIDTH
@@ -188,7 +188,7 @@ def attention_kernel(
 def check_paged(
     q: torch.Tensor, kv: PagedKV, out: torch.Tensor | None, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Checks what every attention takes; the result's tensor, allocated if not given, and lse's."""
+    """Checks arguments; returns the tensor for the result, allocated if not given, and lse's."""
     _, q_heads, head_dim = q.shape
     kv_heads = kv.k_pool.shape[1]
     if q_heads % kv_heads:

@@ -1,6 +1,6 @@
 """Cascade decode on CPU: one matrix product per group for the shared keys, one per sequence after.
 
-It shows that plans are right. A CPU's decode is bound by arithmetic, which cascade does not save,
+It is there to test the plans: a CPU's decode is bound by arithmetic, which cascade does not save,
 so the engine plans no groups there unless it is told to.
 """
 
@@ -24,7 +24,7 @@ def cascade_cpu(
 ) -> Attended:
     """See `cascade_reference`.
 
-    What follows the shared keys is a shorter sequence: attention knows no positions but the order.
+    What follows the shared keys is a shorter sequence: only the order of keys matters to attention.
     """
     check_window(kv)
     count, size = len(kv.rows), kv.page_size

@@ -112,7 +112,7 @@ def decode_kernel(
 def split_count(programs: int, processors: int, max_keys: int, block_n: int) -> int:
     """Runs per sequence: a power of two, about four programs to a processor.
 
-    It depends on shapes only, never on lengths, so that a captured launch stays right.
+    It depends on shapes only, never on lengths, so that a captured launch stays valid.
     """
     wanted = max(1, min(4 * processors // max(1, programs), MAX_SPLITS))
     useful = triton.next_power_of_2(triton.cdiv(max_keys, block_n))
@@ -202,7 +202,7 @@ def decode_portable(
 ) -> Attended:
     """`decode_reference` on a GPU. Raises ValueError for shapes that do not fit.
 
-    Under `config.fixed_order` the chunk kernel does the work: a query then goes through the
+    Under `config.fixed_order` the kernel of `attention` is used: a query then goes through the
     same operations in the same order whether it is decoded, verified or prefilled.
     """
     out, lse = check_decode(q, kv, width, out, return_lse)

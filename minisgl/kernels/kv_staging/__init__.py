@@ -1,7 +1,7 @@
 """Pages of KV gathered into a dense staging buffer, and scattered back from it.
 
-For a second cache tier: what one launch gathers from all layers, one copy can move. The staging
-buffer may be pinned host memory, which a GPU reads and writes directly.
+Meant for a second cache tier: what one launch gathers from all layers, one copy can move. The
+staging buffer may be pinned host memory, which a GPU reads and writes directly.
 """
 
 from typing import Any

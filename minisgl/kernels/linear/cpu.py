@@ -1,7 +1,8 @@
 """Linear layers on CPU.
 
-PyTorch's own are slow in bf16 where the CPU has no bf16 arithmetic. Few rows take the native
-product, which reads the weights as they are; many take PyTorch's, in fp32 where that is faster.
+PyTorch's products are slow in bf16 where the CPU has no bf16 arithmetic. Few rows are multiplied by
+the native product, which reads the weights as they are; many by PyTorch's, in fp32 where that is
+faster.
 """
 
 import torch

@@ -1,10 +1,10 @@
 """A batch-invariant product: the same tiles and the same order of additions for every batch.
 
 cuBLAS chooses tiles and splits of K by the number of rows, so a row's bits depend on its batch.
-Here they do not: one tile size per architecture, K walked front to back by one program. Programs
-are as many as processors and walk the output tiles, column blocks in groups, so that a group's
-weights stay in L2 while the rows pass. Chosen by `forced({"linear": "persistent"})`.
-Source: He, "Defeating Nondeterminism in LLM Inference", 2025.
+Here they do not: there is one tile size per architecture, and one program goes over K front to
+back. There are as many programs as processors; each computes many output tiles, column blocks in
+groups, so that a group's weights stay in L2 for all rows. `forced({"linear": "persistent"})`
+chooses it. Source: He, "Defeating Nondeterminism in LLM Inference", 2025.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Log-probabilities: of one token per row, and of the row's most likely ones.
 
-log p(i) = x_i - log(sum_j exp(x_j)), without the probabilities of all others being written.
+log p(i) = x_i - log(sum_j exp(x_j)); the other tokens' probabilities are not written.
 """
 
 from typing import Any

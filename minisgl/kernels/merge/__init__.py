@@ -5,9 +5,9 @@ lse = log(sum_j exp(s_j)). States over disjoint sets combine exactly and in any 
 
     lse = log(sum_i exp(lse_i)),   o = sum_i exp(lse_i - lse) * o_i
 
-which is how split-KV decode, cascade attention and chunked prefix attention put their parts
-together (Milakov and Gimelshein 2018; Ye et al. 2024, "Cascade Inference"). An empty set has
-lse = -inf and its o is not read, so it may hold anything; the merge of nothing is o = 0.
+which is how split-KV decode and cascade attention combine their parts (Milakov and Gimelshein 2018;
+Ye et al. 2024, "Cascade Inference"). An empty set has lse = -inf and its o is not read, so it may
+hold anything; the merge of nothing is o = 0.
 """
 
 from typing import Any

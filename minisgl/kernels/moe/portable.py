@@ -1,7 +1,7 @@
 """Experts as two grouped products over tokens sorted by expert.
 
 `count` gives every (token, choice) pair its rank within its expert; `align` turns ranks into
-positions, each expert's rows padded to whole tiles; the two products walk the tiles, the first
+positions, each expert's rows padded to whole tiles; the two products go over the tiles, the first
 with the activation in its epilogue; `combine` adds a token's choices in their order. Ranks come
 from atomics, but a row's product does not depend on its place in a tile, so results repeat.
 Launch shapes depend on the number of tokens only: tiles that no expert needs return at once.

@@ -201,7 +201,7 @@ def _sample_case(label: str, count: int, vocab: int, *, tied: bool = False, **fi
         device: torch.device, dtype: torch.dtype, generator: torch.Generator
     ) -> dict[str, Any]:
         arguments = _rows_of(count, vocab, device, generator)
-        if tied:  # logits of a bf16 product are equal in droves
+        if tied:  # many logits of a bf16 product are equal
             arguments["logits"] = arguments["logits"].bfloat16().float().round()
         arguments["logits"][:, 1::7] = -math.inf
         return arguments | {"params": make_params(count + 3, **fields).to(device)}

@@ -1,9 +1,10 @@
-"""Sampling on CPU: csrc/cpu/sampling_ops.cpp, and its twin in PyTorch and numpy.
+"""Sampling on CPU: csrc/cpu/sampling_ops.cpp, and the same in PyTorch and numpy.
 
-What is off costs nothing, and noise is drawn only where it can win. A CPU implementation may look
-at its data: the twin reads parameters through numpy, splits rows into greedy, filtered and plain
-ones, finds thresholds among the largest few values where those suffice, and computes noise for
-the kept candidates alone. Results equal the reference's, to the rounding of exp and log.
+Filters that are off cost nothing, and noise is computed only for tokens that can win. A CPU
+implementation may look at its data: the one here reads parameters through numpy, splits rows into
+greedy, filtered and plain ones, finds thresholds among the largest few values where those suffice,
+and computes noise for the kept candidates alone. Results equal the reference's, to the rounding of
+exp and log.
 """
 
 import numpy as np
