@@ -103,7 +103,7 @@ def goals(device_name: str) -> list[Goal]:
             "attention",
             "hopper",
             stretch=620,
-            predicted=(440, 500),
+            predicted=(530, 580),
         ),
         Goal("chunks, causal 4 x 8k, best over cuDNN SDPA", "x", 1.0, _over_cudnn, "attention"),
         Goal("paged prefix, shuffled over in order", "x", 0.9, _paged_over_dense, "attention"),

@@ -81,12 +81,17 @@ def _dumped(cubin: bytes, *options: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def machine_code(compiled: Any) -> str:
+    """The instructions of a compiled kernel (SASS)."""
+    return _dumped(compiled.asm["cubin"], "-sass")
+
+
 def read(label: str, arch: int, compiled: Any, *, instructions: bool = True) -> Report:
     """What a compiled kernel uses. Disassembly takes longer than most kernels take to compile, so
     `instructions` are counted where something is claimed of them."""
     cubin = compiled.asm["cubin"]
     usage = _dumped(cubin, "-res-usage")
-    code = _dumped(cubin, "-sass") if instructions else ""
+    code = machine_code(compiled) if instructions else ""
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"{label}: cuobjdump gave no resource usage")

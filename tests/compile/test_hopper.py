@@ -1,12 +1,14 @@
-"""The Gluon kernel's barriers, in the PTX made of it: no interpreter runs Gluon."""
+"""The Gluon kernel's barriers and overlap, in the code made of it: no interpreter runs Gluon."""
 
 import re
+from typing import Any
 
 import pytest
 
 from minisgl.kernels.attention.hopper import BLOCK_N, STAGES, attention_hopper
 from minisgl.kernels.gate import LLAMA
 from minisgl.kernels.launches import ints, paged
+from minisgl.kernels.lint import machine_code
 from minisgl.kernels.offline import offline
 from minisgl.kernels.shapes import EngineShapes
 
@@ -23,14 +25,18 @@ STEPS = {
 }
 
 
-def steps(page_size: int) -> list[tuple[str, int]]:
-    """The synchronising instructions of a kernel, in the order of its text, with their number."""
+def compiled(page_size: int) -> Any:
     engine = EngineShapes(page_size, 256, 16, 8)
     call = paged(LLAMA, engine, 4, 512) | {"cu_seqlens_q": ints(5), "max_seqlen_q": 512}
-    with offline(90) as compiled:
+    with offline(90) as kernels:
         attention_hopper(**call)
+    return kernels[0]
+
+
+def steps(page_size: int) -> list[tuple[str, int]]:
+    """The synchronising instructions of a kernel, in the order of its text, with their number."""
     found = []
-    for line in compiled[0].asm["ptx"].splitlines():
+    for line in compiled(page_size).asm["ptx"].splitlines():
         for name, pattern in STEPS.items():
             if match := re.search(pattern, line):
                 found.append((name, int(match[1]) if match.groups() else 0))
@@ -46,7 +52,8 @@ def test_stages_are_filled_and_freed_as_they_must(page_size):
     for at in (at for at, name in enumerate(names) if name == "free"):
         drained = max(i for i in range(at) if names[i] == "drain")
         assert names[drained + 1 : at] == ["meet"], names[drained:at]
-    assert names.count("free") == 3  # keys before the loop, then keys and values in it
+    # Keys before the loops, then keys and values in each: of whole tiles, and of masked ones.
+    assert names.count("free") == 5
     # A barrier expects what is then copied: boxes of a page's part of a tile, in two halves.
     boxes = BLOCK_N // min(page_size, BLOCK_N) * 2
     expected = [i for i, name in enumerate(names) if name == "expect"]
@@ -58,3 +65,19 @@ def test_stages_are_filled_and_freed_as_they_must(page_size):
     # Scores are taken while the products with the values before them are still on their way.
     assert ("drain", 2) in found
     assert STAGES == 2
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_weights_are_computed_while_products_run(page_size):
+    """In machine code, not in PTX: ptxas may move the wait for the products."""
+    found, since = [], None
+    for line in machine_code(compiled(page_size)).splitlines():
+        if wait := re.search(r"WARPGROUP\.DEPBAR\S* gsb0, 0x(\d)", line):
+            if since is not None and wait[1] == "0":
+                found.append(since)
+            since = 0 if wait[1] == "2" else None
+        elif since is not None and "MUFU.EX2" in line:
+            since += 1
+    assert len(found) == 2  # the loops of whole tiles and of masked ones
+    rows = 2  # of a thread, each with weights and a factor for what came before
+    assert found == [rows * (BLOCK_N // 4 + 1)] * 2

@@ -2,8 +2,8 @@
 
 The producer has the tensor memory accelerator copy keys and values, page by page, into stages of
 shared memory, and signals barriers; the consumers never compute an address. The product of this
-tile's weights and values and the scores of the next tile are meant to run on the tensor cores while
-the next weights are computed (Shah et al., "FlashAttention-3", 2024).
+tile's weights and values and the scores of the next tile run on the tensor cores while the next
+weights are computed (Shah et al., "FlashAttention-3", 2024).
 
 A head is held as two halves of 64 columns, 128 bytes each, so that the rows of a page are one
 contiguous piece of a swizzled buffer whatever the page size. Only this shape is served: bf16 or
@@ -69,17 +69,81 @@ def _produce(
 
 
 @gluon.jit
-def _weights(scores, top, position, tile, earliest, end, scale_log2, BN: gl.constexpr,
-             LAYOUT: gl.constexpr):  # fmt: skip
-    """(weights, factor for what came before, new maximum, sum of weights); scores in base 2."""
-    scores = scores * scale_log2
-    if (tile + 1) * BN > earliest + 1:
+def _computed(sums):
+    """`sums`, which are computed before whatever follows.
+
+    Without this, ptxas moves the wait for the products above the softmax, and nothing overlaps. It
+    does not move it over an instruction with an effect that depends on the sums. They are never
+    negative, so that no thread sleeps.
+    """
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred negative;
+        .reg .f32 least;
+        min.f32 least, $2, $3;
+        setp.lt.f32 negative, least, 0f00000000;
+        @negative nanosleep.u32 1;
+        mov.b32 $0, $2;
+        mov.b32 $1, $3;
+        }""",
+        "=f,=f,f,f",
+        [sums],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=2,
+    )
+
+
+@gluon.jit
+def _weights(
+    scores, top, position, tile, end, scale_log2, BN: gl.constexpr, LAYOUT: gl.constexpr,
+    MASK: gl.constexpr,
+):  # fmt: skip
+    """(weights, factor for what came before, new maximum, sum of weights); maxima in base 2.
+
+    Scores are scaled and the maximum subtracted in one multiply-add: the scale must be positive.
+    """
+    if MASK:
         j = tile * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, LAYOUT))
         visible = (j[None, :] <= position[:, None]) & (j < end)[None, :]
         scores = gl.where(visible, scores, float("-inf"))
-    new_top = gl.maximum(top, gl.max(scores, 1))
-    weights = gl.exp2(scores - new_top[:, None])
+    new_top = gl.maximum(top, gl.max(scores, 1) * scale_log2)
+    weights = gl.exp2(scores * scale_log2 - new_top[:, None])
     return weights, gl.exp2(top - new_top), new_top, gl.sum(weights, 1)
+
+
+@gluon.jit
+def _step(
+    tile, p, top, total, left, right, q0, q1, k_buffer, v_buffer, k_full, k_empty, v_full,
+    v_empty, position, end, scale_log2, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    S: gl.constexpr, P: gl.constexpr, OUT_ROW: gl.constexpr, MASK: gl.constexpr,
+):  # fmt: skip
+    """Scores and weights of `tile`; adds the values of the tile before."""
+    none = gl.zeros([BM, BN], gl.float32, layout=S)
+    stage = tile % STAGES
+    before = (tile - 1) % STAGES
+    mbarrier.wait(k_full.index(stage), (tile // STAGES) & 1)
+    s = warpgroup_mma(
+        q0, k_buffer.index(2 * stage).permute((1, 0)), none, use_acc=False, is_async=True
+    )
+    s = warpgroup_mma(q1, k_buffer.index(2 * stage + 1).permute((1, 0)), s, is_async=True)
+    mbarrier.wait(v_full.index(before), ((tile - 1) // STAGES) & 1)
+    left_next = warpgroup_mma(p, v_buffer.index(2 * before), left, is_async=True)
+    right_next = warpgroup_mma(p, v_buffer.index(2 * before + 1), right, is_async=True)
+    scores = warpgroup_mma_wait(2, deps=[s])
+    mbarrier.arrive(k_empty.index(stage), count=1)
+    weights, shrink, top, added = _weights(
+        scores, top, position, tile, end, scale_log2, BN, S, MASK
+    )
+    added = _computed(added)
+    left, right, p = warpgroup_mma_wait(0, deps=[left_next, right_next, p])
+    mbarrier.arrive(v_empty.index(before), count=1)
+    factor = gl.convert_layout(shrink, OUT_ROW)[:, None]
+    left = left * factor
+    right = right * factor
+    total = total * shrink + added
+    p = gl.convert_layout(weights.to(q0.dtype), P)
+    return p, top, total, left, right
 
 
 @gluon.jit
@@ -106,44 +170,27 @@ def _consume(
     right = gl.zeros([BM, HALF], gl.float32, layout=O)
     none = gl.zeros([BM, BN], gl.float32, layout=S)
 
+    q0 = q_buffer.index(0)
+    q1 = q_buffer.index(1)
     mbarrier.wait(k_full.index(0), 0)
-    s = warpgroup_mma(
-        q_buffer.index(0), k_buffer.index(0).permute((1, 0)), none, use_acc=False, is_async=True
-    )
-    s = warpgroup_mma(q_buffer.index(1), k_buffer.index(1).permute((1, 0)), s, is_async=True)
+    s = warpgroup_mma(q0, k_buffer.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
+    s = warpgroup_mma(q1, k_buffer.index(1).permute((1, 0)), s, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(k_empty.index(0), count=1)
-    weights, _, top, total = _weights(scores, top, position, 0, earliest, end, scale_log2, BN, S)
+    weights, _, top, total = _weights(scores, top, position, 0, end, scale_log2, BN, S, True)
     p = gl.convert_layout(weights.to(q_buffer.dtype), P)
-    for tile in range(1, tiles):
-        stage = tile % STAGES
-        before = (tile - 1) % STAGES
-        mbarrier.wait(k_full.index(stage), (tile // STAGES) & 1)
-        s = warpgroup_mma(
-            q_buffer.index(0),
-            k_buffer.index(2 * stage).permute((1, 0)),
-            none,
-            use_acc=False,
-            is_async=True,
-        )
-        s = warpgroup_mma(
-            q_buffer.index(1), k_buffer.index(2 * stage + 1).permute((1, 0)), s, is_async=True
-        )
-        mbarrier.wait(v_full.index(before), ((tile - 1) // STAGES) & 1)
-        left_next = warpgroup_mma(p, v_buffer.index(2 * before), left, is_async=True)
-        right_next = warpgroup_mma(p, v_buffer.index(2 * before + 1), right, is_async=True)
-        scores = warpgroup_mma_wait(2, deps=[s])
-        mbarrier.arrive(k_empty.index(stage), count=1)
-        weights, shrink, top, added = _weights(
-            scores, top, position, tile, earliest, end, scale_log2, BN, S
-        )
-        left, right, p = warpgroup_mma_wait(0, deps=[left_next, right_next, p])
-        mbarrier.arrive(v_empty.index(before), count=1)
-        factor = gl.convert_layout(shrink, OUT_ROW)[:, None]
-        left = left * factor
-        right = right * factor
-        total = total * shrink + added
-        p = gl.convert_layout(weights.to(q_buffer.dtype), P)
+    # Every row sees all keys of the first tiles, which need no mask.
+    whole = gl.minimum(gl.maximum((earliest + 1) // BN, 1), tiles)
+    for tile in range(1, whole):
+        p, top, total, left, right = _step(
+            tile, p, top, total, left, right, q0, q1, k_buffer, v_buffer, k_full, k_empty, v_full,
+            v_empty, position, end, scale_log2, BM, BN, STAGES, S, P, OUT_ROW, False,
+        )  # fmt: skip
+    for tile in range(whole, tiles):
+        p, top, total, left, right = _step(
+            tile, p, top, total, left, right, q0, q1, k_buffer, v_buffer, k_full, k_empty, v_full,
+            v_empty, position, end, scale_log2, BM, BN, STAGES, S, P, OUT_ROW, True,
+        )  # fmt: skip
     last = (tiles - 1) % STAGES
     mbarrier.wait(v_full.index(last), ((tiles - 1) // STAGES) & 1)
     left = warpgroup_mma(p, v_buffer.index(2 * last), left)
@@ -254,6 +301,8 @@ def attention_hopper(
     refusal = hopper_refusal(head_dim, q.dtype, kv.page_size, kv.window, kv.softcap)
     if refusal is not None:
         raise ValueError(refusal)
+    if kv.scale <= 0:
+        raise ValueError(f"needs a scale above 0, got {kv.scale}")
     if q_heads // kv_heads > BLOCK_M:
         raise ValueError(f"serves up to {BLOCK_M} query heads per key head, got {q_heads}")
     queries = q.shape[0] if max_seqlen_q is None else max_seqlen_q
