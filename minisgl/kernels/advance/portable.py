@@ -163,7 +163,10 @@ def advance_rows_portable(
     """`advance_rows_reference` on a GPU."""
     count, width = drafts.shape
     if len(rows) != count or len(first) != count or not drafts.is_contiguous():
-        raise ValueError(f"rows, first and drafts must name the same {count} sequences")
+        raise ValueError(
+            f"rows and first must be [{count}] and drafts dense [{count}, K], got "
+            f"{list(rows.shape)}, {list(first.shape)} and {list(drafts.shape)}"
+        )
     accepted = torch.empty(count, dtype=torch.int32, device=tokens.device)
     if count:
         advance_kernel[(count,)](

@@ -199,11 +199,15 @@ def check_paged(
             f"{list(kv.k_pool.shape)} and {list(kv.v_pool.shape)}"
         )
     if not (kv.k_pool.is_contiguous() and kv.v_pool.is_contiguous()):
-        raise ValueError("k_pool and v_pool must be dense")
+        strides = f"{kv.k_pool.stride()} and {kv.v_pool.stride()}"
+        raise ValueError(f"k_pool and v_pool must be dense, got strides {strides}")
     if q.stride()[1:] != (head_dim, 1):
         raise ValueError(f"q must be dense in its last two dimensions, got {q.stride()}")
     if kv.seq_lens.shape != kv.rows.shape or kv.page_table.stride(1) != 1:
-        raise ValueError("rows and seq_lens must have one entry per sequence, page_table dense")
+        raise ValueError(
+            f"seq_lens must be {list(kv.rows.shape)} as rows is and page_table's rows dense, got "
+            f"{list(kv.seq_lens.shape)} and strides {kv.page_table.stride()}"
+        )
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     elif out.shape != q.shape or out.stride()[1:] != (head_dim, 1):

@@ -175,7 +175,10 @@ def cascade_portable(
     out, lse = check_decode(q, kv, width, out, return_lse)
     count = len(kv.rows)
     if groups.shape[1:] != (3,) or not groups.is_contiguous() or shared.shape != (count,):
-        raise ValueError(f"groups must be dense [G, 3] and shared [{count}]")
+        raise ValueError(
+            f"groups must be dense [G, 3] and shared [{count}], got "
+            f"{list(groups.shape)} and {list(shared.shape)}"
+        )
     if count == 0:
         return out if lse is None else (out, lse)
     max_keys = kv.page_table.shape[1] * kv.page_size

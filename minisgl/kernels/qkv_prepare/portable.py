@@ -148,7 +148,10 @@ def check_pools(
             f"with strides {qkv.stride()}"
         )
     if v_pool.shape != k_pool.shape or not (k_pool.is_contiguous() and v_pool.is_contiguous()):
-        raise ValueError("k_pool and v_pool must be dense and alike")
+        raise ValueError(
+            "k_pool and v_pool must be dense and alike, got "
+            f"{list(k_pool.shape)} and {list(v_pool.shape)}"
+        )
 
 
 def qkv_prepare_portable(
@@ -171,7 +174,10 @@ def qkv_prepare_portable(
     _, kv_heads, head_dim = k_pool.shape
     check_pools(qkv, k_pool, v_pool, num_q_heads)
     if slot_mapping.shape != (tokens,) or positions.shape != (tokens,):
-        raise ValueError(f"slot_mapping and positions must be [{tokens}]")
+        raise ValueError(
+            f"slot_mapping and positions must be [{tokens}], got "
+            f"{list(slot_mapping.shape)} and {list(positions.shape)}"
+        )
     if (q_weight is None) != (k_weight is None):
         raise ValueError("q_weight and k_weight must be given together")
     rotary_dim = check_table(cos_sin, head_dim)

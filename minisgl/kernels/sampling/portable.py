@@ -348,7 +348,10 @@ def sample_portable(
     if logits.dtype != torch.float32 or logits.stride(1) != 1:
         raise ValueError(f"logits must be dense float32, got {logits.dtype} {logits.stride()}")
     if rows.shape != (count,) or positions.shape != (count,):
-        raise ValueError(f"rows and positions must be [{count}]")
+        raise ValueError(
+            f"rows and positions must be [{count}], got "
+            f"{list(rows.shape)} and {list(positions.shape)}"
+        )
     if params.shape[1:] != (PARAM_WORDS,) or not params.is_contiguous():
         raise ValueError(f"params must be dense [R, {PARAM_WORDS}], got {list(params.shape)}")
     tokens = torch.empty(count, dtype=torch.int32, device=logits.device)
