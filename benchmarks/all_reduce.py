@@ -37,7 +37,7 @@ from minisgl.kernels.all_reduce import (
 from minisgl.kernels.all_reduce.peers import Peers
 from minisgl.kernels.all_reduce.virtual import QUEUES, VirtualRanks
 from minisgl.parallel import Communicator, SumThenNorm, shared_memory
-from minisgl.parallel.peer_memory import Council, open_peers
+from minisgl.parallel.peer_memory import Consensus, open_peers
 from minisgl.parallel.shared_memory import SharedMemory
 from minisgl.parallel.torch_group import TorchGroup
 
@@ -136,9 +136,9 @@ def rank_main(rank: int, port: int, fd: Any, answers: Any, args: argparse.Namesp
     with ExitStack() as resources:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            council = Council(dist.PrefixStore("peers", store), rank, args.ranks)
+            consensus = Consensus(dist.PrefixStore("peers", store), rank, args.ranks)
             group = TorchGroup(dist.PrefixStore("nccl", store), rank, args.ranks, device)
-            peers = open_peers(council, resources, device, ordered=False, timeout=60.0)
+            peers = open_peers(consensus, resources, device, ordered=False, timeout=60.0)
             paths = [path for path in Path if path is not Path.MULTIMEM or peers.multimem]
             ways: dict[str, Communicator] = {"nccl": group}  # type: ignore[dict-item]
             ways |= {path.name.lower(): _Kernels(peers, path) for path in paths}  # type: ignore[misc]

@@ -27,6 +27,7 @@ from minisgl.kernels.decode import decode
 from minisgl.kernels.merge import merge
 
 MAX_GROUPS = 16  # a step's launches cover so many
+RAGGED = 102_400  # tokens of the one long sequence among short ones
 
 
 def paged(
@@ -90,6 +91,25 @@ def _decode(
     )
 
 
+def _ragged(shape: Shape, batch: int, short: int) -> Workload:
+    """One long sequence among many short ones. No rival that reads a dense copy can do it."""
+    lengths = [short] * (batch - 1) + [RAGGED]
+
+    def make(setting: Setting) -> Arguments:
+        return paged(setting, shape, [1] * batch, lengths, page_size=16) | {"width": 1}
+
+    tags = {
+        "model": shape.name,
+        "page_size": 16,
+        "kv_bytes": sum(lengths) * shape.kv_bytes,
+        "batch": batch,
+        "context": RAGGED,
+        "width": 1,
+    }
+    label = f"{shape.name} B={batch} L={short}, one {RAGGED} page=16 width=1"
+    return Workload(decode, label, make, {}, tags, goal_rivals=())
+
+
 def decodes(small: bool) -> Iterator[Workload]:
     if small:
         yield _decode(QWEN3_06B, 1, 128, goal=True)
@@ -99,8 +119,9 @@ def decodes(small: bool) -> Iterator[Workload]:
     for batch, context in ((64, 4096), (256, 1024)):
         for page_size in (16, 1, 64):
             yield _decode(LLAMA_8B, batch, context, page_size, goal=batch == 64)
-    for batch, context in ((1, 128), (1, 8192), (1, 32768), (1, 131072), (16, 1024)):
-        yield _decode(LLAMA_8B, batch, context)
+    yield _ragged(LLAMA_8B, 64, 1024)
+    for batch, context in ((1, 8192), (1, 128), (1, 32768), (1, 131072), (16, 1024)):
+        yield _decode(LLAMA_8B, batch, context, goal=context == 8192)
     for batch, context in ((256, 128), (16, 131072), (64, 32768), (256, 8192)):
         yield _decode(LLAMA_8B, batch, context)
     for shape in (QWEN3_06B, QWEN3_14B, QWEN3_32B, QWEN3_30B_A3B):
@@ -215,7 +236,8 @@ def cascades(small: bool) -> Iterator[Workload]:
 
 def merges(small: bool) -> Iterator[Workload]:
     shape = QWEN3_06B if small else QWEN3_8B
-    for states, tokens in ((2, 16),) if small else ((2, 64), (8, 64), (2, 4096)):
+    sizes = ((2, 16),) if small else ((16, 1), (32, 4), (2, 64), (8, 64), (2, 4096))
+    for states, tokens in sizes:
 
         def make(setting: Setting, states: int = states, tokens: int = tokens) -> Arguments:
             size = (states, tokens, shape.q_heads)
@@ -230,4 +252,5 @@ def merges(small: bool) -> Iterator[Workload]:
             make,
             {"eager torch": baselines.reference_of(merge)},
             {"tokens": tokens, "states": states},
+            goal_rivals=() if states >= 16 else None,
         )

@@ -40,8 +40,9 @@ def goal_table(verdicts: list[Row]) -> str:
         measured, unit = verdict["measured"], verdict["unit"]
         shown = "" if measured is None else f"{measured:.3g} {unit}"
         state = ": ".join(filter(None, (verdict["state"], verdict["why"])))
+        target = "" if verdict["target"] is None else f"{verdict['target']:g} {unit}"
         lines.append(
-            f"| {verdict['goal']} | {verdict['target']:g} {unit} "
+            f"| {verdict['goal']} | {target} "
             f"| {prediction(verdict['predicted'])} | {shown} | {state} |"
         )
     return "\n".join(lines)
@@ -49,7 +50,7 @@ def goal_table(verdicts: list[Row]) -> str:
 
 def prediction(bounds: Sequence[float] | None) -> str:
     """ "2.65-2.9", or nothing."""
-    return "" if bounds is None else "-".join(f"{bound:g}" for bound in bounds)
+    return "" if bounds is None else "-".join(f"{bound:g}" for bound in dict.fromkeys(bounds))
 
 
 def plot(rows: list[Row], ceilings: "Ceilings", title: str, folder: Path) -> list[Path]:

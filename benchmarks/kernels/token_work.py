@@ -25,8 +25,8 @@ from minisgl.kernels.qkv_prepare import qkv_prepare
 from minisgl.kernels.rmsnorm import rmsnorm
 
 MAX_POSITION = 8192
-# Goals read one case of few tokens and one of many; the first is a CPU's.
-GOAL_CASES = ((QWEN3_06B, 16), (QWEN3_8B, 64), (QWEN3_8B, 4096))
+# Goals read one case of few tokens and two of many; the first is a CPU's.
+GOAL_CASES = ((QWEN3_06B, 16), (QWEN3_8B, 64), (QWEN3_8B, 4096), (QWEN3_8B, 16384))
 
 
 def _cases(small: bool) -> Iterator[tuple[Shape, int]]:

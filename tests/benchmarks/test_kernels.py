@@ -118,6 +118,7 @@ def test_what_comes_first_is_enough_for_every_goal(device):
             implementation=name,
             label=w.label,
             graph_seconds=1e-5,
+            bytes_per_second=1e12,
             ratios=dict.fromkeys(w.goal_rivals, 1.5),
             tags=w.tags,
         )
