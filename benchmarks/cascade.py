@@ -22,7 +22,6 @@ from benchmarks.decode import PAGE, SHAPES, Recorder, compare, write_config
 from benchmarks.results import Results, add_options
 from minisgl.build import BUNDLED_MODEL
 from minisgl.config import EngineConfig
-from minisgl.core.policy import SchedulerConfig
 from minisgl.core.request import Request, SamplingParams
 from minisgl.core.scheduler import Scheduler
 from minisgl.device import pick_device
@@ -44,7 +43,7 @@ def serve(
     generator = random.Random(0)
     common = [generator.randrange(vocab) for _ in range(args.shared)]
     recorder = Recorder(executor)
-    config = SchedulerConfig(cascade_min_shared_tokens=least)
+    config = EngineConfig(cascade_min_shared_tokens=least)
     scheduler = Scheduler(executor.limits, config)
     engine = Engine(
         scheduler, recorder, EngineInfo("cascade benchmark", "", "", "", "", [], executor.limits)

@@ -43,7 +43,6 @@ from minisgl.build import BUNDLED_MODEL
 from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch, StepOutput
 from minisgl.core.executor import GrammarMasks
-from minisgl.core.policy import SchedulerConfig
 from minisgl.core.request import Request, SamplingParams
 from minisgl.core.scheduler import Scheduler
 from minisgl.device import Device, pick_device
@@ -198,7 +197,7 @@ class Bench:
         self.worker.geometry = replace(self._geometry, decode_sizes=sizes, piece_sizes=pieces)
         limits = self.executor.limits
         scheduler = Scheduler(
-            limits, SchedulerConfig(chunked_prefill_size=chunk, disable_radix_cache=True)
+            limits, EngineConfig(chunked_prefill_size=chunk, disable_radix_cache=True)
         )
         info = EngineInfo("decode benchmark", "", "", "", "", [], limits)
         recorder = Recorder(self.executor)

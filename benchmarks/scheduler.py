@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from random import Random
 
+from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch, StepOutput
 from minisgl.core.executor import Limits
-from minisgl.core.policy import SchedulerConfig
 from minisgl.core.request import Request, SamplingParams
 from minisgl.core.scheduler import Scheduler
 
@@ -47,7 +47,7 @@ def run_steps(scheduler: Scheduler, random: Random) -> Iterator[tuple[Batch, flo
 
 def make_scheduler(num_rows: int, num_tokens: int) -> Scheduler:
     limits = Limits(-(-num_tokens // PAGE_SIZE), PAGE_SIZE, num_rows, 1 << 20, VOCAB)
-    config = SchedulerConfig(chunked_prefill_size=4096, cascade_min_shared_tokens=4096)
+    config = EngineConfig(chunked_prefill_size=4096, cascade_min_shared_tokens=4096)
     return Scheduler(limits, config, (0,))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from minisgl.config import EngineConfig
 from minisgl.core.costmodel import (
     DEVICES,
     Cost,
@@ -20,7 +21,7 @@ from minisgl.core.costmodel import (
     decode_work,
     prefill_work,
 )
-from minisgl.core.policy import SchedulerConfig, StepLoad, TokenBudget
+from minisgl.core.policy import StepLoad, TokenBudget
 
 BYTES = {"bfloat16": 2.0, "float16": 2.0, "float32": 4.0}
 MAX_STREAMS = 1 << 16
@@ -118,7 +119,7 @@ def report(
             lines.append(_line([str(streams), str(context)], cost, streams))
     lines += ["", "where decode stops being bound by memory, and what `balanced` adds to a step"]
     lines.append(f"{'context':>10} {'streams':>10} {'prompt tokens beside ' + str(batches[0]):>28}")
-    budget = TokenBudget(SchedulerConfig(chunked_prefill_size=1 << 16), model)
+    budget = TokenBudget(EngineConfig(chunked_prefill_size=1 << 16), model)
     for context in contexts:
         busy = ridge_streams(model, context)
         beside = budget.prefill_tokens(StepLoad(batches[0], batches[0] * context, 0))

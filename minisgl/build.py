@@ -5,6 +5,7 @@ stack is imported.
 """
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -19,7 +20,6 @@ from minisgl.core.costmodel import (
 )
 from minisgl.core.executor import Limits
 from minisgl.core.ngram import NGramProposer
-from minisgl.core.policy import SchedulerConfig
 from minisgl.core.scheduler import Scheduler
 from minisgl.core.speculation import Speculation, propose_on_device
 from minisgl.device import Device, pick_device
@@ -116,16 +116,9 @@ def _scheduler(facts: Facts, device: Device, limits: Limits) -> Scheduler:
             any_width=not device.captures,
             chunk_size=config.chunked_prefill_size,
         )
-    policy = SchedulerConfig(
-        chunked_prefill_size=config.chunked_prefill_size,
-        schedule_policy=config.schedule_policy,
-        batch_policy=config.batch_policy,
-        itl_target_ms=config.itl_target_ms,
-        disable_radix_cache=config.disable_radix_cache,
-        cascade_min_shared_tokens=cascade_min,
-    )
     cost = CostModel(model, own)
-    scheduler = Scheduler(limits, policy, eos, cost, speculation=speculation)
+    planned = replace(config, cascade_min_shared_tokens=cascade_min)
+    scheduler = Scheduler(limits, planned, eos, cost, speculation=speculation)
     ngram.continuation = scheduler.continuation
     return scheduler
 

@@ -3,11 +3,10 @@
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import get_args
 
 import msgspec
 
-from minisgl.config import BatchPolicy, SchedulePolicy
+from minisgl.config import EngineConfig, SchedulePolicy
 from minisgl.core.costmodel import CostModel, StepWork, add_work, decode_work, prefill_work
 from minisgl.core.sequence import Sequence
 
@@ -16,38 +15,15 @@ DECODE_SLOWDOWN = 2.0  # of streams while prompts are computed, if no target say
 FIXED_SHARE = 0.05  # of a step's time, where it can be chosen
 
 
-class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How to schedule. Raises ValueError naming the field, its limit and the value given."""
+class Fairness(msgspec.Struct, frozen=True, kw_only=True):
+    """How long a waiting sequence may be passed by others."""
 
-    chunked_prefill_size: int = 2048  # prompt tokens per step, at most
-    schedule_policy: SchedulePolicy = "fcfs"
-    batch_policy: BatchPolicy = "balanced"
-    itl_target_ms: float | None = None  # held by the balanced policy
-    disable_radix_cache: bool = False
-    cascade_min_shared_tokens: int | None = None  # a group must save this many reads; None: none
     lpm_ageing: float = 256.0  # cached tokens that one second of waiting is worth under `lpm`
     max_passed: int = 64  # admissions that may pass a waiting sequence that does not fit
     scan_limit: int = 32  # waiting sequences tried in a plan that do not fit
 
-    def __post_init__(self) -> None:
-        for name, choices in (
-            ("schedule_policy", get_args(SchedulePolicy)),
-            ("batch_policy", get_args(BatchPolicy)),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}"
-                )
-        for name in ("chunked_prefill_size", "max_passed", "scan_limit"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        least = self.cascade_min_shared_tokens
-        if least is not None and least < 1:
-            raise ValueError(f"cascade_min_shared_tokens must be at least 1, got {least}")
-        if self.itl_target_ms is not None and self.itl_target_ms <= 0:
-            raise ValueError(f"itl_target_ms must be greater than 0, got {self.itl_target_ms}")
-        if self.lpm_ageing <= 0:
-            raise ValueError(f"lpm_ageing must be greater than 0, got {self.lpm_ageing}")
+
+FAIR = Fairness()
 
 
 class WaitingQueue:
@@ -115,7 +91,7 @@ class TokenBudget:
     with a margin for how far predictions have been off.
     """
 
-    def __init__(self, config: SchedulerConfig, cost_model: CostModel | None) -> None:
+    def __init__(self, config: EngineConfig, cost_model: CostModel | None) -> None:
         if config.itl_target_ms is not None and cost_model is None:
             raise ValueError("itl_target_ms needs a cost model")
         self._policy = config.batch_policy

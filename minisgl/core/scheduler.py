@@ -9,13 +9,14 @@ from collections import deque
 from collections.abc import Callable
 from time import monotonic
 
+from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch, Chunk, RowSetup, StepOutput
 from minisgl.core.cascade import PrefixGroups
 from minisgl.core.costmodel import CostModel, StepWork
 from minisgl.core.executor import Limits
 from minisgl.core.kvcache import KVCache
 from minisgl.core.plan import Plan, PlannedStep
-from minisgl.core.policy import SchedulerConfig, StepLoad, TokenBudget, WaitingQueue
+from minisgl.core.policy import FAIR, Fairness, StepLoad, TokenBudget, WaitingQueue
 from minisgl.core.request import Delta, FinishReason, Request, TokenLogprobs
 from minisgl.core.sequence import (
     ENDED,
@@ -36,19 +37,21 @@ class Scheduler:
     """Continuous batching over paged, prefix-shared KV.
 
     `plan` may run one step ahead of `update` (overlap) or not; updates come in order of plans.
-    `clock` gives seconds and is used for ageing only. Not thread-safe.
+    `clock` gives seconds and is used for ageing only. Groups that share a prefix are planned where
+    `config.cascade_min_shared_tokens` says from how many tokens on. Not thread-safe.
     """
 
     def __init__(
         self,
         limits: Limits,
-        config: SchedulerConfig | None = None,
+        config: EngineConfig | None = None,
         eos_token_ids: frozenset[int] | set[int] | tuple[int, ...] = (),
         cost_model: CostModel | None = None,
         clock: Callable[[], float] = monotonic,
         speculation: Speculation | None = None,
+        fairness: Fairness = FAIR,
     ) -> None:
-        config = config or SchedulerConfig()
+        config = config or EngineConfig()
         self.limits = limits
         self.config = config
         self.cost_model = cost_model
@@ -62,12 +65,13 @@ class Scheduler:
             drafts=speculation is not None and speculation.on_device,
         )
         self._prefixes: PrefixGroups | None = None
-        if config.cascade_min_shared_tokens is not None and not config.disable_radix_cache:
+        if config.cascade_min_shared_tokens is not None:
             self._prefixes = PrefixGroups(
                 self._cache.pool.pages_for(config.cascade_min_shared_tokens)
             )
         self._budget = TokenBudget(config, cost_model)
-        self._waiting = WaitingQueue(config.schedule_policy, config.lpm_ageing)
+        self._fairness = fairness
+        self._waiting = WaitingQueue(config.schedule_policy, fairness.lpm_ageing)
         self._running: list[Sequence] = []  # in service order
         self._rows = list(range(limits.max_rows - 1, -1, -1))
         self._requests: dict[str, list[Sequence]] = {}  # unended choices
@@ -234,10 +238,10 @@ class Scheduler:
 
     def _admit(self, plan: Plan, left: int) -> None:
         """Start waiting sequences. One that does not fit is passed by, but not for ever."""
-        config = self.config
-        tries = min(len(self._rows), left) + config.scan_limit
+        fairness = self._fairness
+        tries = min(len(self._rows), left) + fairness.scan_limit
         stuck: list[Sequence] = []
-        context = sum(seq.num_tokens for seq in self._running) if config.itl_target_ms else 0
+        context = sum(seq.num_tokens for seq in self._running) if self.config.itl_target_ms else 0
         for seq in self._waiting.candidates(tries, self._clock(), self._matched):
             if left <= 0 or not self._rows:
                 return
@@ -251,7 +255,7 @@ class Scheduler:
             headroom = len(self._running) + 2**seq.preemptions - 1 if self._running else 0
             if not self._cache.attach(seq, match, headroom):
                 stuck.append(seq)
-                if seq.times_passed >= config.max_passed or len(stuck) >= config.scan_limit:
+                if seq.times_passed >= fairness.max_passed or len(stuck) >= fairness.scan_limit:
                     return
                 continue
             self._waiting.remove(seq)

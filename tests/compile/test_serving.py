@@ -15,9 +15,9 @@ import pytest
 import torch
 import triton
 
+from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch
 from minisgl.core.executor import GrammarMasks
-from minisgl.core.policy import SchedulerConfig
 from minisgl.core.speculation import Speculation, propose_on_device
 from minisgl.kernels.config import table_for
 from minisgl.kernels.launches import Launch
@@ -117,7 +117,7 @@ def test_warm_up_has_compiled_whatever_a_step_launches(counter, facts, fixed):
         requests = mixed_requests(7, seed=1, max_tokens=5)
         drafted = serve(executor, requests, speculation=guess)
         serve(executor, requests[:3], masks=masks)
-        grouping = None if fixed else SchedulerConfig(cascade_min_shared_tokens=1)
+        grouping = None if fixed else EngineConfig(cascade_min_shared_tokens=1)
         grouped = serve(executor, shared_requests(5, seed=2), config=grouping, arrive=4)
         assert counter.names[before:] == []
         assert any(chunk.drafts for batch in drafted.batches for chunk in batch.chunks)
@@ -153,7 +153,7 @@ def test_warm_up_has_compiled_whatever_a_draft_model_launches(counter, fixed):
         guess = Speculation(
             propose_on_device, DRAFTS, on_device=True, adaptive=False, chunk_size=24
         )
-        config = SchedulerConfig(chunked_prefill_size=24)
+        config = EngineConfig(chunked_prefill_size=24)
         requests = mixed_requests(7, seed=1, max_tokens=5)
         drafted = serve(executor, requests, speculation=guess, config=config)
         assert counter.names[before:] == []

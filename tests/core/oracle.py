@@ -12,11 +12,12 @@ from random import Random
 
 import msgspec
 
+from minisgl.config import EngineConfig
 from minisgl.core.batch import PENDING, Batch, Chunk, RowSetup, StepOutput
 from minisgl.core.costmodel import CostModel, DeviceFacts, ModelFacts
 from minisgl.core.executor import Limits
 from minisgl.core.ngram import NGramProposer
-from minisgl.core.policy import SchedulerConfig
+from minisgl.core.policy import Fairness
 from minisgl.core.request import Delta, Request, SamplingParams, TokenLogprobs
 from minisgl.core.scheduler import Scheduler
 from minisgl.core.sequence import Sequence
@@ -374,15 +375,17 @@ class Trial:
         self.limits = Limits(num_pages, page_size, random.randrange(2, 6), context, VOCAB)
         self.depth = random.choice([0, 1, 1])
         target = random.choice([None, None, 0.01, 5.0])
-        config = SchedulerConfig(
+        batch_policy = random.choice(["balanced", "prefill-first", "decode-first"])
+        unshared = random.random() < 0.1  # then neither matches nor groups can be asked for
+        config = EngineConfig(
             chunked_prefill_size=random.choice([1, 3, 7, 24]),
-            schedule_policy=random.choice(["fcfs", "lpm", "priority"]),
-            batch_policy=random.choice(["balanced", "prefill-first", "decode-first"]),
-            itl_target_ms=target,
-            disable_radix_cache=random.random() < 0.1,
-            max_passed=random.choice([1, 64]),
-            cascade_min_shared_tokens=random.choice([None, 1, 1, 9]),
+            schedule_policy=random.choice(["fcfs", "priority"] + ["lpm"] * (not unshared)),
+            batch_policy=batch_policy,
+            itl_target_ms=target if batch_policy == "balanced" else None,
+            disable_radix_cache=unshared,
+            cascade_min_shared_tokens=None if unshared else random.choice([None, 1, 1, 9]),
         )
+        fairness = Fairness(max_passed=random.choice([1, 64]))
         cost_model = None
         if target is not None or random.random() < 0.2:
             cost_model = CostModel(TINY_MODEL, DeviceFacts(1e6, 1e6, 1e-3))
@@ -391,7 +394,7 @@ class Trial:
             speculation = make_speculation(random, config.chunked_prefill_size)
         self.time = 0.0
         self.scheduler = Scheduler(
-            self.limits, config, (EOS,), cost_model, lambda: self.time, speculation
+            self.limits, config, (EOS,), cost_model, lambda: self.time, speculation, fairness
         )
         self.salts: dict[int, str] = {}
         self.executor = HashExecutor(self.limits, random, self.salts, random.random())

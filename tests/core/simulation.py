@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
+from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch, StepOutput
 from minisgl.core.costmodel import CostModel, DeviceFacts, ModelFacts
 from minisgl.core.executor import Limits
-from minisgl.core.policy import SchedulerConfig
 from minisgl.core.request import Request, SamplingParams
 from minisgl.core.scheduler import Scheduler
 
@@ -70,7 +70,7 @@ class Run:
 
 
 def simulate(
-    config: SchedulerConfig,
+    config: EngineConfig,
     truth: Truth,
     arrivals: list[tuple[float, Request]],
     *,

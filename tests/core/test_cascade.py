@@ -6,10 +6,10 @@ from types import SimpleNamespace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minisgl.config import EngineConfig
 from minisgl.core.batch import MAX_CASCADE_GROUPS, Batch, CascadeGroup, StepOutput
 from minisgl.core.cascade import PrefixGroups
 from minisgl.core.executor import Limits
-from minisgl.core.policy import SchedulerConfig
 from minisgl.core.request import Request, SamplingParams
 from minisgl.core.scheduler import Scheduler
 
@@ -111,7 +111,7 @@ def test_more_groups_than_a_launch_covers_leave_out_the_smallest():
     assert sorted(g.num_pages for g in found) == list(range(6, MAX_CASCADE_GROUPS + 6))
 
 
-def decode_steps(config: SchedulerConfig, count: int = 6) -> tuple[list[Batch], Scheduler]:
+def decode_steps(config: EngineConfig, count: int = 6) -> tuple[list[Batch], Scheduler]:
     """Batches of requests with a common prompt of 50 tokens, which are served to their ends."""
     scheduler = Scheduler(Limits(200, 16, 8, 400, 100), config)
     shared = [1 + i % 7 for i in range(50)]
@@ -128,7 +128,7 @@ def decode_steps(config: SchedulerConfig, count: int = 6) -> tuple[list[Batch], 
 
 
 def test_scheduler_names_the_group_of_a_common_prompt_until_one_is_left():
-    batches, scheduler = decode_steps(SchedulerConfig(cascade_min_shared_tokens=48))
+    batches, scheduler = decode_steps(EngineConfig(cascade_min_shared_tokens=48))
     grouped = [batch for batch in batches if batch.cascade_groups]
     assert {group.num_pages for batch in grouped for group in batch.cascade_groups} == {3}
     assert {batch.cascade_groups[0].count for batch in grouped} == {2, 3, 4, 5, 6}
@@ -138,16 +138,12 @@ def test_scheduler_names_the_group_of_a_common_prompt_until_one_is_left():
 
 
 def test_groups_that_save_too_little_are_not_named():
-    least = SchedulerConfig(cascade_min_shared_tokens=48 * 4)
+    least = EngineConfig(cascade_min_shared_tokens=48 * 4)
     counts = {b.cascade_groups[0].count for b in decode_steps(least)[0] if b.cascade_groups}
     assert counts == {5, 6}
-    for off in (
-        SchedulerConfig(),
-        SchedulerConfig(cascade_min_shared_tokens=1, disable_radix_cache=True),
-    ):
-        batches, scheduler = decode_steps(off)
-        assert not any(batch.cascade_groups for batch in batches)
-        assert not scheduler.stats().num_spared_tokens
+    batches, scheduler = decode_steps(EngineConfig())
+    assert not any(batch.cascade_groups for batch in batches)
+    assert not scheduler.stats().num_spared_tokens
 
 
 def test_brute_force_finds_what_is_plain_to_see():

@@ -5,6 +5,7 @@ from random import Random
 
 import pytest
 
+from minisgl.config import EngineConfig
 from minisgl.core.batch import StepOutput
 from minisgl.core.costmodel import (
     DEVICES,
@@ -17,7 +18,7 @@ from minisgl.core.costmodel import (
     prefill_work,
 )
 from minisgl.core.executor import Limits
-from minisgl.core.policy import SchedulerConfig, StepLoad, TokenBudget
+from minisgl.core.policy import FAIR, Fairness, StepLoad, TokenBudget
 from minisgl.core.request import Request, SamplingParams
 from minisgl.core.scheduler import Scheduler
 from tests.core.simulation import (
@@ -40,7 +41,7 @@ DEVICE_CASES = {"compute-bound": COMPUTE_BOUND, "memory-bound": MEMORY_BOUND}
 @pytest.mark.parametrize("shape", [((50, 1500), (20, 150)), ((10, 100), (100, 200))])
 def test_balanced_throughput_is_within_5_percent_of_the_better_fixed_policy(device, shape):
     def run(policy):
-        config = SchedulerConfig(batch_policy=policy)
+        config = EngineConfig(batch_policy=policy)
         arrivals = workload(60, *shape, ALL_AT_ONCE)
         return simulate(config, Truth(DEVICE_CASES[device]), arrivals, max_rows=32)
 
@@ -52,8 +53,8 @@ def test_balanced_throughput_is_within_5_percent_of_the_better_fixed_policy(devi
 def test_balanced_spares_streams_the_stall_of_long_prompts():
     arrivals = workload(40, (1000, 2000), (20, 40), ALL_AT_ONCE)
     truth = Truth(COMPUTE_BOUND)
-    fixed = simulate(SchedulerConfig(batch_policy="prefill-first"), truth, arrivals)
-    balanced = simulate(SchedulerConfig(batch_policy="balanced"), truth, arrivals)
+    fixed = simulate(EngineConfig(batch_policy="prefill-first"), truth, arrivals)
+    balanced = simulate(EngineConfig(batch_policy="balanced"), truth, arrivals)
     assert balanced.gap(0.99) < 0.1 * fixed.gap(0.99)
     assert balanced.throughput > 0.95 * fixed.throughput
 
@@ -65,7 +66,7 @@ def test_the_itl_target_is_held_at_p99(device, target_ms, noise, poisson):
     rate = {"compute-bound": 0.2, "memory-bound": 80.0}[device] if poisson else ALL_AT_ONCE
     arrivals = workload(60, (50, 1200), (20, 120), rate)
     truth = Truth(DEVICE_CASES[device], noise=noise)
-    run = simulate(SchedulerConfig(itl_target_ms=target_ms), truth, arrivals)
+    run = simulate(EngineConfig(itl_target_ms=target_ms), truth, arrivals)
     assert run.gap(0.99) <= target_ms / 1e3
     if noise < 0.1 and not poisson:
         # Nor is the target held by doing next to nothing.
@@ -76,7 +77,7 @@ def test_decode_runs_in_every_step_beside_a_long_prompt():
     stream = Request("stream", [1] * 8, SamplingParams(max_tokens=60))
     prompt = Request("long", [2] * 50_000, SamplingParams(max_tokens=1))
     for policy in ("balanced", "prefill-first", "decode-first"):
-        config = SchedulerConfig(chunked_prefill_size=1024, batch_policy=policy)
+        config = EngineConfig(chunked_prefill_size=1024, batch_policy=policy)
         run = simulate(config, Truth(MEMORY_BOUND), [(0.0, stream), (1e-9, prompt)])
         chunks = [
             [chunk.length for chunk in batch.chunks[batch.num_decode :]] for _, batch in run.steps
@@ -92,7 +93,7 @@ def test_fixed_policies_divide_the_budget_as_they_say():
     model = CostModel(MODEL, MEMORY_BOUND)
 
     def share(policy, load, size=256):
-        config = SchedulerConfig(batch_policy=policy, chunked_prefill_size=size)
+        config = EngineConfig(batch_policy=policy, chunked_prefill_size=size)
         return TokenBudget(config, model).prefill_tokens(load)
 
     assert share("prefill-first", load) == 256
@@ -104,7 +105,7 @@ def test_fixed_policies_divide_the_budget_as_they_say():
 
 def test_balanced_fills_a_step_beyond_the_ridge_and_not_far_beyond():
     model = CostModel(MODEL, COMPUTE_BOUND)
-    budget = TokenBudget(SchedulerConfig(chunked_prefill_size=8192), model)
+    budget = TokenBudget(EngineConfig(chunked_prefill_size=8192), model)
     decode = decode_work(4, 4000)
     count = budget.prefill_tokens(StepLoad(4, 4000, prefill_start=0))
     cost = model.cost(add_work(decode, prefill_work(count)))
@@ -115,13 +116,13 @@ def test_balanced_fills_a_step_beyond_the_ridge_and_not_far_beyond():
 def test_balanced_lets_a_long_prompt_go_on_beside_a_short_stream():
     """One more of its tokens costs more than the whole step: all of it is attention."""
     device = DeviceFacts(flops=1e9, bandwidth=1e15, overhead=0.0)
-    budget = TokenBudget(SchedulerConfig(), CostModel(MODEL, device))
+    budget = TokenBudget(EngineConfig(), CostModel(MODEL, device))
     assert budget.prefill_tokens(StepLoad(1, 10, prefill_start=1 << 20)) == 1
 
 
 def test_a_target_without_a_cost_model_is_refused():
     with pytest.raises(ValueError, match="itl_target_ms needs a cost model"):
-        Scheduler(Limits(8, 4, 2, 32, 10), SchedulerConfig(itl_target_ms=20.0))
+        Scheduler(Limits(8, 4, 2, 32, 10), EngineConfig(itl_target_ms=20.0))
 
 
 @pytest.mark.parametrize(
@@ -131,13 +132,11 @@ def test_a_target_without_a_cost_model_is_refused():
         ("schedule_policy", "sjf", "schedule_policy must be one of .*'lpm'.*, got 'sjf'"),
         ("batch_policy", "none", "batch_policy must be one of .*'balanced'.*, got 'none'"),
         ("itl_target_ms", 0.0, "itl_target_ms must be greater than 0, got 0.0"),
-        ("lpm_ageing", -1.0, "lpm_ageing must be greater than 0, got -1.0"),
-        ("max_passed", 0, "max_passed must be at least 1, got 0"),
     ],
 )
 def test_a_wrong_configuration_is_refused(field, value, message):
     with pytest.raises(ValueError, match=message):
-        SchedulerConfig(**{field: value})
+        EngineConfig(**{field: value})
 
 
 # ---- the cost model -------------------------------------------------------------------------
@@ -253,10 +252,12 @@ def test_a_long_run_of_one_kind_of_step_forgets_nothing_of_the_other():
 class Turns:
     """A scheduler with an executor that says 1 all the time, and a clock set by hand."""
 
-    def __init__(self, *, num_pages=64, page_size=4, max_rows=1, **config):
+    def __init__(self, *, num_pages=64, page_size=4, max_rows=1, fairness=FAIR, **config):
         self.time = 0.0
         limits = Limits(num_pages, page_size, max_rows, 4096, 1000)
-        self.scheduler = Scheduler(limits, SchedulerConfig(**config), (), clock=lambda: self.time)
+        self.scheduler = Scheduler(
+            limits, EngineConfig(**config), clock=lambda: self.time, fairness=fairness
+        )
         self.started: list[str] = []  # request ids in order of their first tokens
         self.uids: list[str] = []
 
@@ -307,7 +308,7 @@ def test_lpm_serves_the_longest_cached_prefix_first():
 
 @pytest.mark.parametrize(("ageing", "patience"), [(10.0, 3.0), (1.0, 30.0)])
 def test_lpm_starves_nobody(ageing, patience):
-    turns = Turns(schedule_policy="lpm", lpm_ageing=ageing)
+    turns = Turns(schedule_policy="lpm", fairness=Fairness(lpm_ageing=ageing))
     shared = list(range(10, 40))
     turns.add("seed", shared)
     turns.run()
@@ -334,7 +335,8 @@ def test_a_large_request_does_not_hold_up_the_small_ones_behind_it():
 
 
 def test_a_large_request_is_not_passed_for_ever():
-    turns = Turns(num_pages=16, max_rows=4, max_passed=3, disable_radix_cache=True)
+    fairness = Fairness(max_passed=3)
+    turns = Turns(num_pages=16, max_rows=4, fairness=fairness, disable_radix_cache=True)
     turns.add("first", [1] * 30, max_tokens=30)
     turns.step()
     turns.add("large", [2] * 50)

@@ -2,9 +2,9 @@
 
 import pytest
 
+from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch, CopyJob, StepOutput
 from minisgl.core.executor import Limits
-from minisgl.core.policy import SchedulerConfig
 from minisgl.core.request import Delta, Request, SamplingParams, TokenLogprobs
 from minisgl.core.scheduler import Scheduler
 from minisgl.core.speculation import Speculation
@@ -16,7 +16,7 @@ def make(
     num_pages=32, page_size=4, max_rows=8, max_context=512, speculation=None, **config
 ) -> Scheduler:
     limits = Limits(num_pages, page_size, max_rows, max_context, 1000)
-    return Scheduler(limits, SchedulerConfig(**config), (EOS,), speculation=speculation)
+    return Scheduler(limits, EngineConfig(**config), (EOS,), speculation=speculation)
 
 
 def ask(prompt, name="r", salt="", priority=0, **params) -> Request:

@@ -5,10 +5,10 @@ from random import Random
 
 import pytest
 
+from minisgl.config import EngineConfig
 from minisgl.core.batch import PENDING, Batch, Chunk, StepOutput
 from minisgl.core.executor import Limits
 from minisgl.core.ngram import NGramProposer
-from minisgl.core.policy import SchedulerConfig
 from minisgl.core.request import Request, SamplingParams
 from minisgl.core.scheduler import Scheduler
 from minisgl.core.sequence import Sequence, make_sequences
@@ -271,7 +271,7 @@ def tokens_per_second(speculation: Speculation | None, users: int, share: float,
     """Users who ask anew when they have been answered, of a device that takes 5 ms at least for a
     step, and `row` seconds for a token of one; a tenth of it for one of the draft model's."""
     lengths, luck = Random(1), Random(2)
-    config = SchedulerConfig(disable_radix_cache=True)
+    config = EngineConfig(disable_radix_cache=True)
     scheduler = Scheduler(Limits(8000, 16, 256, 4000, 1000), config, speculation=speculation)
 
     def ask(name: str) -> None:

@@ -20,7 +20,6 @@ from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch, RowSetup, StepOutput
 from minisgl.core.executor import GrammarMasks, Limits
 from minisgl.core.grammar import GrammarBackend
-from minisgl.core.policy import SchedulerConfig
 from minisgl.core.request import Request, SamplingParams, TokenLogprobs
 from minisgl.core.scheduler import Scheduler
 from minisgl.engine.engine import Engine
@@ -181,7 +180,7 @@ def make_engine(
     """An engine over a `FakeExecutor`, which it shows as `engine.executor`."""
     limits = Limits(num_pages, page_size, max_rows=16, max_context=context, vocab_size=VOCAB)
     executor = FakeExecutor(limits, fail_at=fail_at, seconds=seconds)
-    scheduler = Scheduler(limits, SchedulerConfig(chunked_prefill_size=48), (EOS,))
+    scheduler = Scheduler(limits, EngineConfig(chunked_prefill_size=48), (EOS,))
     info = EngineInfo("fake", "", "Fake", "float32", "cpu", [EOS], limits)
     engine = Engine(
         scheduler,

@@ -18,7 +18,6 @@ from minisgl.build import BUNDLED_MODEL
 from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch
 from minisgl.core.executor import GrammarMasks
-from minisgl.core.policy import SchedulerConfig
 from minisgl.core.request import SamplingParams
 from minisgl.core.speculation import Speculation, propose_on_device
 from minisgl.device import CpuDevice
@@ -152,7 +151,7 @@ def test_a_start_as_on_a_gpu_serves_as_one_without_graphs(monkeypatch, options):
     if "speculative_algorithm" in options:
         count = options["speculative_num_draft_tokens"]
         speculation = Speculation(propose_on_device, count, on_device=True, adaptive=False)
-    config = SchedulerConfig(
+    config = EngineConfig(
         chunked_prefill_size=48,
         cascade_min_shared_tokens=options.get("cascade_min_shared_tokens"),
     )

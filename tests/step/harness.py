@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch, StepOutput
 from minisgl.core.executor import GrammarMasks, Limits
-from minisgl.core.policy import SchedulerConfig
 from minisgl.core.request import Delta, Request, SamplingParams, TokenLogprobs
 from minisgl.core.scheduler import Scheduler
 from minisgl.core.speculation import Speculation
@@ -115,7 +115,7 @@ def serve(
     requests: list[Request],
     *,
     overlap: bool = True,
-    config: SchedulerConfig | None = None,
+    config: EngineConfig | None = None,
     speculation: Speculation | None = None,
     masks: Masks | None = None,
     arrive: int = 1,

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from minisgl.config import EngineConfig
 from minisgl.core.batch import MAX_CASCADE_GROUPS, Batch, CascadeGroup, Chunk
-from minisgl.core.policy import SchedulerConfig
 from minisgl.core.request import Request, SamplingParams
 from minisgl.core.speculation import Speculation
 from minisgl.kernels.cascade import cascade
@@ -18,7 +18,7 @@ from minisgl.step.rows import HostRows
 from minisgl.step.sizes import Geometry, cascade_words
 from tests.step.harness import VOCAB, make_executor, mixed_requests, serve, tiny_decoder
 
-GROUPS = SchedulerConfig(cascade_min_shared_tokens=1)
+GROUPS = EngineConfig(cascade_min_shared_tokens=1)
 
 
 @pytest.fixture(scope="module")

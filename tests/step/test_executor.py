@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from minisgl import csrc
+from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch, Chunk, RowSetup
 from minisgl.core.executor import GrammarMasks
-from minisgl.core.policy import SchedulerConfig
 from minisgl.core.request import Request, SamplingParams
 from minisgl.core.speculation import Speculation
 from minisgl.step.sampler import Sampler
@@ -21,7 +21,7 @@ from tests.step.harness import (
     serve,
 )
 
-SMALL_STEPS = SchedulerConfig(chunked_prefill_size=24)
+SMALL_STEPS = EngineConfig(chunked_prefill_size=24)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -66,7 +66,7 @@ def test_fp32_is_the_same_to_the_bit_in_any_batch(executors):
     """Steps are padded to sizes whose products treat a row alike whatever others are there."""
     csrc.load("model_ops", wait=True)  # not half of it before the native ops are there
     executor = executors()
-    config = SchedulerConfig(disable_radix_cache=True)
+    config = EngineConfig(disable_radix_cache=True)
     requests = [
         Request(f"r{i}", [3 + i] * (1 + 5 * i), SamplingParams(max_tokens=9, seed=i, logprobs=3))
         for i in range(7)
@@ -199,7 +199,7 @@ def test_prompt_logprobs_in_blocks_of_any_size(model, executors, monkeypatch):
     )
     prompt = np.random.default_rng(0).integers(2, VOCAB, 60).tolist()
     request = Request("p", prompt, SamplingParams(max_tokens=2, prompt_logprobs=4, seed=0))
-    served = serve(executor, [request], config=SchedulerConfig(chunked_prefill_size=33))
+    served = serve(executor, [request], config=EngineConfig(chunked_prefill_size=33))
     judge(model, request, 0, served.results["p", 0])
     assert max(shapes) <= 8
 

@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch
 from minisgl.core.executor import GrammarMasks
-from minisgl.core.policy import SchedulerConfig
 from minisgl.core.speculation import Speculation
 from minisgl.device.cpu import CallPieces, CpuDevice
 from minisgl.kernels.activation import silu_and_mul
@@ -66,7 +65,7 @@ def mask_all(batch: Batch) -> GrammarMasks:
 
 
 CASES = {
-    "chunks": ({}, {"config": SchedulerConfig(chunked_prefill_size=13)}),
+    "chunks": ({}, {"config": EngineConfig(chunked_prefill_size=13)}),
     "whole": ({"most_in_pieces": 300}, {"arrive": 4}),
     "page1": ({"page_size": 1, "num_pages": 640}, {}),
     "tight": ({"num_pages": 12}, {"overlap": False}),
@@ -78,7 +77,7 @@ CASES = {
     ),
     "cascade": (
         {"num_pages": 60},
-        {"config": SchedulerConfig(cascade_min_shared_tokens=1), "arrive": 4},
+        {"config": EngineConfig(cascade_min_shared_tokens=1), "arrive": 4},
     ),
 }
 
@@ -145,7 +144,7 @@ def logged(executor: LocalExecutor, monkeypatch):
 
 
 def test_between_two_pieces_there_is_attention_and_nothing_else(executors, monkeypatch):
-    executor, grouping = executors(most_in_pieces=200), SchedulerConfig(cascade_min_shared_tokens=1)
+    executor, grouping = executors(most_in_pieces=200), EngineConfig(cascade_min_shared_tokens=1)
     with logged(executor, monkeypatch) as passes:
         found = serve(executor, shared_requests(5, seed=2), config=grouping, arrive=2)
     attends = ["rmsnorm", "linear", "qkv_prepare"]

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from minisgl.config import EngineConfig
 from minisgl.core.batch import PENDING, Batch, Chunk, RowSetup
 from minisgl.core.ngram import NGramProposer
-from minisgl.core.policy import SchedulerConfig
 from minisgl.core.request import Request, SamplingParams
 from minisgl.core.scheduler import Scheduler
 from minisgl.core.speculation import Speculation, propose_on_device
@@ -34,7 +34,7 @@ from tests.step.harness import (
 )
 from tests.step.regex_grammar import RegexBackend, spell
 
-SMALL_STEPS = SchedulerConfig(chunked_prefill_size=24)
+SMALL_STEPS = EngineConfig(chunked_prefill_size=24)
 
 
 @pytest.fixture(scope="module")
