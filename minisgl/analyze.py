@@ -21,7 +21,7 @@ from minisgl.core.costmodel import (
     decode_work,
     prefill_work,
 )
-from minisgl.core.policy import StepLoad, TokenBudget
+from minisgl.core.policy import TokenBudget
 
 BYTES = {"bfloat16": 2.0, "float16": 2.0, "float32": 4.0}
 MAX_STREAMS = 1 << 16
@@ -122,7 +122,7 @@ def report(
     budget = TokenBudget(EngineConfig(chunked_prefill_size=1 << 16), model)
     for context in contexts:
         busy = ridge_streams(model, context)
-        beside = budget.prefill_tokens(StepLoad(batches[0], batches[0] * context, 0))
+        beside = budget.prefill_tokens(decode_work(batches[0], batches[0] * context), 0)
         lines.append(f"{context:10} {'never' if busy is None else busy:>10} {beside:28}")
     return "\n".join(lines)
 

@@ -87,7 +87,7 @@ def cascade_min_tokens(model: ModelFacts, device: DeviceFacts) -> int:
     return max(1, round(CASCADE_SECONDS * device.bandwidth / per_layer))
 
 
-class StepWork(msgspec.Struct, frozen=True, gc=False):
+class Work(msgspec.Struct, frozen=True, gc=False):
     """What a step computes, in tokens."""
 
     num_tokens: int  # through the layers
@@ -95,25 +95,24 @@ class StepWork(msgspec.Struct, frozen=True, gc=False):
     num_context: int  # KV positions read, each once per chunk
     num_sampled: int  # positions whose logits are computed
 
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            self.num_tokens + other.num_tokens,
+            self.num_pairs + other.num_pairs,
+            self.num_context + other.num_context,
+            self.num_sampled + other.num_sampled,
+        )
 
-def decode_work(num_tokens: int, num_context: int) -> StepWork:
+
+def decode_work(num_tokens: int, num_context: int) -> Work:
     """One token for each of `num_tokens` sequences that hold `num_context` together."""
-    return StepWork(num_tokens, num_context, num_context, num_tokens)
+    return Work(num_tokens, num_context, num_context, num_tokens)
 
 
-def prefill_work(num_tokens: int, start: int = 0) -> StepWork:
-    """A chunk of one prompt, after `start` tokens of it."""
+def prefill_work(num_tokens: int, start: int = 0, *, samples: bool = True) -> Work:
+    """A chunk of one prompt, after `start` tokens of it; `samples` where it ends the prompt."""
     pairs = num_tokens * start + num_tokens * (num_tokens + 1) // 2
-    return StepWork(num_tokens, pairs, start + num_tokens, int(num_tokens > 0))
-
-
-def add_work(a: StepWork, b: StepWork) -> StepWork:
-    return StepWork(
-        a.num_tokens + b.num_tokens,
-        a.num_pairs + b.num_pairs,
-        a.num_context + b.num_context,
-        a.num_sampled + b.num_sampled,
-    )
+    return Work(num_tokens, pairs, start + num_tokens, int(samples and num_tokens > 0))
 
 
 class Cost(msgspec.Struct, frozen=True):
@@ -155,7 +154,7 @@ class CostModel:
         self._fixed, self._compute, self._memory = device.overhead, 1.0, 1.0
         self._covariance = [[10.0 * (i == j) for j in range(3)] for i in range(3)]
 
-    def cost(self, work: StepWork) -> Cost:
+    def cost(self, work: Work) -> Cost:
         flops, traffic = self._flops(work), self._bytes(work)
         return Cost(
             flops,
@@ -165,13 +164,13 @@ class CostModel:
             self._fixed,
         )
 
-    def predict(self, work: StepWork) -> float:
+    def predict(self, work: Work) -> float:
         """Seconds."""
         compute = self._compute * self._flops(work) / self.device.flops
         memory = self._memory * self._bytes(work) / self.device.bandwidth
         return self._fixed + max(compute, memory)
 
-    def observe(self, work: StepWork, seconds: float) -> None:
+    def observe(self, work: Work, seconds: float) -> None:
         """Learn from one measured step; times that are not positive say nothing."""
         if seconds <= 0.0 or not work.num_tokens:
             return
@@ -199,7 +198,7 @@ class CostModel:
             row[:] = [growth * (row[j] - share * direction[j]) for j in range(3)]
         self._fixed, self._compute, self._memory = factors[0] * UNIT, factors[1], factors[2]
 
-    def _flops(self, work: StepWork) -> float:
+    def _flops(self, work: Work) -> float:
         model = self.model
         experts = model.experts_per_token if model.experts else 1
         per_token = model.attention_weights + experts * model.mlp_weights
@@ -209,7 +208,7 @@ class CostModel:
         pairs = full * work.num_pairs + model.windowed_layers * self._windowed(work)
         return 2.0 * linear + 4.0 * model.heads * model.head_dim * pairs
 
-    def _bytes(self, work: StepWork) -> float:
+    def _bytes(self, work: Work) -> float:
         model = self.model
         touched = 1.0
         weights = model.attention_weights + model.layers * model.hidden * model.experts
@@ -229,7 +228,7 @@ class CostModel:
         written = model.layers * work.num_tokens
         return model.bytes_per_weight * weights + per_layer * (context + written)
 
-    def _windowed(self, work: StepWork) -> int:
+    def _windowed(self, work: Work) -> int:
         """Pairs of a windowed layer, at most `window` for each query."""
         if self.model.window is None:
             return work.num_pairs

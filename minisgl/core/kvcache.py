@@ -101,27 +101,27 @@ class KVCache:
             held = match.pages if match.source is None else [*match.pages, match.source]
             self._drop(held)
             return False
-        sequence.pages = match.pages + self._take(need)
-        sequence.num_drafted = self._num_drafted(sequence.pages, match.num_tokens)
-        sequence.capacity = len(sequence.pages) * self.page_size
-        sequence.num_patched = 0
+        sequence.kv.pages = match.pages + self._take(need)
+        sequence.kv.num_drafted = self._num_drafted(sequence.kv.pages, match.num_tokens)
+        sequence.kv.capacity = len(sequence.kv.pages) * self.page_size
+        sequence.kv.num_patched = 0
         sequence.num_computed = match.num_tokens
         if match.source is not None:
-            target = sequence.pages[len(match.pages)]
+            target = sequence.kv.pages[len(match.pages)]
             self._copies.append(CopyJob(match.source, target, match.num_copied))
             if self._drafted is not None:
                 self._drafted[target] = min(self._drafted[match.source], match.num_copied)
-                sequence.num_drafted = self._num_drafted(sequence.pages, match.num_tokens)
+                sequence.kv.num_drafted = self._num_drafted(sequence.kv.pages, match.num_tokens)
         return True
 
     def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give a running sequence pages for `num_tokens` tokens; False if there are too few."""
-        need = self.pool.pages_for(num_tokens) - len(sequence.pages)
+        need = self.pool.pages_for(num_tokens) - len(sequence.kv.pages)
         if need > 0:
             if not self._make_room(need):
                 return False
-            sequence.pages += self._take(need)
-            sequence.capacity = len(sequence.pages) * self.page_size
+            sequence.kv.pages += self._take(need)
+            sequence.kv.capacity = len(sequence.kv.pages) * self.page_size
         return True
 
     def commit(self, sequence: Sequence, start: int, stop: int) -> None:
@@ -140,18 +140,18 @@ class KVCache:
         if canonical and canonical[-1] in self._fresh:
             return
         self._adopt(sequence, canonical[:own])
-        if canonical[own:] != sequence.pages[own : len(canonical)]:
+        if canonical[own:] != sequence.kv.pages[own : len(canonical)]:
             return
-        self.tree.insert(namespace, tokens, sequence.pages[:whole])
+        self.tree.insert(namespace, tokens, sequence.kv.pages[:whole])
         self.version += 1
-        self._fresh.update(sequence.pages[len(canonical) : whole])
+        self._fresh.update(sequence.kv.pages[len(canonical) : whole])
         self._commits.append(Commit(namespace, tokens, len(canonical) * self.page_size))
 
     def note_drafted(self, sequence: Sequence) -> None:
         """The draft model has computed, or will before the next plan's step, what is counted."""
         if self._drafted is not None:
-            count = sequence.num_drafted
-            pages = np.array(sequence.pages[: self.pool.pages_for(count)], np.intp)
+            count = sequence.kv.num_drafted
+            pages = np.array(sequence.kv.pages[: self.pool.pages_for(count)], np.intp)
             slots = np.minimum(count - self.page_size * np.arange(len(pages)), self.page_size)
             self._drafted[pages] = np.maximum(self._drafted[pages], slots)
 
@@ -176,11 +176,11 @@ class KVCache:
         Everything it computed is cached first, to the token, unless it failed.
         """
         computed = min(sequence.num_computed, sequence.num_tokens)
-        if sequence.keeps_pages:
+        if sequence.kv.reusable:
             self.note_drafted(sequence)
-        pages, sequence.pages = sequence.pages, []
-        sequence.capacity = 0
-        if self._radix and sequence.keeps_pages and computed:
+        pages, sequence.kv.pages = sequence.kv.pages, []
+        sequence.kv.capacity = 0
+        if self._radix and sequence.kv.reusable and computed:
             filled = pages[: self.pool.pages_for(computed)]
             self.tree.insert(sequence.request.cache_salt, sequence.tokens(computed), filled)
             self.version += 1
@@ -189,17 +189,17 @@ class KVCache:
     def check(self, sequences: list[Sequence]) -> None:
         """Compare the page ledger with its holders, exactly. For tests, between plans."""
         cached = self.tree.pages()
-        held = cached + [page for sequence in sequences for page in sequence.pages]
+        held = cached + [page for sequence in sequences for page in sequence.kv.pages]
         self.pool.check(held, cached)
 
     def _adopt(self, sequence: Sequence, canonical: list[int]) -> None:
-        old = sequence.pages[: len(canonical)]
+        old = sequence.kv.pages[: len(canonical)]
         changed = [i for i, page in enumerate(canonical) if page != old[i]]
         if changed:
             self.pool.hold([canonical[i] for i in changed])
-            sequence.pages[: len(canonical)] = canonical
-            sequence.num_drafted = self._num_drafted(sequence.pages, sequence.num_drafted)
-            sequence.num_patched = min(sequence.num_patched, changed[0])
+            sequence.kv.pages[: len(canonical)] = canonical
+            sequence.kv.num_drafted = self._num_drafted(sequence.kv.pages, sequence.kv.num_drafted)
+            sequence.kv.num_patched = min(sequence.kv.num_patched, changed[0])
             self._drop([old[i] for i in changed])
 
     def _take(self, count: int) -> list[int]:

@@ -6,6 +6,7 @@ Where the text itself says nothing, the radix tree may: a prompt asked before ha
 """
 
 from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 from minisgl.core.sequence import Sequence
 
@@ -96,12 +97,14 @@ class NGramProposer:
                 f"got {min_match}"
             )
         self._sizes = range(min_match, max_match + 1)
+        self._texts: WeakKeyDictionary[Sequence, _Text] = WeakKeyDictionary()
         self.continuation: Continuation | None = None  # set by whoever has a radix tree
 
     def __call__(self, sequence: Sequence, count: int) -> list[int]:
-        text = sequence.memo
-        if not isinstance(text, _Text):
-            text = sequence.memo = _Text(sequence.request.prompt_token_ids, self._sizes)
+        text = self._texts.get(sequence)
+        if text is None:
+            text = _Text(sequence.request.prompt_token_ids, self._sizes)
+            self._texts[sequence] = text
         text.extend(sequence.output)
         pending = sequence.num_pending
         path = text.in_flight() if pending else []

@@ -1,33 +1,36 @@
-"""A step of the scheduler: while it is planned, and until its results are back."""
+"""`Plan`: one step of the scheduler, from its first chunk until its results are read."""
 
 from dataclasses import dataclass, field
 
-from minisgl.core.batch import Batch, CascadeGroup, Chunk, RowSetup
-from minisgl.core.costmodel import StepWork
+from minisgl.core.batch import Batch, CascadeGroup, Chunk, CopyJob, RowSetup
+from minisgl.core.costmodel import Work
 from minisgl.core.kvcache import Commit
 from minisgl.core.sequence import Sequence
 
 
 @dataclass(slots=True)
 class Plan:
-    """The plan under way."""
+    """What a step computes, and what `update` needs to know of it."""
 
+    step: int
     chunks: list[Chunk] = field(default_factory=list)
-    sequences: list[Sequence] = field(default_factory=list)
-    groups: list[CascadeGroup] = field(default_factory=list)
+    sequences: list[Sequence] = field(default_factory=list)  # aligned with `chunks`
+    num_decode: int = 0  # chunks[:num_decode] are decode chunks
     setups: list[RowSetup] = field(default_factory=list)
-    num_tokens: int = 0
-    num_pairs: int = 0  # of attention
-    num_context: int = 0  # KV positions read
-    num_sampled: int = 0
-    short_of_pages: bool = False  # then nobody new is admitted
+    copies: list[CopyJob] = field(default_factory=list)
+    groups: list[CascadeGroup] = field(default_factory=list)
+    draft_chunks: list[Chunk] = field(default_factory=list)
+    commits: list[Commit] = field(default_factory=list)
+    work: Work = Work(0, 0, 0, 0)
+    short_of_pages: bool = False  # then no new sequence is admitted
 
-
-@dataclass(slots=True)
-class PlannedStep:
-    """A planned step: what `update` needs of it."""
-
-    batch: Batch
-    sequences: list[Sequence]  # aligned with batch.chunks
-    commits: list[Commit]
-    work: StepWork
+    def batch(self) -> Batch:
+        return Batch(
+            self.step,
+            self.chunks,
+            self.num_decode,
+            self.setups,
+            self.copies,
+            self.groups,
+            self.draft_chunks,
+        )

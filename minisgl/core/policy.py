@@ -7,7 +7,8 @@ from itertools import islice
 import msgspec
 
 from minisgl.config import EngineConfig, SchedulePolicy
-from minisgl.core.costmodel import CostModel, StepWork, add_work, decode_work, prefill_work
+from minisgl.core.costmodel import CostModel, Work, decode_work, prefill_work
+from minisgl.core.kvcache import KVCache
 from minisgl.core.sequence import Sequence
 
 MATCH_WINDOW = 64  # oldest waiting sequences that `lpm` compares
@@ -38,6 +39,8 @@ class WaitingQueue:
         self._policy = policy
         self._ageing = ageing
         self._sequences: list[Sequence] = []
+        self._times_passed: dict[int, int] = {}  # by uid, where it is not 0
+        self._matched: dict[int, tuple[int, int]] = {}  # by uid: tree version, tokens matched then
         self.num_tokens = 0  # that they hold together
 
     def __len__(self) -> int:
@@ -58,25 +61,36 @@ class WaitingQueue:
     def remove(self, sequence: Sequence) -> None:
         del self._sequences[bisect_left(self._sequences, self.key(sequence), key=self.key)]
         self.num_tokens -= sequence.num_tokens
+        self._times_passed.pop(sequence.uid, None)
+        self._matched.pop(sequence.uid, None)
 
-    def candidates(
-        self, count: int, now: float, matched: Callable[[Sequence], int]
-    ) -> list[Sequence]:
-        """The first `count` sequences to try to admit; `matched` tells cached prefix lengths."""
+    def times_passed(self, sequence: Sequence) -> int:
+        """How many admissions of others have passed it since it began to wait."""
+        return self._times_passed.get(sequence.uid, 0)
+
+    def note_passed(self, sequences: list[Sequence]) -> None:
+        """Another sequence is admitted before these."""
+        for sequence in sequences:
+            self._times_passed[sequence.uid] = self.times_passed(sequence) + 1
+
+    def candidates(self, count: int, now: float, cache: KVCache) -> list[Sequence]:
+        """The first `count` sequences to try to admit."""
         if self._policy != "lpm":
             return list(islice(self._sequences, count))
         window = list(islice(self._sequences, MATCH_WINDOW))
-        score = {s.uid: matched(s) + self._ageing * (now - s.queued_at) for s in window}
+        score = {
+            s.uid: self._num_matched(s, cache) + self._ageing * (now - s.queued_at) for s in window
+        }
         window.sort(key=lambda s: (-score[s.uid], s.uid))
         return (window + list(islice(self._sequences, MATCH_WINDOW, count)))[:count]
 
-
-class StepLoad(msgspec.Struct, gc=False):
-    """What a step has to do, in tokens."""
-
-    num_decode: int  # decode tokens of the step, drafts included
-    decode_context: int  # KV positions that they read
-    prefill_start: int  # computed tokens of the first prompt in line
+    def _num_matched(self, sequence: Sequence, cache: KVCache) -> int:
+        """Cached prefix length, looked up again only after the tree has changed."""
+        version, num_tokens = self._matched.get(sequence.uid, (-1, 0))
+        if version != cache.version:
+            num_tokens = cache.match(sequence).num_tokens
+            self._matched[sequence.uid] = cache.version, num_tokens
+        return num_tokens
 
 
 class TokenBudget:
@@ -99,20 +113,22 @@ class TokenBudget:
         self._target = None if config.itl_target_ms is None else config.itl_target_ms / 1e3
         self._model = cost_model
 
-    def prefill_tokens(self, load: StepLoad) -> int:
-        """The step's share of prompt tokens, at most the budget."""
-        if not load.num_decode or self._policy == "prefill-first":
+    def prefill_tokens(self, decode: Work, start: int) -> int:
+        """The prompt tokens of a step that also computes `decode`, at most the budget.
+
+        start: computed tokens of the first prompt in line.
+        """
+        if not decode.num_tokens or self._policy == "prefill-first":
             return self._size
         model = self._model
         if self._policy == "decode-first" or model is None:
-            return max(self._size - load.num_decode, 0)
-        decode = decode_work(load.num_decode, load.decode_context)
+            return max(self._size - decode.num_tokens, 0)
         alone = model.cost(decode)
         busy = max(alone.compute_seconds, alone.memory_seconds)
         filled = max(DECODE_SLOWDOWN * busy, alone.overhead / FIXED_SHARE)
 
-        def work(count: int) -> StepWork:
-            return add_work(decode, prefill_work(count, load.prefill_start))
+        def work(count: int) -> Work:
+            return decode + prefill_work(count, start)
 
         count = _largest(self._size, lambda n: model.cost(work(n)).compute_seconds <= filled)
         count = max(count, 1)  # a long prompt's token may cost more than a whole step of short ones

@@ -24,7 +24,24 @@ class Status(Enum):
 WAITING, RUNNING, PREEMPTED, ENDED = Status
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(slots=True)
+class HeldPages:
+    """The KV pages of a sequence. Written by `KVCache`, but for what is said of a field."""
+
+    pages: list[int] = field(default_factory=list)
+    capacity: int = 0  # tokens they can hold
+    num_patched: int = 0  # leading pages that the device's page table has; `patch` takes the rest
+    num_drafted: int = 0  # tokens before it have KV of the draft model; `Speculation` counts on
+    reusable: bool = True  # whether they are cached at the end; not after `Scheduler.fail`
+
+    def patch(self) -> list[int]:
+        """The pages that the device's page table lacks; they go out with the step being planned."""
+        pages = self.pages[self.num_patched :]
+        self.num_patched = len(self.pages)
+        return pages
+
+
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Sequence:
     """Counts, not phases: tokens held, tokens computed, and the gap that steps close.
 
@@ -34,6 +51,7 @@ class Sequence:
     have run.
     """
 
+    # What was asked. Never changes.
     uid: int  # order of arrival
     request: Request
     choice: int
@@ -42,33 +60,26 @@ class Sequence:
     stop_ids: frozenset[int]
     queued_at: float  # seconds, the scheduler's clock
 
+    # Its place. Written by `Running`.
     status: Status = Status.WAITING
-    finish_reason: FinishReason | None = None
-    epoch: int = 0  # how many times it has lost its row
+    epoch: int = 0  # how many times it has been preempted
     row: int = -1
-    pages: list[int] = field(default_factory=list)
-    capacity: int = 0  # tokens its pages can hold
-    num_patched: int = 0  # leading entries of `pages` that the device's page table has
-    in_flight: int = 0  # steps planned and not updated
-    num_returning: int = 0  # pages announced as on their way back
+    num_fed: int = 0  # tokens held when it took its row; later inputs are the device's own samples
 
+    # Its tokens. Written by `accept`.
     output: list[int] = field(default_factory=list)
     num_tokens: int = 0  # held: prompt and output
+
+    # How far it has come. Written by `Planner` when a step is planned, by `Scheduler` when it is
+    # read; `KVCache.attach` sets what a cached prefix has computed.
+    in_flight: int = 0  # steps planned and not read
     num_computed: int = 0
     num_pending: int = 0
     num_slack: int = 0
-    num_fed: int = 0  # held when it took its row; later inputs are the device's own samples
-
     num_cached: int = 0  # prompt tokens found in the cache when it first ran
-    num_drafted: int = 0  # tokens before it have KV of the draft model
-    drafts_tried: float = 0.0  # of late, up to the first that was wrong
-    drafts_accepted: float = 0.0
-    memo: object = None  # what the proposer remembers of it
-    preemptions: int = 0
-    times_passed: int = 0  # admissions of others while it did not fit
-    keeps_pages: bool = True  # whether its pages are cached when it ends
-    matched: tuple[int, int] = (-1, 0)  # tree version, tokens its prefix matched in it
     prompt_logprobs: list[TokenLogprobs] | None = None  # so far; None: not wanted, or sent
+
+    kv: HeldPages = field(default_factory=HeldPages)
 
     def accept(self, new: list[int]) -> tuple[list[int], FinishReason | None, int | None]:
         """Append sampled tokens up to the sequence's end.

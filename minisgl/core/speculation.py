@@ -11,6 +11,7 @@ draft chunks before it proposes again.
 """
 
 from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 from minisgl.core.batch import PENDING, Batch, Chunk, StepOutput
 from minisgl.core.sequence import Sequence
@@ -170,6 +171,8 @@ class Speculation:
         self._loads: dict[int, _Load] = {}
         self._load = _Load()
         self._acceptance = 0.75  # of all sequences, until measured
+        # Drafts tried and accepted of late, up to the first that was wrong.
+        self._luck: WeakKeyDictionary[Sequence, tuple[float, float]] = WeakKeyDictionary()
         self._turns = 0
         self._retries = False  # whether this step is one to try sequences without luck again
         self._chunks: list[tuple[Sequence, Chunk]] = []
@@ -230,19 +233,19 @@ class Speculation:
 
     def planned(self, seq: Sequence, start: int) -> None:
         """Drafts of a sequence, after its tokens [0, start], are in the plan."""
-        seq.num_drafted = start
+        seq.kv.num_drafted = start
 
     def take(self, seq: Sequence, num_drafts: int, num_accepted: int) -> None:
         """Drafts of a sequence have been verified."""
         if self.on_device:
             # The token after the last accepted one is the next proposal's to compute.
-            seq.num_drafted += num_accepted
+            seq.kv.num_drafted += num_accepted
         self.num_drafts += num_drafts
         self.num_accepted += num_accepted
         tried = num_accepted + (num_accepted < num_drafts)
         self.num_tried += tried
-        seq.drafts_tried = FORGETTING * seq.drafts_tried + tried
-        seq.drafts_accepted = FORGETTING * seq.drafts_accepted + num_accepted
+        before = self._luck.get(seq, (0.0, 0.0))
+        self._luck[seq] = FORGETTING * before[0] + tried, FORGETTING * before[1] + num_accepted
         self._acceptance += 0.01 * tried * (num_accepted / tried - self._acceptance)
 
     def observe(self, batch: Batch, output: StepOutput) -> None:
@@ -260,8 +263,8 @@ class Speculation:
 
     def _count(self, seq: Sequence) -> int:
         """A sequence's number of drafts by its acceptance, of which all tell something."""
-        accepted = seq.drafts_accepted + PRIOR * self._acceptance
-        count = self._best_count(accepted / (seq.drafts_tried + PRIOR))
+        tried, accepted = self._luck.get(seq, (0.0, 0.0))
+        count = self._best_count((accepted + PRIOR * self._acceptance) / (tried + PRIOR))
         return max(count, int(self._retries))
 
     def _best_count(self, p: float) -> int:
@@ -283,7 +286,7 @@ class Speculation:
 
     def _catch_up(self, seq: Sequence, stop: int) -> bool:
         """Let the draft model compute a sequence's tokens up to `stop`; False: not all yet."""
-        start = seq.num_drafted
+        start = seq.kv.num_drafted
         if start >= stop:
             return True
         count = min(stop - start, self._left)
@@ -292,5 +295,5 @@ class Speculation:
             chunk = Chunk(seq.uid, seq.epoch, seq.row, start, count, ids, 0, NONE, False)
             self._chunks.append((seq, chunk))
             self._left -= count
-            seq.num_drafted = start + count
-        return seq.num_drafted == stop
+            seq.kv.num_drafted = start + count
+        return seq.kv.num_drafted == stop

@@ -9,7 +9,9 @@ import pytest
 from minisgl.core.cascade import PrefixGroups
 from minisgl.core.kvcache import KVCache
 from minisgl.core.pages import PagePool
+from minisgl.core.planner import Planner
 from minisgl.core.radix import RadixTree
+from minisgl.core.running import Running
 from minisgl.core.scheduler import Scheduler
 from minisgl.core.sequence import Sequence
 from minisgl.core.speculation import Speculation
@@ -70,7 +72,7 @@ FAULTS = {
     "adopted pages are not sent to the device, those left are dropped": (
         KVCache,
         "_adopt",
-        "sequence.num_patched = min(sequence.num_patched, changed[0])",
+        "sequence.kv.num_patched = min(sequence.kv.num_patched, changed[0])",
         "pass",
     ),
     "adopted pages are not held": (
@@ -88,8 +90,8 @@ FAULTS = {
     "pages stay in an ended sequence": (
         KVCache,
         "release",
-        "pages, sequence.pages = sequence.pages, []",
-        "pages = sequence.pages",
+        "pages, sequence.kv.pages = sequence.kv.pages, []",
+        "pages = sequence.kv.pages",
     ),
     "tokens that were not computed are cached": (
         KVCache,
@@ -134,10 +136,10 @@ FAULTS = {
         "if True:",
     ),
     "rows and pages go back while a step is in flight": (
-        Scheduler,
-        "_leave",
-        "if seq.in_flight:",
-        "if False:",
+        Running,
+        "settle",
+        " or seq.in_flight",
+        "",
     ),
     "a preempted sequence loses its late token": (
         Scheduler,
@@ -146,14 +148,14 @@ FAULTS = {
         "if seq.status is RUNNING:",
     ),
     "what a preempted sequence holds is not counted as its input": (
-        Scheduler,
-        "_admit",
+        Running,
+        "start",
         "seq.num_fed = seq.num_tokens",
         "seq.num_fed = len(seq.prompt)",
     ),
     "a preempted sequence keeps its epoch": (
-        Scheduler,
-        "_settle",
+        Running,
+        "settle",
         "seq.epoch += 1",
         "pass",
     ),
@@ -164,7 +166,7 @@ FAULTS = {
         "seq.num_computed += num_drafts",
     ),
     "unread drafts get no pages": (
-        Scheduler,
+        Planner,
         "_plan_decode",
         "end = start + seq.num_slack + 1",
         "end = start + 1",
@@ -172,14 +174,14 @@ FAULTS = {
     "drafts that were rejected count as the draft model's": (
         Speculation,
         "take",
-        "seq.num_drafted += num_accepted",
-        "seq.num_drafted += num_drafts",
+        "seq.kv.num_drafted += num_accepted",
+        "seq.kv.num_drafted += num_drafts",
     ),
     "the draft model's own last proposal counts as computed": (
         Speculation,
         "planned",
-        "seq.num_drafted = start",
-        "seq.num_drafted = start + 1",
+        "seq.kv.num_drafted = start",
+        "seq.kv.num_drafted = start + 1",
     ),
     "a page keeps the mark of what the draft model computed for another": (
         KVCache,
@@ -200,16 +202,16 @@ FAULTS = {
         "True: return most\n    if False",
     ),
     "a step is planned past the known end": (
-        Scheduler,
+        Planner,
         "_plan_decode",
         "ahead >= seq.limit",
         "seq.num_tokens >= seq.limit",
     ),
     "new pages are not sent to the device": (
-        Scheduler,
+        Planner,
         "_plan_decode",
-        "pages, seq.num_patched = seq.pages[first:], len(seq.pages)",
-        "seq.num_patched = len(seq.pages)",
+        "pages = seq.kv.patch()",
+        "seq.kv.patch()",
     ),
     "the end is not looked for at every token": (
         Sequence,

@@ -12,13 +12,12 @@ from minisgl.core.costmodel import (
     CostModel,
     DeviceFacts,
     ModelFacts,
-    StepWork,
-    add_work,
+    Work,
     decode_work,
     prefill_work,
 )
 from minisgl.core.executor import Limits
-from minisgl.core.policy import FAIR, Fairness, StepLoad, TokenBudget
+from minisgl.core.policy import FAIR, Fairness, TokenBudget
 from minisgl.core.request import Request, SamplingParams
 from minisgl.core.scheduler import Scheduler
 from tests.core.simulation import (
@@ -89,17 +88,17 @@ def test_decode_runs_in_every_step_beside_a_long_prompt():
 
 
 def test_fixed_policies_divide_the_budget_as_they_say():
-    load = StepLoad(num_decode=100, decode_context=5000, prefill_start=0)
+    decode = decode_work(100, 5000)
     model = CostModel(MODEL, MEMORY_BOUND)
 
-    def share(policy, load, size=256):
+    def share(policy, decode, size=256):
         config = EngineConfig(batch_policy=policy, chunked_prefill_size=size)
-        return TokenBudget(config, model).prefill_tokens(load)
+        return TokenBudget(config, model).prefill_tokens(decode, 0)
 
-    assert share("prefill-first", load) == 256
-    assert share("decode-first", load) == 156
-    assert share("decode-first", load, size=64) == 0
-    idle = StepLoad(num_decode=0, decode_context=0, prefill_start=0)
+    assert share("prefill-first", decode) == 256
+    assert share("decode-first", decode) == 156
+    assert share("decode-first", decode, size=64) == 0
+    idle = decode_work(0, 0)
     assert {share(policy, idle) for policy in ("balanced", "decode-first")} == {256}
 
 
@@ -107,8 +106,8 @@ def test_balanced_fills_a_step_beyond_the_ridge_and_not_far_beyond():
     model = CostModel(MODEL, COMPUTE_BOUND)
     budget = TokenBudget(EngineConfig(chunked_prefill_size=8192), model)
     decode = decode_work(4, 4000)
-    count = budget.prefill_tokens(StepLoad(4, 4000, prefill_start=0))
-    cost = model.cost(add_work(decode, prefill_work(count)))
+    count = budget.prefill_tokens(decode, 0)
+    cost = model.cost(decode + prefill_work(count))
     assert cost.bound == "compute"
     assert 1.8 < cost.compute_seconds / model.cost(decode).memory_seconds <= 2.0
 
@@ -117,7 +116,7 @@ def test_balanced_lets_a_long_prompt_go_on_beside_a_short_stream():
     """One more of its tokens costs more than the whole step: all of it is attention."""
     device = DeviceFacts(flops=1e9, bandwidth=1e15, overhead=0.0)
     budget = TokenBudget(EngineConfig(), CostModel(MODEL, device))
-    assert budget.prefill_tokens(StepLoad(1, 10, prefill_start=1 << 20)) == 1
+    assert budget.prefill_tokens(decode_work(1, 10), 1 << 20) == 1
 
 
 def test_a_target_without_a_cost_model_is_refused():
@@ -220,7 +219,7 @@ def test_predictions_follow_measurements(noise):
         DeviceFacts(0.4 * MEMORY_BOUND.flops, 0.7 * MEMORY_BOUND.bandwidth, 2e-3),
     )
     works = [decode_work(n, 900 * n) for n in (1, 8, 32)]
-    works += [add_work(decode_work(8, 8000), prefill_work(n)) for n in (500, 2000, 8000)]
+    works += [decode_work(8, 8000) + prefill_work(n) for n in (500, 2000, 8000)]
     for _ in range(300):
         work = random.choice(works)
         model.observe(work, truth.predict(work) * random.gauss(1.0, noise))
@@ -229,7 +228,7 @@ def test_predictions_follow_measurements(noise):
     assert model.deviation < 0.02 + noise
     before = model.predict(works[0])
     model.observe(works[0], 0.0)
-    model.observe(StepWork(0, 0, 0, 0), 1.0)
+    model.observe(Work(0, 0, 0, 0), 1.0)
     assert model.predict(works[0]) == before
 
 

@@ -250,14 +250,13 @@ def test_a_sequence_gets_as_many_as_its_acceptance_is_worth():
 
 def test_sequences_of_one_batch_differ():
     run = Simulated(0.0, flat, count=2)
-    lucky = run.scheduler._running
 
     def verify(chunk: Chunk) -> list[int]:
         return [5] * (chunk.length if chunk.uid == 0 else 1) if chunk.samples else []
 
     run._verify = verify
     run.run(150)
-    assert len(lucky) == 2
+    assert run.scheduler.stats().num_running == 2
     batch = run.scheduler.plan()
     drafts = {chunk.uid: len(chunk.drafts) for chunk in batch.chunks}
     assert drafts[0] == 4

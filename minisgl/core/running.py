@@ -1,0 +1,112 @@
+"""The running sequences: they get a row and pages, and give both back once."""
+
+from bisect import insort
+
+from minisgl.core.cascade import PrefixGroups
+from minisgl.core.executor import Limits
+from minisgl.core.kvcache import KVCache
+from minisgl.core.plan import Plan
+from minisgl.core.policy import WaitingQueue
+from minisgl.core.sequence import ENDED, PREEMPTED, RUNNING, WAITING, Sequence
+
+
+class Running:
+    """The running sequences in service order, and those that leave with steps in flight.
+
+    A sequence that has ended or been preempted keeps its row and pages until no step in flight
+    uses them. Then it gives them back, and a preempted one waits again.
+    """
+
+    def __init__(
+        self, limits: Limits, cache: KVCache, waiting: WaitingQueue, prefixes: PrefixGroups | None
+    ) -> None:
+        self.sequences: list[Sequence] = []
+        self.cache = cache
+        self.waiting = waiting
+        self.prefixes = prefixes
+        self.num_preemptions = 0
+        self._num_rows = limits.max_rows
+        self._free_rows = list(range(limits.max_rows - 1, -1, -1))
+        self._leaving: dict[Sequence, int] = {}  # pages that each will make available
+
+    @property
+    def num_free_rows(self) -> int:
+        return len(self._free_rows)
+
+    def start(self, seq: Sequence) -> None:
+        """A waiting sequence, whose pages are attached, takes a row."""
+        self.waiting.remove(seq)
+        seq.status = RUNNING
+        seq.row = self._free_rows.pop()
+        seq.num_fed = seq.num_tokens
+        insort(self.sequences, seq, key=self.waiting.key)
+
+    def grow(self, plan: Plan, seq: Sequence, num_tokens: int) -> bool:
+        """Pages for `num_tokens` tokens, if need be taken from the sequence served last.
+
+        False: this sequence sits out the step, because enough pages will come back when steps in
+        flight are read, or because all that are served after it have been planned.
+        """
+        while not self.cache.reserve(seq, num_tokens):
+            plan.short_of_pages = True
+            pool = self.cache.pool
+            need = pool.pages_for(num_tokens) - len(seq.kv.pages)
+            if self._leaving and need <= pool.num_available + sum(self._leaving.values()):
+                return False
+            victim = self.sequences[-1]
+            if victim is seq or victim in plan.sequences:
+                return False
+            self.num_preemptions += 1
+            victim.status = PREEMPTED
+            self._leave(victim)
+        return True
+
+    def end(self, seq: Sequence) -> None:
+        """Nothing more is planned for `seq`, wherever it is."""
+        was, seq.status = seq.status, ENDED
+        if was is WAITING:
+            self.waiting.remove(seq)
+        elif was is RUNNING:
+            self._leave(seq)
+        else:
+            self.settle(seq)
+
+    def settle(self, seq: Sequence) -> None:
+        """If `seq` no longer runs and nothing is in flight, it gives back its row and pages."""
+        if seq.status is RUNNING or seq.in_flight or seq.row < 0:
+            return
+        del self._leaving[seq]
+        self.cache.release(seq)
+        self._free_rows.append(seq.row)
+        seq.row = -1
+        if seq.status is PREEMPTED:
+            seq.status = WAITING
+            seq.epoch += 1
+            if seq.prompt_logprobs is not None:
+                seq.prompt_logprobs = []
+            self.waiting.add(seq)
+
+    def _leave(self, seq: Sequence) -> None:
+        self.sequences.remove(seq)
+        if self.prefixes is not None:
+            self.prefixes.leave(seq.uid)
+        self._leaving[seq] = self.cache.pool.num_returning(seq.kv.pages)
+        self.settle(seq)
+
+    def check(self, in_flight: set[Sequence]) -> None:
+        """Compare all books with each other, exactly. For tests; RuntimeError says what differs.
+
+        in_flight: the sequences of the steps in flight.
+        """
+        leaving = [seq for seq in in_flight if seq.status is not RUNNING]
+        holders = [*self.sequences, *leaving]
+        self.cache.check(holders)
+        rows = [seq.row for seq in holders]
+        if sorted(rows + self._free_rows) != list(range(self._num_rows)):
+            raise RuntimeError(f"{rows} held and {self._free_rows} free are not all rows, once")
+        if self._leaving.keys() != set(leaving):
+            raise RuntimeError("the sequences that leave are not those that steps in flight hold")
+        if any(seq.kv.pages or seq.row >= 0 or seq.in_flight for seq in self.waiting):
+            raise RuntimeError("a waiting sequence holds a row, pages or a step")
+        if self.waiting.num_tokens != sum(seq.num_tokens for seq in self.waiting):
+            raise RuntimeError("the tokens of waiting sequences are miscounted")
