@@ -239,13 +239,10 @@ def _served_model(info: "EngineInfo", config: ServerConfig) -> "ServedModel":
     from minisgl.server.openai import ServedModel
     from minisgl.server.tokenizer import Tokenizer
 
-    limits = info.limits
     return ServedModel(
         name=config.served_model_name or info.model,
         tokenizer=Tokenizer.from_directory(info.model_path),
-        vocab_size=limits.vocab_size,
-        max_context=limits.max_context,
-        max_pool_tokens=limits.num_pages * limits.page_size,
+        limits=info.limits,
         has_priorities=config.schedule_policy == "priority",
     )
 
@@ -253,11 +250,11 @@ def _served_model(info: "EngineInfo", config: ServerConfig) -> "ServedModel":
 def _banner(info: "EngineInfo", name: str, listening: socket.socket) -> str:
     host, port = listening.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    pool = info.limits.num_pages * info.limits.page_size
+    limits = info.limits
     return (
         f"serving {name} ({info.architecture}, {info.dtype}) on {info.device} at {url}/v1\n"
-        f"context {info.limits.max_context} tokens, KV pool {pool} tokens, "
-        f"up to {info.limits.max_rows} sequences at once"
+        f"context {limits.max_context} tokens, KV pool {limits.pool_tokens} tokens, "
+        f"up to {limits.max_rows} sequences at once"
     )
 
 

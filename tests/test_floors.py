@@ -49,7 +49,7 @@ FLOORS: dict[str, set[str]] = {
     "start": MODELS | PLANS | {"step"},
     "ranks": MODELS | PLANS | {"step", "start"},
     "engine": BASE | {"core", "trace"},
-    "server": BASE | {"engine.client", "core.request"},
+    "server": BASE | {"engine.client", "core.executor", "core.request"},
     "build": MODELS | {"step", "start", "ranks", "engine", "core"},
 }
 TOP = {"serve", "chat", "llm", "analyze"}  # what people run: may import everything

@@ -1,11 +1,13 @@
 """The boundary between the engine, which decides, and the workers, which compute."""
 
+from collections.abc import Collection
 from typing import Protocol
 
 import msgspec
 import numpy as np
 
 from minisgl.core.batch import Batch, StepOutput
+from minisgl.core.request import SamplingParams
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -16,6 +18,46 @@ class Limits(msgspec.Struct, frozen=True):
     max_rows: int  # sequences running at once
     max_context: int  # tokens of prompt and output together
     vocab_size: int
+
+    @property
+    def pool_tokens(self) -> int:
+        """Tokens that the KV pool holds."""
+        return self.num_pages * self.page_size
+
+    def check_token_ids(self, name: str, ids: Collection[int]) -> None:
+        """Raises ValueError, beginning with `name`, when an id is outside the vocabulary."""
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            wrong = min(ids) if min(ids) < 0 else max(ids)
+            raise ValueError(
+                f"{name}: token ids must be at least 0 and below the vocabulary size "
+                f"{self.vocab_size}, got {wrong}"
+            )
+
+    def token_limit(
+        self,
+        num_prompt: int,
+        params: SamplingParams,
+        *,
+        prompt: str = "the prompt",
+        max_tokens: str = "max_tokens",
+    ) -> int:
+        """How many tokens a sequence with a prompt of `num_prompt` tokens may hold in all.
+
+        Raises ValueError when that is less than it asks for; `prompt` and `max_tokens` are what
+        the message calls the two. The last token is never read back, so it needs no room.
+        """
+        if not num_prompt:
+            raise ValueError(f"{prompt} must have at least 1 token, got 0")
+        capacity, what = min((self.max_context, "context"), (self.pool_tokens, "KV pool"))
+        if num_prompt > capacity:
+            raise ValueError(f"{prompt} has {num_prompt} tokens, but the {what} holds {capacity}")
+        for name, count in ((max_tokens, params.max_tokens), ("min_tokens", params.min_tokens)):
+            if num_prompt + (count or 1) - 1 > capacity:
+                raise ValueError(
+                    f"{prompt} has {num_prompt} tokens and {name} asks for {count}: "
+                    f"{num_prompt + (count or 1) - 1} together, but the {what} holds {capacity}"
+                )
+        return num_prompt + (params.max_tokens or max(capacity - num_prompt, params.min_tokens, 1))
 
 
 class GrammarMasks(msgspec.Struct, frozen=True):

@@ -1,6 +1,5 @@
 """`Sequence`: one choice of one request and how far it has come."""
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -120,14 +119,14 @@ def make_sequences(
     Raises ValueError when they could never run: an empty prompt, ids outside the vocabulary, or
     more tokens than the context or the KV pool hold.
     """
-    limit = _token_limit(request, limits)
     params = request.params
+    limit = limits.token_limit(len(request.prompt_token_ids), params)
     for name, ids in (
         ("prompt", request.prompt_token_ids),
         ("stop_token_ids", params.stop_token_ids),
         ("logit_bias", [token_id for token_id, _ in params.logit_bias]),
     ):
-        _check_vocabulary(name, ids, limits.vocab_size)
+        limits.check_token_ids(name, ids)
     prompt = np.array(request.prompt_token_ids, np.int32)
     stop_ids = frozenset() if params.ignore_eos else eos
     if params.stop_token_ids:
@@ -146,31 +145,3 @@ def make_sequences(
         )
         for choice in range(params.n)
     ]
-
-
-def _check_vocabulary(name: str, ids: Collection[int], vocab_size: int) -> None:
-    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
-        raise ValueError(
-            f"{name}: token ids must be at least 0 and below the vocabulary size {vocab_size}, "
-            f"got {min(ids) if min(ids) < 0 else max(ids)}"
-        )
-
-
-def _token_limit(request: Request, limits: Limits) -> int:
-    """How many tokens a sequence may hold in all; the KV of the last is never needed."""
-    length, wanted = len(request.prompt_token_ids), request.params.max_tokens
-    pool = limits.num_pages * limits.page_size
-    what, capacity = "context", limits.max_context
-    if pool < capacity:
-        what, capacity = "KV pool", pool
-    if not length:
-        raise ValueError("the prompt must have at least 1 token, got 0")
-    if length > capacity:
-        raise ValueError(f"the prompt has {length} tokens, more than the {what} of {capacity}")
-    for name, count in (("max_tokens", wanted), ("min_tokens", request.params.min_tokens)):
-        if count is not None and length + count - 1 > capacity:
-            raise ValueError(
-                f"prompt ({length} tokens) + {name} ({count}) - 1 is {length + count - 1} "
-                f"tokens, more than the {what} of {capacity}"
-            )
-    return length + (wanted or max(capacity - length, request.params.min_tokens, 1))

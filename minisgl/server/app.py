@@ -263,7 +263,7 @@ def _model_json(model: ServedModel) -> dict[str, Any]:
         "object": "model",
         "created": model.created,
         "owned_by": "minisgl",
-        "max_model_len": model.max_context,
+        "max_model_len": model.limits.max_context,
     }
 
 

@@ -8,11 +8,14 @@ import re
 import secrets
 import time
 import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import msgspec
 
+from minisgl.core.executor import Limits
 from minisgl.core.request import MAX_TOP_LOGPROBS, Request, SamplingParams
 from minisgl.server.body import ApiError, Neutral, convert, only_known, read, shown
 from minisgl.server.tokenizer import Tokenizer
@@ -27,9 +30,7 @@ class ServedModel:
 
     name: str
     tokenizer: Tokenizer
-    vocab_size: int
-    max_context: int  # tokens of prompt and output together
-    max_pool_tokens: int  # tokens the KV pool holds
+    limits: Limits
     has_priorities: bool = True  # whether requests run in order of priority
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -354,34 +355,26 @@ def _seed(seed: int | None) -> int | None:
     return seed + 2**64 if seed is not None and -(2**63) <= seed < 0 else seed
 
 
-def _check_token_ids(ids: list[int] | tuple[int, ...], param: str, model: ServedModel) -> None:
-    wrong = next((i for i in ids if not 0 <= i < model.vocab_size), None)
-    if wrong is not None:
-        message = f"{param}: token ids must be at least 0 and below {model.vocab_size}, got {wrong}"
-        raise ApiError(message, param=param)
+@contextmanager
+def _refuse(param: str, code: str | None = None) -> Iterator[None]:
+    """What the engine would refuse by a ValueError, as an answer that names the field."""
+    try:
+        yield
+    except ValueError as error:
+        raise ApiError(str(error), param=param, code=code) from error
+
+
+def _check_token_ids(ids: Sequence[int], param: str, model: ServedModel) -> None:
+    with _refuse(param):
+        model.limits.check_token_ids(param, ids)
 
 
 def _check_prompt(
     ids: list[int], param: str, params: SamplingParams, limit_name: str, model: ServedModel
 ) -> None:
-    if not ids:
-        raise ApiError(f"{param} must hold at least one token, got 0", param=param)
     _check_token_ids(ids, param, model)
-    for limit, what in (
-        (model.max_context, "the context"),
-        (model.max_pool_tokens, "the KV pool"),
-    ):
-        # The last token is never read back, so it needs no room.
-        if len(ids) > limit:
-            message = f"{param} has {len(ids)} tokens, but {what} holds {limit}"
-            raise ApiError(message, param=param, code="context_length_exceeded")
-        for name, count in ((limit_name, params.max_tokens), ("min_tokens", params.min_tokens)):
-            if len(ids) + (count or 1) - 1 > limit:
-                message = (
-                    f"{param} has {len(ids)} tokens and {name} asks for {count}: "
-                    f"{len(ids) + (count or 1) - 1} together, but {what} holds {limit}"
-                )
-                raise ApiError(message, param=param, code="context_length_exceeded")
+    with _refuse(param, "context_length_exceeded" if ids else None):
+        model.limits.token_limit(len(ids), params, prompt=param, max_tokens=limit_name)
 
 
 def _request(request_id: str, ids: list[int], params: SamplingParams, body: _Sampling) -> Request:

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 
 import uvicorn
 
+from minisgl.core.executor import Limits
 from minisgl.core.request import Delta, Request, TokenLogprobs
 from minisgl.engine.client import EngineDeadError, Health
 from minisgl.server.app import Api
@@ -26,14 +27,9 @@ CONFIG = {"bos_token": "<s>", "eos_token": "<|im_end|>"}
 def served_model(**changes) -> ServedModel:
     template = ChatTemplate(small_tokenizers.CHAT_TEMPLATE)
     tokenizer = Tokenizer(small_tokenizers.byte_level(), CONFIG, template)
-    facts = {
-        "name": "test-model",
-        "tokenizer": tokenizer,
-        "vocab_size": VOCAB,
-        "max_context": CONTEXT,
-        "max_pool_tokens": 1024,
-    }
-    return ServedModel(**facts | changes)
+    pool = changes.pop("max_pool_tokens", 1024)
+    limits = Limits(num_pages=pool, page_size=1, max_rows=8, max_context=CONTEXT, vocab_size=VOCAB)
+    return ServedModel("test-model", tokenizer, limits, **changes)
 
 
 def logprobs_at(position: int, token_id: int, top: int) -> TokenLogprobs:

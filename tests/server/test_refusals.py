@@ -159,7 +159,7 @@ OUT_OF_RANGE = {
     "repetition_penalty": (0, "greater than 0.0"),
     "seed": (2**64, f"at most {2**64 - 1}"),
     "logit_bias": ({"3": 101}, "at most 100.0"),
-    "stop_token_ids": ([VOCAB], f"below {VOCAB}"),
+    "stop_token_ids": ([VOCAB], f"below the vocabulary size {VOCAB}"),
     "priority": (2**31, "<= 2147483647"),
 }
 
