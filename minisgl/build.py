@@ -18,6 +18,7 @@ from minisgl.core.costmodel import (
     ModelFacts,
     cascade_min_tokens,
 )
+from minisgl.core.draft_policy import DraftPolicy
 from minisgl.core.executor import Limits
 from minisgl.core.ngram import NGramProposer
 from minisgl.core.scheduler import Scheduler
@@ -113,7 +114,7 @@ def _scheduler(facts: Facts, device: Device, limits: Limits) -> Scheduler:
             propose_on_device if on_device else ngram,
             config.num_draft_tokens,
             on_device=on_device,
-            any_width=not device.captures,
+            policy=DraftPolicy(config.num_draft_tokens, any_width=not device.captures),
             chunk_size=config.chunked_prefill_size,
         )
     cost = CostModel(model, own)

@@ -39,9 +39,6 @@ C = TypeVar("C", bound=EngineConfig)
 log = get_logger(__name__)
 
 
-# ---- flags --------------------------------------------------------------------------------------
-
-
 class _Parser(argparse.ArgumentParser):
     """Exits with one line on what is wrong; for an unknown flag, the nearest that exists."""
 
@@ -111,9 +108,6 @@ def read_flags(
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
         parser.error(f"--{name.replace('_', '-')} {rest}" if name in names else str(error))
-
-
-# ---- the server ---------------------------------------------------------------------------------
 
 
 def main(args: Sequence[str] | None = None) -> int:

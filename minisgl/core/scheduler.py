@@ -65,8 +65,6 @@ class Scheduler:
         self._plans: deque[Plan] = deque()  # their steps are in flight
         self._next_uid = 0
 
-    # ---- requests in ------------------------------------------------------------------------
-
     def add(self, request: Request) -> list[int]:
         """Queue a request; returns the uids of its sequences, one per choice.
 
@@ -119,8 +117,6 @@ class Scheduler:
             num_accepted_drafts=0 if speculation is None else speculation.num_accepted,
             draft_gain=1.0 if speculation is None else speculation.gain,
         )
-
-    # ---- plans out, results back ------------------------------------------------------------
 
     def plan(self) -> Batch | None:
         """The next step, or None when there is nothing to compute before the next update."""
@@ -210,8 +206,6 @@ class Scheduler:
             else:
                 self._running.settle(seq)
         return deltas
-
-    # ---- ends -------------------------------------------------------------------------------
 
     def _end(self, seq: Sequence, reason: FinishReason, error: str | None = None) -> Delta:
         """End a sequence from outside."""

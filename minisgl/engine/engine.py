@@ -226,8 +226,6 @@ class Engine:
                 self._deltas.append(delta)
         self._open.clear()
 
-    # ---- grammars: fed with what `update` emits, asked for a mask before sampling -----------
-
     def _compile(self, request: Request) -> list[Grammar]:
         """One state per choice; none without a grammar."""
         if request.grammar is None:

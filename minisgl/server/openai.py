@@ -290,9 +290,6 @@ def unknown_model(name: str, served: str) -> ApiError:
     return ApiError(message, status=404, param="model", code="model_not_found")
 
 
-# ---- requests -----------------------------------------------------------------------------------
-
-
 def _params(
     body: _Sampling,
     model: ServedModel,

@@ -111,9 +111,7 @@ def test_warm_up_has_compiled_whatever_a_step_launches(counter, facts, fixed):
     try:
         worker.device.run(warm_up, launches)
         before = counter.total
-        guess = Speculation(
-            lambda sequence, most: [0] * min(most, sequence.uid % 3), DRAFTS, adaptive=False
-        )
+        guess = Speculation(lambda sequence, most: [0] * min(most, sequence.uid % 3), DRAFTS)
         requests = mixed_requests(7, seed=1, max_tokens=5)
         drafted = serve(executor, requests, speculation=guess)
         serve(executor, requests[:3], masks=masks)
@@ -150,9 +148,7 @@ def test_warm_up_has_compiled_whatever_a_draft_model_launches(counter, fixed):
     try:
         worker.device.run(warm_up, launches)
         before = counter.total
-        guess = Speculation(
-            propose_on_device, DRAFTS, on_device=True, adaptive=False, chunk_size=24
-        )
+        guess = Speculation(propose_on_device, DRAFTS, on_device=True, chunk_size=24)
         config = EngineConfig(chunked_prefill_size=24)
         requests = mixed_requests(7, seed=1, max_tokens=5)
         drafted = serve(executor, requests, speculation=guess, config=config)

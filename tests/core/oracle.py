@@ -15,6 +15,7 @@ import msgspec
 from minisgl.config import EngineConfig
 from minisgl.core.batch import PENDING, Batch, Chunk, RowSetup, StepOutput
 from minisgl.core.costmodel import CostModel, DeviceFacts, ModelFacts
+from minisgl.core.draft_policy import DraftPolicy
 from minisgl.core.executor import Limits
 from minisgl.core.ngram import NGramProposer
 from minisgl.core.policy import Fairness
@@ -30,9 +31,6 @@ POISON = -1  # a page-table entry or slot that nothing has written
 TINY_MODEL = ModelFacts(
     layers=2, hidden=8, heads=2, kv_heads=1, head_dim=4, intermediate=16, vocab=VOCAB
 )
-
-
-# ---- the model ------------------------------------------------------------------------------
 
 
 def extend(before: int, token: int) -> int:
@@ -76,9 +74,6 @@ def reference(request: Request, choice: int, limits: Limits) -> tuple[list[int],
         if len(output) == most:
             return output, "length"
         kv.append(extend(kv[-1], token))
-
-
-# ---- the executor ---------------------------------------------------------------------------
 
 
 @dataclass
@@ -292,19 +287,16 @@ def logprob_of(token: int) -> TokenLogprobs:
     return TokenLogprobs(token, -float(token), [token], [-float(token)])
 
 
-# ---- the driver -----------------------------------------------------------------------------
-
-
 class Fickle(Speculation):
     """Drafts in some steps and not in others, and lets the draft model follow prompts or not."""
 
-    def __init__(self, random: Random, *args, **facts) -> None:
-        super().__init__(*args, **facts)
+    def __init__(self, random: Random, *args, **options) -> None:
+        super().__init__(*args, **options)
         self.random, self.steady = random, random.choice([0.5, 0.9, 1.0])
 
     def begin(self, num_sequences: int, prefills: bool) -> bool:
         super().begin(num_sequences, prefills)
-        self._follows = self.random.random() < self.steady
+        self.follows = self.random.random() < self.steady
         return self.random.random() < self.steady
 
 
@@ -312,11 +304,13 @@ def make_speculation(random: Random, chunk_size: int) -> Speculation:
     kind = random.choice(["oracle", "ngram", "device", "device", "adaptive"])
     count = random.randrange(1, 5)
     if kind == "oracle":
-        return Speculation(make_drafter(random, random.random()), count, adaptive=False)
+        return Speculation(make_drafter(random, random.random()), count)
     if kind == "ngram":
-        return Speculation(NGramProposer(1, random.randrange(1, 4)), count, adaptive=False)
-    kinds = {"device": Fickle, "adaptive": lambda _, *args, **facts: Speculation(*args, **facts)}
-    return kinds[kind](random, propose_on_device, count, on_device=True, chunk_size=chunk_size)
+        return Speculation(NGramProposer(1, random.randrange(1, 4)), count)
+    device = {"on_device": True, "chunk_size": chunk_size}
+    if kind == "device":
+        return Fickle(random, propose_on_device, count, **device)
+    return Speculation(propose_on_device, count, policy=DraftPolicy(count), **device)
 
 
 def make_drafter(random: Random, share_right: float):

@@ -153,7 +153,7 @@ def test_an_end_known_by_count_is_not_planned_past():
 
 
 def test_accepted_drafts_after_a_stop_are_dropped():
-    propose = Speculation(lambda seq, _: [] if seq.num_pending else [5, EOS, 6], 3, adaptive=False)
+    propose = Speculation(lambda seq, _: [] if seq.num_pending else [5, EOS, 6], 3)
     scheduler = make(speculation=propose)
     scheduler.add(ask([1, 2, 3]))
     step(scheduler)
@@ -165,7 +165,7 @@ def test_accepted_drafts_after_a_stop_are_dropped():
 
 
 def test_drafts_never_reach_past_the_end():
-    scheduler = make(speculation=Speculation(lambda _, n: [5] * n, 10, adaptive=False))
+    scheduler = make(speculation=Speculation(lambda _, n: [5] * n, 10))
     scheduler.add(ask([1, 2, 3], max_tokens=4))
     step(scheduler)
     assert scheduler.plan().chunks[0].drafts == [5, 5]

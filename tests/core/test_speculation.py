@@ -7,6 +7,7 @@ import pytest
 
 from minisgl.config import EngineConfig
 from minisgl.core.batch import PENDING, Batch, Chunk, StepOutput
+from minisgl.core.draft_policy import DraftPolicy
 from minisgl.core.executor import Limits
 from minisgl.core.ngram import NGramProposer
 from minisgl.core.request import Request, SamplingParams
@@ -79,7 +80,7 @@ def test_after_a_wrong_guess_the_drafts_in_flight_are_not_built_upon():
 def test_where_the_text_is_silent_the_cache_may_speak():
     """The same prompt again: its answer lies in the radix tree."""
     proposer = NGramProposer(2, 4)
-    scheduler = Scheduler(LIMITS, speculation=Speculation(proposer, 3, adaptive=False))
+    scheduler = Scheduler(LIMITS, speculation=Speculation(proposer, 3))
     answer = [11, 12, 13, 14, 15, 16, 17, 18, 19]
 
     def ask(name: str) -> int:
@@ -133,7 +134,7 @@ class Simulated:
     def __init__(self, share: float, seconds, count: int = 4, *, on_device: bool = False) -> None:
         self.random, self.share, self.seconds = Random(0), share, seconds
         proposer = propose_on_device if on_device else lambda sequence, most: [7] * most
-        self.speculation = Speculation(proposer, 4, on_device=on_device)
+        self.speculation = Speculation(proposer, 4, on_device=on_device, policy=DraftPolicy(4))
         self.scheduler = Scheduler(LIMITS, speculation=self.speculation)
         for index in range(count):
             params = SamplingParams(max_tokens=3500, ignore_eos=True)
@@ -218,13 +219,14 @@ def test_drafting_that_pays_goes_on_beside_prompts():
 
 
 def test_a_step_that_only_catches_up_is_no_plain_one_and_no_reason_to_go_on():
-    speculation = Speculation(propose_on_device, 2, on_device=True)
+    policy = DraftPolicy(2)
+    speculation = Speculation(propose_on_device, 2, on_device=True, policy=policy)
     speculation.begin(1, False)
     chunk, late = (Chunk(0, 0, 0, start, 1, [7], 0, [], True) for start in (9, 8))
     for seconds, draft_chunks in ((1.0, []), (5.0, [late]), (1.0, [])):
         batch = Batch(0, [chunk], 1, draft_chunks=draft_chunks)
         speculation.observe(batch, StepOutput(0, [[5]], seconds=seconds))
-    assert speculation._load.plain == 1.0
+    assert policy.load.plain.value == 1.0
     assert speculation.begin(1, True)
     for _ in range(40):
         batch = Batch(0, [chunk], 1, draft_chunks=[late])
@@ -308,7 +310,9 @@ def tokens_per_second(speculation: Speculation | None, users: int, share: float,
 def test_a_server_is_hardly_ever_slowed_by_drafts(users, share, row):
     """Though most of its steps have prompts in them, of which nothing can be learnt. Where steps
     wait for memory and drafts are right, it is faster."""
-    speculation = Speculation(propose_on_device, 4, on_device=True, any_width=False)
+    speculation = Speculation(
+        propose_on_device, 4, on_device=True, policy=DraftPolicy(4, any_width=False)
+    )
     plain = tokens_per_second(None, users, share, row)
     gain = tokens_per_second(speculation, users, share, row) / plain
     assert gain > (1.3 if share > 0.8 and row < 1e-5 else 0.95)
@@ -325,7 +329,7 @@ def decode(speculation: Speculation, scheduler: Scheduler) -> Batch:
 
 
 def test_what_was_decoded_without_drafts_is_caught_up_before_the_next_proposal():
-    speculation = Speculation(propose_on_device, 2, on_device=True, adaptive=False, chunk_size=8)
+    speculation = Speculation(propose_on_device, 2, on_device=True, chunk_size=8)
     scheduler = Scheduler(LIMITS, speculation=speculation)
     scheduler.add(Request("r", list(range(1, 7)), SamplingParams(max_tokens=100)))
     batch = decode(speculation, scheduler)

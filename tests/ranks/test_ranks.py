@@ -80,7 +80,7 @@ def tokens_of(ranks: int, model: Path | None, **options: Any) -> dict[tuple[str,
     engine = build_engine(config)
     speculation = engine._scheduler._speculation
     if speculation is not None:
-        speculation._adaptive = False  # it drafts whether it pays or not
+        speculation.policy = None  # it drafts whether it pays or not
     try:
         assert len(children() - before) >= ranks - 1
         tokens = serve(engine, engine.info.limits.vocab_size)

@@ -150,7 +150,7 @@ def test_a_start_as_on_a_gpu_serves_as_one_without_graphs(monkeypatch, options):
     speculation = None
     if "speculative_algorithm" in options:
         count = options["speculative_num_draft_tokens"]
-        speculation = Speculation(propose_on_device, count, on_device=True, adaptive=False)
+        speculation = Speculation(propose_on_device, count, on_device=True)
     config = EngineConfig(
         chunked_prefill_size=48,
         cascade_min_shared_tokens=options.get("cascade_min_shared_tokens"),

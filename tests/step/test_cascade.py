@@ -48,7 +48,7 @@ def served(model, requests, config, **facts):
 
     serving = {"overlap": facts.pop("overlap", True)}
     if facts.pop("drafts", False):
-        serving["speculation"] = Speculation(guesses, 3, adaptive=False)
+        serving["speculation"] = Speculation(guesses, 3)
     executor = make_executor(model, num_pages=facts.pop("num_pages", 60), **facts)
     try:
         with patch.object(attention, "cascade", spy):

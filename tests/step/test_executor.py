@@ -106,7 +106,7 @@ def test_drafts_never_change_the_output(executors, overlap, spoil, graph_widths)
     plain = serve(executors(graphs=False), requests)
     executor = executors(graph_widths=graph_widths)
     drafter = Drafter(plain.tokens, 3, spoil)
-    speculation = Speculation(drafter, 3, adaptive=False)
+    speculation = Speculation(drafter, 3)
     drafted = serve(
         executor, requests, overlap=overlap, speculation=speculation, config=SMALL_STEPS
     )

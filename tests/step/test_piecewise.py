@@ -73,7 +73,7 @@ CASES = {
     "few-graphs": ({"graph_max_sequences": 3}, {"arrive": 4}),
     "drafts": (
         {"graph_widths": (1, 4), "num_pages": 60},
-        {"speculation": Speculation(guesses, 3, adaptive=False)},
+        {"speculation": Speculation(guesses, 3)},
     ),
     "cascade": (
         {"num_pages": 60},

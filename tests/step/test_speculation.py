@@ -47,7 +47,6 @@ def steady(count: int = 3) -> Speculation:
         propose_on_device,
         count,
         on_device=True,
-        adaptive=False,
         chunk_size=SMALL_STEPS.chunked_prefill_size,
     )
 
@@ -120,9 +119,7 @@ def test_a_stranger_as_draft_model_changes_nothing(executors, stranger, overlap)
 def test_holes_are_caught_up(model, executors, seed):
     """Drafting in some steps only, prompts followed or not, pages shared, preempted, reused."""
     random = Random(seed)
-    speculation = Fickle(
-        random, propose_on_device, 3, on_device=True, adaptive=False, chunk_size=24
-    )
+    speculation = Fickle(random, propose_on_device, 3, on_device=True, chunk_size=24)
     speculation.steady = 0.6
     facts = {"num_pages": 10 + 5 * seed}
     requests = mixed_requests(10, seed=seed, max_tokens=30)
@@ -226,9 +223,7 @@ def test_grammars_hold_along_the_drafts(model, executors, overlap, kind):
         for i in range(6)
     ]
     plain = answers(engine_of(executors(), None, overlap), requests)
-    speculation = (
-        steady() if kind == "draft" else Speculation(NGramProposer(1, 3), 3, adaptive=False)
-    )
+    speculation = steady() if kind == "draft" else Speculation(NGramProposer(1, 3), 3)
     engine = engine_of(executors(draft=model if kind == "draft" else None), speculation, overlap)
     assert answers(engine, requests) == plain
     for (name, _), tokens in plain.items():
