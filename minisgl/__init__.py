@@ -7,8 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from minisgl.completion import RequestOutput
     from minisgl.core.request import SamplingParams
-    from minisgl.llm import LLM, AsyncLLM, RequestOutput
+    from minisgl.llm import LLM, AsyncLLM
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "AsyncLLM", "RequestOutput", "SamplingParams", "__version__"]
@@ -16,7 +17,7 @@ __all__ = ["LLM", "AsyncLLM", "RequestOutput", "SamplingParams", "__version__"]
 _HOMES = {
     "LLM": "minisgl.llm",
     "AsyncLLM": "minisgl.llm",
-    "RequestOutput": "minisgl.llm",
+    "RequestOutput": "minisgl.completion",
     "SamplingParams": "minisgl.core.request",
 }
 

@@ -1,0 +1,188 @@
+"""What both forms of the offline API share: prompts become requests, deltas become outputs."""
+
+import itertools
+import operator
+import secrets
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+
+from minisgl.core.request import Delta, FinishReason, Request, SamplingParams, TokenLogprobs
+from minisgl.engine.messages import EngineInfo
+from minisgl.server.text import TextStream
+from minisgl.server.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+Params = SamplingParams | Sequence[SamplingParams] | None
+Conversation = Sequence[Mapping[str, Any]]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+
+@dataclass
+class CompletionOutput:
+    """One choice. `token_ids` include the token that ended it; `text` has no stop and no marks.
+
+    `stop_reason` is the stop string or the token id (EOS included) that ended it, if one did.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    logprobs: list[TokenLogprobs] | None = None  # one per token, where asked for
+
+
+@dataclass
+class RequestOutput:
+    """What came of one prompt. Times are seconds since the request was handed to the engine."""
+
+    prompt: str | None  # None where token ids were given
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[TokenLogprobs] | None = None  # for every prompt token but the first
+    num_cached_tokens: int = 0  # of the prompt, found in the radix cache
+    ttft: float = 0.0  # until the first token of any choice
+    e2e: float = 0.0  # until the last token of the last choice
+
+    @property
+    def text(self) -> str:
+        """Text of the first choice."""
+        return self.outputs[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Token ids of the first choice."""
+        return self.outputs[0].token_ids
+
+
+class Collector:
+    """Turns the deltas of one request into its `RequestOutput`."""
+
+    def __init__(self, request: Request, prompt: str | None, tokenizer: Tokenizer) -> None:
+        params = request.params
+        self.request = request
+        self.output = RequestOutput(
+            prompt, request.prompt_token_ids, [CompletionOutput(i) for i in range(params.n)]
+        )
+        self.fresh: deque[str] = deque()  # text of the first choice that nobody has read
+        self._streams = [TextStream(tokenizer, params) for _ in range(params.n)]
+        self.running = params.n  # choices
+        self._error: str | None = None
+        self._start = time.perf_counter()
+
+    def take(self, delta: Delta) -> bool:
+        """Add a delta. True when a stop string ended a choice that the engine still runs."""
+        if delta.error is not None:
+            self._error, self.running = delta.error, 0
+            return False
+        stream, choice = self._streams[delta.choice], self.output.outputs[delta.choice]
+        if stream.finish_reason is not None:
+            return False
+        piece = stream.feed(delta)
+        self.output.e2e = time.perf_counter() - self._start
+        if piece.token_ids and not self.output.ttft:
+            self.output.ttft = self.output.e2e
+        choice.text += piece.text
+        choice.token_ids += piece.token_ids
+        if self.request.params.logprobs is not None:
+            choice.logprobs = choice.logprobs or []
+            choice.logprobs += piece.logprobs
+        if delta.prompt_logprobs is not None:
+            self.output.prompt_logprobs = delta.prompt_logprobs
+        if delta.choice == 0:  # the others find the prompt that the first one computed
+            self.output.num_cached_tokens = delta.num_cached_tokens
+        if delta.choice == 0 and piece.text:
+            self.fresh.append(piece.text)
+        if piece.finish_reason is None:
+            return False
+        choice.finish_reason = piece.finish_reason
+        choice.stop_reason = stream.stop_string or delta.stop_token_id
+        self.running -= 1
+        return delta.finish_reason is None
+
+    def result(self) -> RequestOutput:
+        """What came of the request. Raises RuntimeError, saying why, when it failed."""
+        if self._error is not None:
+            raise RuntimeError(f"request {self.request.id} failed: {self._error}")
+        return self.output
+
+
+class NoTokenizer(Tokenizer):
+    """For a model without a tokenizer: token ids go in and come out, text does not."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        raise ValueError(f"{self._directory} has no tokenizer: prompts must be token ids")
+
+    def encode_chat(self, messages: Conversation, /, **options: Any) -> list[int]:
+        raise ValueError(f"{self._directory} has no tokenizer: prompts must be token ids")
+
+    def is_special(self, token_id: int) -> bool:
+        return True
+
+
+def load_tokenizer(info: EngineInfo) -> Tokenizer:
+    """The tokenizer of the engine's model, or what stands in for it where there is none."""
+    directory = Path(info.model_path)
+    if any((directory / name).is_file() for name in TOKENIZER_FILES):
+        return Tokenizer.from_directory(directory)
+    return NoTokenizer(info.model_path)
+
+
+class PromptReader:
+    """Makes requests of prompts and conversations; counts their ids."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._ids = itertools.count()
+
+    def chat_prompts(
+        self, messages: Conversation | Sequence[Conversation], options: Mapping[str, Any]
+    ) -> tuple[list[list[int]], bool]:
+        """The conversations as token ids, and whether there was but one: a list of messages."""
+        single = not messages or isinstance(messages[0], Mapping)
+        conversations = cast(Sequence[Conversation], [messages] if single else messages)
+        return [self.tokenizer.encode_chat(each, **options) for each in conversations], single
+
+    def collector(self, prompt: Prompt, params: SamplingParams) -> Collector:
+        if isinstance(prompt, str):
+            text, token_ids = prompt, self.tokenizer.encode(prompt)
+        else:
+            text, token_ids = None, list(map(operator.index, prompt))
+        if params.stop and isinstance(self.tokenizer, NoTokenizer):
+            raise ValueError(f"stop needs a tokenizer, and the model has none: {params.stop!r}")
+        if params.seed is None:
+            params = msgspec.structs.replace(params, seed=secrets.randbits(64))
+        name = f"offline-{next(self._ids)}"
+        return Collector(Request(name, token_ids, params), text, self.tokenizer)
+
+
+def each_params(params: Params, count: int) -> Iterator[SamplingParams]:
+    """One SamplingParams per prompt. Raises ValueError when there are more or fewer."""
+    if params is None or isinstance(params, SamplingParams):
+        return itertools.repeat(params or SamplingParams(), count)
+    if len(params) != count:
+        raise ValueError(
+            f"sampling_params must be one, or one per prompt: {len(params)} for {count} prompts"
+        )
+    return iter(params)
+
+
+def as_list(prompts: Prompt | Sequence[Prompt]) -> tuple[Sequence[Prompt], bool]:
+    """The prompts as a list, and whether there was but one: a string, or a list of token ids."""
+    single = isinstance(prompts, str) or bool(len(prompts) and not isinstance(prompts[0], Sequence))
+    return cast(Sequence[Prompt], [prompts] if single else prompts), single
+
+
+def one_choice(params: SamplingParams | None) -> SamplingParams:
+    if params is not None and params.n != 1:
+        raise ValueError(f"n must be 1 where text is streamed, got {params.n}")
+    return params or SamplingParams()
