@@ -24,6 +24,9 @@ from minisgl.config import EngineConfig, ServerConfig
 from minisgl.log import configure, get_logger
 
 if TYPE_CHECKING:
+    import uvicorn
+    from starlette.applications import Starlette
+
     from minisgl.engine.messages import EngineInfo
     from minisgl.engine.process import EngineProcess
     from minisgl.server.openai import ServedModel
@@ -32,7 +35,7 @@ FACTORY = "minisgl.build:build_engine"
 BACKLOG = 2048
 STOPS = (signal.SIGTERM, signal.SIGINT)
 KEEP_ALIVE = 60  # seconds an idle connection stays open: longer than clients keep theirs
-ENGINE_GRACE = 10  # seconds an engine gets to report the end of a drain, before it is cut off
+ENGINE_EXIT_SECONDS = 10  # after `drain_timeout`, until open connections are closed
 
 C = TypeVar("C", bound=EngineConfig)
 
@@ -166,34 +169,18 @@ def _listen(config: ServerConfig) -> socket.socket:
 async def _serve(
     config: ServerConfig, process: "EngineProcess", listening: socket.socket, early: list[int]
 ) -> int:
-    import uvicorn
-
     from minisgl.engine.client import EngineDeadError, ProcessClient
     from minisgl.server.app import Api
 
-    class Http(uvicorn.Server):
-        @contextmanager
-        def capture_signals(self) -> Generator[None, None, None]:
-            yield  # signals are handled here: they end the engine too
-
     client = ProcessClient(process, watchdog_timeout=config.watchdog_timeout)
     api = Api(client)
-    http = Http(
-        uvicorn.Config(
-            api.app,
-            http="httptools",
-            lifespan="off",
-            timeout_keep_alive=KEEP_ALIVE,
-            log_level="info" if config.log_level == "debug" else "warning",
-            timeout_graceful_shutdown=math.ceil(config.drain_timeout) + ENGINE_GRACE,
-        )
-    )
+    http = _http_server(api.app, config)
     closing: list[asyncio.Task[None]] = []
 
     def stop() -> None:
         if http.should_exit:
             http.force_exit = True
-            process.kill()  # nor is the engine waited for
+            process.kill()
             return
         log.info("finishing what runs, then exiting; a second signal exits at once")
         http.should_exit = True
@@ -227,6 +214,26 @@ async def _serve(
     for task in (failing, *closing):
         task.cancel()
     return 1 if failed else 0
+
+
+def _http_server(app: "Starlette", config: ServerConfig) -> "uvicorn.Server":
+    import uvicorn
+
+    class Http(uvicorn.Server):
+        @contextmanager
+        def capture_signals(self) -> Generator[None, None, None]:
+            yield  # `_serve` handles signals: they end the engine too
+
+    return Http(
+        uvicorn.Config(
+            app,
+            http="httptools",
+            lifespan="off",
+            timeout_keep_alive=KEEP_ALIVE,
+            log_level="info" if config.log_level == "debug" else "warning",
+            timeout_graceful_shutdown=math.ceil(config.drain_timeout) + ENGINE_EXIT_SECONDS,
+        )
+    )
 
 
 def _served_model(info: "EngineInfo", config: ServerConfig) -> "ServedModel":

@@ -60,6 +60,23 @@ class Limits(msgspec.Struct, frozen=True):
         return num_prompt + (params.max_tokens or max(capacity - num_prompt, params.min_tokens, 1))
 
 
+class Profiled(msgspec.Struct, frozen=True, array_like=True, tag="profiled"):
+    """Answers a message that starts or stops a profile, from an engine or a rank.
+
+    paths: the directory of the one that has started, or the files of the one that has stopped.
+    refusal: why neither happened.
+    """
+
+    paths: list[str]
+    refusal: str | None = None
+
+
+class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
+    """The last message of an engine or a rank that cannot go on."""
+
+    reason: str
+
+
 class GrammarMasks(msgspec.Struct, frozen=True):
     """Which tokens each constrained position of a step may take.
 

@@ -14,6 +14,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from minisgl.core.executor import Failed, Profiled
 from minisgl.core.request import Delta, Request
 from minisgl.engine.loop import IDLE_HEARTBEAT
 from minisgl.engine.messages import (
@@ -21,10 +22,8 @@ from minisgl.engine.messages import (
     Drain,
     EngineInfo,
     EngineStats,
-    Failed,
     FromEngine,
     News,
-    Profiled,
     Ready,
     Rejected,
     StartProfile,

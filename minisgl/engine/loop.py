@@ -3,14 +3,13 @@
 import time
 from collections.abc import Callable
 
+from minisgl.core.executor import Failed, Profiled
 from minisgl.engine.engine import Engine
 from minisgl.engine.messages import (
     Abort,
     Drain,
-    Failed,
     FromEngine,
     News,
-    Profiled,
     Ready,
     Rejected,
     StartProfile,

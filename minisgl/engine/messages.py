@@ -2,7 +2,7 @@
 
 import msgspec
 
-from minisgl.core.executor import Limits
+from minisgl.core.executor import Failed, Limits, Profiled
 from minisgl.core.request import Delta, Request
 from minisgl.core.stats import SchedulerStats
 
@@ -83,22 +83,6 @@ class Status(msgspec.Struct, frozen=True, array_like=True, tag="status"):
 
     busy: bool
     stats: EngineStats
-
-
-class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
-    """The engine cannot go on. Its last message."""
-
-    reason: str
-
-
-class Profiled(msgspec.Struct, frozen=True, array_like=True, tag="profiled"):
-    """The directory of a profile that has started, or the files of one that has stopped.
-
-    With a `refusal`, which says why, neither happened.
-    """
-
-    paths: list[str]
-    refusal: str | None = None
 
 
 FromEngine = Ready | News | Rejected | Status | Profiled | Failed

@@ -10,12 +10,12 @@ import torch
 
 from minisgl import csrc
 
-DTYPES = (torch.bfloat16, torch.float32)
+NATIVE_DTYPES = (torch.bfloat16, torch.float32)
 
 
 def model_ops(first: torch.Tensor, *others: torch.Tensor | None) -> ModuleType | None:
     """The native module, if it is built and all tensors are of one type that it has."""
-    if first.dtype not in DTYPES:
+    if first.dtype not in NATIVE_DTYPES:
         return None
     for tensor in others:
         if tensor is not None and tensor.dtype != first.dtype:

@@ -12,6 +12,7 @@ import msgspec
 
 from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch
+from minisgl.core.executor import Failed, Profiled
 
 MESSAGE_BYTES = 2**32 - 1
 # Seconds of silence before the other machine is asked and between questions, how many of them; and
@@ -28,11 +29,13 @@ class Sample(msgspec.Struct, frozen=True, array_like=True, tag="sample"):
     step: int
 
 
-class StartProfile(msgspec.Struct, frozen=True, array_like=True, tag="start_profile"):
+class StartRankProfile(msgspec.Struct, frozen=True, array_like=True, tag="start_profile"):
     traces: bool
 
 
-class StopProfile(msgspec.Struct, frozen=True, array_like=True, tag="stop_profile"):
+class StopRankProfile(msgspec.Struct, frozen=True, array_like=True, tag="stop_profile"):
+    """Answered by a `Profiled` with the trace files that the rank wrote."""
+
     directory: str
 
 
@@ -40,25 +43,12 @@ class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
     """Finish what was sent, then end."""
 
 
-class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
+class Loaded(msgspec.Struct, frozen=True, array_like=True, tag="loaded"):
     """The rank has loaded and is warm."""
 
 
-class Profiled(msgspec.Struct, frozen=True, array_like=True, tag="profiled"):
-    """The trace files that the rank wrote, or why it could not."""
-
-    files: list[str]
-    error: str | None = None
-
-
-class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
-    """The rank cannot go on. Its last message."""
-
-    reason: str
-
-
-ToRank = Dispatch | Sample | StartProfile | StopProfile | Stop
-FromRank = Ready | Profiled | Failed
+ToRank = Dispatch | Sample | StartRankProfile | StopRankProfile | Stop
+FromRank = Loaded | Profiled | Failed
 
 
 class Boot(msgspec.Struct, frozen=True):

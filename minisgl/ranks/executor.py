@@ -7,7 +7,7 @@ from minisgl.core.batch import Batch, StepOutput
 from minisgl.core.executor import GrammarMasks, Limits
 from minisgl.device import Device
 from minisgl.models.loader import check_shares
-from minisgl.ranks.channel import Dispatch, Sample, StartProfile, StopProfile
+from minisgl.ranks.channel import Dispatch, Sample, StartRankProfile, StopRankProfile
 from minisgl.ranks.leader import Ranks
 from minisgl.start.facts import Facts
 from minisgl.start.load import load_worker
@@ -61,11 +61,11 @@ class ParallelExecutor:
         self._ranks.check()
 
     def start_profile(self, *, traces: bool) -> None:
-        self._ranks.send(StartProfile(traces))
+        self._ranks.send(StartRankProfile(traces))
         self._local.start_profile(traces=traces)
 
     def stop_profile(self, directory: str) -> list[str]:
-        self._ranks.send(StopProfile(directory))
+        self._ranks.send(StopRankProfile(directory))
         try:
             own = self._local.stop_profile(directory)
         finally:

@@ -14,6 +14,7 @@ import msgspec
 import torch.distributed as dist
 
 from minisgl.child import read_boot
+from minisgl.core.executor import Failed, Profiled
 from minisgl.device import pick_device
 from minisgl.log import configure, get_logger
 from minisgl.parallel import Communicator
@@ -21,14 +22,12 @@ from minisgl.ranks.channel import (
     Boot,
     Channel,
     Dispatch,
-    Failed,
     FromRank,
-    Profiled,
-    Ready,
+    Loaded,
     Sample,
-    StartProfile,
+    StartRankProfile,
     Stop,
-    StopProfile,
+    StopRankProfile,
     ToRank,
 )
 from minisgl.ranks.meeting import call, meet, open_store
@@ -54,7 +53,7 @@ def follow(boot: Boot, channel: Channel, store: dist.Store | None) -> None:
     worker = load_worker(facts, device, comm)
     details = config.profile_dir is not None
     executor = LocalExecutor(worker, rank=boot.rank, trace_details=details)
-    _say(channel, Ready())
+    _say(channel, Loaded())
     _Replay(executor, comm, channel).run()
     executor.close()
     comm.close()
@@ -80,10 +79,10 @@ class _Replay:
                 case Sample(step):
                     self._executor.sample(step)
                     self._in_flight += 1
-                case StartProfile(traces):
+                case StartRankProfile(traces):
                     self._collect(down_to=0)
                     self._executor.start_profile(traces=traces)
-                case StopProfile(directory):
+                case StopRankProfile(directory):
                     self._collect(down_to=0)
                     _say(self._channel, self._stop_profile(directory))
                 case Stop():

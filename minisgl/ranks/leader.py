@@ -15,16 +15,15 @@ import torch.distributed as dist
 
 from minisgl.child import Child
 from minisgl.config import EngineConfig
+from minisgl.core.executor import Failed, Profiled
 from minisgl.device import Device
 from minisgl.log import get_logger
 from minisgl.parallel import Communicator, shared_memory
 from minisgl.ranks.channel import (
     Boot,
     Channel,
-    Failed,
     FromRank,
-    Profiled,
-    Ready,
+    Loaded,
     Stop,
     ToRank,
 )
@@ -34,7 +33,7 @@ EXIT_GRACE = 5.0  # seconds a rank gets to leave when told to, before it is kill
 LAST_WORDS = 2.0  # seconds within which the end of a rank is known, once its work has failed
 FIRST_CAUSE = 1.0  # seconds that a rank's complaint waits for another's end, which may be behind it
 
-Said = TypeVar("Said", Ready, Profiled)
+Said = TypeVar("Said", Loaded, Profiled)
 
 log = get_logger(__name__)
 
@@ -53,7 +52,7 @@ class Ranks:
         self._children: dict[int, Child] = {}
         self._channels: dict[int, Channel] = {}
         self._hearing: list[threading.Thread] = []
-        self._said: dict[type, dict[int, FromRank]] = {Ready: {}, Profiled: {}}
+        self._said: dict[type, dict[int, FromRank]] = {Loaded: {}, Profiled: {}}
         self._changed = threading.Condition()
         self._encode = msgspec.msgpack.Encoder().encode
         self._shared: int | None = None
@@ -78,16 +77,16 @@ class Ranks:
 
     def wait_ready(self) -> None:
         """Wait until every rank has loaded. RuntimeError when one fails instead."""
-        self._wait_for(Ready)
+        self._wait_for(Loaded)
 
     def wait_profiled(self) -> list[str]:
         """The trace files of every rank, which were told to stop their profiles. OSError when one
         could not be written."""
         answers = self._wait_for(Profiled)
         for answer in answers:
-            if answer.error is not None:
-                raise OSError(answer.error)
-        return [file for answer in answers for file in answer.files]
+            if answer.refusal is not None:
+                raise OSError(answer.refusal)
+        return [file for answer in answers for file in answer.paths]
 
     def send(self, message: ToRank) -> None:
         """To every rank. RuntimeError when one has failed."""

@@ -10,18 +10,12 @@ from minisgl import csrc
 from minisgl.config import CUDA_GRAPH_MAX_BS, EngineConfig
 from minisgl.device import Device
 from minisgl.kernels.attention import attention
-from minisgl.kernels.native import DTYPES as NATIVE_DTYPES
+from minisgl.kernels.native import NATIVE_DTYPES
 from minisgl.kernels.op import Op
-from minisgl.models.config import ModelConfig
+from minisgl.models.config import DTYPES, ModelConfig
 from minisgl.start.attention_backend import attention_op
 from minisgl.start.draft import DraftFacts, read_draft
 from minisgl.step.sizes import GraphSizes
-
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
 
 
 @dataclass(frozen=True)
