@@ -28,7 +28,7 @@ import torch.distributed as dist
 from benchmarks.results import Results, add_options, device_name
 from minisgl.kernels.all_reduce import (
     CAPACITY,
-    Path,
+    SumPath,
     all_reduce_norm_reference,
     all_reduce_reference,
     choose,
@@ -114,8 +114,8 @@ def _replay_seconds(graphs: list[tuple[Any, Any]], repeats: int) -> float:
 class _Kernels(SumThenNorm):
     """One path of our kernels as a communicator."""
 
-    def __init__(self, peers: Peers, path: Path) -> None:
-        self.rank, self.size, self.ordered = peers.rank, peers.size, path is not Path.MULTIMEM
+    def __init__(self, peers: Peers, path: SumPath) -> None:
+        self.rank, self.size, self.ordered = peers.rank, peers.size, path is not SumPath.MULTIMEM
         self._peers = peers
         self._path = path
 
@@ -139,7 +139,7 @@ def rank_main(rank: int, port: int, fd: Any, answers: Any, args: argparse.Namesp
             consensus = Consensus(dist.PrefixStore("peers", store), rank, args.ranks)
             group = TorchGroup(dist.PrefixStore("nccl", store), rank, args.ranks, device)
             peers = open_peers(consensus, resources, device, ordered=False, timeout=60.0)
-            paths = [path for path in Path if path is not Path.MULTIMEM or peers.multimem]
+            paths = [path for path in SumPath if path is not SumPath.MULTIMEM or peers.multimem]
             ways: dict[str, Communicator] = {"nccl": group}  # type: ignore[dict-item]
             ways |= {path.name.lower(): _Kernels(peers, path) for path in paths}  # type: ignore[misc]
         else:
@@ -234,7 +234,7 @@ def virtual(args: argparse.Namespace) -> Iterator[Row]:
         residual = make_parts(1, count, args.hidden, dtype)[0].to(device)
         weight = make_parts(1, 1, args.hidden, dtype)[0, 0].to(device)
         row: Row = {"rows": count, "bytes": parts[0].nbytes, "sum": {}, "norm": {}}
-        for path in (Path.ONE_SHOT, Path.TWO_SHOT):
+        for path in (SumPath.ONE_SHOT, SumPath.TWO_SHOT):
             if parts[0].nbytes > CAPACITY:
                 continue
             name, copies = path.name.lower(), list(parts.clone())
@@ -290,7 +290,7 @@ def compared(row: Row, kind: str, ranks: int, *, multimem: bool) -> Row:
     path = choose(row["bytes"], ranks, multimem=multimem, ordered=False)
     received = {
         path.name.lower(): received_bytes(row["bytes"], ranks, path) / seconds
-        for path in Path
+        for path in SumPath
         if (seconds := row["sum"].get(path.name.lower())) is not None
     }
     table = "nccl" if path is None else path.name.lower()

@@ -4,7 +4,7 @@ import ctypes
 import shutil
 import subprocess
 from collections.abc import Callable
-from pathlib import Path as File
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from minisgl.csrc.build import Unavailable, find_compiler
-from minisgl.kernels.all_reduce import Path, all_reduce_norm_reference, all_reduce_reference
+from minisgl.kernels.all_reduce import SumPath, all_reduce_norm_reference, all_reduce_reference
 from minisgl.kernels.all_reduce.peers import Peers, Segment
 from tests.kernels.cards import check_floats
 
-ROOT = File(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 FLAGS = ("-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALF_BYTES = 64 * 1024
 
 
-def build(folder: File, sources: File) -> ctypes.CDLL:
+def build(folder: Path, sources: Path) -> ctypes.CDLL:
     """The kernels of `sources` (a csrc/) as a library."""
     try:
         compiler = find_compiler("cpu")
@@ -154,9 +154,9 @@ def make_parts(size: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int)
     return (values * scales.view(-1, *[1] * len(shape))).to(dtype)
 
 
-def is_sum(found: torch.Tensor, parts: torch.Tensor, path: Path) -> bool:
+def is_sum(found: torch.Tensor, parts: torch.Tensor, path: SumPath) -> bool:
     """To the bit; of multimem, as good as any order of additions."""
-    if path is not Path.MULTIMEM:
+    if path is not SumPath.MULTIMEM:
         return torch.equal(found, all_reduce_reference(parts))
     bound = 2 * torch.finfo(parts.dtype).eps * parts.double().abs().sum(0)
     return bool(((found.double() - parts.double().sum(0)).abs() <= bound).all())
@@ -166,7 +166,7 @@ def is_sum(found: torch.Tensor, parts: torch.Tensor, path: Path) -> bool:
 SHAPES = [(1, 8), (5, 13), (9, 1000), (70, 120)]
 
 
-@pytest.mark.parametrize("path", Path, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SumPath, ids=lambda path: path.name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [2, 3])
 def test_sums(library, size, dtype, path):
@@ -185,7 +185,7 @@ def test_sums(library, size, dtype, path):
 def test_eight_ranks(library):
     ranks = Emulated(library, 8, blocks=1)
     parts = make_parts(8, (11, 264), torch.bfloat16, 1)
-    for path in Path:
+    for path in SumPath:
         for total in ranks.run(
             lambda peers, p=path: peers.all_reduce(parts[peers.rank].clone(), p)
         ):
@@ -211,7 +211,7 @@ def test_sums_with_the_norm(library, shape, unit_offset, dtype):
     exact = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
     exact = exact * (weight.double() + unit_offset)
     seen = []
-    for path in (Path.ONE_SHOT, Path.TWO_SHOT):
+    for path in (SumPath.ONE_SHOT, SumPath.TWO_SHOT):
         seen += ranks.run(
             lambda peers, p=path: peers.all_reduce_norm(
                 parts[peers.rank].clone(), residual, weight, 1e-6, unit_offset, p
@@ -223,7 +223,7 @@ def test_sums_with_the_norm(library, shape, unit_offset, dtype):
     check_floats(str(shape), seen[0][0], plain, exact)
     by_switch = ranks.run(
         lambda peers: peers.all_reduce_norm(
-            parts[peers.rank].clone(), residual, weight, 1e-6, unit_offset, Path.MULTIMEM
+            parts[peers.rank].clone(), residual, weight, 1e-6, unit_offset, SumPath.MULTIMEM
         )
     )
     for normed, total in by_switch:
@@ -263,9 +263,9 @@ def test_a_chain_of_calls_of_all_kinds(library):
         x, total = first[peers.rank].clone(), residual.clone()
         kept.append((x, total))
         for step in range(5):
-            path = list(Path)[step % 2]
+            path = list(SumPath)[step % 2]
             x, total = peers.all_reduce_norm(x, total, weight, 1e-6, False, path)
-            x = peers.all_reduce(x, list(Path)[(step + 1) % 2])
+            x = peers.all_reduce(x, list(SumPath)[(step + 1) % 2])
             kept.append((x, total))
         return x
 
@@ -282,7 +282,7 @@ def test_a_chain_of_calls_of_all_kinds(library):
 
 def test_a_missing_rank_is_named(library):
     ranks = Emulated(library, 3, timeout=0.2)
-    kept = [peers.all_reduce(torch.ones(4, 8), Path.TWO_SHOT) for peers in ranks.peers[:2]]
+    kept = [peers.all_reduce(torch.ones(4, 8), SumPath.TWO_SHOT) for peers in ranks.peers[:2]]
     library.run()
     assert len(kept) == 2
     for peers in ranks.peers[:2]:
@@ -292,7 +292,7 @@ def test_a_missing_rank_is_named(library):
 
 def test_the_host_ends_a_wait(library):
     ranks = Emulated(library, 2, timeout=600.0)
-    kept = ranks.peers[0].all_reduce(torch.ones(4, 8), Path.ONE_SHOT)
+    kept = ranks.peers[0].all_reduce(torch.ones(4, 8), SumPath.ONE_SHOT)
     ranks.peers[0].abort()
     library.run()
     assert kept is not None
@@ -314,7 +314,7 @@ def test_a_missing_barrier_is_seen(tmp_path):
     want = all_reduce_norm_reference(parts, residual, weight, 1e-6, False)[0].float()
     results = ranks.run(
         lambda peers: peers.all_reduce_norm(
-            parts[peers.rank].clone(), residual, weight, 1e-6, False, Path.ONE_SHOT
+            parts[peers.rank].clone(), residual, weight, 1e-6, False, SumPath.ONE_SHOT
         )
     )
     assert not all(

@@ -14,7 +14,7 @@ pytest.importorskip("pybind11")
 pytest.importorskip("ninja")
 pytest.importorskip("cuda")
 
-from minisgl.kernels.all_reduce import Path, all_reduce_norm_reference, all_reduce_reference
+from minisgl.kernels.all_reduce import SumPath, all_reduce_norm_reference, all_reduce_reference
 from minisgl.kernels.all_reduce.virtual import VirtualRanks
 from minisgl.parallel.peer_memory import Consensus, open_peers
 from tests.kernels.cards import check_floats
@@ -22,7 +22,7 @@ from tests.kernels.cards import check_floats
 pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-PATHS = (Path.ONE_SHOT, Path.TWO_SHOT)
+PATHS = (SumPath.ONE_SHOT, SumPath.TWO_SHOT)
 SHAPES = [(1, 8), (3, 1000), (7, 4096), (64, 5120), (300, 2048)]
 BLOCKS = 8  # a rank: eight ranks fit on any data-centre GPU
 
@@ -103,7 +103,7 @@ def test_what_exceeds_the_capacity_is_cut_in_pieces(device):
         torch.cuda.synchronize()
         both = ranks.run(
             lambda peers, c=copies, p=piece: peers.all_reduce_norm(
-                c[peers.rank], residual[p], weight, 1e-6, False, Path.TWO_SHOT
+                c[peers.rank], residual[p], weight, 1e-6, False, SumPath.TWO_SHOT
             )
         )
         torch.cuda.synchronize()
@@ -158,7 +158,7 @@ def test_a_captured_graph_replays_many_calls(device):
         results.append(out[0].clone())
         eager = [static[rank].clone() for rank in range(size)]
         torch.cuda.synchronize()
-        sums = ranks.run(lambda peers, c=eager: peers.all_reduce(c[peers.rank], Path.ONE_SHOT))
+        sums = ranks.run(lambda peers, c=eager: peers.all_reduce(c[peers.rank], SumPath.ONE_SHOT))
         torch.cuda.synchronize()
         assert torch.equal(sums[0], all_reduce_reference(torch.stack(static)))
     x = torch.stack([given[rank] for rank in range(size)])
@@ -176,7 +176,7 @@ def test_a_missing_rank_ends_the_wait_and_is_named(device):
     ranks = VirtualRanks(3, device, blocks=BLOCKS, timeout=0.5)
     x = torch.ones(4, 1024, device=device)
     torch.cuda.synchronize()
-    ranks.run(lambda peers: peers.all_reduce(x.clone(), Path.ONE_SHOT), ranks=[0, 1])
+    ranks.run(lambda peers: peers.all_reduce(x.clone(), SumPath.ONE_SHOT), ranks=[0, 1])
     torch.cuda.synchronize()
     with pytest.raises(RuntimeError, match="waited for rank 2 in vain"):
         ranks.check()
@@ -187,7 +187,7 @@ def test_the_host_ends_a_wait(device):
     ranks = VirtualRanks(2, device, blocks=BLOCKS, timeout=600)
     x = torch.ones(4, 1024, device=device)
     torch.cuda.synchronize()
-    ranks.run(lambda peers: peers.all_reduce(x, Path.ONE_SHOT), ranks=[0])
+    ranks.run(lambda peers: peers.all_reduce(x, SumPath.ONE_SHOT), ranks=[0])
     ranks.ranks[0].abort()
     torch.cuda.synchronize()
     with pytest.raises(RuntimeError, match="stopped"):

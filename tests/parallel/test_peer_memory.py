@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from minisgl.kernels.all_reduce import (
     CAPACITY,
-    LIMITS,
-    Path,
+    LARGEST_CALLS,
+    SumPath,
     all_reduce_norm_reference,
     all_reduce_reference,
     choose,
@@ -89,23 +89,23 @@ def test_paths_fit_their_modes(ranks):
     for size in SIZES:
         for has in (False, True):
             fixed = choose(size, ranks, multimem=has, ordered=True)
-            assert fixed in (Path.ONE_SHOT, Path.TWO_SHOT)
+            assert fixed in (SumPath.ONE_SHOT, SumPath.TWO_SHOT)
             free = choose(size, ranks, multimem=has, ordered=False)
-            assert has or free is not Path.MULTIMEM
+            assert has or free is not SumPath.MULTIMEM
             if size > CAPACITY:
                 assert free is None
         assert choose(size, ranks, multimem=True, ordered=True) == fixed
-    assert choose(16, ranks, multimem=True, ordered=False) is Path.ONE_SHOT
+    assert choose(16, ranks, multimem=True, ordered=False) is SumPath.ONE_SHOT
 
 
 def test_no_path_is_offered_more_than_it_holds():
-    for limits in LIMITS.values():
+    for limits in LARGEST_CALLS.values():
         assert max(limits.one_shot, limits.two_shot, limits.multimem) <= CAPACITY
 
 
 def test_two_shot_calls_receive_less_from_three_ranks_on():
     for ranks in range(2, 9):
-        one, two, switch = (received_bytes(840 * 16, ranks, path) for path in Path)
+        one, two, switch = (received_bytes(840 * 16, ranks, path) for path in SumPath)
         assert one == (ranks - 1) * 840 * 16
         assert (two < one) == (ranks > 2)
         assert (switch < two) == (ranks > 3)

@@ -23,7 +23,7 @@ KB, MB = 1 << 10, 1 << 20
 CAPACITY = 8 * MB  # bytes of one call; each rank holds two halves of it
 
 
-class Path(IntEnum):
+class SumPath(IntEnum):
     """As in all_reduce_protocol.h."""
 
     ONE_SHOT = 0
@@ -32,7 +32,7 @@ class Path(IntEnum):
 
 
 @dataclass(frozen=True)
-class Limits:
+class LargestCalls:
     """The largest calls, in bytes, that each path should take; above all of them NCCL is faster."""
 
     one_shot: int
@@ -40,27 +40,27 @@ class Limits:
     multimem: int  # where the devices have it; it takes what is too large for one-shot
 
 
-LIMITS = {  # by number of ranks, at most
-    2: Limits(one_shot=8 * MB, two_shot=0, multimem=0),
-    4: Limits(one_shot=512 * KB, two_shot=8 * MB, multimem=8 * MB),
-    8: Limits(one_shot=256 * KB, two_shot=8 * MB, multimem=8 * MB),
+LARGEST_CALLS = {  # by number of ranks, at most
+    2: LargestCalls(one_shot=8 * MB, two_shot=0, multimem=0),
+    4: LargestCalls(one_shot=512 * KB, two_shot=8 * MB, multimem=8 * MB),
+    8: LargestCalls(one_shot=256 * KB, two_shot=8 * MB, multimem=8 * MB),
 }
 
 
-def choose(num_bytes: int, ranks: int, *, multimem: bool, ordered: bool) -> Path | None:
+def choose(num_bytes: int, ranks: int, *, multimem: bool, ordered: bool) -> SumPath | None:
     """The path of a call of `num_bytes`; None: NCCL.
 
     With `ordered` the sum is taken in rank order at every size, so never by NCCL or the switch;
     what exceeds the capacity is cut in pieces.
     """
-    limits = LIMITS[min(most for most in LIMITS if ranks <= most)]
+    limits = LARGEST_CALLS[min(most for most in LARGEST_CALLS if ranks <= most)]
     if num_bytes <= limits.one_shot:
-        return Path.ONE_SHOT
+        return SumPath.ONE_SHOT
     if ordered:
-        return Path.TWO_SHOT
+        return SumPath.TWO_SHOT
     if multimem and num_bytes <= limits.multimem:
-        return Path.MULTIMEM
-    return Path.TWO_SHOT if num_bytes <= limits.two_shot else None
+        return SumPath.MULTIMEM
+    return SumPath.TWO_SHOT if num_bytes <= limits.two_shot else None
 
 
 def all_reduce_reference(parts: torch.Tensor) -> torch.Tensor:
@@ -86,11 +86,11 @@ def all_reduce_norm_reference(
     return scaled.to(parts.dtype), total
 
 
-def received_bytes(num_bytes: int, ranks: int, path: Path) -> int:
+def received_bytes(num_bytes: int, ranks: int, path: SumPath) -> int:
     """What one rank receives over its links in a call of `num_bytes`."""
     share = -(-num_bytes // ranks)
-    if path is Path.ONE_SHOT:
+    if path is SumPath.ONE_SHOT:
         return (ranks - 1) * num_bytes
-    if path is Path.TWO_SHOT:
+    if path is SumPath.TWO_SHOT:
         return 2 * (ranks - 1) * share
     return share + num_bytes  # its share as the switch has added it, then all shares

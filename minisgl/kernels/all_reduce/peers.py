@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from minisgl import csrc
-from minisgl.kernels.all_reduce import CAPACITY, Path, choose
+from minisgl.kernels.all_reduce import CAPACITY, SumPath, choose
 
 BLOCKS = 64  # of every call of a communicator; a grid that changed would break the protocol
 PACK_BYTES = 16
@@ -96,13 +96,13 @@ class Peers:
             timeout,
         )
 
-    def path(self, x: torch.Tensor) -> Path | None:
+    def path(self, x: torch.Tensor) -> SumPath | None:
         """The path of a call on `x`; None where these kernels do not take it."""
         if x.dtype not in TYPES:
             return None
         return choose(x.nbytes, self.size, multimem=self.multimem, ordered=self._ordered)
 
-    def all_reduce(self, x: torch.Tensor, path: Path | None = None) -> torch.Tensor | None:
+    def all_reduce(self, x: torch.Tensor, path: SumPath | None = None) -> torch.Tensor | None:
         """The sum of all ranks' `x` by `path` (the table's when None); may reuse `x`."""
         path = self.path(x) if path is None else path
         if path is None or x.numel() == 0:
@@ -126,7 +126,7 @@ class Peers:
         weight: torch.Tensor,
         eps: float,
         unit_offset: bool,
-        path: Path | None = None,
+        path: SumPath | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """`all_reduce_norm_reference` of all ranks' `x` [T, H]; may reuse `x`.
 
