@@ -54,7 +54,7 @@ def build_engine(config: EngineConfig) -> Engine:
     path = _model_path(config)
     device = pick_device(config.device, of=config.tp_size // config.nnodes)
     try:
-        _say_device(config, device)
+        _log_device(config, device)
         if device.torch_device.type == "cpu":
             plan_on_one_thread()
         facts = read_facts(config, path, device)
@@ -124,7 +124,7 @@ def _scheduler(facts: Facts, device: Device, limits: Limits) -> Scheduler:
     return scheduler
 
 
-def _say_device(config: EngineConfig, device: Device) -> None:
+def _log_device(config: EngineConfig, device: Device) -> None:
     why = ""
     if config.device == "auto" and device.torch_device.type == "cpu":
         why = ": no CUDA device was found"
@@ -132,7 +132,7 @@ def _say_device(config: EngineConfig, device: Device) -> None:
 
 
 def _device_facts(device: Device, ranks: int) -> DeviceFacts:
-    """A known GPU's data sheet, else a middling one's, `ranks` times; measured steps correct it."""
+    """A known GPU's data sheet, else an A100's, times `ranks`; measured steps correct it."""
     if device.torch_device.type == "cpu":
         return DEVICES["cpu"]
     name = device.name.lower().replace(" ", "")

@@ -36,7 +36,7 @@ class Options:
 
 
 class Partner(Protocol):
-    """Whoever answers."""
+    """What answers: a server or an engine."""
 
     def answer(self, messages: Conversation) -> Generator[str, None, None]:
         """The pieces of an answer. Raises ValueError or RuntimeError saying why there is none."""
@@ -80,10 +80,10 @@ class RemotePartner:
                     raise RuntimeError(chunk["error"]["message"])
                 for choice in chunk["choices"]:
                     yield choice["delta"].get("content") or ""
-            raise ConnectionError("it ended too early")
+            raise ConnectionError("the stream ended before the answer did")
 
     def profile(self) -> str:
-        raise ValueError("a server is profiled by POST /profile/start and /profile/stop")
+        raise ValueError("profile a server by POST /profile/start and /profile/stop")
 
     def _request(self, method: str, path: str, body: Any) -> http.client.HTTPResponse:
         secure = self._url.scheme == "https"
@@ -99,7 +99,7 @@ class RemotePartner:
             said = response.read().decode(errors="replace")
         with contextlib.suppress(ValueError, LookupError, TypeError):
             said = json.loads(said)["error"]["message"]
-        raise RuntimeError(f"{self._url.netloc} answers {response.status}: {said}")
+        raise RuntimeError(f"{self._url.netloc} answered {response.status}: {said}")
 
 
 @contextlib.contextmanager
@@ -197,7 +197,7 @@ def main(args: Sequence[str] | None = None) -> int:
     config, others = read_flags(parser, EngineConfig, args)
     options = Options(**others)
     if options.url is not None and config != EngineConfig():
-        parser.error("--url talks to a server: the engine's flags are that server's business")
+        parser.error("--url cannot be combined with flags of the engine: give those to the server")
     configure("warning" if config.log_level == "info" else config.log_level)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() its line editing)

@@ -1,8 +1,8 @@
-"""A child process of this Python: started with a boot message, watched, never left behind.
+"""A child process of this Python: started with a boot message, watched, ended with its parent.
 
-The child's standard input carries the boot message and then stays open: when it ends, the parent
-is gone, and so is the child. Its standard error is passed on, and the end of it kept for
-post-mortems.
+The child's standard input carries the boot message and then stays open. When it is closed, the
+parent has ended, and the child exits. Its standard error is passed on, and its last lines are kept
+for the reason of its exit.
 """
 
 import codecs
@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 
-LAST_LINES = 20  # of the child's standard error, quoted in the reason of its death
+LAST_LINES = 20  # of the child's standard error, quoted in its exit reason
 LAST_CHARACTERS = 4000
 
 
@@ -35,7 +35,7 @@ class Child:
         assert self._process.stdin is not None
         self._process.stdin.write(struct.pack("<I", len(boot)) + boot)
         self._process.stdin.flush()
-        self._said = ""  # the end of its standard error
+        self._last_output = ""  # of its standard error
         self._exit_callbacks: list[Callable[[], object]] = []
         self._lock = threading.Lock()
         self._exited = False
@@ -67,7 +67,7 @@ class Child:
         how = f"exit code {code}"
         if code < 0:
             how += f" ({signal.strsignal(-code)}, signal {-code})"
-        lines = [line for line in self._said.splitlines() if line.strip()][-LAST_LINES:]
+        lines = [line for line in self._last_output.splitlines() if line.strip()][-LAST_LINES:]
         said = "; its last lines were:\n" + "\n".join(lines) if lines else ""
         return f"{name} ended with {how}{said}"
 
@@ -81,7 +81,7 @@ class Child:
         self._process.kill()
 
     def close(self) -> None:
-        """Kill the child and forget it. Idempotent."""
+        """Kill the child and wait for its end. Idempotent."""
         self.kill()
         self._process.wait()
         if self._process.stdin is not None:
@@ -92,8 +92,8 @@ class Child:
         decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
         while data := os.read(self._process.stderr.fileno(), 1 << 16):
             text = decode(data)
-            self._said = (self._said + text)[-LAST_CHARACTERS:]
-            # Ours may be gone; the child's must not fill up, which would stop it.
+            self._last_output = (self._last_output + text)[-LAST_CHARACTERS:]
+            # Our standard error may be closed. Keep reading: a full pipe would block the child.
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 sys.stderr.write(text)
                 sys.stderr.flush()
@@ -108,8 +108,8 @@ class Child:
 
 
 def read_boot() -> bytes:
-    """In the child: its boot message. From here on it outlives its parent by nothing, and signals
-    that reach a whole terminal are the parent's to decide on."""
+    """In the child: its boot message. From now on the child exits when its parent does, and ignores
+    SIGINT and SIGTERM, which a terminal sends to both: the parent decides."""
     faulthandler.enable()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -34,5 +34,5 @@ def configure(level: str = "info", process: str = "") -> None:
 
 
 def shows_progress() -> bool:
-    """Whether a progress bar is welcome: stderr is a terminal and the level is info or lower."""
+    """Whether to show progress bars: stderr is a terminal and the level is info or lower."""
     return sys.stderr.isatty() and logging.getLogger(ROOT_LOGGER).isEnabledFor(logging.INFO)

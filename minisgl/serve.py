@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from minisgl.server.openai import ServedModel
 
 FACTORY = "minisgl.build:build_engine"
-BACKLOG = 2048
+BACKLOG = 2048  # connections that wait to be accepted
 STOPS = (signal.SIGTERM, signal.SIGINT)
 KEEP_ALIVE = 60  # seconds an idle connection stays open: longer than clients keep theirs
 ENGINE_EXIT_SECONDS = 10  # after `drain_timeout`, until open connections are closed
@@ -145,7 +145,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run_ranks(config: ServerConfig, early: list[int]) -> int:
-    """What a node other than 0 does: nothing is served from there. A signal ends it at once."""
+    """Run the ranks of a node other than 0, which serves nothing. A signal ends it at once."""
     configure(config.log_level, f"node {config.node_rank}")
     for number in STOPS:
         signal.signal(number, lambda number, _: sys.exit(0))
@@ -182,7 +182,10 @@ async def _serve(
             http.force_exit = True
             process.kill()
             return
-        log.info("finishing what runs, then exiting; a second signal exits at once")
+        log.info(
+            "finishing running requests, up to %g s, then exiting; a second signal exits now",
+            config.drain_timeout,
+        )
         http.should_exit = True
         closing.append(asyncio.create_task(client.close(config.drain_timeout)))
 
@@ -192,7 +195,7 @@ async def _serve(
         stop()
 
     async def until_failure() -> str:
-        """Open the API when the engine is ready; returns why it cannot go on, if so."""
+        """Open the API when the engine is ready; returns why it failed, once it has."""
         try:
             await client.ready()
             model = await asyncio.to_thread(_served_model, client.info, config)

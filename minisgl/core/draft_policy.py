@@ -44,7 +44,7 @@ class Load:
 
     def _begin_trial(self) -> None:
         self.slowdown = Average()  # of a step with drafts, against one without
-        self.tokens = Average(RATE / 4)  # of a sequence in it: luck is another number in every step
+        self.tokens = Average(RATE / 4)  # of a sequence in it: it varies from step to step
         self.drafts = Average()  # the most of a sequence in it
         self._num_missed = 0
 
@@ -129,8 +129,8 @@ class DraftPolicy:
         """The drafts that give a sequence the most tokens per second; at least 1, to learn more."""
         load, most = self.load, self._most
         if self._any_width:
-            # What many cost is not foretold by what one does: to find out with many at once would
-            # be what slows the server.
+            # The cost of many drafts does not follow from that of one, and measuring many at once
+            # can itself slow the server: ask for twice as many as have been measured.
             known = 2.0 * load.drafts.value if load.is_measured else 1.0
             most = min(most, max(1, round(known)))
         p = self._acceptance.get(seq, self._common_acceptance)

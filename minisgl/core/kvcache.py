@@ -60,7 +60,7 @@ class KVCache:
         self._commits, self._copies = [], []
 
     def finish(self) -> tuple[list[CopyJob], list[Commit]]:
-        """A plan is complete: its copy jobs, whose sources are let go, and its commits."""
+        """A plan is complete: its copy jobs, whose sources are no longer held, and its commits."""
         for job in self._copies:
             self._drop([job.source])
         return self._copies, self._commits

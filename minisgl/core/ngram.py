@@ -2,7 +2,8 @@
 
 Prompt lookup (Saxena, "Prompt Lookup Decoding", 2023): the longest run of tokens that ends the
 text and occurs earlier in it, the latest occurrence first, is taken to go on as it did there.
-Where the text itself says nothing, the radix tree may: a prompt asked before has its answer there.
+Where no run of the text occurs earlier, the radix tree is asked: it holds the answer of a prompt
+that was asked before.
 """
 
 from collections.abc import Callable
@@ -13,20 +14,20 @@ from minisgl.core.sequence import Sequence
 # The cached tokens that follow a sequence's tokens and these guesses, at most so many of them.
 Continuation = Callable[[Sequence, list[int], int], list[int]]
 
-MOST_PATIENCE = 64  # tokens after which a tree that said nothing is asked again, at most
+MAX_ASK_INTERVAL = 64  # tokens until a tree without a continuation is asked again, at most
 
 
 class _Text:
-    """One sequence's tokens, indexed, and what was foreseen when it was last planned."""
+    """One sequence's tokens, indexed, and what was predicted when it was last planned."""
 
     __slots__ = (
         "after",
+        "ask_interval",
         "asks_at",
         "drafts",
         "lead",
         "num_known",
         "num_output",
-        "patience",
         "tokens",
     )
 
@@ -39,11 +40,11 @@ class _Text:
             last = max(len(prompt) - size, 0)
             runs = zip(*(prompt[i : last + i] for i in range(size)), strict=True)
             self.after[size] = dict(zip(runs, range(size, size + last), strict=True))
-        self.num_known = 0  # tokens then; they would go on with `lead`, then `drafts`
+        self.num_known = 0  # tokens then; predicted were `lead`, which is pending, then `drafts`
         self.lead: list[int] = []
         self.drafts: list[int] = []
         self.asks_at = 0  # tokens from which on the tree is asked
-        self.patience = 1
+        self.ask_interval = 1
 
     def extend(self, output: list[int]) -> None:
         """Take in the tokens of `output` that are new."""
@@ -57,17 +58,17 @@ class _Text:
         self.num_output = len(output)
 
     def in_flight(self) -> list[int]:
-        """The drafts being verified, if what they follow has come true."""
+        """The drafts being verified, if the tokens before them were predicted right; else []."""
         known, lead = self.num_known, self.lead
         if self.tokens[known:] != lead:
             return []
         return self.drafts
 
-    def foresee(self, path: list[int], count: int) -> list[int]:
-        """The `count` tokens after the text and `path`, or [] where no run of tokens says."""
+    def predict(self, path: list[int], count: int) -> list[int]:
+        """The `count` tokens after the text and `path`; [] where its last tokens are new."""
         tokens = self.tokens
         known = len(tokens)
-        tokens += path  # and then what is foreseen: a period goes on for ever
+        tokens += path  # then what is predicted, so that a period is repeated as often as needed
         for size in sorted(self.after, reverse=True):
             position = self.after[size].get(tuple(tokens[-size:]))
             if position is not None:
@@ -85,8 +86,8 @@ class _Text:
 class NGramProposer:
     """Proposes by the runs of `min_match` to `max_match` tokens of a sequence.
 
-    While a step is unread, its drafts and one token after them are foreseen too, and the proposal
-    starts there. A wrong guess costs acceptance, nothing else.
+    While a step is unread, its drafts and one token after them are predicted too, and the proposal
+    starts there. A wrong prediction only makes acceptance less likely.
     """
 
     def __init__(self, min_match: int, max_match: int) -> None:
@@ -108,13 +109,13 @@ class NGramProposer:
         text.extend(sequence.output)
         pending = sequence.num_pending
         path = text.in_flight() if pending else []
-        found = text.foresee(path, pending + count)
+        found = text.predict(path, pending + count)
         known = len(text.tokens)
         if not found and self.continuation is not None and known >= text.asks_at:
             found = self.continuation(sequence, path, pending + count)
-            # To ask takes as long as the text is, and what has left the tree seldom comes back.
-            text.patience = 1 if found else min(2 * text.patience, MOST_PATIENCE)
-            text.asks_at = known if found else known + text.patience
+            # Asking takes time in proportion to the text, and evicted runs seldom come back.
+            text.ask_interval = 1 if found else min(2 * text.ask_interval, MAX_ASK_INTERVAL)
+            text.asks_at = known if found else known + text.ask_interval
         text.num_known = known
         text.lead, text.drafts = path + found[:pending], found[pending:]
         return text.drafts

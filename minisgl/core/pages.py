@@ -9,7 +9,7 @@ class PagePool:
     """Reference counts of `num_pages` pages of `page_size` tokens, and the list of free ones.
 
     A page is free (no holder) or held by sequences, by the radix tree (at most once: it is then
-    *cached*), or both. A page held by the tree alone is *idle*: it can be had back by eviction.
+    *cached*), or both. A page held by the tree alone is *idle*: eviction frees it.
     `num_idle` is kept up to date, so that admission costs O(1). Arguments hold no page twice.
     """
 

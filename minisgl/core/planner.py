@@ -147,13 +147,13 @@ class Planner:
         return count
 
     def _can_admit(self) -> bool:
-        """Whether anybody waits, for whom there are a row and pages (see `headroom`)."""
+        """Whether a sequence waits, and there are a row and pages for it (see `headroom`)."""
         running = self._running
         free = bool(self._waiting and running.num_free_rows)
         return free and len(running.sequences) < self._cache.pool.num_available
 
     def _admit(self, plan: Plan, left: int) -> None:
-        """Start waiting sequences. One that does not fit is passed by, but not for ever."""
+        """Admit waiting sequences. Others may pass one that does not fit, `max_passed` times."""
         fairness, running, waiting = self._fairness, self._running, self._waiting
         tries = min(running.num_free_rows, left) + fairness.scan_limit
         stuck: list[Sequence] = []

@@ -1,4 +1,4 @@
-"""Speculation as the scheduler sees it: which drafts a sequence gets, and what becomes of them.
+"""Speculation for the scheduler: asks for drafts, and keeps the draft model's KV complete.
 
 A proposer names tokens that may follow; one step of the target verifies them all, and keeps those
 that it would have sampled itself (Leviathan et al., "Fast Inference from Transformers via
@@ -75,7 +75,7 @@ class Speculation:
         load = self.policy.load
         self.follows = may_draft
         self._holds_back = not load.pays and (prefills or not ready)
-        if load.wait:  # for what will most likely be given up again
+        if load.wait:  # a trial that will most likely fail again
             self._left //= 4
         return may_draft
 

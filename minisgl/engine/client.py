@@ -1,6 +1,6 @@
-"""How the floors above talk to an engine in its own process: submit, iterate, abort.
+"""Clients of an engine in its own process: submit requests, iterate over deltas, abort.
 
-A client lives in one asyncio loop and routes what the engine sends to whoever waits.
+A client belongs to one asyncio loop and routes what the engine sends to the waiting calls.
 """
 
 import asyncio
@@ -34,17 +34,17 @@ from minisgl.engine.messages import (
 )
 from minisgl.engine.process import EngineProcess
 
-SILENCE_WHEN_IDLE = 10 * IDLE_HEARTBEAT  # seconds without a sign of life from an idle loop
-STEPS_OF_SILENCE = 10  # a busy loop may take this many times its longest step so far
-EXIT_GRACE = 5.0  # seconds an engine gets to leave after its work ended, before it is killed
+IDLE_TIMEOUT = 10 * IDLE_HEARTBEAT  # seconds without a message; then an idle engine is stuck
+STEP_TIMEOUT_FACTOR = 10  # a busy engine is stuck after so many times its longest step so far
+EXIT_WAIT_SECONDS = 5.0  # for an engine to exit once drained, before it is killed
 
 
 class EngineDeadError(RuntimeError):
-    """The engine is gone; the message says why."""
+    """The engine has ended or does not accept requests; the message says why."""
 
 
 class Health(msgspec.Struct, frozen=True):
-    """Whether the engine serves. Only "ready" is good news."""
+    """Whether the engine serves: only in state "ready"."""
 
     state: Literal["starting", "ready", "stuck", "draining", "dead"]
     reason: str = ""
@@ -59,15 +59,15 @@ class EngineClient(Protocol):
 
     @property
     def info(self) -> EngineInfo:
-        """Facts of the model. Raises EngineDeadError before `ready()` has returned."""
+        """What is served. Raises EngineDeadError before `ready()` has returned."""
 
     async def ready(self) -> None:
         """Wait until the engine is loaded and warm. Raises EngineDeadError if it never will be."""
 
     def submit(self, request: Request) -> AsyncGenerator[Delta, None]:
-        """Send `request` at the first iteration; yield the news of all its choices as it comes.
+        """Send `request` at the first iteration; yield the deltas of all its choices as they come.
 
-        Its id must be new: late news of an earlier request would be taken for this one's.
+        Its id must be new: late deltas of an earlier request would be taken for this one's.
         Ends when every choice has finished or been aborted. Closing the generator early (or
         cancelling its consumer) aborts the request. Raises ValueError when the engine refuses the
         request, EngineDeadError when there is no engine to take it; an engine that fails later
@@ -104,7 +104,7 @@ class EngineClient(Protocol):
 
 
 class _Stream:
-    """The news of one request on its way to its consumer."""
+    """The deltas of one request on their way to its consumer."""
 
     def __init__(self, choices: int) -> None:
         self.open = set(range(choices))  # choices whose end has not been yielded
@@ -155,13 +155,13 @@ class ProcessClient:
             return Health("draining", "the engine is shutting down")
         if not self._started.done():
             return Health("starting", "the model is being loaded")
-        limit = min(SILENCE_WHEN_IDLE, self._watchdog_timeout)
+        limit = min(IDLE_TIMEOUT, self._watchdog_timeout)
         if self._last is not None and self._last.busy:
-            patience = STEPS_OF_SILENCE * self._last.stats.longest_step
-            limit = max(self._watchdog_timeout, patience)
+            long_step = STEP_TIMEOUT_FACTOR * self._last.stats.longest_step
+            limit = max(self._watchdog_timeout, long_step)
         silence = time.monotonic() - self._heard
         if silence > limit:
-            return Health("stuck", f"the engine loop has made no progress for {silence:.1f} s")
+            return Health("stuck", f"the engine has made no progress for {silence:.1f} s")
         return Health("ready")
 
     def _require_engine(self) -> None:
@@ -238,7 +238,7 @@ class ProcessClient:
 
     def _profiled(self, paths: list[str], refusal: str | None) -> None:
         answer = self._profiles.popleft()
-        if answer.done():  # cancelled: whoever asked has gone
+        if answer.done():  # the caller was cancelled
             return
         if refusal is None:
             answer.set_result(paths)
@@ -246,14 +246,14 @@ class ProcessClient:
             answer.set_exception(ValueError(refusal))
 
     def _fail(self, reason: str) -> None:
-        """The engine is gone: everyone who waits for it hears so."""
+        """The engine has ended: end everything that waits for it with an error."""
         if self._died.done():
             return
         if not self._closing:
             self._died.set_result(reason)
         if not self._started.done():
             self._started.set_exception(EngineDeadError(reason))
-            self._started.exception()  # retrieved: no warning when nobody waits for readiness
+            self._started.exception()  # retrieved, so that asyncio logs no warning
         for answer in self._profiles:
             if not answer.done():
                 answer.set_exception(EngineDeadError(reason))
@@ -263,14 +263,14 @@ class ProcessClient:
                 stream.queue.put_nowait(delta)
 
     def _on_exit(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop was closed first: nobody waits
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: nothing waits
             self._loop.call_soon_threadsafe(self._exited.set)
 
     def _send(self, message: ToEngine) -> None:
         """Post a message; it is lost if the engine has gone."""
         if not self._exited.is_set():
             sent = self._socket.send(self._encoder.encode(message), zmq.NOBLOCK)
-            # What is lost is told by the end of the process.
+            # A lost message needs no error: the process has ended, which `_watch` reports.
             asyncio.ensure_future(sent).add_done_callback(_forget)
 
     async def _receive_all(self) -> None:
@@ -279,7 +279,7 @@ class ProcessClient:
 
     async def _watch(self) -> None:
         await self._exited.wait()
-        while await self._socket.poll(50):  # its last words may still be on their way
+        while await self._socket.poll(50):  # messages sent before it ended may still arrive
             await asyncio.sleep(0)
         self._receiving.cancel()
         self._fail(self._process.exit_reason())
@@ -290,7 +290,7 @@ class ProcessClient:
             if self._started.done() and not self._exited.is_set():
                 self._send(Drain(drain_timeout))
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._exited.wait(), drain_timeout + EXIT_GRACE)
+                    await asyncio.wait_for(self._exited.wait(), drain_timeout + EXIT_WAIT_SECONDS)
             self._process.kill()
         await self._watching
         self._socket.close(linger=0)
@@ -298,6 +298,6 @@ class ProcessClient:
 
 
 def _forget(sent: asyncio.Future[zmq.MessageTracker | None]) -> None:
-    """Look at a result that nobody waits for, so that it is not reported as missed."""
+    """Read the result of a send, so that asyncio does not log its exception as never retrieved."""
     if not sent.cancelled():
         sent.exception()

@@ -74,11 +74,11 @@ class Engine:
             self.abort(request_id)
 
     def has_work(self) -> bool:
-        """Whether `step` would do or tell something."""
+        """Whether `step` would compute or return something."""
         return bool(self._deltas) or (self.failure is None and self._scheduler.has_work)
 
     def step(self) -> list[Delta]:
-        """Advance by one step; return what became known. Never raises for a failed step.
+        """Advance by one step; return the new deltas. Never raises for a failed step.
 
         A step that fails ends every request with an error, and the engine: see `failure`.
         """
@@ -137,14 +137,14 @@ class Engine:
         self._executor.close()
 
     def _write_profile(self) -> None:
-        """Stop a profile that nobody waits for. One that cannot be written is no reason to end."""
+        """Stop a profile that no caller waits for. The engine goes on if it cannot be written."""
         try:
             log.info("profile written: %s", ", ".join(self.stop_profile()))
         except (ValueError, RuntimeError) as error:
-            log.error("the profile is lost: %s", error)
+            log.error("the profile could not be written: %s", error)
 
     def _settle(self, *, running: bool) -> None:
-        """Let what is in flight finish, for a profile to start or stop between steps."""
+        """Finish the steps in flight: a profile starts or stops between steps."""
         if self.failure is not None:
             raise RuntimeError(f"the engine has stopped: {self.failure}")
         self._profiler.check(running=running)
@@ -155,7 +155,7 @@ class Engine:
             raise RuntimeError(f"the engine has stopped: {self.failure}") from error
 
     def _check(self) -> None:
-        """Notice what ended the executor, even while there is nothing to do."""
+        """Notice an executor that has failed, even while there is nothing to do."""
         if self.failure is None:
             try:
                 self._executor.check()
@@ -166,7 +166,7 @@ class Engine:
         span, step = self._profiler.span, self._next_step
         with span("plan", step):
             batch = self._scheduler.plan()
-        if batch is None:  # nothing can be planned before what is in flight is known
+        if batch is None:  # nothing can be planned before the steps in flight are read
             if not self._in_flight:
                 raise RuntimeError("the scheduler has unfinished requests but plans no step")
             self._collect(down_to=0)
@@ -178,7 +178,7 @@ class Engine:
             if not constrained:
                 self._executor.sample(step)
         if constrained:
-            # The masks need the tokens of every step before; the forward runs meanwhile.
+            # The masks need the tokens of all earlier steps; the forward pass runs meanwhile.
             self._collect(down_to=0)
             with span("masks", step):
                 self._executor.sample(step, self._masks(batch))
@@ -198,7 +198,7 @@ class Engine:
                 self._take(self._scheduler.update(batch, output))
 
     def _take(self, deltas: list[Delta]) -> None:
-        """Advance what follows a sequence by its news, and keep the news for `step`."""
+        """Advance grammars by these deltas, close what ends, and keep the deltas for `step`."""
         for delta in deltas:
             self._output_tokens += len(delta.token_ids)
             if self._grammars:
@@ -217,8 +217,10 @@ class Engine:
             del self._grammars[uid]
 
     def _fail(self, error: Exception) -> None:
-        """What a failed step leaves behind cannot be built on: everything ends here."""
-        log.error("a step failed; the engine stops", exc_info=error)
+        """A step failed: no later one can rely on its KV, so every request ends with the error."""
+        log.error(
+            "a step failed; the engine stops and all its requests end with an error", exc_info=error
+        )
         self.failure = f"{type(error).__name__}: {error}"
         for request_id, choices in self._open.items():
             for choice in sorted(choices):
@@ -270,12 +272,12 @@ class Engine:
         return GrammarMasks(indices, np.stack(masks)) if masks else None
 
     def _advance_grammar(self, delta: Delta) -> Delta:
-        """Feed a sequence's grammar. One that does not take what its mask allowed is at fault."""
+        """Feed a sequence's grammar. If it refuses a token that its mask allowed, both end."""
         uid = self._uids.get((delta.request_id, delta.choice))
         if uid is None or delta.finish_reason is not None:
             return delta
         if all(map(self._grammars[uid].accept, delta.token_ids)):
             return delta
         self._scheduler.abort(delta.request_id, delta.choice)
-        reason = f"the grammar does not accept its own tokens {delta.token_ids}"
+        reason = f"the grammar refuses tokens that its own mask allowed: {delta.token_ids}"
         return msgspec.structs.replace(delta, finish_reason="error", error=reason)

@@ -20,8 +20,8 @@ from minisgl.engine.messages import (
 )
 from minisgl.log import get_logger
 
-IDLE_HEARTBEAT = 1.0  # seconds between signs of life while there is no work
-HEARTBEAT = 0.5  # seconds between signs of life at least, when one can be given
+IDLE_HEARTBEAT = 1.0  # seconds between status messages while there is no work
+HEARTBEAT = 0.5  # seconds between status messages, at least, while there is
 
 Receive = Callable[[float], list[ToEngine]]
 Send = Callable[[FromEngine], None]

@@ -1,4 +1,4 @@
-"""What an engine says of itself, and the messages that cross its process border (msgpack)."""
+"""What an engine reports of itself, and the messages that cross its process border (msgpack)."""
 
 import msgspec
 
@@ -8,7 +8,7 @@ from minisgl.core.stats import SchedulerStats
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
-    """The facts of a loaded model, constant while the engine lives."""
+    """What is served; constant while the engine runs."""
 
     model: str  # as the user named it
     model_path: str  # the local directory that holds it, tokenizer included
@@ -79,7 +79,7 @@ class Rejected(msgspec.Struct, frozen=True, array_like=True, tag="rejected"):
 
 
 class Status(msgspec.Struct, frozen=True, array_like=True, tag="status"):
-    """A sign of life from the loop itself: sent when it turns busy, while it is, and when idle."""
+    """Sent by the loop itself when it becomes busy or idle, and regularly: it shows progress."""
 
     busy: bool
     stats: EngineStats

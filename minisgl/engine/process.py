@@ -19,7 +19,7 @@ from minisgl.engine.loop import drive
 from minisgl.engine.messages import FromEngine, ToEngine
 from minisgl.log import configure
 
-FLUSH_SECONDS = 2  # the child waits so long for its last messages to leave
+FLUSH_SECONDS = 2  # the child waits so long for its last messages to be sent
 
 
 class _Boot(msgspec.Struct, frozen=True):
@@ -36,7 +36,7 @@ class EngineProcess:
     """
 
     def __init__(self, factory: str, config: EngineConfig) -> None:
-        # Mode 0700: only this user connects. It goes at exit, if nobody closes this process before.
+        # Mode 0700: only this user can connect. Removed by `close`, at exit at the latest.
         self._directory = tempfile.TemporaryDirectory(prefix="minisgl-", ignore_cleanup_errors=True)
         endpoint = f"ipc://{self._directory.name}/engine"
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
@@ -70,7 +70,7 @@ class EngineProcess:
 
 
 def main() -> int:
-    """The child: build the engine the boot message names, serve it, say how it went."""
+    """The child: build and serve the engine the boot message names. Returns the exit code."""
     boot = msgspec.msgpack.decode(read_boot(), type=_Boot)
     configure(boot.config.log_level, "engine")
 

@@ -1,9 +1,9 @@
-"""An engine's profile: where its own thread spends a step, beside when the device was busy.
+"""An engine's profile: what its own thread does in a step, and when the device is busy.
 
 The step timeline is Chrome's trace event format, which https://ui.perfetto.dev opens. Its times are
-microseconds of `time.perf_counter` since the profile began, on every device, so whether planning
-hides behind computing is seen on a CPU as on a GPU. What happens inside the device's steps is for
-the executor's traces, written beside it.
+microseconds of `time.perf_counter` since the profile began, on every device, so a CPU shows as
+well as a GPU whether planning overlaps computing. What happens inside the device's steps is in the
+executor's traces, written beside it.
 """
 
 import itertools
@@ -103,18 +103,18 @@ class Profiler:
         return _Span(self, name, step)
 
     def collected(self, batch: Batch, output: StepOutput) -> None:
-        """Take down when the device worked on `batch`."""
+        """Record when the device worked on `batch`."""
         if self._events is None:
             return
-        facts = {
+        arguments = {
             "sequences": len(batch.chunks),
             "decode": batch.num_decode,
             "tokens": batch.num_tokens,
         }
         for name, (begin, end) in zip(PARTS, output.spans, strict=True):
-            self.add(name, DEVICE, begin, end, step=batch.step, **facts)
+            self.add(name, DEVICE, begin, end, step=batch.step, **arguments)
 
-    def add(self, name: str, thread: int, begin: float, end: float, **facts: int) -> None:
+    def add(self, name: str, thread: int, begin: float, end: float, **arguments: int) -> None:
         """Record a span; its times are of `time.perf_counter`."""
         assert self._events is not None  # it starts and stops between steps
         self._events.append(
@@ -125,7 +125,7 @@ class Profiler:
                 "tid": thread,
                 "ts": round((begin - self._began) * 1e6, 3),
                 "dur": round((end - begin) * 1e6, 3),
-                "args": facts,
+                "args": arguments,
             }
         )
 

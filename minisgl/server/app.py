@@ -121,7 +121,7 @@ class Api:
             reply = Reply(call, model.tokenizer)
             if call.stream:
                 parts = generation.parts()
-                # Its refusal can still have a status: the answer begins with the first part.
+                # Until the first part, a refusal can still set the status of the answer.
                 first = await unless_gone(request.receive, _next(parts))
                 events = self._events(endpoint, first, parts, generation, reply, clock)
                 return _EventStream(events, parts)
@@ -134,10 +134,10 @@ class Api:
             raise
         except ClientDisconnect:
             outcome(endpoint, "disconnected").inc()
-            return Response(status_code=499)  # nobody reads it
-        except Exception as error:  # answered here, where the connection survives it
+            return Response(status_code=499)  # the connection is closed
+        except Exception as error:  # an answer here keeps the connection open
             outcome(endpoint, "failed").inc()
-            logger.exception("a call to %s failed", endpoint)
+            logger.exception("a %s call failed with an unexpected error", endpoint)
             raise _internal_error() from error
 
     async def _events(
@@ -168,7 +168,7 @@ class Api:
             yield _event(error.body)
         except Exception:
             ended = "failed"
-            logger.exception("call %s failed", generation.call.id)
+            logger.exception("call %s failed with an unexpected error", generation.call.id)
             yield _event(_internal_error().body)
         finally:
             self.metrics.requests.labels(endpoint, ended).inc()
@@ -194,7 +194,7 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events, given up as soon as the client hangs up, not at the next event."""
+    """Server-sent events; closed as soon as the client hangs up, not at the next event."""
 
     def __init__(
         self, events: AsyncGenerator[bytes, None], source: AsyncGenerator[Any, None]
@@ -231,7 +231,7 @@ async def _next(parts: AsyncGenerator[Part, None]) -> Part | None:
 
 
 async def _read_body(request: Request) -> bytes:
-    """The body. One that is too long is read to its end, but not kept: then the client listens."""
+    """The body. One that is too long is read to its end, not kept: clients read the answer then."""
     chunks: list[bytes] = []
     length = 0
     async for chunk in request.stream():
@@ -276,7 +276,9 @@ def _json(content: dict[str, Any], status: int = 200) -> Response:
 
 
 def _internal_error() -> ApiError:
-    return ApiError("internal error; the server's log has it", status=500, type="server_error")
+    return ApiError(
+        "internal error; the server's log says what failed", status=500, type="server_error"
+    )
 
 
 async def _api_error(_: Request, error: Exception) -> Response:

@@ -1,4 +1,4 @@
-"""One API call on its way through the engine: its requests submitted, their deltas as text."""
+"""One API call in the engine: submits its requests, turns their deltas into text."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
@@ -24,7 +24,7 @@ class Scored(NamedTuple):
 
 
 class Part(NamedTuple):
-    """News of one choice of a call. An echoed prompt is in the first part, not in `num_tokens`."""
+    """New text of one choice. An echoed prompt is in the first part, not in `num_tokens`."""
 
     choice: int  # over all prompts of the call
     text: str
@@ -71,7 +71,7 @@ class Generation:
         self._begun: set[int] = set()
 
     async def parts(self) -> AsyncGenerator[Part, None]:
-        """The news as it comes. Raises ApiError when the engine refuses or fails."""
+        """The parts as they come. Raises ApiError when the engine refuses or fails."""
         deltas = [self._deltas(index, r) for index, r in enumerate(self.call.requests)]
         async with aclosing(deltas[0] if len(deltas) == 1 else merge(deltas)) as merged:
             async for index, delta in merged:
@@ -120,7 +120,7 @@ class Generation:
 
 
 def engine_failed(reason: str, status: int = 500) -> ApiError:
-    """An error with the reason's first line: what follows, the end of a log, is not for clients."""
+    """An error with the first line of the reason; clients do not get the log lines after it."""
     first = reason.splitlines()[0].removesuffix("; its last lines were:")
     return ApiError(first, status=status, type="server_error", code="engine_error")
 

@@ -1,4 +1,4 @@
-"""Prometheus metrics: what the server has answered, and where its engine stands."""
+"""Prometheus metrics: calls answered, their times, and the scheduler's counters."""
 
 import time
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ _GAUGES = {
     "num_running": ("minisgl_running_sequences", "Sequences that hold a row"),
     "num_waiting": ("minisgl_waiting_sequences", "Sequences that wait for a row or for pages"),
     "num_pages": ("minisgl_kv_pages", "Pages of the KV pool"),
-    "num_free_pages": ("minisgl_kv_pages_free", "Pages that nobody holds"),
+    "num_free_pages": ("minisgl_kv_pages_free", "Free pages"),
     "draft_gain": ("minisgl_draft_gain", "Tokens a second against those without drafts"),
     "num_idle_pages": ("minisgl_kv_pages_idle", "Pages held by the prefix cache alone"),
 }
@@ -32,7 +32,10 @@ _COUNTERS = {
     ),
     "num_drafts": ("minisgl_draft_tokens", "Draft tokens verified"),
     "num_accepted_drafts": ("minisgl_accepted_draft_tokens", "Draft tokens accepted"),
-    "num_preemptions": ("minisgl_preemptions", "Sequences put back to be recomputed"),
+    "num_preemptions": (
+        "minisgl_preemptions",
+        "Running sequences stopped to free pages; they are recomputed later",
+    ),
 }
 
 

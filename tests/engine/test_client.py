@@ -262,7 +262,7 @@ class Unplugged:
 def test_how_long_a_silent_loop_counts_as_alive(monkeypatch, busy, longest, patience):
     now = 1000.0
     monkeypatch.setattr("minisgl.engine.client.time", SimpleNamespace(monotonic=lambda: now))
-    monkeypatch.setattr("minisgl.engine.client.SILENCE_WHEN_IDLE", 3.0)
+    monkeypatch.setattr("minisgl.engine.client.IDLE_TIMEOUT", 3.0)
     engine = make_engine()
     stats = msgspec.structs.replace(engine.stats(), longest_step=longest)
 

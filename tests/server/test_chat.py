@@ -128,4 +128,4 @@ def test_a_wrong_url_is_said(capsys, flags, words):
 def test_engine_flags_do_not_go_with_a_url(capsys):
     with pytest.raises(SystemExit):
         chat.main(["--url", "http://x", "--page-size", "32"])
-    assert "--url talks to a server" in capsys.readouterr().err
+    assert "--url cannot be combined with flags of the engine" in capsys.readouterr().err
