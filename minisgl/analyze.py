@@ -16,8 +16,8 @@ from minisgl.core.costmodel import (
     DEVICES,
     Cost,
     CostModel,
-    DeviceFacts,
-    ModelFacts,
+    DevicePeaks,
+    ModelSizes,
     decode_work,
     prefill_work,
 )
@@ -29,8 +29,8 @@ MAX_STREAMS = 1 << 16
 
 def _dense(
     layers: int, hidden: int, heads: int, kv_heads: int, head_dim: int, mlp: int, vocab: int
-) -> ModelFacts:
-    return ModelFacts(
+) -> ModelSizes:
+    return ModelSizes(
         layers=layers,
         hidden=hidden,
         heads=heads,
@@ -49,7 +49,7 @@ SHAPES = {
     "qwen3-0.6b": _dense(28, 1024, 16, 8, 128, 3072, 151936),
     "qwen3-8b": _dense(36, 4096, 32, 8, 128, 12288, 151936),
     "qwen3-32b": _dense(64, 5120, 64, 8, 128, 25600, 151936),
-    "qwen3-30b-a3b": ModelFacts(
+    "qwen3-30b-a3b": ModelSizes(
         layers=48,
         hidden=2048,
         heads=32,
@@ -63,20 +63,20 @@ SHAPES = {
 }
 
 
-def load_facts(model: str, dtype: str) -> ModelFacts:
+def load_sizes(model: str, dtype: str) -> ModelSizes:
     """The sizes of a preset shape, or of an HF directory or hub id.
 
     Raises ValueError for a config.json that cannot be read as a known family's.
     """
     if model.lower() in SHAPES:
-        facts, width = SHAPES[model.lower()], BYTES[dtype]
-        return msgspec.structs.replace(facts, bytes_per_weight=width, bytes_per_kv=width)
+        sizes, width = SHAPES[model.lower()], BYTES[dtype]
+        return msgspec.structs.replace(sizes, bytes_per_weight=width, bytes_per_kv=width)
     # torch is needed only here.
     from minisgl.models.config import DTYPES, ModelConfig
     from minisgl.models.hub import model_directory
 
     path = Path(model) if Path(model).is_dir() else model_directory(model, weights=False)
-    return ModelFacts(**ModelConfig.from_hf(path).cost_facts(DTYPES[dtype]))
+    return ModelSizes(**ModelConfig.from_hf(path).cost_sizes(DTYPES[dtype]))
 
 
 def ridge_streams(model: CostModel, context: int) -> int | None:
@@ -98,11 +98,11 @@ def report(
     model: CostModel, batches: Sequence[int], prompts: Sequence[int], contexts: Sequence[int]
 ) -> str:
     """The whole analysis as text."""
-    facts, device = model.model, model.device
+    sizes, device = model.model, model.device
     ridge = device.flops / device.bandwidth
     lines = [
-        f"weights     {_scaled(facts.weights * facts.bytes_per_weight)}B in matrix products",
-        f"KV          {_scaled(facts.kv_bytes_per_token)}B a token",
+        f"weights     {_scaled(sizes.weights * sizes.bytes_per_weight)}B in matrix products",
+        f"KV          {_scaled(sizes.kv_bytes_per_token)}B a token",
         f"device      {_scaled(device.flops)}FLOP/s, {_scaled(device.bandwidth)}B/s",
         f"ridge       {ridge:.0f} FLOPs a byte",
         "",
@@ -199,15 +199,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sheet = DEVICES[options.device]
     flops = sheet.flops if options.peak_tflops is None else 1e12 * options.peak_tflops
     bandwidth = sheet.bandwidth if options.bandwidth_gbs is None else 1e9 * options.bandwidth_gbs
-    device = DeviceFacts(
+    device = DevicePeaks(
         options.tp_size * flops, options.tp_size * bandwidth, overhead=sheet.overhead
     )
     try:
-        facts = load_facts(options.model, options.dtype)
+        sizes = load_sizes(options.model, options.dtype)
     except (OSError, ValueError) as error:
         parser.error(f"--model: {error}")
     print(f"{options.model} in {options.dtype} on {options.tp_size} x {options.device}\n")
-    print(report(CostModel(facts, device), options.batch, options.prompt, options.context))
+    print(report(CostModel(sizes, device), options.batch, options.prompt, options.context))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from minisgl.config import EngineConfig
 from minisgl.core.costmodel import (
     DEVICES,
     CostModel,
-    DeviceFacts,
-    ModelFacts,
+    DevicePeaks,
+    ModelSizes,
     cascade_min_tokens,
 )
 from minisgl.core.draft_policy import DraftPolicy
@@ -101,8 +101,8 @@ def _load(facts: Facts, device: Device) -> LocalExecutor | ParallelExecutor:
 
 def _scheduler(facts: Facts, device: Device, limits: Limits) -> Scheduler:
     config, eos = facts.config, facts.model.eos_token_ids
-    model = ModelFacts(**facts.model.cost_facts(facts.dtype))
-    own = _device_facts(device, config.tp_size)
+    model = ModelSizes(**facts.model.cost_sizes(facts.dtype))
+    own = _device_peaks(device, config.tp_size)
     cascade_min = config.cascade_min_shared_tokens
     if cascade_min is None and facts.cascade:
         cascade_min = cascade_min_tokens(model, own)
@@ -131,7 +131,7 @@ def _log_device(config: EngineConfig, device: Device) -> None:
     log.info("running on %s%s", device.name, why)
 
 
-def _device_facts(device: Device, ranks: int) -> DeviceFacts:
+def _device_peaks(device: Device, ranks: int) -> DevicePeaks:
     """A known GPU's data sheet, else an A100's, times `ranks`; measured steps correct it."""
     if device.torch_device.type == "cpu":
         return DEVICES["cpu"]

@@ -17,7 +17,7 @@ DEVIATION_RATE = 0.05
 CASCADE_SECONDS = 5e-6  # estimated, per layer: one more launch, more partial results to merge
 
 
-class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
+class ModelSizes(msgspec.Struct, frozen=True, kw_only=True):
     """The sizes of a decoder. `intermediate` is that of one expert where there are experts."""
 
     layers: int
@@ -61,7 +61,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
         return 2 * self.layers * self.kv_heads * self.head_dim * self.bytes_per_kv
 
 
-class DeviceFacts(msgspec.Struct, frozen=True):
+class DevicePeaks(msgspec.Struct, frozen=True):
     """A device's peaks at the precision served, and the fixed time of a step."""
 
     flops: float  # per second
@@ -70,18 +70,18 @@ class DeviceFacts(msgspec.Struct, frozen=True):
 
 
 DEVICES = {
-    "a100": DeviceFacts(312e12, 2.04e12, 3e-4),
-    "h100": DeviceFacts(989e12, 3.35e12, 3e-4),
-    "h200": DeviceFacts(989e12, 4.8e12, 3e-4),
-    "b200": DeviceFacts(2250e12, 8.0e12, 3e-4),
-    "l4": DeviceFacts(121e12, 0.3e12, 3e-4),
-    "l40s": DeviceFacts(362e12, 0.864e12, 3e-4),
-    "rtx4090": DeviceFacts(165e12, 1.01e12, 3e-4),
-    "cpu": DeviceFacts(0.2e12, 20e9, 1e-3),  # about two server cores
+    "a100": DevicePeaks(312e12, 2.04e12, 3e-4),
+    "h100": DevicePeaks(989e12, 3.35e12, 3e-4),
+    "h200": DevicePeaks(989e12, 4.8e12, 3e-4),
+    "b200": DevicePeaks(2250e12, 8.0e12, 3e-4),
+    "l4": DevicePeaks(121e12, 0.3e12, 3e-4),
+    "l40s": DevicePeaks(362e12, 0.864e12, 3e-4),
+    "rtx4090": DevicePeaks(165e12, 1.01e12, 3e-4),
+    "cpu": DevicePeaks(0.2e12, 20e9, 1e-3),  # about two server cores
 }
 
 
-def cascade_min_tokens(model: ModelFacts, device: DeviceFacts) -> int:
+def cascade_min_tokens(model: ModelSizes, device: DevicePeaks) -> int:
     """How many tokens of keys and values a layer reads in the time that cascade attention adds."""
     per_layer = model.kv_bytes_per_token / model.layers
     return max(1, round(CASCADE_SECONDS * device.bandwidth / per_layer))
@@ -146,7 +146,7 @@ class CostModel:
     1999), on relative errors, so that short steps count as much as long ones.
     """
 
-    def __init__(self, model: ModelFacts, device: DeviceFacts) -> None:
+    def __init__(self, model: ModelSizes, device: DevicePeaks) -> None:
         self.model = model
         self.device = device
         self.num_observed = 0

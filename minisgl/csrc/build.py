@@ -114,13 +114,13 @@ class Target:
         """Where the finished extension is, or will be. Unavailable: no compiler."""
         compiler = find_compiler(self.module.kind)
         status = compiler.stat()  # stands for the version: asking costs a process at every start
-        facts = [
+        inputs = [
             *self.flags,
             f"{compiler.resolve()} {status.st_size} {status.st_mtime_ns}",
             EXTENSION,
             _cpu_identity(),
         ]
-        digest = hashlib.sha256("\n".join(facts).encode())
+        digest = hashlib.sha256("\n".join(inputs).encode())
         headers = [p for p in self.sources.rglob("*") if p.suffix in (".h", ".cuh")]
         for path in [*sorted(headers), *(self.sources / s for s in self.module.sources)]:
             digest.update(path.name.encode() + b"\0" + path.read_bytes())

@@ -1,1 +1,1 @@
-"""Model families described as configuration facts, one decoder, and the weight loader."""
+"""Model families described as configurations, one decoder, and the weight loader."""

@@ -1,4 +1,4 @@
-"""`ModelConfig`: what a decoder is, as facts. The one reader of Hugging Face's field names.
+"""`ModelConfig`: what a decoder is. The one reader of Hugging Face's field names.
 
 Both spellings of transformers are read: v4 (`rope_theta`, `rope_scaling`, `torch_dtype`,
 `sliding_window_pattern`) and v5 (`rope_parameters`, by layer type where they differ; `dtype`,
@@ -50,7 +50,7 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Facts of one decoder; sizes are those of the whole model, before any sharding."""
+    """What one decoder is; sizes are those of the whole model, before any sharding."""
 
     architecture: str
     family: Family
@@ -82,7 +82,7 @@ class ModelConfig:
     def embedding_scale(self) -> float | None:
         return math.sqrt(self.hidden_size) if self.family.scaled_embedding else None
 
-    def cost_facts(self, dtype: torch.dtype) -> dict[str, Any]:
+    def cost_sizes(self, dtype: torch.dtype) -> dict[str, Any]:
         """The sizes that decide what a step costs, in plain numbers, for weights in `dtype`."""
         moes = [layer.moe for layer in self.layers if layer.moe is not None]
         moe = moes[0] if moes else None

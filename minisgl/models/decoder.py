@@ -1,6 +1,6 @@
 """The one decoder: embed, then attention and feed-forward blocks with residuals, then norm.
 
-What families differ in are facts of `ModelConfig`, read when layers are built.
+What families differ in are fields of `ModelConfig`, read when layers are built.
 """
 
 from collections.abc import Iterator

@@ -90,7 +90,7 @@ _SANDWICH = NormNames(
 )
 
 
-def _gemma(defaults: Mapping[str, Any], **facts: Any) -> Family:
+def _gemma(defaults: Mapping[str, Any], **fields: Any) -> Family:
     return Family(
         defaults=defaults,
         norms=_SANDWICH,
@@ -100,7 +100,7 @@ def _gemma(defaults: Mapping[str, Any], **facts: Any) -> Family:
         out_bias=None,
         activation_field="hidden_activation",
         windows="all but every nth",
-        **facts,
+        **fields,
     )
 
 

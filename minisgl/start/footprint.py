@@ -74,7 +74,7 @@ def static_bytes(sizes: GraphSizes, vocab: int) -> int:
 
 def captured_bytes(
     sizes: GraphSizes,
-    facts: ModelConfig,
+    model: ModelConfig,
     dtype: torch.dtype,
     ranks: int,
     cascade: bool = False,
@@ -84,39 +84,39 @@ def captured_bytes(
     With `cascade` there is a forward pass more for each, with two launches more per layer.
     """
     tokens = sum(width * sum(own) for width, own in sizes.by_width.items())
-    nodes = facts.num_layers * NODES_PER_LAYER + OTHER_NODES
+    nodes = model.num_layers * NODES_PER_LAYER + OTHER_NODES
     if cascade:
-        nodes += facts.num_layers * (NODES_PER_LAYER + 2)
+        nodes += model.num_layers * (NODES_PER_LAYER + 2)
     count = sum(map(len, sizes.by_width.values()))
     return (
-        workspace_bytes(facts, sizes.max_tokens, dtype, ranks)
-        + 2 * sizes.max_tokens * facts.vocab_size * 4
-        + tokens * facts.hidden_size * dtype.itemsize
+        workspace_bytes(model, sizes.max_tokens, dtype, ranks)
+        + 2 * sizes.max_tokens * model.vocab_size * 4
+        + tokens * model.hidden_size * dtype.itemsize
         + count * nodes * NODE_BYTES
     )
 
 
-def pieces_bytes(sizes: GraphSizes, facts: ModelConfig, dtype: torch.dtype, ranks: int) -> int:
+def pieces_bytes(sizes: GraphSizes, model: ModelConfig, dtype: torch.dtype, ranks: int) -> int:
     """Of the piecewise graphs: what they share, activations of the largest, their launches."""
     if not sizes.pieces:
         return 0
-    most, heads = sizes.pieces[-1], 2 * facts.num_heads * facts.head_dim // ranks
-    nodes = len(sizes.pieces) * (facts.num_layers * NODES_PER_LAYER + OTHER_NODES)
+    most, heads = sizes.pieces[-1], 2 * model.num_heads * model.head_dim // ranks
+    nodes = len(sizes.pieces) * (model.num_layers * NODES_PER_LAYER + OTHER_NODES)
     return (
-        most * (20 + (heads + facts.hidden_size) * dtype.itemsize)
-        + workspace_bytes(facts, most, dtype, ranks)
+        most * (20 + (heads + model.hidden_size) * dtype.itemsize)
+        + workspace_bytes(model, most, dtype, ranks)
         + nodes * NODE_BYTES
     )
 
 
-def workspace_bytes(facts: ModelConfig, tokens: int, dtype: torch.dtype, ranks: int) -> int:
+def workspace_bytes(model: ModelConfig, tokens: int, dtype: torch.dtype, ranks: int) -> int:
     """Activations that live at once in one layer: residual, normed, qkv and attention, gate-up."""
-    heads = (2 * facts.num_heads + 2 * facts.num_kv_heads) * facts.head_dim
+    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     inner = max(
-        facts.inner_size,
-        *((layer.moe.inner_size * layer.moe.top_k) if layer.moe else 0 for layer in facts.layers),
+        model.inner_size,
+        *((layer.moe.inner_size * layer.moe.top_k) if layer.moe else 0 for layer in model.layers),
     )
-    per_token = 4 * facts.hidden_size + (heads + 3 * inner) // ranks
+    per_token = 4 * model.hidden_size + (heads + 3 * inner) // ranks
     return tokens * per_token * dtype.itemsize
 
 
@@ -139,8 +139,8 @@ def draft_graph_bytes(draft: Draft, sizes: Sequence[int], *, captures: bool) -> 
     buffers = 4 * (1 + 2 * draft.num_drafts) * most + 8
     if draft.model is None or not captures:
         return buffers
-    facts = draft.model.config
-    nodes = facts.num_layers * NODES_PER_LAYER + OTHER_NODES
-    logits = 2 * most * facts.vocab_size * 4
+    model = draft.model.config
+    nodes = model.num_layers * NODES_PER_LAYER + OTHER_NODES
+    logits = 2 * most * model.vocab_size * 4
     launches = GRAPHS_PER_SIZE * len(sizes) * nodes * NODE_BYTES
     return buffers + draft_workspace_bytes(draft, FIRST_WIDTH * most) + logits + launches

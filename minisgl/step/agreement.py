@@ -5,20 +5,20 @@ import zlib
 import torch
 
 from minisgl.parallel import Communicator
-from minisgl.step.inputs import StepArrays, join
+from minisgl.step.inputs import PackedBatch, join
 
 PARTS = ("the number", "the plan", "the sum of the hidden states")
 
 
-def compare_ranks(comm: Communicator, arrays: StepArrays, hidden: torch.Tensor) -> None:
+def compare_ranks(comm: Communicator, packed: PackedBatch, hidden: torch.Tensor) -> None:
     """Raises RuntimeError on rank 0 when a rank runs another step, or computes something else.
 
     hidden: [T, H], the same on all ranks to the bit. Rank 0 waits for the device.
     """
-    plan = zlib.crc32(join(arrays.sections).tobytes())
+    plan = zlib.crc32(join(packed.sections).tobytes())
     whole = torch.int16 if hidden.element_size() == 2 else torch.int32
     bits = hidden.contiguous().view(whole).sum(dtype=torch.int64)
-    known = torch.tensor([arrays.batch.step, plan], dtype=torch.int64, device=hidden.device)
+    known = torch.tensor([packed.batch.step, plan], dtype=torch.int64, device=hidden.device)
     everyone = comm.gather(torch.cat([known, bits[None]])[None], 0)
     if comm.rank != 0:
         return

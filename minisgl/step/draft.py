@@ -26,7 +26,7 @@ from minisgl.device import Device, Graph
 from minisgl.kernels.sampling import adjust_logits, sample
 from minisgl.models.decoder import Decoder
 from minisgl.parallel import Communicator
-from minisgl.step.inputs import StepArrays
+from minisgl.step.inputs import PackedBatch
 from minisgl.step.kv_pool import KVPool, KVShape
 from minisgl.step.proposals import FILL, resolve
 from minisgl.step.ragged import RAGGED, ragged_inputs
@@ -96,7 +96,7 @@ class DraftRunner:
                 for adjusts in (False, True):
                     self._graph(size, width, adjusts)
 
-    def run(self, step: StepArrays, sent: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    def run(self, step: PackedBatch, sent: dict[str, torch.Tensor]) -> torch.Tensor | None:
         """Compute what the step asks for and put the proposals in their places in `sent`.
 
         Returns the proposals [D, K], if there are any.

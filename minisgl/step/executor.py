@@ -17,8 +17,8 @@ from minisgl.step.worker import Worker
 
 
 @dataclass
-class _Flight:
-    """A step on its way."""
+class _InFlight:
+    """A dispatched step, until it is collected."""
 
     number: int
     step: Step | None  # None when it could not even be packed
@@ -36,7 +36,7 @@ class LocalExecutor:
         """`trace_details`: an attached NVTX tool is told of layers and ops too."""
         self._worker = worker
         self._profiler = RankProfiler(worker.device, rank, details=trace_details)
-        self._flights: deque[_Flight] = deque()
+        self._in_flight: deque[_InFlight] = deque()
 
     @property
     def limits(self) -> Limits:
@@ -54,37 +54,37 @@ class LocalExecutor:
         except Exception as failure:  # surfaces at collect, as every failure does
             device.submit(_fail, failure)
         else:
-            if step.arrays.num_passes:
+            if step.packed.num_passes:
                 device.submit(worker.runner.begin, step)
                 proposed = device.landed()
             device.submit(worker.runner.forward, step)
-        self._flights.append(_Flight(batch.step, step, proposed))
+        self._in_flight.append(_InFlight(batch.step, step, proposed))
 
     def drafts(self, step: int) -> list[list[int]]:
-        flight = next(flight for flight in self._flights if flight.number == step)
-        if flight.step is None or flight.proposed is None:
+        asked = next(each for each in self._in_flight if each.number == step)
+        if asked.step is None or asked.proposed is None:
             raise ValueError(f"step {step} has no drafts that the device proposes")
-        flight.proposed.wait()
-        assert flight.step.drafted is not None
-        return read_drafts(flight.step.arrays.batch, flight.step.drafted.tolist())
+        asked.proposed.wait()
+        assert asked.step.drafted is not None
+        return read_drafts(asked.step.packed.batch, asked.step.drafted.tolist())
 
     def sample(self, step: int, masks: GrammarMasks | None = None) -> None:
-        flight = next((flight for flight in self._flights if flight.done is None), None)
-        if flight is None or flight.number != step:
+        oldest = next((each for each in self._in_flight if each.done is None), None)
+        if oldest is None or oldest.number != step:
             raise ValueError(f"step {step} is not the oldest one dispatched and not sampled")
         device = self._worker.device
-        if flight.step is not None:
-            device.submit(self._worker.runner.sample, flight.step, masks)
-        flight.done = device.landed()
+        if oldest.step is not None:
+            device.submit(self._worker.runner.sample, oldest.step, masks)
+        oldest.done = device.landed()
 
     def collect(self) -> StepOutput:
-        if not self._flights or self._flights[0].done is None:
+        if not self._in_flight or self._in_flight[0].done is None:
             raise ValueError("no sampled step is in flight")
-        flight = self._flights.popleft()
-        assert flight.done is not None
-        flight.done.wait()
-        assert flight.step is not None  # a step that was not packed has failed the stream
-        return _read(flight.step, self._profiler.spans(flight.step.events))
+        oldest = self._in_flight.popleft()
+        assert oldest.done is not None
+        oldest.done.wait()
+        assert oldest.step is not None  # a step that was not packed has failed the stream
+        return _read(oldest.step, self._profiler.spans(oldest.step.events))
 
     def start_profile(self, *, traces: bool) -> None:
         self._profiler.start(traces=traces)
@@ -96,7 +96,7 @@ class LocalExecutor:
         pass  # what fails here fails in a step
 
     def close(self) -> None:
-        self._flights.clear()
+        self._in_flight.clear()
         self._worker.close()
 
 
@@ -106,32 +106,32 @@ def _fail(failure: Exception) -> None:
 
 def _read(step: Step, device_spans: list[tuple[float, float]]) -> StepOutput:
     """The output of a step whose last event has passed."""
-    arrays, sampled = step.arrays, step.sampled
-    chunks = arrays.batch.chunks
+    packed, sampled = step.packed, step.sampled
+    chunks = packed.batch.chunks
     token_ids: list[list[int]] = [[] for _ in chunks]
     logprobs: dict[int, list[TokenLogprobs]] = {}
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
     if sampled.drawn is not None:
         drawn = sampled.drawn.tolist()
-        accepted = drawn[arrays.num_points :] or [0] * len(arrays.sampling)
-        spans = zip(arrays.sampling, arrays.first_points, accepted, strict=False)
+        accepted = drawn[packed.num_points :] or [0] * len(packed.sampling)
+        spans = zip(packed.sampling, packed.first_points, accepted, strict=False)
         for i, first, count in spans:  # what lies behind belongs to padding
             token_ids[i] = drawn[first : first + count + 1]
     if sampled.logprobs is not None:
         first = 0
-        for request in arrays.logprobs:
+        for request in packed.logprobs:
             kept = len(token_ids[request.chunk])
             entries = sampled.logprobs.read(first, kept, request.num_top)
             logprobs[request.chunk] = entries
             first += request.count
-    for request, blocks in zip(arrays.prompt_logprobs, sampled.prompt_logprobs, strict=True):
+    for request, blocks in zip(packed.prompt_logprobs, sampled.prompt_logprobs, strict=True):
         prompt_logprobs[request.chunk] = [
             entry
             for block in blocks
             for entry in block.read(0, len(block.token_ids), request.num_top)
         ]
     return StepOutput(
-        step=arrays.batch.step,
+        step=packed.batch.step,
         token_ids=token_ids,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,

@@ -22,7 +22,7 @@ from minisgl.core.batch import PENDING
 from minisgl.core.executor import GrammarMasks
 from minisgl.device import Device, Graph
 from minisgl.layers.attention import ForwardInputs
-from minisgl.step.inputs import StepArrays, pack_masks
+from minisgl.step.inputs import PackedBatch, pack_masks
 from minisgl.step.kv_pool import KVPool
 from minisgl.step.ragged import fill_inputs
 from minisgl.step.rows import RowBuffers
@@ -131,7 +131,7 @@ class DecodeGraphs:
         self._graph(size, half).replay()
         return self._hidden[size], self._views_of(size).inputs.positions
 
-    def sample(self, step: StepArrays, masks: GrammarMasks | None) -> torch.Tensor:
+    def sample(self, step: PackedBatch, masks: GrammarMasks | None) -> torch.Tensor:
         """Replay the second half, which moves the rows on.
 
         Returns tokens [size * width] int32, one behind every token of the step, and where the width

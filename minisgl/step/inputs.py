@@ -1,9 +1,9 @@
-"""A `Batch` as arrays: everything the device needs for one step, in one host-to-device copy.
+"""A `Batch` becomes a `PackedBatch`: all that a step needs, in one host-to-device copy.
 
 Runs on the planning thread, in numpy. What the host does not know (the last sampled id, positions
 behind unread drafts) is filled in on the device by `prepare_inputs`, from per-row state. A step has
-one of two layouts: that of a decode graph, where everything but the rows' own facts is constant, or
-a ragged one, where sequences have any number of tokens.
+one of two layouts: that of a decode graph, where all but the rows' own numbers is constant, or a
+ragged one, where sequences have any number of tokens.
 """
 
 from collections.abc import Sequence
@@ -31,8 +31,8 @@ class LogprobRequest:
 
 
 @dataclass
-class StepArrays:
-    """One packed step. T tokens of S sequences, padding included; M chunks sample at N points."""
+class PackedBatch:
+    """A batch as arrays. T tokens of S sequences, padding included; M chunks sample at N points."""
 
     batch: Batch
     sections: Sections
@@ -55,7 +55,7 @@ class StepArrays:
     prompt_logprobs: list[LogprobRequest] = field(default_factory=list)
 
 
-def pack_step(batch: Batch, host: HostRows, geometry: Geometry) -> StepArrays:
+def pack_step(batch: Batch, host: HostRows, geometry: Geometry) -> PackedBatch:
     """Lay out `batch`; remembers its setups in `host`. ValueError for a batch that is malformed.
 
     The sections: those of the layout; asked [P], points whose log-probabilities are asked for, and
@@ -77,7 +77,7 @@ def pack_step(batch: Batch, host: HostRows, geometry: Geometry) -> StepArrays:
 
 def _pack(
     batch: Batch, graph: tuple[int, int] | None, host: HostRows, geometry: Geometry
-) -> StepArrays:
+) -> PackedBatch:
     """The step in the layout of the decode graph (size, width), or else a ragged one."""
     if graph is None:
         step = _lay_out_ragged(batch, geometry)
@@ -95,7 +95,7 @@ def _pack(
     return step
 
 
-def _lay_out_decode(batch: Batch, size: int, width: int, geometry: Geometry) -> StepArrays:
+def _lay_out_decode(batch: Batch, size: int, width: int, geometry: Geometry) -> PackedBatch:
     """The layout of a decode graph: `size` sequences of `width` tokens, every token a point.
 
     Sections: decode, the words of `decode_words`; cascade, those of `cascade_words`, where there
@@ -108,7 +108,7 @@ def _lay_out_decode(batch: Batch, size: int, width: int, geometry: Geometry) -> 
     rows[:count], rows[count:] = [chunk.row for chunk in chunks], geometry.padding_row
     packed_starts[:count], num_tokens[:count] = starts, [chunk.length for chunk in chunks]
     offsets = np.arange(count, dtype=np.int32) * width
-    return StepArrays(
+    return PackedBatch(
         batch=batch,
         sections={"decode": packed} | _pack_groups(batch, size, geometry.page_size),
         rows=rows[:count],
@@ -125,7 +125,7 @@ def _lay_out_decode(batch: Batch, size: int, width: int, geometry: Geometry) -> 
     )
 
 
-def _lay_out_ragged(batch: Batch, geometry: Geometry) -> StepArrays:
+def _lay_out_ragged(batch: Batch, geometry: Geometry) -> PackedBatch:
     """The layout of any other step; decode chunks are padded to the longest of them.
 
     Sections: those of `ragged_sections` and `_pack_points`; cascade as in `_lay_out_decode`.
@@ -158,7 +158,7 @@ def _lay_out_ragged(batch: Batch, geometry: Geometry) -> StepArrays:
             num_decode += len(empty)
     widths = sequences[0]
     sections = ragged_sections(token_ids, *sequences)
-    step = StepArrays(
+    step = PackedBatch(
         batch=batch,
         sections=sections | _pack_groups(batch, num_decode, geometry.page_size),
         rows=chunk_rows,
@@ -212,7 +212,7 @@ def _pack_groups(batch: Batch, size: int, page_size: int) -> Sections:
     return {"cascade": words}
 
 
-def _pack_points(step: StepArrays, ends: np.ndarray, multiple: int) -> None:
+def _pack_points(step: PackedBatch, ends: np.ndarray, multiple: int) -> None:
     """Where logits are needed: the last 1 + drafts tokens of every chunk that samples.
 
     ends: where each chunk's tokens end. Sections: points [N padded], point_rows [N]; first,
@@ -247,7 +247,7 @@ def _pack_points(step: StepArrays, ends: np.ndarray, multiple: int) -> None:
     step.sections["sampled_rows"] = rows
 
 
-def _pack_logprobs(step: StepArrays, host: HostRows) -> None:
+def _pack_logprobs(step: PackedBatch, host: HostRows) -> None:
     flags = host.flags[step.rows]
     if not flags.any():
         return
@@ -291,7 +291,7 @@ def _pack_patches(chunks: list[Chunk], page_table_width: int) -> Sections:
     return {"patch_index": np.array(index, np.int32), "patch_page": np.array(pages, np.int32)}
 
 
-def pack_masks(step: StepArrays, masks: GrammarMasks, places: int) -> np.ndarray:
+def pack_masks(step: PackedBatch, masks: GrammarMasks, places: int) -> np.ndarray:
     """`places` indices, -1 after the masks' own points, then the masks' bits: int32 words.
 
     A chunk's masks are for its points, in order.

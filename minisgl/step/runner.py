@@ -16,7 +16,7 @@ from minisgl.parallel import Communicator
 from minisgl.step.agreement import compare_ranks
 from minisgl.step.draft import DraftRunner
 from minisgl.step.graphs import DecodeGraphs, Forward
-from minisgl.step.inputs import StepArrays, join, split
+from minisgl.step.inputs import PackedBatch, join, split
 from minisgl.step.kv_pool import KVPool
 from minisgl.step.piecewise import PiecewiseGraphs
 from minisgl.step.ragged import RAGGED, ragged_inputs
@@ -40,7 +40,7 @@ class Model(Protocol):
 class Step:
     """A step between dispatch and collect."""
 
-    arrays: StepArrays
+    packed: PackedBatch
     sent: Sent = field(default_factory=dict)
     input_ids: torch.Tensor | None = None  # [T] int32, of a ragged step
     drafted: torch.Tensor | None = None  # [D, K] int32, proposals; on the host once they landed
@@ -101,49 +101,49 @@ class Runner:
         step.events.append(self._device.record())
 
     def _begin(self, step: Step) -> None:
-        arrays = step.arrays
-        staging = self._staging if arrays.replays else None
-        sent = self._device.upload(join(arrays.sections), staging)
-        step.sent = split(arrays.sections, sent)
+        packed = step.packed
+        staging = self._staging if packed.replays else None
+        sent = self._device.upload(join(packed.sections), staging)
+        step.sent = split(packed.sections, sent)
         self._rows.apply(step.sent)
         if "copies" in step.sent:
             self._pool.copy(step.sent["copies"].view(-1, 3))
         if self.draft is not None:
             if "copies" in step.sent:
                 self.draft.copy(step.sent["copies"].view(-1, 3))
-            drafted = self.draft.run(arrays, step.sent)
+            drafted = self.draft.run(packed, step.sent)
             if drafted is not None and self._sampler.draws:
                 step.drafted = self._device.download(drafted.clone())
 
     def _forward(self, step: Step) -> None:
-        arrays = step.arrays
-        if arrays.replays:
-            graphs = self.graphs[arrays.decode_width]
+        packed = step.packed
+        if packed.replays:
+            graphs = self.graphs[packed.decode_width]
             half = Forward.GROUPED if "cascade" in step.sent else Forward.PLAIN
-            step.hidden, step.positions = graphs.forward(arrays.num_sequences, half)
+            step.hidden, step.positions = graphs.forward(packed.num_sequences, half)
         else:
             sent, groups, shared = step.sent, None, None
-            pieces = self.pieces if arrays.in_pieces else None
+            pieces = self.pieces if packed.in_pieces else None
             if "cascade" in sent:
-                words = cascade_words(arrays.num_decode)
+                words = cascade_words(packed.num_decode)
                 groups, shared = sent["cascade"].split(words)  # type: ignore[no-untyped-call]
                 groups = groups.view(-1, 3)
             inputs = ragged_inputs(
                 self._rows,
                 self._pool,
                 *(sent[name] for name in RAGGED),
-                num_decode=arrays.num_decode,
-                decode_width=arrays.decode_width,
-                max_seqlen_q=arrays.max_seqlen_q,
+                num_decode=packed.num_decode,
+                decode_width=packed.decode_width,
+                max_seqlen_q=packed.max_seqlen_q,
                 groups=groups,
                 shared=shared,
-                tokens=None if pieces is None else pieces.tokens(arrays.num_tokens),
+                tokens=None if pieces is None else pieces.tokens(packed.num_tokens),
             )
             forward = self._model.forward if pieces is None else pieces.forward
             step.hidden, step.positions = forward(inputs), inputs.positions
             step.input_ids = inputs.input_ids
         if self._compare is not None:
-            compare_ranks(self._compare, arrays, step.hidden)
+            compare_ranks(self._compare, packed, step.hidden)
 
     def sample(self, step: Step, masks: GrammarMasks | None) -> None:
         """Sample the step's points and move its rows on."""
@@ -153,23 +153,23 @@ class Runner:
         step.events.append(self._device.record())
 
     def _sample(self, step: Step, masks: GrammarMasks | None) -> None:
-        arrays, device = step.arrays, self._device
+        packed, device = step.packed, self._device
         assert step.hidden is not None
         assert step.positions is not None
-        graphs = self.graphs[arrays.decode_width] if arrays.replays else None
-        if graphs is not None and not (arrays.logprobs or arrays.prompt_logprobs):
-            drawn = graphs.sample(arrays, masks)
+        graphs = self.graphs[packed.decode_width] if packed.replays else None
+        if graphs is not None and not (packed.logprobs or packed.prompt_logprobs):
+            drawn = graphs.sample(packed, masks)
             if self._sampler.draws:
                 step.sampled.drawn = device.download(drawn)
         else:
             points = None
             if graphs is not None:
-                points = graphs.points(arrays.num_sequences)
-            elif arrays.num_points:
+                points = graphs.points(packed.num_sequences)
+            elif packed.num_points:
                 assert step.input_ids is not None
-                points = Points.of(arrays, step.sent, step.input_ids)
+                points = Points.of(packed, step.sent, step.input_ids)
             step.sampled = self._sampler(
-                arrays, step.sent, step.hidden, step.positions, points, masks
+                packed, step.sent, step.hidden, step.positions, points, masks
             )
         step.hidden = step.positions = step.input_ids = None
         step.sent = {}

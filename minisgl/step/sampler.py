@@ -17,7 +17,7 @@ from minisgl.kernels.advance import advance_rows
 from minisgl.kernels.logprobs import logprobs
 from minisgl.kernels.sampling import adjust_logits, mask_logits, sample
 from minisgl.parallel import Communicator
-from minisgl.step.inputs import LogprobRequest, StepArrays, pack_masks
+from minisgl.step.inputs import LogprobRequest, PackedBatch, pack_masks
 from minisgl.step.rows import RowBuffers
 
 BLOCK_BYTES = 64 * 2**20  # logits held at once for prompt log-probabilities
@@ -79,7 +79,7 @@ class Points:
     before: torch.Tensor  # [N, K] int32, the drafts before each point
 
     @classmethod
-    def of(cls, step: StepArrays, sent: Sent, input_ids: torch.Tensor) -> "Points":
+    def of(cls, step: PackedBatch, sent: Sent, input_ids: torch.Tensor) -> "Points":
         """Those of a ragged step with tokens `input_ids` [T]."""
         points, count, k = sent["points"], len(step.sampling), step.max_drafts
         none = points.new_empty((0,))
@@ -127,7 +127,7 @@ class Sampler:
 
     def __call__(
         self,
-        step: StepArrays,
+        step: PackedBatch,
         sent: Sent,
         hidden: torch.Tensor,
         positions: torch.Tensor,

@@ -14,7 +14,7 @@ import msgspec
 
 from minisgl.config import EngineConfig
 from minisgl.core.batch import PENDING, Batch, Chunk, RowSetup, StepOutput
-from minisgl.core.costmodel import CostModel, DeviceFacts, ModelFacts
+from minisgl.core.costmodel import CostModel, DevicePeaks, ModelSizes
 from minisgl.core.draft_policy import DraftPolicy
 from minisgl.core.executor import Limits
 from minisgl.core.ngram import NGramProposer
@@ -28,7 +28,7 @@ VOCAB = 23
 EOS = 0
 POISON = -1  # a page-table entry or slot that nothing has written
 
-TINY_MODEL = ModelFacts(
+TINY_MODEL = ModelSizes(
     layers=2, hidden=8, heads=2, kv_heads=1, head_dim=4, intermediate=16, vocab=VOCAB
 )
 
@@ -382,7 +382,7 @@ class Trial:
         fairness = Fairness(max_passed=random.choice([1, 64]))
         cost_model = None
         if target is not None or random.random() < 0.2:
-            cost_model = CostModel(TINY_MODEL, DeviceFacts(1e6, 1e6, 1e-3))
+            cost_model = CostModel(TINY_MODEL, DevicePeaks(1e6, 1e6, 1e-3))
         speculation = None
         if random.random() < 0.4:
             speculation = make_speculation(random, config.chunked_prefill_size)

@@ -6,12 +6,12 @@ from random import Random
 
 from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch, StepOutput
-from minisgl.core.costmodel import CostModel, DeviceFacts, ModelFacts
+from minisgl.core.costmodel import CostModel, DevicePeaks, ModelSizes
 from minisgl.core.executor import Limits
 from minisgl.core.request import Request, SamplingParams
 from minisgl.core.scheduler import Scheduler
 
-MODEL = ModelFacts(  # about 0.6 billion weights
+MODEL = ModelSizes(  # about 0.6 billion weights
     layers=28,
     hidden=1024,
     heads=16,
@@ -21,15 +21,15 @@ MODEL = ModelFacts(  # about 0.6 billion weights
     vocab=32_000,
 )
 # Peaks as a data sheet states them. The first has its ridge at 8 tokens, the second at 1,500.
-COMPUTE_BOUND = DeviceFacts(0.4e12, 50e9, 1e-3)
-MEMORY_BOUND = DeviceFacts(3000e12, 2e12, 1e-4)
+COMPUTE_BOUND = DevicePeaks(0.4e12, 50e9, 1e-3)
+MEMORY_BOUND = DevicePeaks(3000e12, 2e12, 1e-4)
 
 
 @dataclass
 class Truth:
     """What the device really reaches of its peaks, and how much its times scatter."""
 
-    facts: DeviceFacts
+    facts: DevicePeaks
     compute: float = 0.6
     memory: float = 0.8
     overhead: float = 5e-4

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from minisgl.analyze import SHAPES, load_facts, main, ridge_streams
+from minisgl.analyze import SHAPES, load_sizes, main, ridge_streams
 from minisgl.core.costmodel import DEVICES, CostModel, decode_work, prefill_work
 
 QWEN3 = {
@@ -55,9 +55,9 @@ def test_a_preset_is_printed_with_the_models_own_figures(capsys):
 
 def test_a_config_json_gives_the_same_facts_as_its_preset(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(QWEN3))
-    assert load_facts(str(tmp_path), "bfloat16") == SHAPES["qwen3-0.6b"]
-    assert load_facts(str(tmp_path), "float32").bytes_per_weight == 4.0
-    assert load_facts("Qwen3-0.6B", "float32") == load_facts(str(tmp_path), "float32")
+    assert load_sizes(str(tmp_path), "bfloat16") == SHAPES["qwen3-0.6b"]
+    assert load_sizes(str(tmp_path), "float32").bytes_per_weight == 4.0
+    assert load_sizes("Qwen3-0.6B", "float32") == load_sizes(str(tmp_path), "float32")
 
 
 def test_every_preset_and_device_can_be_analyzed(capsys):

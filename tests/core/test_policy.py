@@ -10,8 +10,8 @@ from minisgl.core.batch import StepOutput
 from minisgl.core.costmodel import (
     DEVICES,
     CostModel,
-    DeviceFacts,
-    ModelFacts,
+    DevicePeaks,
+    ModelSizes,
     Work,
     decode_work,
     prefill_work,
@@ -114,7 +114,7 @@ def test_balanced_fills_a_step_beyond_the_ridge_and_not_far_beyond():
 
 def test_balanced_lets_a_long_prompt_go_on_beside_a_short_stream():
     """One more of its tokens costs more than the whole step: all of it is attention."""
-    device = DeviceFacts(flops=1e9, bandwidth=1e15, overhead=0.0)
+    device = DevicePeaks(flops=1e9, bandwidth=1e15, overhead=0.0)
     budget = TokenBudget(EngineConfig(), CostModel(MODEL, device))
     assert budget.prefill_tokens(decode_work(1, 10), 1 << 20) == 1
 
@@ -142,7 +142,7 @@ def test_a_wrong_configuration_is_refused(field, value, message):
 
 
 def test_costs_agree_with_counting_by_hand():
-    facts = ModelFacts(
+    facts = ModelSizes(
         layers=2, hidden=8, heads=4, kv_heads=2, head_dim=3, intermediate=16, vocab=10
     )
     # per layer: q and o 8 x 12, k and v 8 x 6, three MLP matrices 8 x 16
@@ -150,7 +150,7 @@ def test_costs_agree_with_counting_by_hand():
     assert facts.mlp_weights == 2 * 3 * 128
     assert facts.weights == 2 * (288 + 384) + 80
     assert facts.kv_bytes_per_token == 2 * 2 * 2 * 3 * 2
-    model = CostModel(facts, DeviceFacts(1e3, 1e3))
+    model = CostModel(facts, DevicePeaks(1e3, 1e3))
     cost = model.cost(prefill_work(5, start=10))
     pairs = 11 + 12 + 13 + 14 + 15
     assert cost.flops == 2 * (5 * 1344 + 80) + 4 * 2 * 4 * 3 * pairs
@@ -164,7 +164,7 @@ def test_costs_agree_with_counting_by_hand():
 
 
 def test_experts_are_read_as_far_as_tokens_reach_them():
-    facts = ModelFacts(
+    facts = ModelSizes(
         layers=1,
         hidden=4,
         heads=1,
@@ -175,7 +175,7 @@ def test_experts_are_read_as_far_as_tokens_reach_them():
         experts=8,
         experts_per_token=2,
     )
-    model = CostModel(facts, DeviceFacts(1.0, 1.0))
+    model = CostModel(facts, DevicePeaks(1.0, 1.0))
     mlp = 3 * 4 * 8
     one, many = model.cost(decode_work(1, 0)), model.cost(decode_work(1000, 0))
     fixed = 2 * (64 + 4 * 8 + 16)
@@ -195,8 +195,8 @@ def test_a_window_bounds_attention():
         "intermediate": 8,
         "vocab": 8,
     }
-    full = CostModel(ModelFacts(**sizes), DeviceFacts(1.0, 1.0))
-    half = CostModel(ModelFacts(**sizes, window=100, windowed_layers=2), DeviceFacts(1.0, 1.0))
+    full = CostModel(ModelSizes(**sizes), DevicePeaks(1.0, 1.0))
+    half = CostModel(ModelSizes(**sizes, window=100, windowed_layers=2), DevicePeaks(1.0, 1.0))
     short, long = decode_work(2, 200), decode_work(2, 20_000)
     assert half.cost(short) == full.cost(short)
     per_pair = 4 * 2 * 4
@@ -216,7 +216,7 @@ def test_predictions_follow_measurements(noise):
     model = CostModel(MODEL, MEMORY_BOUND)
     truth = CostModel(
         MODEL,
-        DeviceFacts(0.4 * MEMORY_BOUND.flops, 0.7 * MEMORY_BOUND.bandwidth, 2e-3),
+        DevicePeaks(0.4 * MEMORY_BOUND.flops, 0.7 * MEMORY_BOUND.bandwidth, 2e-3),
     )
     works = [decode_work(n, 900 * n) for n in (1, 8, 32)]
     works += [decode_work(8, 8000) + prefill_work(n) for n in (500, 2000, 8000)]
@@ -234,7 +234,7 @@ def test_predictions_follow_measurements(noise):
 
 def test_a_long_run_of_one_kind_of_step_forgets_nothing_of_the_other():
     model = CostModel(MODEL, MEMORY_BOUND)
-    truth = CostModel(MODEL, DeviceFacts(MEMORY_BOUND.flops / 2, MEMORY_BOUND.bandwidth / 2, 0.0))
+    truth = CostModel(MODEL, DevicePeaks(MEMORY_BOUND.flops / 2, MEMORY_BOUND.bandwidth / 2, 0.0))
     prefill, decode = prefill_work(8000), decode_work(16, 16_000)
     random = Random(1)
     for _ in range(50):

@@ -106,7 +106,7 @@ def test_a_warm_up_asks_for_everything_and_leaves_padding_greedy(executors, page
 
     class Watched(Runner):
         def forward(self, step):
-            asked.update(step.arrays.sections)
+            asked.update(step.packed.sections)
             super().forward(step)
 
         def sample(self, step, masks):
@@ -133,8 +133,8 @@ def test_the_largest_step_has_every_row_and_leaves_nothing_behind(executors, tok
 
     class Watched(Runner):
         def forward(self, step):
-            arrays = step.arrays
-            sizes.append((arrays.num_tokens, arrays.num_points, arrays.replays))
+            packed = step.packed
+            sizes.append((packed.num_tokens, packed.num_points, packed.replays))
             super().forward(step)
 
     runner = worker.runner

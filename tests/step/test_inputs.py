@@ -13,7 +13,7 @@ from minisgl.core.request import SamplingParams
 from minisgl.device import CpuDevice
 from minisgl.kernels.advance import advance_rows, prepare_inputs
 from minisgl.step.inputs import (
-    StepArrays,
+    PackedBatch,
     join,
     pack_step,
     split,
@@ -178,7 +178,7 @@ def test_inputs_say_what_the_batch_says(case: tuple[World, Batch, Geometry]):
             assert tokens == 4 or tokens % 8 == 0
 
 
-def decode_constants(step: StepArrays, packed: torch.Tensor) -> dict[str, torch.Tensor]:
+def decode_constants(step: PackedBatch, packed: torch.Tensor) -> dict[str, torch.Tensor]:
     """The sections of a decode graph's step by name, with those that never change."""
     size, width = step.num_sequences, step.decode_width
     lengths = decode_words(size, width)
