@@ -25,7 +25,7 @@ class Planner:
         config: EngineConfig,
         running: Running,
         cost_model: CostModel | None,
-        speculation: Speculation | None,
+        speculation: Speculation,
         fairness: Fairness,
         clock: Callable[[], float],
     ) -> None:
@@ -52,10 +52,9 @@ class Planner:
         plan.copies, plan.commits = self._cache.finish()
         if not plan.chunks:
             return None
-        if self._speculation is not None:
-            for seq, chunk in self._speculation.finish():
-                self._cache.note_drafted(seq)
-                plan.draft_chunks.append(chunk)
+        for seq, chunk in self._speculation.finish():
+            self._cache.note_drafted(seq)
+            plan.draft_chunks.append(chunk)
         self.num_steps += 1
         return plan
 
@@ -64,10 +63,8 @@ class Planner:
         running = tuple(self._running.sequences)
         prefilling = [seq for seq in running if seq.num_computed < seq.num_fed]
         chunks, planned, speculation = plan.chunks, plan.sequences, self._speculation
-        drafting = False
-        if speculation is not None:
-            prefills = bool(prefilling) or self._can_admit()
-            drafting = speculation.begin(len(running) - len(prefilling), prefills)
+        prefills = bool(prefilling) or self._can_admit()
+        drafting = speculation.begin(len(running) - len(prefilling), prefills)
         num_tokens = num_context = 0
         for seq in running:
             start = seq.num_computed
@@ -81,7 +78,6 @@ class Planner:
                 continue
             drafts = NONE
             if drafting:
-                assert speculation is not None
                 drafts = speculation.propose(seq, seq.limit - ahead - 1)
                 if not self._cache.reserve(seq, end + len(drafts)):
                     drafts = NONE
@@ -127,8 +123,7 @@ class Planner:
         stop = min(start + left, seq.num_fed)
         samples = stop == seq.num_fed
         self._cache.commit(seq, start, stop)
-        if self._speculation is not None:
-            self._speculation.follow(seq, stop)
+        self._speculation.follow(seq, stop)
         first, pages = seq.kv.num_patched, NONE
         if first < len(seq.kv.pages):
             pages = seq.kv.patch()

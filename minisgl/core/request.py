@@ -166,15 +166,9 @@ def _check_types(params: SamplingParams) -> None:
         raise TypeError(f"ignore_eos must be a bool, got {params.ignore_eos!r}")
 
 
-_INTEGERS = ("max_tokens", "min_tokens", "top_k", "logprobs", "prompt_logprobs", "n", "seed")
-_FLOATS = (
-    "temperature",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-)
+_TYPES = SamplingParams.__annotations__
+_INTEGERS = [name for name, kind in _TYPES.items() if kind in (int, int | None)]
+_FLOATS = [name for name, kind in _TYPES.items() if kind is float]
 
 
 def _require(

@@ -20,7 +20,7 @@ from minisgl.core.policy import FAIR, Fairness, WaitingQueue
 from minisgl.core.request import Delta, FinishReason, Request, TokenLogprobs
 from minisgl.core.running import Running
 from minisgl.core.sequence import ENDED, RUNNING, Sequence, make_sequences
-from minisgl.core.speculation import Speculation
+from minisgl.core.speculation import Speculation, propose_on_device
 from minisgl.core.stats import SchedulerStats
 
 NO_LOGPROBS: list[TokenLogprobs] = []
@@ -45,6 +45,7 @@ class Scheduler:
         fairness: Fairness = FAIR,
     ) -> None:
         config = config or EngineConfig()
+        speculation = speculation or Speculation(propose_on_device, 0)
         self.limits = limits
         self.cost_model = cost_model
         self._eos = frozenset(eos_token_ids)
@@ -54,7 +55,7 @@ class Scheduler:
             limits.num_pages,
             limits.page_size,
             radix=not config.disable_radix_cache,
-            drafts=speculation is not None and speculation.on_device,
+            drafts=speculation.on_device,
         )
         least = config.cascade_min_shared_tokens
         self._prefixes = None if least is None else PrefixGroups(self._cache.pool.pages_for(least))
@@ -112,10 +113,10 @@ class Scheduler:
             num_hit_tokens=self._planner.num_hit,
             num_spared_tokens=spared * self.limits.page_size,
             num_preemptions=self._running.num_preemptions,
-            num_drafts=0 if speculation is None else speculation.num_drafts,
-            num_tried_drafts=0 if speculation is None else speculation.num_tried,
-            num_accepted_drafts=0 if speculation is None else speculation.num_accepted,
-            draft_gain=1.0 if speculation is None else speculation.gain,
+            num_drafts=speculation.num_drafts,
+            num_tried_drafts=speculation.num_tried,
+            num_accepted_drafts=speculation.num_accepted,
+            draft_gain=speculation.gain,
         )
 
     def plan(self) -> Batch | None:
@@ -133,8 +134,7 @@ class Scheduler:
             raise ValueError(f"output of step {output.step} does not fit step {batch.step}")
         if self.cost_model is not None:
             self.cost_model.observe(plan.work, output.seconds)
-        if self._speculation is not None:
-            self._speculation.observe(batch, output)
+        self._speculation.observe(batch, output)
         deltas = []
         for index, (seq, chunk) in enumerate(zip(plan.sequences, batch.chunks, strict=True)):
             seq.in_flight -= 1
@@ -163,8 +163,7 @@ class Scheduler:
         if num_drafts:
             seq.num_computed += num_accepted
             seq.num_slack -= num_drafts
-            if self._speculation is not None:
-                self._speculation.take(seq, num_drafts, num_accepted)
+            self._speculation.take(seq, num_drafts, num_accepted)
         new, reason, stopped_by = seq.accept(new)
         num_accepted = min(num_accepted, len(new))
         logprobs = output.logprobs[index][: len(new)] if index in output.logprobs else None

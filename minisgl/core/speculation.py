@@ -30,8 +30,9 @@ def propose_on_device(sequence: Sequence, count: int) -> list[int]:
 class Speculation:
     """Asks `proposer` for up to `num_draft_tokens` drafts for each sequence in each step.
 
-    `on_device` is a draft model: at most `chunk_size` tokens a step are computed by it beside the
-    proposals. `policy` says how many drafts pay; without one, all are asked for.
+    With 0 nothing is drafted. `on_device` is a draft model: at most `chunk_size` tokens a step are
+    computed by it beside the proposals. `policy` says how many drafts pay; without one, all are
+    asked for.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Speculation:
         ready = self.follows and all(chunk.length == 1 for _, chunk in self._chunks)
         self._chunks, self._left = [], self._chunk_size
         if self.policy is None:
-            return True
+            return self._most > 0
         may_draft = self.policy.begin(num_sequences, prefills)
         load = self.policy.load
         self.follows = may_draft

@@ -89,6 +89,11 @@ class _Sampling(msgspec.Struct, kw_only=True):
     cache_salt: str | None = None
 
 
+# Fields that a body and `SamplingParams` have alike; the others need converting.
+_SHARED = {*_Sampling.__struct_fields__} & {*SamplingParams.__struct_fields__}
+_SHARED -= {"stop", "logit_bias", "seed"}
+
+
 class _ChatBody(_Sampling, kw_only=True):
     messages: list[dict[str, Any]]
     max_completion_tokens: _Int | None = None
@@ -302,20 +307,9 @@ def _params(
     if len(stop) > MAX_STOP_STRINGS:
         message = f"stop must hold at most {MAX_STOP_STRINGS} strings, got {len(stop)}"
         raise ApiError(message, param="stop")
-    optional: dict[str, Any] = {
-        "max_tokens": max_tokens,
-        "min_tokens": body.min_tokens,
-        "temperature": body.temperature,
-        "top_p": body.top_p,
-        "top_k": 0 if body.top_k == -1 else body.top_k,  # -1 is "off" in other engines
-        "min_p": body.min_p,
-        "n": body.n,
-        "presence_penalty": body.presence_penalty,
-        "frequency_penalty": body.frequency_penalty,
-        "repetition_penalty": body.repetition_penalty,
-        "stop_token_ids": body.stop_token_ids,
-        "ignore_eos": body.ignore_eos,
-    }
+    given = {name: getattr(body, name) for name in _SHARED} | {"max_tokens": max_tokens}
+    if body.top_k == -1:  # "off" in other engines
+        given["top_k"] = 0
     try:
         params = SamplingParams(
             stop=tuple(stop),
@@ -323,7 +317,7 @@ def _params(
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             seed=_seed(body.seed),
-            **{name: value for name, value in optional.items() if value is not None},
+            **{name: value for name, value in given.items() if value is not None},
         )
     except ValueError as error:
         message = str(error)  # names its field first

@@ -25,8 +25,7 @@ NUM_PROMPTS = 500
 def open_llm(side: str, **options: Any) -> LLM:
     """An engine that drafts whether it pays or not."""
     engine = build_engine(EngineConfig(**BASE | SIDES[side] | options))
-    if engine._scheduler._speculation is not None:
-        engine._scheduler._speculation.policy = None
+    engine._scheduler._speculation.policy = None
     return LLM.from_engine(engine)
 
 
