@@ -27,7 +27,7 @@ Conversation = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Options:
-    """What the flags of a chat, besides the engine's, can say."""
+    """The flags of a chat besides the engine's."""
 
     url: str | None = None
     system: str | None = None

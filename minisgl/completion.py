@@ -70,7 +70,7 @@ class Collector:
         self.output = RequestOutput(
             prompt, request.prompt_token_ids, [CompletionOutput(i) for i in range(params.n)]
         )
-        self.fresh: deque[str] = deque()  # text of the first choice that nobody has read
+        self.fresh: deque[str] = deque()  # text of the first choice, not yielded yet
         self._streams = [TextStream(tokenizer, params) for _ in range(params.n)]
         self.running = params.n  # choices
         self._error: str | None = None

@@ -170,8 +170,8 @@ def _check_speculation(config: EngineConfig) -> None:
     algorithm, draft = config.speculative_algorithm, config.speculative_draft_model
     if (algorithm == "draft") != (draft is not None):
         raise ValueError(
-            "speculative_draft_model and speculative_algorithm draft need each other, "
-            f"got {draft!r} and {algorithm!r}"
+            "speculative_draft_model must be given with speculative_algorithm draft, and only "
+            f"then; got {draft!r} with {algorithm!r}"
         )
     lengths = ("speculative_ngram_min", "speculative_ngram_max")
     _require_at_least(config, 1, "speculative_num_draft_tokens", *lengths)

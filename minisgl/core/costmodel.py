@@ -171,7 +171,7 @@ class CostModel:
         return self._fixed + max(compute, memory)
 
     def observe(self, work: Work, seconds: float) -> None:
-        """Learn from one measured step; times that are not positive say nothing."""
+        """Learn from one measured step; times that are not positive are ignored."""
         if seconds <= 0.0 or not work.num_tokens:
             return
         cost = self.cost(work)

@@ -91,7 +91,7 @@ class Load:
                 self._judge(self.gain >= WORTH)
 
     def miss(self) -> None:
-        """A step got ready to draft, which does not tell what drafting costs."""
+        """A step prepared for drafts without having any: its time does not show what they cost."""
         self._num_missed += 1
         if not self.pays and self._num_missed >= 4 * TRIAL:
             self._judge(False)

@@ -99,7 +99,7 @@ class NGramProposer:
             )
         self._sizes = range(min_match, max_match + 1)
         self._texts: WeakKeyDictionary[Sequence, _Text] = WeakKeyDictionary()
-        self.continuation: Continuation | None = None  # set by whoever has a radix tree
+        self.continuation: Continuation | None = None  # set where there is a radix tree
 
     def __call__(self, sequence: Sequence, count: int) -> list[int]:
         text = self._texts.get(sequence)

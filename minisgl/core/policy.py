@@ -32,7 +32,7 @@ class WaitingQueue:
 
     A preempted sequence returns to its place. Under `lpm` those of the oldest MATCH_WINDOW with
     the longest cached prefix come first, where each second of waiting counts as `lpm_ageing`
-    cached tokens: nobody can be passed for longer than the longest prefix is worth.
+    cached tokens: no sequence is passed for longer than the longest prefix is worth.
     """
 
     def __init__(self, policy: SchedulePolicy, ageing: float) -> None:

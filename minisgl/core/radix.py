@@ -196,7 +196,7 @@ class RadixTree:
         return pages
 
     def evictable(self, node: Node) -> bool:
-        """Whether `node` is a leaf that the heap knows or will be told of."""
+        """Whether `node` is a leaf in the heap, or parked until a page of it is dropped."""
         parked = self._parked.get(node.pages[-1]) is node
         return node.queued or (parked and not self._pool.is_idle(node.pages[-1]))
 

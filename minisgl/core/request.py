@@ -117,7 +117,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
 
 class Delta(msgspec.Struct, frozen=True, gc=False, array_like=True):
-    """News of one choice of one request: new tokens, and possibly its end.
+    """What is new of one choice of one request: tokens, and possibly its end.
 
     `finish_reason` is None while the choice runs. `stop_token_id` names the token that ended it;
     that token is the last of `token_ids`. `prompt_logprobs` come once, with the first tokens, and

@@ -19,11 +19,11 @@ from minisgl.core.request import Delta, Request
 from minisgl.engine.loop import IDLE_HEARTBEAT
 from minisgl.engine.messages import (
     Abort,
+    Deltas,
     Drain,
     EngineInfo,
     EngineStats,
     FromEngine,
-    News,
     Ready,
     Rejected,
     StartProfile,
@@ -218,7 +218,7 @@ class ProcessClient:
     def _receive(self, message: FromEngine) -> None:
         self._heard = time.monotonic()
         match message:
-            case News(deltas):
+            case Deltas(deltas):
                 for delta in deltas:
                     self._route(delta.request_id, delta)
             case Rejected(request_id):
@@ -267,7 +267,7 @@ class ProcessClient:
             self._loop.call_soon_threadsafe(self._exited.set)
 
     def _send(self, message: ToEngine) -> None:
-        """Post a message; it is lost if the engine has gone."""
+        """Send a message; it is lost if the engine has ended."""
         if not self._exited.is_set():
             sent = self._socket.send(self._encoder.encode(message), zmq.NOBLOCK)
             # A lost message needs no error: the process has ended, which `_watch` reports.

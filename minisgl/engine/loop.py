@@ -1,4 +1,4 @@
-"""Drives one engine from an inbox until it is told to stop or fails, in a thread or a process."""
+"""Runs one engine on the messages it receives, until it is drained or fails."""
 
 import time
 from collections.abc import Callable
@@ -7,9 +7,9 @@ from minisgl.core.executor import Failed, Profiled
 from minisgl.engine.engine import Engine
 from minisgl.engine.messages import (
     Abort,
+    Deltas,
     Drain,
     FromEngine,
-    News,
     Ready,
     Rejected,
     StartProfile,
@@ -73,7 +73,7 @@ class _Loop:
                 engine.abort_all()
             self._report(engine.has_work())  # before a step that may be long
             if deltas := engine.step():
-                self._send(News(deltas))
+                self._send(Deltas(deltas))
 
     def _handle(self, message: ToEngine) -> None:
         match message:

@@ -67,7 +67,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     info: EngineInfo
 
 
-class News(msgspec.Struct, frozen=True, array_like=True, tag="news"):
+class Deltas(msgspec.Struct, frozen=True, array_like=True, tag="deltas"):
     deltas: list[Delta]
 
 
@@ -85,4 +85,4 @@ class Status(msgspec.Struct, frozen=True, array_like=True, tag="status"):
     stats: EngineStats
 
 
-FromEngine = Ready | News | Rejected | Status | Profiled | Failed
+FromEngine = Ready | Deltas | Rejected | Status | Profiled | Failed

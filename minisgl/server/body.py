@@ -105,7 +105,7 @@ def _asks_for_nothing(value: Any, neutral: tuple[Any, ...] | None) -> bool:
 
 
 def _at(value: Any, path: str) -> Any:
-    """What stands at `.stop[1]` of a body; UNSET where the path does not say exactly."""
+    """The value at a path like `.stop[1]` of a body; UNSET where the path is not exact."""
     for name, index in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", path):
         try:
             value = value[name] if name else value[int(index)]

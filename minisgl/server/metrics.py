@@ -67,7 +67,7 @@ class Metrics:
         )
         self._itl = Histogram(
             "minisgl_inter_token_latency_seconds",
-            "Between consecutive news of one choice, divided by their tokens",
+            "Between consecutive outputs of one choice, divided by their tokens",
             buckets=_ITL_BUCKETS,
             registry=registry,
         )
