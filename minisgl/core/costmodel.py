@@ -166,9 +166,7 @@ class CostModel:
 
     def predict(self, work: Work) -> float:
         """Seconds."""
-        compute = self._compute * self._flops(work) / self.device.flops
-        memory = self._memory * self._bytes(work) / self.device.bandwidth
-        return self._fixed + max(compute, memory)
+        return self.cost(work).seconds
 
     def observe(self, work: Work, seconds: float) -> None:
         """Learn from one measured step; times that are not positive are ignored."""

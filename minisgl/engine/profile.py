@@ -8,8 +8,9 @@ executor's traces, written beside it.
 
 import itertools
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import msgspec
@@ -100,7 +101,17 @@ class Profiler:
         """The range of a part of `step` in the engine's thread."""
         if self._events is None:
             return trace.span(name)
-        return _Span(self, name, step)
+        return self._recorded(name, step)
+
+    @contextmanager
+    def _recorded(self, name: str, step: int) -> Iterator[None]:
+        """The range, which ends up in the timeline too, even if the part fails."""
+        with trace.span(name):
+            begin = time.perf_counter()
+            try:
+                yield
+            finally:
+                self.add(name, HOST, begin, time.perf_counter(), step=step)
 
     def collected(self, batch: Batch, output: StepOutput) -> None:
         """Record when the device worked on `batch`."""
@@ -128,30 +139,6 @@ class Profiler:
                 "args": arguments,
             }
         )
-
-
-class _Span:
-    """Records a span of the engine's thread, and the range a profiling tool sees."""
-
-    def __init__(self, profiler: Profiler, name: str, step: int) -> None:
-        self._profiler = profiler
-        self._name = name
-        self._step = step
-        self._range = trace.span(name)
-
-    def __enter__(self) -> None:
-        self._range.__enter__()
-        self._begin = time.perf_counter()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        end = time.perf_counter()
-        self._range.__exit__(kind, error, traceback)
-        self._profiler.add(self._name, HOST, self._begin, end, step=self._step)
 
 
 def _name(what: str, thread: int, name: str) -> dict[str, Any]:
