@@ -15,7 +15,7 @@ from minisgl.core.running import Running
 from minisgl.core.scheduler import Scheduler
 from minisgl.core.sequence import Sequence
 from minisgl.core.speculation import Speculation
-from tests.core.oracle import run_trial
+from tests.world.trial import run_trial
 
 MOST_TRIALS = 1500
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.core.oracle import Trial, run_trial
+from tests.world.trial import Trial, run_trial
 
 TRIALS = 10_000
 SHARDS = 8

@@ -23,9 +23,9 @@ from minisgl.engine.client import EngineDeadError, ProcessClient
 from minisgl.engine.loop import drive
 from minisgl.engine.messages import Drain, FromEngine, Ready, Status, Submit
 from minisgl.engine.process import EngineProcess
-from tests.engine.fakes import expected, make_engine
+from tests.world.engine import expected, make_engine
 
-FACTORY = "tests.engine.fakes:build"
+FACTORY = "tests.world.engine:build"
 FOREVER = SamplingParams(max_tokens=200, ignore_eos=True, seed=1)
 
 
@@ -329,7 +329,7 @@ def test_the_socket_lies_in_a_private_directory_that_goes_away():
 UNCLOSED = """
 from minisgl.config import EngineConfig
 from minisgl.engine.process import EngineProcess
-process = EngineProcess("tests.engine.fakes:build", EngineConfig())
+process = EngineProcess("tests.world.engine:build", EngineConfig())
 """
 
 
@@ -343,7 +343,7 @@ PARENT = """
 import sys, time
 from minisgl.config import EngineConfig
 from minisgl.engine.process import EngineProcess
-process = EngineProcess("tests.engine.fakes:build", EngineConfig())
+process = EngineProcess("tests.world.engine:build", EngineConfig())
 print(process.pid, flush=True)
 time.sleep(60)
 """

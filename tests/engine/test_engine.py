@@ -4,9 +4,13 @@ import random
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from minisgl.core.request import Delta, Request, SamplingParams
-from tests.engine.fakes import EOS, VOCAB, FakeExecutor, expected, make_engine
+from tests.world.engine import LIMITS, expected, make_engine
+from tests.world.hash_executor import EOS, HashExecutor
+
+VOCAB = LIMITS.vocab_size
 
 
 def make_requests(count: int, *, seed: int = 0, n: int = 1) -> list[Request]:
@@ -55,7 +59,8 @@ def gather(deltas: list[Delta]) -> dict[tuple[str, int], list[int]]:
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("pages", [1000, 12])  # 12 pages of 16: preemptions happen
 def test_tokens_are_the_models_own_in_any_batch(overlap, page_size, pages):
-    engine = make_engine(overlap=overlap, page_size=page_size, num_pages=pages * 16 // page_size)
+    pool = replace(LIMITS, page_size=page_size, num_pages=pages * 16 // page_size)
+    engine = make_engine(overlap=overlap, limits=pool)
     requests = make_requests(30, n=2)
     for request in requests:
         engine.add(request)
@@ -96,7 +101,7 @@ def test_an_empty_plan_with_a_step_in_flight_collects():
 @pytest.mark.parametrize("seed", range(25))
 def test_an_abort_at_any_moment_ends_that_choice_only(overlap, seed):
     generator = random.Random(seed)
-    engine = make_engine(overlap=overlap, num_pages=30)
+    engine = make_engine(overlap=overlap, limits=replace(LIMITS, num_pages=30))
     requests = make_requests(10, seed=seed, n=2)
     plan = sorted((generator.randrange(60), generator.randrange(20)) for _ in range(8))
     deltas, aborted = [], {}
@@ -209,7 +214,9 @@ class DigitsBackend:
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_grammar_constrains_its_sequences_and_no_other(overlap):
-    engine = make_engine(overlap=overlap, grammar_backend=DigitsBackend(), num_pages=30)
+    engine = make_engine(
+        overlap=overlap, grammar_backend=DigitsBackend(), limits=replace(LIMITS, num_pages=30)
+    )
     params = SamplingParams(max_tokens=30, temperature=1.0, seed=4, n=3, ignore_eos=True)
     engine.add(Request("grammar", [1, 2, 3], params, grammar="digits"))
     free = make_requests(8)
@@ -242,8 +249,8 @@ def test_grammars_are_refused_by_name_where_they_cannot_be_honoured():
         make_engine(grammar_backend=DigitsBackend()).add(request)
 
 
-def test_the_fakes_end_of_sequence_ends():
+def test_an_end_of_sequence_ends():
     """The oracle itself: without it the tests above could not tell a lost end."""
     ends = [expected(r) for r in make_requests(200) if not r.params.ignore_eos]
     assert any(tokens[-1] == EOS for tokens in ends)
-    assert isinstance(make_engine().executor, FakeExecutor)
+    assert isinstance(make_engine().executor, HashExecutor)

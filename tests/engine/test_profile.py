@@ -11,7 +11,7 @@ from minisgl.config import EngineConfig
 from minisgl.core.request import Request, SamplingParams
 from minisgl.engine.client import EngineDeadError, ProcessClient
 from minisgl.engine.process import EngineProcess
-from tests.engine.fakes import expected, make_engine
+from tests.world.engine import expected, make_engine
 
 TEN = SamplingParams(max_tokens=10, ignore_eos=True, seed=1)
 
@@ -153,7 +153,7 @@ def test_a_client_starts_and_stops_profiles_of_a_running_engine(tmp_path):
     config = EngineConfig(profile_dir=str(tmp_path), model="seconds=0.001")
 
     async def scene():
-        client = ProcessClient(EngineProcess("tests.engine.fakes:build", config))
+        client = ProcessClient(EngineProcess("tests.world.engine:build", config))
         await client.ready()
         with pytest.raises(ValueError, match="no profile is running"):
             await client.stop_profile()
@@ -183,7 +183,7 @@ def test_an_engine_that_dies_answers_who_waits_for_a_profile(tmp_path):
     config = EngineConfig(profile_dir=str(tmp_path), model="seconds=0.2,fail_at=0")
 
     async def scene():
-        client = ProcessClient(EngineProcess("tests.engine.fakes:build", config))
+        client = ProcessClient(EngineProcess("tests.world.engine:build", config))
         await client.ready()
         stream = client.submit(Request("a", [1, 2, 3], TEN))
         first = asyncio.create_task(anext(stream))

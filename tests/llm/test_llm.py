@@ -10,8 +10,8 @@ from minisgl import LLM, RequestOutput, SamplingParams
 from minisgl.config import EngineConfig
 from minisgl.llm import make_config
 from minisgl.server.tokenizer import Tokenizer
-from tests.engine.fakes import make_engine
 from tests.server.small_tokenizers import CORPUS
+from tests.world.engine import make_engine
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 OPTIONS = {

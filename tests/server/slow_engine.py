@@ -11,14 +11,15 @@ import msgspec
 from minisgl import serve
 from minisgl.config import EngineConfig
 from minisgl.engine.engine import Engine
-from tests.engine.fakes import make_engine
+from tests.world.engine import LIMITS, make_engine
 
 
 def build(config: EngineConfig) -> Engine:
     """`config.model` is a directory with a tokenizer."""
     if not Path(config.model, "tokenizer.json").exists():
         raise FileNotFoundError(f"{config.model} holds no model")
-    engine = make_engine(num_pages=8192, context=65536, seconds=0.01)
+    limits = msgspec.structs.replace(LIMITS, num_pages=8192, max_context=65536)
+    engine = make_engine(limits=limits, seconds=0.01)
     engine.info = msgspec.structs.replace(engine.info, model_path=config.model)
     return engine
 

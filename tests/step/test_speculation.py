@@ -23,7 +23,6 @@ from minisgl.engine.engine import Engine
 from minisgl.engine.messages import EngineInfo
 from minisgl.kernels.advance import advance_rows
 from minisgl.kernels.sampling import make_params, sample
-from tests.core.oracle import Fickle
 from tests.step.harness import (
     EOS,
     VOCAB,
@@ -33,6 +32,7 @@ from tests.step.harness import (
     tiny_decoder,
 )
 from tests.step.regex_grammar import RegexBackend, spell
+from tests.world.trial import Fickle
 
 SMALL_STEPS = EngineConfig(chunked_prefill_size=24)
 

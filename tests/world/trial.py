@@ -1,0 +1,229 @@
+"""Random traces: a driver that tortures the scheduler over the hash-chain executor."""
+
+from collections import deque
+from random import Random
+
+from minisgl.config import EngineConfig
+from minisgl.core.batch import Batch
+from minisgl.core.costmodel import CostModel, DevicePeaks, ModelSizes
+from minisgl.core.draft_policy import DraftPolicy
+from minisgl.core.executor import Limits
+from minisgl.core.ngram import NGramProposer
+from minisgl.core.policy import Fairness
+from minisgl.core.request import Delta, Request, SamplingParams
+from minisgl.core.scheduler import Scheduler
+from minisgl.core.sequence import Sequence
+from minisgl.core.speculation import Speculation, propose_on_device
+from tests.world.hash_executor import EOS, HashExecutor, next_token, reference, run_model
+
+VOCAB = 23
+TINY_MODEL = ModelSizes(
+    layers=2, hidden=8, heads=2, kv_heads=1, head_dim=4, intermediate=16, vocab=VOCAB
+)
+
+
+class Fickle(Speculation):
+    """Drafts in some steps and not in others, and lets the draft model follow prompts or not."""
+
+    def __init__(self, random: Random, *args, **options) -> None:
+        super().__init__(*args, **options)
+        self.random, self.steady = random, random.choice([0.5, 0.9, 1.0])
+
+    def begin(self, num_sequences: int, prefills: bool) -> bool:
+        super().begin(num_sequences, prefills)
+        self.follows = self.random.random() < self.steady
+        return self.random.random() < self.steady
+
+
+def make_speculation(random: Random, chunk_size: int) -> Speculation:
+    kind = random.choice(["oracle", "ngram", "device", "device", "adaptive"])
+    count = random.randrange(1, 5)
+    if kind == "oracle":
+        return Speculation(make_drafter(random, random.random()), count)
+    if kind == "ngram":
+        return Speculation(NGramProposer(1, random.randrange(1, 4)), count)
+    device = {"on_device": True, "chunk_size": chunk_size}
+    if kind == "device":
+        return Fickle(random, propose_on_device, count, **device)
+    return Speculation(propose_on_device, count, policy=DraftPolicy(count), **device)
+
+
+def make_drafter(random: Random, share_right: float):
+    """Proposes up to three tokens, right ones or not, pending tokens or not."""
+
+    def drafter(sequence: Sequence, most: int) -> list[int]:
+        if random.random() < 0.3:
+            return []
+        request, held = sequence.request, sequence.token_ids(0, sequence.num_tokens)
+        drafts: list[int] = []
+        # What is pending is unknown here; the oracle may know it, a real drafter's device does.
+        for _ in range(sequence.num_pending + random.randrange(1, 4)):
+            kv = run_model(held + drafts, request.cache_salt)
+            right = next_token(kv, request.params, sequence.choice, held + drafts, VOCAB)
+            first_draft = len(drafts) == sequence.num_pending
+            wrong = first_draft or len(drafts) > sequence.num_pending
+            wrong = wrong and random.random() >= share_right
+            drafts.append(random.randrange(VOCAB) if wrong else right)
+        return drafts[sequence.num_pending :][:most]
+
+    return drafter
+
+
+def make_request(random: Random, index: int, bases: list[list[int]], limits: Limits) -> Request:
+    """A small prompt over a tiny alphabet, often sharing a prefix with others."""
+    base = random.choice(bases)
+    prompt = base[: random.randrange(len(base) + 1)]
+    prompt = prompt + [random.randrange(1, 3) for _ in range(random.randrange(1, 6))]
+    capacity = min(limits.max_context, limits.num_pages * limits.page_size)
+    prompt = prompt[: max(capacity - 1, 1)]
+    most = capacity - len(prompt) + 1
+    max_tokens = random.randrange(1, min(most, random.choice([6, 24])) + 1)
+    params = SamplingParams(
+        max_tokens=None if random.random() < 0.05 and most < 60 else max_tokens,
+        min_tokens=random.randrange(max_tokens + 1) if random.random() < 0.2 else 0,
+        ignore_eos=random.random() < 0.2,
+        stop_token_ids=(random.randrange(VOCAB),) if random.random() < 0.2 else (),
+        n=random.randrange(2, 4) if random.random() < 0.15 else 1,
+        logprobs=1 if random.random() < 0.2 else None,
+        prompt_logprobs=1 if random.random() < 0.1 else None,
+        presence_penalty=1.0 if random.random() < 0.15 else 0.0,
+    )
+    salt = random.choice(["", "", "", "a"])
+    return Request(f"r{index}", prompt, params, random.randrange(3), salt)
+
+
+class Trial:
+    """One random trace: a scheduler, an executor, and what users have been told so far."""
+
+    def __init__(self, random: Random) -> None:
+        self.random = random
+        page_size = random.choice([1, 2, 3, 4, 16])
+        num_pages = random.randrange(12, 48) // page_size + 2
+        context = random.choice([12, 40, 200])
+        self.limits = Limits(num_pages, page_size, random.randrange(2, 6), context, VOCAB)
+        self.depth = random.choice([0, 1, 1])
+        target = random.choice([None, None, 0.01, 5.0])
+        batch_policy = random.choice(["balanced", "prefill-first", "decode-first"])
+        unshared = random.random() < 0.1  # then neither matches nor groups can be asked for
+        config = EngineConfig(
+            chunked_prefill_size=random.choice([1, 3, 7, 24]),
+            schedule_policy=random.choice(["fcfs", "priority"] + ["lpm"] * (not unshared)),
+            batch_policy=batch_policy,
+            itl_target_ms=target if batch_policy == "balanced" else None,
+            disable_radix_cache=unshared,
+            cascade_min_shared_tokens=None if unshared else random.choice([None, 1, 1, 9]),
+        )
+        fairness = Fairness(max_passed=random.choice([1, 64]))
+        cost_model = None
+        if target is not None or random.random() < 0.2:
+            cost_model = CostModel(TINY_MODEL, DevicePeaks(1e6, 1e6, 1e-3))
+        speculation = None
+        if random.random() < 0.4:
+            speculation = make_speculation(random, config.chunked_prefill_size)
+        self.time = 0.0
+        self.scheduler = Scheduler(
+            self.limits, config, (EOS,), cost_model, lambda: self.time, speculation, fairness
+        )
+        self.salts: dict[int, str] = {}
+        self.executor = HashExecutor(self.limits, random, self.salts, random.random())
+        self.requests: dict[str, Request] = {}
+        self.said: dict[tuple[str, int], list[int]] = {}
+        self.ends: dict[tuple[str, int], str] = {}
+        self.in_flight: deque[Batch] = deque()
+        self.bases = [
+            [random.randrange(1, 3) for _ in range(random.randrange(1, 20))] for _ in "ab"
+        ]
+
+    def run(self, num_requests: int) -> None:
+        random, scheduler = self.random, self.scheduler
+        steps = 0
+        while len(self.requests) < num_requests or scheduler.has_work:
+            steps += 1
+            assert steps < 1500, "no end in sight"
+            self.time += random.random()
+            while len(self.requests) < num_requests and random.random() < 0.5:
+                self.add(make_request(random, len(self.requests), self.bases, self.limits))
+            if self.requests and random.random() < 0.06:
+                self.abort()
+            if self.in_flight and random.random() < 0.01:
+                self.fail()
+            self.step()
+        self.check_end()
+
+    def add(self, request: Request) -> None:
+        for choice in range(request.params.n):
+            self.salts[len(self.salts)] = request.cache_salt
+            self.said[request.id, choice] = []
+        self.requests[request.id] = request
+        self.scheduler.add(request)
+
+    def abort(self) -> None:
+        request = self.requests[self.random.choice(list(self.requests))]
+        choice = self.random.choice([None, *range(request.params.n)])
+        deltas = self.scheduler.abort(request.id, choice)
+        chosen = range(request.params.n) if choice is None else [choice]
+        open_ones = {c for c in chosen if (request.id, c) not in self.ends}
+        assert {d.choice for d in deltas} == open_ones, "abort ends what is open, and only that"
+        self.hear(deltas)
+        self.scheduler.check()
+
+    def fail(self) -> None:
+        """The device is lost with all steps in flight; a fresh one takes over."""
+        self.executor.drop_queued()
+        while self.in_flight:
+            self.hear(self.scheduler.fail(self.in_flight.popleft(), "lost"))
+        self.scheduler.check()
+
+    def step(self) -> None:
+        """One turn of the engine's loop: plan, dispatch, collect what is due, update."""
+        batch = self.scheduler.plan()
+        if batch is not None:
+            self.executor.dispatch(batch)
+            self.executor.sample(batch.step)
+            self.in_flight.append(batch)
+        elif not self.in_flight:
+            assert not self.scheduler.has_work, "work, but nothing planned and nothing in flight"
+        if len(self.in_flight) > (self.depth if batch is not None else 0):
+            self.hear(self.scheduler.update(self.in_flight.popleft(), self.executor.collect()))
+        self.scheduler.check()
+
+    def hear(self, deltas: list[Delta]) -> None:
+        for delta in deltas:
+            key = delta.request_id, delta.choice
+            params = self.requests[delta.request_id].params
+            assert key not in self.ends, "news after the end"
+            first = not self.said[key]
+            self.said[key] += delta.token_ids
+            assert delta.token_ids or delta.finish_reason in ("abort", "error")
+            if params.logprobs is not None and delta.token_ids:
+                assert [lp.token_id for lp in delta.logprobs] == delta.token_ids
+            if params.prompt_logprobs is not None and delta.token_ids and first:
+                prompt = self.requests[delta.request_id].prompt_token_ids
+                assert [lp.token_id for lp in delta.prompt_logprobs] == prompt[1:]
+                assert not delta.num_cached_tokens
+            else:
+                assert delta.prompt_logprobs is None
+            if delta.finish_reason is not None:
+                self.ends[key] = delta.finish_reason
+                stopped = delta.finish_reason == "stop"
+                assert delta.stop_token_id == (delta.token_ids[-1] if stopped else None)
+                assert (delta.error is not None) == (delta.finish_reason == "error")
+
+    def check_end(self) -> None:
+        for (request_id, choice), said in self.said.items():
+            expected, reason = reference(self.requests[request_id], choice, self.limits)
+            ended = self.ends[request_id, choice]
+            if ended in ("abort", "error"):
+                assert said == expected[: len(said)], (request_id, choice, said, expected)
+            else:
+                assert (said, ended) == (expected, reason), (request_id, choice)
+        stats = self.scheduler.stats()
+        assert stats.num_running == stats.num_waiting == 0
+        assert stats.num_free_pages + stats.num_cached_pages == self.limits.num_pages
+        assert stats.num_idle_pages == stats.num_cached_pages
+
+
+def run_trial(seed: int, num_requests: int = 5) -> Trial:
+    trial = Trial(Random(seed))
+    trial.run(num_requests)
+    return trial
