@@ -146,7 +146,7 @@ class Simulated:
     def run(self, steps: int) -> "Simulated":
         for _ in range(steps):
             batch = self.scheduler.plan()
-            new = [self._verify(chunk) for chunk in batch.chunks]
+            new = [self.verify(chunk) for chunk in batch.chunks]
             self.widths.append(max(chunk.length for chunk in batch.chunks))
             seconds = self.seconds(self.widths[-1]) * self.random.uniform(0.9, 1.1)
             self.clock += seconds
@@ -154,7 +154,7 @@ class Simulated:
             self.scheduler.update(batch, StepOutput(batch.step, new, seconds=seconds))
         return self
 
-    def _verify(self, chunk: Chunk) -> list[int]:
+    def verify(self, chunk: Chunk) -> list[int]:
         new = [5] * chunk.samples
         for _ in chunk.drafts:
             if self.random.random() >= self.share:
@@ -256,7 +256,7 @@ def test_sequences_of_one_batch_differ():
     def verify(chunk: Chunk) -> list[int]:
         return [5] * (chunk.length if chunk.uid == 0 else 1) if chunk.samples else []
 
-    run._verify = verify
+    run.verify = verify
     run.run(150)
     assert run.scheduler.stats().num_running == 2
     batch = run.scheduler.plan()

@@ -30,16 +30,22 @@ FOREVER = SamplingParams(max_tokens=200, ignore_eos=True, seed=1)
 
 
 @asynccontextmanager
-async def open_client(
+async def open_engine(
     planted: str = "", *, watchdog_timeout: float = 60.0
-) -> AsyncIterator[ProcessClient]:
+) -> AsyncIterator[tuple[EngineProcess, ProcessClient]]:
     process = EngineProcess(FACTORY, EngineConfig(model=planted))
     client = ProcessClient(process, watchdog_timeout=watchdog_timeout)
     try:
         await client.ready()
-        yield client
+        yield process, client
     finally:
         await client.close()
+
+
+@asynccontextmanager
+async def open_client(planted: str = "") -> AsyncIterator[ProcessClient]:
+    async with open_engine(planted) as (_, client):
+        yield client
 
 
 async def collect(client, request: Request) -> list[Delta]:
@@ -202,10 +208,10 @@ def test_a_drain_is_bounded_by_its_timeout():
 
 def test_a_killed_process_fails_its_requests_at_once_and_says_how_it_died():
     async def scene():
-        async with open_client("seconds=0.01") as client:
+        async with open_engine("seconds=0.01") as (process, client):
             running = asyncio.create_task(collect(client, Request("a", [1, 2, 3], FOREVER)))
             await until(lambda: client.stats() is not None and client.stats().steps > 0)
-            os.kill(client._process.pid, signal.SIGKILL)
+            os.kill(process.pid, signal.SIGKILL)
             deltas = await asyncio.wait_for(running, timeout=5)
             assert deltas[-1].finish_reason == "error"
             assert "exit code -9" in deltas[-1].error
@@ -244,7 +250,12 @@ class Unplugged:
     """A process without an engine: the test says what its client hears, and when."""
 
     def __init__(self) -> None:
-        self.socket = zmq.Context.instance().socket(zmq.PAIR)
+        self.socket, self._other = (zmq.Context.instance().socket(zmq.PAIR) for _ in "ab")
+        self.socket.bind(f"inproc://{id(self)}")
+        self._other.connect(f"inproc://{id(self)}")
+
+    def say(self, message: FromEngine) -> None:
+        self._other.send(msgspec.msgpack.encode(message))
 
     def on_exit(self, callback: Callable[[], object]) -> None:
         pass
@@ -268,15 +279,18 @@ def test_how_long_a_silent_loop_counts_as_alive(monkeypatch, busy, longest, pati
 
     async def scene():
         nonlocal now
-        client = ProcessClient(Unplugged(), watchdog_timeout=50.0)
-        client._receive(Ready(engine.info))
-        client._receive(Status(busy, stats))
+        process = Unplugged()
+        client = ProcessClient(process, watchdog_timeout=50.0)
+        process.say(Ready(engine.info))
+        process.say(Status(busy, stats))
+        await client.ready()
+        await until(lambda: client.stats() is not None)
         now += patience
         assert client.health().ok
         now += 0.1
         assert client.health().state == "stuck"
-        client._receive(Status(busy, stats))
-        assert client.health().ok
+        process.say(Status(busy, stats))
+        await until(lambda: client.health().ok)
 
     play(scene())
 
@@ -303,23 +317,24 @@ def test_a_loop_says_that_it_is_busy_before_its_first_step_and_goes_on_saying_so
 
 def test_health_notices_a_stopped_process_busy_or_idle_and_recovers():
     async def scene():
-        async with open_client("seconds=0.001", watchdog_timeout=2.0) as client:
+        async with open_engine("seconds=0.001", watchdog_timeout=2.0) as (process, client):
             for _ in range(2):
-                os.kill(client._process.pid, signal.SIGSTOP)
+                os.kill(process.pid, signal.SIGSTOP)
                 await until(lambda: client.health().state == "stuck")
                 assert "no progress" in client.health().reason
-                os.kill(client._process.pid, signal.SIGCONT)
+                os.kill(process.pid, signal.SIGCONT)
                 await until(lambda: client.health().ok)
                 await collect(client, Request("a", [1, 2], FOREVER))
 
     play(scene())
 
 
-def test_the_socket_lies_in_a_private_directory_that_goes_away():
+def test_the_socket_lies_in_a_private_directory_that_goes_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
     async def scene():
-        before = set(Path(tempfile.gettempdir()).glob("minisgl-*"))
         async with open_client():
-            (mine,) = set(Path(tempfile.gettempdir()).glob("minisgl-*")) - before
+            (mine,) = tmp_path.iterdir()
             assert mine.stat().st_mode & 0o777 == 0o700
         assert not mine.exists()
 

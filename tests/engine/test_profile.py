@@ -187,8 +187,8 @@ def test_an_engine_that_dies_answers_who_waits_for_a_profile(tmp_path):
         await client.ready()
         stream = client.submit(Request("a", [1, 2, 3], TEN))
         first = asyncio.create_task(anext(stream))
-        while client._last is None or not client._last.busy:  # its first step is under way
-            await asyncio.sleep(0.01)
+        while client.stats() is None or not client.stats().scheduler.num_waiting:
+            await asyncio.sleep(0.01)  # until its first step is under way
         with pytest.raises((EngineDeadError, ValueError), match="planted fault"):
             await client.start_profile()
         assert (await first).finish_reason == "error"

@@ -181,8 +181,8 @@ def test_the_progress_bar_counts_prompts(llm, capfd):
 
 
 def test_an_interrupted_call_leaves_a_usable_engine():
-    llm = LLM.from_engine(make_engine(), tokenizer=None)
-    engine, calls = llm._engine, 0
+    engine, calls = make_engine(), 0
+    llm = LLM.from_engine(engine, tokenizer=None)
     step = engine.step
 
     def interrupted():

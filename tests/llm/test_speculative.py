@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -24,9 +25,8 @@ NUM_PROMPTS = 500
 
 def open_llm(side: str, **options: Any) -> LLM:
     """An engine that drafts whether it pays or not."""
-    engine = build_engine(EngineConfig(**BASE | SIDES[side] | options))
-    engine._scheduler._speculation.policy = None
-    return LLM.from_engine(engine)
+    with patch("minisgl.build.DraftPolicy", lambda *_, **__: None):
+        return LLM.from_engine(build_engine(EngineConfig(**BASE | SIDES[side] | options)))
 
 
 @pytest.fixture(scope="module")
