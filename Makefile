@@ -1,5 +1,6 @@
 # make serve   set up .venv, build the native parts, serve (SERVE_ARGS="--port 31000 ...")
-# make test    set up .venv, then every check: lint, types, floors, tests (make -k: past a failure)
+# make test    set up .venv, then check: lint, types, floors, tests (make -k: past a failure)
+# make test-all   the same, then what CI checks besides: more cases, another Triton, other GPUs
 # make lint | bench | venv | clean
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ JOBS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not gpu" --durations=5
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not gpu and not thorough" --durations=5
 # mypy --strict: all that holds no tensors, what people run, and every protocol.
 TYPED := $(wildcard minisgl/*.py minisgl/core minisgl/engine minisgl/server minisgl/csrc \
 	minisgl/device minisgl/parallel/__init__.py minisgl/kernels/op.py)
@@ -20,12 +21,13 @@ define stage
 	|| { echo "==> $(1): FAILED, $$(($$(date +%s) - start)) s"; exit 1; }
 endef
 
-.PHONY: serve test lint types floors test-main test-interp test-compile bench venv native clean
+.PHONY: serve test test-all lint types floors bench venv native clean
+.PHONY: test-main test-interp test-compile test-main-more test-interp-newest test-compile-more
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help:
-	@sed -n '1,3s/^# //p' Makefile
+	@sed -n '1,4s/^# //p' Makefile
 
 # ---- environment ----------------------------------------------------------------------------
 
@@ -72,6 +74,11 @@ bench: venv native
 test: lint types floors test-main test-interp test-compile
 	@echo "==> all checks passed"
 
+# And what is worth its time in CI alone: more cases of what `make test` has some of, the newest
+# Triton, and the other GPUs that kernels are compiled for.
+test-all: test test-main-more test-interp-newest test-compile-more
+	@echo "==> all that CI checks has passed"
+
 lint: venv
 	$(call stage,lint,$(PY) -m ruff check . && $(PY) -m ruff format --check .)
 
@@ -82,24 +89,31 @@ floors: venv
 	$(call stage,floors,$(PYTEST) tests/test_floors.py)
 
 # By file: servers and models that a file's tests share start once.
+MAIN := -n $(JOBS) --dist loadfile tests --ignore tests/test_floors.py \
+	--ignore tests/kernels --ignore tests/compile
 test-main: venv native
-	$(call stage,tests,$(PYTEST) -n $(JOBS) --dist loadfile tests --ignore tests/test_floors.py \
-		--ignore tests/kernels --ignore tests/compile)
+	$(call stage,tests,$(PYTEST) $(MAIN))
 
-# Triton decides at import whether it interprets or compiles: one process each. Interpreted by
-# Triton 3.6.0 and by the newest: what both accept is what a user's machine may have.
-test-interp: venv native $(NEWEST)/installed
-ifneq ($(wildcard tests/kernels),)
+test-main-more: venv native
+	$(call stage,tests (more cases),$(PYTEST) -m "thorough and not gpu" $(MAIN))
+
+# Triton decides at import whether it interprets or compiles: one process each.
+test-interp: venv native
 	$(call stage,kernels (interpreted),TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) tests/kernels)
+
+# What Triton 3.6.0 and the newest both accept is what a user's machine may have.
+test-interp-newest: venv native $(NEWEST)/installed
 	@PYTHONPATH=$(NEWEST) $(PY) -c 'import triton; print("==> now by triton", triton.__version__)'
 	$(call stage,kernels (interpreted by the newest Triton),PYTHONPATH=$(NEWEST) TRITON_INTERPRET=1 \
 		$(PYTEST) -n $(JOBS) tests/kernels)
-endif
 
+COMPILED := -n $(JOBS) tests/compile -k
+OTHERS := sm_80 or sm_89 or sm_100
 test-compile: venv
-ifneq ($(wildcard tests/compile),)
-	$(call stage,kernels (compiled for sm_80/89/90/100),$(PYTEST) -n $(JOBS) tests/compile)
-endif
+	$(call stage,kernels (compiled for sm_90),$(PYTEST) $(COMPILED) "not ($(OTHERS))")
+
+test-compile-more: venv
+	$(call stage,kernels (compiled for sm_80/89/100) and csrc/cuda,$(PYTEST) $(COMPILED) "$(OTHERS)")
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

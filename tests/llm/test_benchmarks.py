@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 DUMMY = ["--load-format", "dummy"]
 
@@ -18,6 +20,7 @@ def run(*arguments: str) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.thorough
 def test_offline_compares_engines_in_turns(model_directory: Path):
     sizes = ["--num-requests", "3", "--input-len", "3", "9", "--output-len", "2", "5"]
     engines = ["--engine", "minisgl", "transformers"]

@@ -20,7 +20,8 @@ BASE: dict[str, Any] = {
     "max_running_requests": 24,
     "log_level": "warning",
 }
-NUM_PROMPTS = 500
+# Of what differs in the prompts alone.
+some_or_many = pytest.mark.parametrize("count", [80, pytest.param(500, marks=pytest.mark.thorough)])
 
 
 def open_llm(side: str, **options: Any) -> LLM:
@@ -50,13 +51,12 @@ def acceptance(llm: LLM, before: Any) -> float:
     return accepted / (after.num_tried_drafts - before.num_tried_drafts)
 
 
+@some_or_many
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_same_tokens_over_many_prompts(sides, temperature):
+def test_the_same_tokens_over_many_prompts(sides, temperature, count):
     """In fp32; acceptance of the draft model is at least 80 % on what the pair was made for."""
-    prompts = questions(NUM_PROMPTS, "chat")
-    params = [
-        SamplingParams(temperature=temperature, seed=i, max_tokens=12) for i in range(NUM_PROMPTS)
-    ]
+    prompts = questions(count, "chat")
+    params = [SamplingParams(temperature=temperature, seed=i, max_tokens=12) for i in range(count)]
     plain = tokens(ask(sides["plain"], prompts, params))
     for name in ("draft", "ngram"):
         before = sides[name].stats().scheduler
@@ -65,10 +65,11 @@ def test_the_same_tokens_over_many_prompts(sides, temperature):
             assert acceptance(sides[name], before) > 0.8
 
 
-def test_the_same_tokens_over_many_prompts_in_fixed_orders():
+@some_or_many
+def test_the_same_tokens_over_many_prompts_in_fixed_orders(count):
     """In bf16, where only the batch-invariant mode promises it; every second prompt greedy."""
-    prompts = questions(NUM_PROMPTS, "chat")
-    params = [SamplingParams(temperature=i % 2, seed=i, max_tokens=12) for i in range(NUM_PROMPTS)]
+    prompts = questions(count, "chat")
+    params = [SamplingParams(temperature=i % 2, seed=i, max_tokens=12) for i in range(count)]
     said = []
     for name in ("plain", "draft"):
         with open_llm(name, batch_invariant=True, dtype="bfloat16") as llm:

@@ -61,7 +61,10 @@ def end_of(process: "subprocess.Popen[str]") -> str:
     return output
 
 
-@pytest.mark.parametrize(("calls", "shared"), [(0, True), (1, False), (LAST_CALL, False)])
+@pytest.mark.parametrize(
+    ("calls", "shared"),
+    [(0, True), pytest.param(1, False, marks=pytest.mark.thorough), (LAST_CALL, False)],
+)
 def test_a_rank_that_dies_ends_rank_0(start: Start, calls: int, shared: bool) -> None:
     output = end_of(start(f"1:{calls}", shared))
     assert f"ended: rank 1 {KILLED}" in output
@@ -71,7 +74,9 @@ def test_a_rank_that_dies_ends_rank_0(start: Start, calls: int, shared: bool) ->
     ("mortal", "reason"),
     [
         ("1:-1", f"ended: node 1: rank 1 {KILLED}"),
-        (f"1:{LAST_CALL}", "ended: rank 1, on another node, is gone"),
+        pytest.param(
+            f"1:{LAST_CALL}", "ended: rank 1, on another node, is gone", marks=pytest.mark.thorough
+        ),
     ],
 )
 def test_a_rank_that_dies_ends_all_nodes(

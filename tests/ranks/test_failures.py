@@ -70,7 +70,14 @@ def run_to_failure(engine: Engine) -> list[Delta]:
     return deltas
 
 
-@pytest.mark.parametrize(("busy", "by"), [(True, "shared"), (True, "gloo"), (False, "shared")])
+@pytest.mark.parametrize(
+    ("busy", "by"),
+    [
+        (True, "shared"),
+        pytest.param(True, "gloo", marks=pytest.mark.thorough),
+        (False, "shared"),
+    ],
+)
 def test_a_killed_rank_ends_them_all(
     config: EngineConfig, busy: bool, by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

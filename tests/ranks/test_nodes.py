@@ -75,6 +75,7 @@ def test_a_server_on_two_nodes(address: str, answer: str) -> None:
         assert "was told to stop" in other.output
 
 
+@pytest.mark.thorough
 def test_a_node_that_is_lost_ends_the_others(address: str) -> None:
     with two_nodes(address) as (server, other):
         server.wait_ready()

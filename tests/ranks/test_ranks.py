@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -77,8 +78,8 @@ def tokens_of(ranks: int, model: Path | None, **options: Any) -> dict[tuple[str,
     config = EngineConfig(
         model=None if model is None else str(model), tp_size=ranks, **(TIGHT | options)
     )
-    engine = build_engine(config)
-    engine._scheduler._speculation.policy = None  # it drafts whether it pays or not
+    with patch("minisgl.build.DraftPolicy", lambda *_, **__: None):
+        engine = build_engine(config)  # that drafts whether it pays or not
     try:
         assert len(children() - before) >= ranks - 1
         tokens = serve(engine, engine.info.limits.vocab_size)
@@ -92,14 +93,15 @@ def tokens_of(ranks: int, model: Path | None, **options: Any) -> dict[tuple[str,
     return tokens
 
 
+# How each family is split is in tests/models/test_ranks.py too, without processes.
 FAMILIES = [
     "llama3-biased-tied",
-    "mistral-window",
-    "qwen2-window-tied",
-    "qwen3-yarn-biased",
     "qwen3-moe-mixed",
-    "gemma2",
     "gemma3",
+    pytest.param("mistral-window", marks=pytest.mark.thorough),
+    pytest.param("qwen2-window-tied", marks=pytest.mark.thorough),
+    pytest.param("qwen3-yarn-biased", marks=pytest.mark.thorough),
+    pytest.param("gemma2", marks=pytest.mark.thorough),
 ]
 
 
@@ -123,8 +125,12 @@ def bundled() -> dict[tuple[str, int], list[int]]:
         (2, {"log_level": "debug", "speculative_algorithm": "ngram"}),
         (2, DRAFTING | {"log_level": "debug"}),
         (2, IN_PIECES | {"log_level": "debug"}),
-        (2, {"disable_overlap_schedule": True, "disable_cuda_graph": True}),
-        (4, {}),  # two ranks to a key head
+        pytest.param(
+            2,
+            {"disable_overlap_schedule": True, "disable_cuda_graph": True},
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(4, {}, marks=pytest.mark.thorough),  # two ranks to a key head
     ],
 )
 def test_the_bundled_model_is_the_same_on_several_ranks(
@@ -135,6 +141,7 @@ def test_the_bundled_model_is_the_same_on_several_ranks(
     assert tokens_of(ranks, None, **options) == bundled
 
 
+@pytest.mark.thorough
 def test_two_ranks_draft_in_fixed_orders() -> None:
     options = {"batch_invariant": True, "dtype": "bfloat16", "max_total_tokens": 8 * 16}
     assert tokens_of(2, None, **options, **DRAFTING) == tokens_of(2, None, **options)
