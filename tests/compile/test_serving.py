@@ -31,8 +31,9 @@ from minisgl.step.executor import LocalExecutor
 from minisgl.step.fixed_order import FixedOrder
 from minisgl.step.kv_pool import KVShape
 from tests.kernels.cards import all_ops
-from tests.step.harness import VOCAB, make_executor, mixed_requests, serve, tiny_decoder
-from tests.step.test_cascade import shared_requests
+from tests.world.configs import VOCAB
+from tests.world.requests import mixed_requests, shared_requests
+from tests.world.tiny import make_executor, serve, tiny_decoder
 
 ARCH = 90
 DRAFTS = 2  # of a sequence in a step, at most
@@ -77,7 +78,7 @@ def engine_shapes(executor: LocalExecutor, fixed: bool) -> EngineShapes:
     return EngineShapes(
         limits.page_size,
         limits.num_pages,
-        executor._worker.geometry.page_table_width,
+        executor.worker.geometry.page_table_width,
         limits.max_rows,
         max_drafts=DRAFTS,
         batch_invariant=fixed,
@@ -97,7 +98,7 @@ def test_warm_up_has_compiled_whatever_a_step_launches(counter, facts, fixed):
     executor = make_executor(
         model, dtype=torch.bfloat16, graph_widths=(1, 1 + DRAFTS), num_pages=60, **facts
     )
-    worker, engine = executor._worker, replace(engine_shapes(executor, fixed), cascade=not fixed)
+    worker, engine = executor.worker, replace(engine_shapes(executor, fixed), cascade=not fixed)
     launches = list(serving_launches(model_shapes(decoder), engine, table_for(ARCH)))
 
     def masks(batch: Batch) -> GrammarMasks:
@@ -139,7 +140,7 @@ def test_warm_up_has_compiled_whatever_a_draft_model_launches(counter, fixed):
         draft_shape=KVShape(2, 1, 16, torch.bfloat16),
         num_drafts=DRAFTS,
     )
-    worker, engine, table = executor._worker, engine_shapes(executor, fixed), table_for(ARCH)
+    worker, engine, table = executor.worker, engine_shapes(executor, fixed), table_for(ARCH)
     launches = [*serving_launches(model_shapes(target), engine, table)]
     launches += serving_launches(model_shapes(draft), draft_launches(engine), table)
     contexts = worker.device.run(on_gpu_launchers)

@@ -112,7 +112,7 @@ def test_pieces_are_captured_before_serving_and_replayed_in_it(in_pieces: Engine
     """A piece more than there are layers, and attention eagerly between them."""
     executor = in_pieces._executor
     assert isinstance(executor, LocalExecutor)
-    worker = executor._worker
+    worker = executor.worker
     pieces = worker.runner.pieces
     captured = dict(pieces._graphs)
     assert sorted(captured) == list(worker.geometry.piece_sizes)

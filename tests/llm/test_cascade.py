@@ -11,7 +11,7 @@ from minisgl import LLM, SamplingParams
 from minisgl.kernels.cascade import cascade
 from minisgl.layers import attention
 from tests.llm.test_batch_invariant import FAMILIES
-from tests.models.checkpoints import TINY
+from tests.world.checkpoints import TINY
 
 SYSTEM = (
     "You are the assistant of a small inference engine. Answer in one or two short sentences, "

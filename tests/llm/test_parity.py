@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from minisgl import LLM, SamplingParams
-from tests.models.checkpoints import CHECKPOINTS, TINY
+from tests.world.checkpoints import CHECKPOINTS, TINY
 
 Ask = Callable[[dict[str, Any]], Any]
 LENGTHS = (1, 16, 70, 97, 40)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from tests.models.checkpoints import make
+from tests.world.checkpoints import make
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from minisgl.models.families import find_family
 from minisgl.models.hub import model_directory
 from minisgl.models.loader import checkpoint_name, load_model
 from minisgl.parallel import Solo
-from tests.models.checkpoints import make
+from tests.world.checkpoints import make
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,8 @@ from minisgl import csrc
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
 from minisgl.models.loader import load_model
-from tests.models.checkpoints import CHECKPOINTS, make
 from tests.models.driver import Paged
+from tests.world.checkpoints import CHECKPOINTS, make
 
 STEPS = 64
 LENGTHS = (37, 5, 21)

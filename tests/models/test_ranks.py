@@ -12,8 +12,8 @@ import torch
 from minisgl.models.config import ModelConfig
 from minisgl.models.loader import load_model
 from minisgl.parallel import Solo, share
-from tests.models.checkpoints import CHECKPOINTS, make
 from tests.models.driver import Paged
+from tests.world.checkpoints import CHECKPOINTS, make
 
 
 @dataclass(frozen=True)

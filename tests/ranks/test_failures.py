@@ -25,7 +25,7 @@ from minisgl.ranks.channel import Boot, Channel
 from minisgl.ranks.executor import ParallelExecutor
 from minisgl.ranks.meeting import call, open_store
 from tests.ranks.processes import alive, children
-from tests.start.test_plan import CONFIG
+from tests.world.configs import LLAMA
 
 SECONDS = 30  # what "within seconds" may become on a machine that does much else
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def config(tmp_path: Path) -> EngineConfig:
-    facts = CONFIG | {"num_attention_heads": 6, "num_key_value_heads": 6, "hidden_size": 48}
+    facts = LLAMA | {"num_attention_heads": 6, "num_key_value_heads": 6, "hidden_size": 48}
     (tmp_path / "config.json").write_text(json.dumps(facts | {"intermediate_size": 96}))
     return EngineConfig(
         model=str(tmp_path),

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from minisgl.build import build_engine
 from minisgl.config import EngineConfig
 from minisgl.core.request import Request, SamplingParams
 from minisgl.engine.engine import Engine
-from tests.models.checkpoints import make
 from tests.ranks.processes import children
+from tests.world.checkpoints import make
+from tests.world.requests import mixed_requests
 
 # Small pools and chunks: prompts come in pieces, and not all that are admitted fit to the end.
 TIGHT = {
@@ -33,30 +33,10 @@ IN_PIECES = {"piecewise_cuda_graph_max_tokens": 23}  # some steps have more toke
 DRAFTING = {"speculative_algorithm": "draft", "speculative_draft_model": "tiny-draft"}
 
 
-def requests(vocab: int) -> list[Request]:
-    """Shared stems of odd lengths, greedy and seeded, some with everything a sampler can do."""
-    draw = random.Random(7)
-    stem = [draw.randrange(3, vocab) for _ in range(43)]
-    kinds: list[dict[str, Any]] = [
-        {"temperature": 0.0},
-        {"temperature": 0.8, "top_k": 12, "logprobs": 2},
-        {"temperature": 0.0, "repetition_penalty": 1.3},
-        {"temperature": 1.0, "top_p": 0.8, "n": 2, "frequency_penalty": 0.5},
-        {"temperature": 0.0, "prompt_logprobs": 1, "min_tokens": 9},
-        {"temperature": 0.9, "min_p": 0.05, "logit_bias": {5: 3.0}},
-    ]
-    made = []
-    for i in range(9):
-        own = [draw.randrange(3, vocab) for _ in range(draw.randrange(1, 20))]
-        params = SamplingParams(max_tokens=25 + i, seed=i, **kinds[i % len(kinds)])
-        made.append(Request(f"r{i}", stem[: (17 * i) % 44] + own, params))
-    return made
-
-
 def serve(engine: Engine, vocab: int) -> dict[tuple[str, int], list[int]]:
     """The tokens of all choices. One request is aborted on its way, and left out."""
     tokens: dict[tuple[str, int], list[int]] = {}
-    waiting = requests(vocab)
+    waiting = mixed_requests(9, seed=7, max_tokens=45, vocab=vocab)
     doomed = Request("doomed", [9] * 40, SamplingParams(max_tokens=60, temperature=0.0, seed=1))
     waiting.insert(3, doomed)
     while waiting or engine.has_work():
@@ -151,7 +131,7 @@ def test_two_ranks_are_batch_invariant_and_profiled(tmp_path: Path) -> None:
     options = TIGHT | {"dtype": "bfloat16", "max_total_tokens": 1024}
     with LLM(tp_size=2, batch_invariant=True, profile_dir=str(tmp_path), **options) as llm:
         params = SamplingParams(max_tokens=20, temperature=0.0, logprobs=1)
-        prompts = [request.prompt_token_ids for request in requests(2048)]
+        prompts = [request.prompt_token_ids for request in mixed_requests(9, seed=7, vocab=2048)]
         together = llm.generate(prompts, params, use_tqdm=False)
         for prompt, beside in zip(prompts[:3], together, strict=False):
             alone = llm.generate(prompt, params, use_tqdm=False)

@@ -12,12 +12,12 @@ import pytest
 from minisgl.build import build_engine
 from minisgl.config import EngineConfig
 from minisgl.core.request import Request, SamplingParams
-from tests.start.test_plan import CONFIG
+from tests.world.configs import LLAMA
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> EngineConfig:
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     return EngineConfig(
         model=str(tmp_path), load_format="dummy", device="cpu", max_total_tokens=640
     )

@@ -33,7 +33,7 @@ from minisgl.step.draft import FIRST_WIDTH, Draft, DraftRunner
 from minisgl.step.kv_pool import KVShape
 from minisgl.step.rows import RowBuffers
 from minisgl.step.sizes import draft_sizes
-from tests.start.test_plan import CONFIG
+from tests.world.configs import LLAMA
 
 DRAFTING = {"speculative_algorithm": "draft", "speculative_draft_model": "tiny-draft"}
 ROWS, DRAFTS, VOCAB, LAYERS = 24, 3, 131, 2
@@ -77,7 +77,7 @@ def most_live(call: Callable[[], object]) -> int:
 
 @pytest.fixture(scope="module")
 def model() -> Decoder:
-    facts = ModelConfig.from_dict(CONFIG)
+    facts = ModelConfig.from_dict(LLAMA)
     device = torch.device("cpu")
     return load_model(facts, "", dtype=torch.bfloat16, device=device, load_format="dummy", seed=0)
 

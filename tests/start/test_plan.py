@@ -42,6 +42,7 @@ from minisgl.step.executor import LocalExecutor
 from minisgl.step.kv_pool import KVPool, KVShape
 from minisgl.step.rows import RowBuffers
 from minisgl.step.sizes import GraphSizes, padded_sizes
+from tests.world.configs import LLAMA
 
 MIB = 2**20
 SHAPE = KVShape(num_layers=3, num_kv_heads=2, head_dim=32, dtype=torch.bfloat16)
@@ -145,27 +146,9 @@ def test_graph_sizes_cover_every_batch(most: int, sizes: tuple[int, ...]):
     assert padded_sizes(most)[-1] >= most
 
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 131,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 96,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10_000.0,
-    "tie_word_embeddings": True,
-    "hidden_act": "silu",
-    "eos_token_id": [3, 7],
-    "torch_dtype": "bfloat16",
-}
-
-
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     return tmp_path
 
 
@@ -230,7 +213,7 @@ def test_dtype_and_context_may_be_chosen(model: Path):
 
 def test_graphs_are_planned_by_what_they_hold():
     """Twice the graphs take more, and the parts are what they are said to be."""
-    facts = ModelConfig.from_dict(CONFIG)
+    facts = ModelConfig.from_dict(LLAMA)
     few, many = (GraphSizes.of(most, (1,), False, 1) for most in (8, 256))
     words = -(-131 // 32)
     assert many.by_width[1][-1] == many.max_tokens == many.max_sequences == 256
@@ -308,7 +291,7 @@ def test_one_rank_compiles_and_all_load_what_is_on_disk(monkeypatch):
             cache_hit=False,
         )  # fmt: skip
 
-    facts = ModelConfig.from_dict(CONFIG | {"hidden_size": 64, "head_dim": 64})
+    facts = ModelConfig.from_dict(LLAMA | {"hidden_size": 64, "head_dim": 64})
     model = load_model(
         facts, "", dtype=torch.bfloat16, device=torch.device("cpu"), load_format="dummy"
     )

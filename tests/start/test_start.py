@@ -25,7 +25,8 @@ from minisgl.kernels.op import Op
 from minisgl.start.facts import read_facts
 from minisgl.start.load import load_worker
 from minisgl.step.executor import LocalExecutor
-from tests.step.harness import mixed_requests, serve
+from tests.world.requests import mixed_requests
+from tests.world.tiny import serve
 
 ROWS, VOCAB = 6, 2048  # of the bundled model
 

@@ -3,7 +3,7 @@
 import pytest
 
 from minisgl.step.executor import LocalExecutor
-from tests.step.harness import make_executor, tiny_decoder
+from tests.world.tiny import make_executor, tiny_decoder
 
 
 @pytest.fixture(scope="module")

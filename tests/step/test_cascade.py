@@ -8,7 +8,6 @@ import torch
 
 from minisgl.config import EngineConfig
 from minisgl.core.batch import MAX_CASCADE_GROUPS, Batch, CascadeGroup, Chunk
-from minisgl.core.request import Request, SamplingParams
 from minisgl.core.speculation import Speculation
 from minisgl.kernels.cascade import cascade
 from minisgl.layers import attention
@@ -16,7 +15,9 @@ from minisgl.step.graphs import Forward
 from minisgl.step.inputs import pack_step
 from minisgl.step.rows import HostRows
 from minisgl.step.sizes import Geometry, cascade_words
-from tests.step.harness import VOCAB, make_executor, mixed_requests, serve, tiny_decoder
+from tests.world.configs import VOCAB
+from tests.world.requests import shared_requests
+from tests.world.tiny import guesses, make_executor, serve, tiny_decoder
 
 GROUPS = EngineConfig(cascade_min_shared_tokens=1)
 
@@ -24,18 +25,6 @@ GROUPS = EngineConfig(cascade_min_shared_tokens=1)
 @pytest.fixture(scope="module")
 def model():
     return tiny_decoder()
-
-
-def shared_requests(count: int, seed: int) -> list[Request]:
-    """Two stems, one a continuation of the other, and mixed prompts with none of them."""
-    generator = np.random.default_rng(seed)
-    stem = generator.integers(2, VOCAB, 50).tolist()
-    requests = mixed_requests(3, seed)
-    for i in range(count):
-        own = generator.integers(2, VOCAB, int(generator.integers(1, 9))).tolist()
-        params = SamplingParams(max_tokens=12 + i, seed=i, temperature=0.8, ignore_eos=True)
-        requests.append(Request(f"s{i}", stem[: 50 if i % 3 else 33] + own, params))
-    return requests
 
 
 def served(model, requests, config, **facts):
@@ -54,13 +43,9 @@ def served(model, requests, config, **facts):
         with patch.object(attention, "cascade", spy):
             result = serve(executor, requests, config=config, arrive=4, **serving)
     finally:
-        graphs = executor._worker.runner.graphs
+        graphs = executor.worker.runner.graphs
         executor.close()
     return result, calls, graphs
-
-
-def guesses(sequence, most: int) -> list[int]:
-    return [(7 * sequence.num_tokens + i) % VOCAB for i in range(sequence.uid % 4)][:most]
 
 
 @pytest.mark.parametrize(
@@ -113,11 +98,11 @@ def test_groups_are_packed_as_the_op_takes_them():
 def test_captured_halves_share_what_sampling_reads(model):
     """A second half reads the hidden states in one place, whichever first half wrote them."""
     executor = make_executor(model)
-    graphs = executor._worker.runner.graphs[1]
-    executor._worker.device.run(lambda: graphs.capture(cascade=True))
+    graphs = executor.worker.runner.graphs[1]
+    executor.worker.device.run(lambda: graphs.capture(cascade=True))
     assert {half for _, half in graphs._graphs} > set(Forward)
-    plain, _ = executor._worker.device.run(lambda: graphs.forward(8, Forward.PLAIN))
-    grouped, _ = executor._worker.device.run(lambda: graphs.forward(8, Forward.GROUPED))
+    plain, _ = executor.worker.device.run(lambda: graphs.forward(8, Forward.PLAIN))
+    grouped, _ = executor.worker.device.run(lambda: graphs.forward(8, Forward.GROUPED))
     executor.close()
     assert plain.data_ptr() == grouped.data_ptr()
     assert torch.isfinite(grouped).all()

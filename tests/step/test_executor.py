@@ -11,15 +11,9 @@ from minisgl.core.executor import GrammarMasks
 from minisgl.core.request import Request, SamplingParams
 from minisgl.core.speculation import Speculation
 from minisgl.step.sampler import Sampler
-from tests.step.harness import (
-    EOS,
-    VOCAB,
-    full_logits,
-    judge,
-    make_executor,
-    mixed_requests,
-    serve,
-)
+from tests.world.configs import VOCAB
+from tests.world.requests import mixed_requests
+from tests.world.tiny import EOS, full_logits, judge, make_executor, serve
 
 SMALL_STEPS = EngineConfig(chunked_prefill_size=24)
 
@@ -193,7 +187,7 @@ def test_prompt_logprobs_in_blocks_of_any_size(model, executors, monkeypatch):
     shapes = []
     true_logits = model.logits
     executor = executors()
-    sampler: Sampler = executor._worker.runner._sampler
+    sampler: Sampler = executor.worker.runner._sampler
     monkeypatch.setattr(
         sampler, "_logits", lambda hidden: (shapes.append(len(hidden)), true_logits(hidden))[1]
     )
@@ -207,7 +201,7 @@ def test_prompt_logprobs_in_blocks_of_any_size(model, executors, monkeypatch):
 def test_bf16_runs_unpadded():
     executor = make_executor(dtype=torch.bfloat16)
     try:
-        assert executor._worker.geometry.token_multiple == 1
+        assert executor.worker.geometry.token_multiple == 1
         served = serve(executor, mixed_requests(7, seed=1))
         assert all(result.finish_reason for result in served.results.values())
     finally:
@@ -216,7 +210,7 @@ def test_bf16_runs_unpadded():
 
 def test_a_failing_step_surfaces_at_collect(model, executors, monkeypatch):
     executor = executors(graphs=False)
-    runner = executor._worker.runner
+    runner = executor.worker.runner
     steps = []
 
     def fail_at_third(inputs):

@@ -16,7 +16,9 @@ from minisgl.step.kv_pool import KVShape
 from minisgl.step.runner import Runner
 from minisgl.step.sampler import Shaping
 from minisgl.step.worker import Worker
-from tests.step.harness import VOCAB, mixed_requests, serve
+from tests.world.configs import VOCAB
+from tests.world.requests import mixed_requests
+from tests.world.tiny import serve
 
 
 def mask_all(batch: Batch) -> GrammarMasks:
@@ -26,20 +28,20 @@ def mask_all(batch: Batch) -> GrammarMasks:
 
 
 def replayed(executor: LocalExecutor) -> set[tuple[int, Forward | Shaping]]:
-    return set(executor._worker.runner.graphs[1]._graphs)
+    return set(executor.worker.runner.graphs[1]._graphs)
 
 
 def test_a_captured_engine_serves_as_one_without_graphs(executors):
     """Captured before the first step, the largest size first, as on a GPU."""
     executor, eager = executors(), executors(graphs=False)
-    graphs = executor._worker.runner.graphs[1]
+    graphs = executor.worker.runner.graphs[1]
     shown = []
 
     def progress(sizes):
         shown.extend(sizes)
         return sizes
 
-    executor._worker.device.run(graphs.capture, progress)
+    executor.worker.device.run(graphs.capture, progress)
     assert shown == sorted(graphs.sizes, reverse=True) == [8, 4]
     assert replayed(executor) == {(s, half) for s in (4, 8) for half in (Forward.PLAIN, *Shaping)}
     requests = mixed_requests(14, seed=2)
@@ -76,7 +78,7 @@ def test_fp32_graphs_have_sizes_that_treat_rows_alike(executors, width, sizes):
     """4 tokens or a multiple of 8, as everywhere on a CPU in fp32."""
     most = 8 if width < 4 else 2
     executor = executors(graph_widths=(width,), graph_max_sequences=most)
-    found = executor._worker.geometry.decode_sizes[width]
+    found = executor.worker.geometry.decode_sizes[width]
     assert found == sizes
     assert all(size * width == 4 or size * width % 8 == 0 for size in found)
 
@@ -101,7 +103,7 @@ def test_compilations_are_those_of_the_worker(model):
 def test_a_warm_up_asks_for_everything_and_leaves_padding_greedy(executors, page_size):
     facts = {"page_size": page_size, "num_pages": 640 // page_size}
     executor = executors(**facts)
-    worker = executor._worker
+    worker = executor.worker
     asked = set()
 
     class Watched(Runner):
@@ -129,7 +131,7 @@ def test_a_warm_up_asks_for_everything_and_leaves_padding_greedy(executors, page
 @pytest.mark.parametrize(("tokens", "drafts"), [(20, 0), (300, 0), (20, 3)])  # the context is 128
 def test_the_largest_step_has_every_row_and_leaves_nothing_behind(executors, tokens, drafts):
     executor = executors()
-    worker, sizes = executor._worker, []
+    worker, sizes = executor.worker, []
 
     class Watched(Runner):
         def forward(self, step):
@@ -151,7 +153,7 @@ def test_the_largest_step_has_every_row_and_leaves_nothing_behind(executors, tok
 
 def test_nothing_moves_once_it_is_captured(model, executors):
     executor = executors(graph_widths=(1, 3))
-    runner = executor._worker.runner
+    runner = executor.worker.runner
     tensors = {weight.name: weight.target for weight in model.weights()}
     tensors["kv"] = runner._pool.storage
     for holder in (runner._rows, runner.graphs[1]._buffers):
@@ -165,7 +167,7 @@ def test_nothing_moves_once_it_is_captured(model, executors):
 
     before = places()
     for graphs in runner.graphs.values():
-        executor._worker.device.run(graphs.capture)
+        executor.worker.device.run(graphs.capture)
     serve(executor, mixed_requests(14, seed=6))
     assert places() == before
     for graphs in runner.graphs.values():

@@ -19,7 +19,8 @@ from minisgl.kernels.op import forced
 from minisgl.kernels.qkv_prepare import qkv_prepare
 from minisgl.step.inputs import pack_step
 from minisgl.step.runner import Step
-from tests.step.harness import VOCAB, make_executor, tiny_decoder
+from tests.world.configs import VOCAB
+from tests.world.tiny import make_executor, tiny_decoder
 
 # Kernels have implementations for each device; their references keep to the same rule.
 OPS = ("sample", "adjust_logits", "mask_logits", "prepare_inputs", "advance_rows")
@@ -124,7 +125,7 @@ def run_steps(monkeypatch, fault=None, model=None, ops=OPS, batches=None, **fact
     """Run every step under the guard, `fault` inside the model. How often each one uploads."""
     model = model or Blind()
     executor = make_executor(model, **facts)
-    worker = executor._worker
+    worker = executor.worker
     runner, device = worker.runner, worker.device
     upload, uploads = device.upload, []
 

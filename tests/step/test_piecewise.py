@@ -26,8 +26,9 @@ from minisgl.start.startup import capture_pieces
 from minisgl.step.executor import LocalExecutor
 from minisgl.step.sizes import GraphSizes, piece_sizes
 from minisgl.trace import record_with
-from tests.step.harness import VOCAB, mixed_requests, serve
-from tests.step.test_cascade import guesses, shared_requests
+from tests.world.configs import VOCAB
+from tests.world.requests import mixed_requests, shared_requests
+from tests.world.tiny import guesses, serve
 
 MOST = 40  # tokens of a step in pieces
 
@@ -39,7 +40,7 @@ def executors(executors):
 
 def poison(executor: LocalExecutor) -> list[tuple[int, int]]:
     """Before each pass NaN wherever it does not write first. The (sequences, tokens) of passes."""
-    pieces, passes = executor._worker.runner.pieces, []
+    pieces, passes = executor.worker.runner.pieces, []
     forward = pieces.forward
 
     def poisoned(inputs):
@@ -92,7 +93,7 @@ def test_same_tokens_as_eagerly(executors, name):
     eager = executors(**facts | {"graphs": False, "most_in_pieces": 0})
     assert found.tokens == serve(eager, requests, **how).tokens
 
-    sizes = in_pieces._worker.geometry.piece_sizes
+    sizes = in_pieces.worker.geometry.piece_sizes
     assert {tokens for _, tokens in passes} <= set(sizes)
     assert len({tokens for _, tokens in passes}) > 1
     mixed = [b for b in found.batches if 0 < b.num_decode < len(b.chunks)]
@@ -138,9 +139,9 @@ def logged(executor: LocalExecutor, monkeypatch):
 
     parts: list[list[list[str]]] = []
     monkeypatch.setattr(CallPieces, "replay", replay)
-    executor._worker.device.run(record_with, note)
+    executor.worker.device.run(record_with, note)
     yield parts
-    executor._worker.device.run(record_with, None)
+    executor.worker.device.run(record_with, None)
 
 
 def test_between_two_pieces_there_is_attention_and_nothing_else(executors, monkeypatch):
@@ -209,7 +210,7 @@ def test_what_was_captured_at_a_start_serves_every_step(executors, monkeypatch):
     requests = shared_requests(5, seed=4) + mixed_requests(9, seed=9)[3:]
     eager = serve(executors(most_in_pieces=0), requests).tokens
     executor = executors()
-    worker = executor._worker
+    worker = executor.worker
     worker.device.capture_pieces = Taped
     sizes = worker.geometry.piece_sizes
     for size in sizes[::-1]:
@@ -222,7 +223,7 @@ def test_what_was_captured_at_a_start_serves_every_step(executors, monkeypatch):
 
 def test_pieces_know_a_steps_tokens_alone_and_nothing_moves(executors):
     executor = executors()
-    worker = executor._worker
+    worker = executor.worker
     pieces, places = worker.runner.pieces, set()
     forward = pieces._forward
 
@@ -246,7 +247,7 @@ def test_pieces_know_a_steps_tokens_alone_and_nothing_moves(executors):
 def test_they_are_captured_before_serving_the_largest_first(executors):
     """As a start on a GPU does; the padding row is left as it was."""
     executor = executors()
-    worker = executor._worker
+    worker = executor.worker
     sizes = worker.geometry.piece_sizes
     for size in sizes[::-1]:
         worker.device.run(capture_pieces, worker.runner, worker.limits, worker.geometry, size)
@@ -287,7 +288,7 @@ def test_no_more_are_captured_than_a_step_can_have():
 def test_what_they_hold_is_planned(executors, model):
     executor = executors(most_in_pieces=90)
     serve(executor, mixed_requests(3, seed=1))
-    pieces = executor._worker.runner.pieces
+    pieces = executor.worker.runner.pieces
     held = sum(t.nbytes for t in (*pieces._tokens, *pieces._shared, pieces._hidden))
     sizes = sizes_on_gpu(EngineConfig(piecewise_cuda_graph_max_tokens=90))
     planned = pieces_bytes(sizes, model.config, torch.float32, 1)

@@ -16,7 +16,7 @@ from minisgl.kernels.sampling import SEEN_IN_PROMPT, adjust_logits, make_params,
 from minisgl.kernels.sampling.cpu import sample_cpu, sample_twin
 from minisgl.kernels.sampling.noise import gumbel, hash_ids, position_keys, row_key
 from minisgl.step.rows import HostRows, RowBuffers
-from tests.step import oracle
+from tests.world import sampling
 
 VOCAB = 67
 EOS = (2, 5)
@@ -98,14 +98,14 @@ def test_a_token_is_what_the_oracle_draws(params: list[SamplingParams], data: st
         got = table.adjust(adjust, logits, rows, positions, before)
         for n, row in enumerate(rows.tolist()):
             done = output[row] + (drafts if n == len(params) else [])
-            want = oracle.adjusted(logits[n].numpy(), params[row], prompt[row], done, EOS)
+            want = sampling.adjusted(logits[n].numpy(), params[row], prompt[row], done, EOS)
             assert np.allclose(got[n].numpy(), want, rtol=1e-5, atol=1e-5)
             for draw in (sample.reference, sample_twin, sample_cpu):
                 choice = row % 3
                 token = draw(
                     got[n : n + 1], rows[n : n + 1], positions[n : n + 1], params_of(table)
                 )
-                best, margin = oracle.draw(
+                best, margin = sampling.draw(
                     got[n].numpy().astype(np.float64), params[row], choice, int(positions[n])
                 )
                 if margin > 1e-4:
@@ -156,7 +156,7 @@ def test_a_row_is_drawn_alike_in_any_batch(draw):
 
 
 def test_noise_is_the_documented_function():
-    keys = torch.tensor([oracle_signed(oracle.row_key(s, c)) for s, c in ((0, 0), (2**64 - 1, 7))])
+    keys = torch.tensor([signed(sampling.row_key(s, c)) for s, c in ((0, 0), (2**64 - 1, 7))])
     assert keys.tolist() == [row_key(0, 0), row_key(2**64 - 1, 7)]
     positions = torch.tensor([0, 123_456])
     ids = torch.tensor([0, 1, 77, 151_935, 2**31 - 1], dtype=INT)
@@ -165,13 +165,13 @@ def test_noise_is_the_documented_function():
     noise = gumbel(low[:, None], high[:, None], ids)
     for n in range(2):
         for i, token in enumerate(ids.tolist()):
-            key = int(keys[n]) & oracle.M64
-            assert bits[n, i] == oracle.noise_bits(key, int(positions[n]), token)
-            want = oracle.gumbel(key, int(positions[n]), token)
+            key = int(keys[n]) & sampling.M64
+            assert bits[n, i] == sampling.noise_bits(key, int(positions[n]), token)
+            want = sampling.gumbel(key, int(positions[n]), token)
             assert math.isclose(float(noise[n, i]), want, rel_tol=1e-5, abs_tol=1e-5)
 
 
-def oracle_signed(key: int) -> int:
+def signed(key: int) -> int:
     return key - 2**64 if key >= 2**63 else key
 
 
@@ -213,7 +213,7 @@ def test_draws_follow_the_exact_distribution(fields: dict[str, float], vary: str
     """Over seeds at one position, and over the positions of one seed."""
     draws = 40_000
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(5)) * 2
-    wanted = oracle.probabilities(logits.double().numpy(), SamplingParams(**fields))
+    wanted = sampling.probabilities(logits.double().numpy(), SamplingParams(**fields))
     table = make_params(draws if vary == "seed" else 1, **fields)
     rows = torch.arange(draws, dtype=INT) if vary == "seed" else torch.zeros(draws, dtype=INT)
     positions = torch.full((draws,), 9) if vary == "seed" else torch.arange(draws)

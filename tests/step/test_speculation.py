@@ -23,15 +23,10 @@ from minisgl.engine.engine import Engine
 from minisgl.engine.messages import EngineInfo
 from minisgl.kernels.advance import advance_rows
 from minisgl.kernels.sampling import make_params, sample
-from tests.step.harness import (
-    EOS,
-    VOCAB,
-    judge,
-    mixed_requests,
-    serve,
-    tiny_decoder,
-)
 from tests.step.regex_grammar import RegexBackend, spell
+from tests.world.configs import VOCAB
+from tests.world.requests import mixed_requests
+from tests.world.tiny import EOS, judge, serve, tiny_decoder
 from tests.world.trial import Fickle
 
 SMALL_STEPS = EngineConfig(chunked_prefill_size=24)
@@ -95,7 +90,7 @@ def test_a_capture_that_runs_what_it_captures_leaves_nothing_behind(
     with monkeypatch.context() as patch:
         patch.setattr(CpuDevice, "capture", run_and_capture)
         executor = executors(draft=model, num_drafts=count, graph_widths=(1, 1 + count))
-        worker = executor._worker
+        worker = executor.worker
         worker.device.run(worker.runner.draft.capture)
         for graphs in worker.runner.graphs.values():
             worker.device.run(graphs.capture)

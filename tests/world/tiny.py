@@ -10,7 +10,7 @@ import torch
 from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch, StepOutput
 from minisgl.core.executor import GrammarMasks, Limits
-from minisgl.core.request import Delta, Request, SamplingParams, TokenLogprobs
+from minisgl.core.request import Delta, Request, TokenLogprobs
 from minisgl.core.scheduler import Scheduler
 from minisgl.core.speculation import Speculation
 from minisgl.device import CpuDevice
@@ -23,36 +23,26 @@ from minisgl.step.executor import LocalExecutor
 from minisgl.step.kv_pool import KVShape
 from minisgl.step.sizes import GraphSizes
 from minisgl.step.worker import Worker
-from tests.step import oracle
+from tests.world import sampling
+from tests.world.configs import QWEN3, VOCAB
 
-VOCAB = 61
-EOS = (1,)
+EOS = (QWEN3["eos_token_id"],)
 Masks = Callable[[Batch], GrammarMasks | None]
 
 
 def tiny_decoder(dtype: torch.dtype = torch.float32, seed: int = 0, **other: int) -> Decoder:
     """`other`: what its config.json says otherwise."""
-    config = ModelConfig.from_dict(
-        {
-            "architectures": ["Qwen3ForCausalLM"],
-            "vocab_size": VOCAB,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "max_position_embeddings": 128,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 10_000.0,
-            "tie_word_embeddings": False,
-            "hidden_act": "silu",
-            "eos_token_id": EOS[0],
-        }
-        | other
-    )
+    config = ModelConfig.from_dict(QWEN3 | other)
     device = torch.device("cpu")
     return load_model(config, "", dtype=dtype, device=device, load_format="dummy", seed=seed)
+
+
+class TinyExecutor(LocalExecutor):
+    """Shows its worker."""
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(worker)
+        self.worker = worker
 
 
 def make_executor(
@@ -70,7 +60,7 @@ def make_executor(
     draft: Decoder | None = None,
     draft_shape: KVShape | None = None,
     num_drafts: int = 3,
-) -> LocalExecutor:
+) -> TinyExecutor:
     model = model or tiny_decoder(dtype)
     limits = Limits(num_pages, page_size, max_rows, max_context, VOCAB)
     shape = KVShape(2, 2, 16, dtype)
@@ -82,7 +72,7 @@ def make_executor(
         sizes = GraphSizes.of(most, graph_widths, True, multiple, most_in_pieces)
     drafting = None if draft is None else Draft(draft, draft_shape or shape, num_drafts)
     worker = Worker(device, model, shape, limits, eos_token_ids=EOS, graphs=sizes, draft=drafting)
-    return LocalExecutor(worker)
+    return TinyExecutor(worker)
 
 
 @dataclass
@@ -183,8 +173,8 @@ def judge(model: Decoder, request: Request, choice: int, result: Result) -> None
     logits = full_logits(model, [*prompt, *result.tokens])
     for n, token in enumerate(result.tokens):
         raw = logits[len(prompt) - 1 + n]
-        x = oracle.adjusted(raw, params, prompt, result.tokens[:n], EOS)
-        best, margin = oracle.draw(x, params, choice, len(prompt) + n)
+        x = sampling.adjusted(raw, params, prompt, result.tokens[:n], EOS)
+        best, margin = sampling.draw(x, params, choice, len(prompt) + n)
         if margin > 1e-3:
             assert token == best, (request.id, choice, n)
     if params.logprobs is not None:
@@ -208,23 +198,5 @@ def check_logprobs(entry: TokenLogprobs, token: int, raw: np.ndarray, num_top: i
     assert np.allclose(expected[entry.top_ids], entry.top_logprobs, atol=1e-4)
 
 
-def mixed_requests(count: int, seed: int, *, max_tokens: int = 12) -> list[Request]:
-    """Prompts that share prefixes, every sampling feature somewhere."""
-    generator = np.random.default_rng(seed)
-    stem = generator.integers(2, VOCAB, 45).tolist()
-    kinds = [
-        {"temperature": 0.0},
-        {"temperature": 0.8, "top_k": 12},
-        {"temperature": 1.3, "top_p": 0.8, "logprobs": 3},
-        {"temperature": 0.0, "repetition_penalty": 1.4, "logprobs": 0},
-        {"temperature": 1.0, "frequency_penalty": 0.6, "presence_penalty": 0.4, "n": 2},
-        {"temperature": 1.0, "min_p": 0.05, "prompt_logprobs": 2},
-        {"temperature": 0.9, "logit_bias": {7: 2.0, 9: -100.0}, "min_tokens": 5},
-    ]
-    requests = []
-    for i in range(count):
-        own = generator.integers(2, VOCAB, int(generator.integers(1, 20))).tolist()
-        prompt = stem[: int(generator.integers(0, 45))] + own
-        params = SamplingParams(max_tokens=max_tokens, seed=1000 + i, **kinds[i % len(kinds)])
-        requests.append(Request(f"r{i}", prompt, params))
-    return requests
+def guesses(sequence, most: int) -> list[int]:
+    return [(7 * sequence.num_tokens + i) % VOCAB for i in range(sequence.uid % 4)][:most]
