@@ -108,7 +108,7 @@ test-interp-newest: venv native $(NEWEST)/installed
 		$(PYTEST) -n $(JOBS) tests/kernels)
 
 COMPILED := -n $(JOBS) tests/compile -k
-OTHERS := sm_80 or sm_89 or sm_100
+OTHERS := sm_80 or sm_89 or sm_100 or csrc
 test-compile: venv
 	$(call stage,kernels (compiled for sm_90),$(PYTEST) $(COMPILED) "not ($(OTHERS))")
 

@@ -102,6 +102,11 @@ class DecodeGraphs:
         self._nth = nth[1:]  # [K], each draft's place
         self._earlier = nth[:-1] < nth[:, None]  # [width, K], whether a draft is before a point
 
+    @property
+    def captured(self) -> set[tuple[int, Forward | Shaping]]:
+        """Sizes and halves that there are graphs of so far."""
+        return set(self._graphs)
+
     def capture(self, progress: Progress = list, *, cascade: bool = False) -> None:
         """Capture every half, the largest first, so that smaller ones reuse its memory.
 

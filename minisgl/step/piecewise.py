@@ -40,6 +40,16 @@ class PiecewiseGraphs:
         self._shared: tuple[torch.Tensor, torch.Tensor] | None = None
         self._hidden: torch.Tensor | None = None  # [most, H]
 
+    @property
+    def captured(self) -> tuple[int, ...]:
+        """Sizes that there are graphs of, in the order in which they were captured."""
+        return tuple(self._graphs)
+
+    @property
+    def scratch(self) -> list[torch.Tensor]:
+        """What every pass writes before it reads it, [most, ...] each; allocated by the first."""
+        return [x for x in (*(self._shared or ()), self._hidden) if x is not None]
+
     def tokens(self, size: int) -> list[torch.Tensor]:
         """input_ids, positions and slot_mapping of a pass over `size` tokens, to be filled."""
         return [tensor[:size] for tensor in self._tokens]

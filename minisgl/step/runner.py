@@ -75,13 +75,13 @@ class Runner:
     ) -> None:
         """graphs: by width, and where their steps are uploaded to. compare: each step, between
         ranks."""
+        self.rows = rows
         self.graphs = graphs
         self.pieces = pieces
         self.draft = draft
         self._device = device
         self._model = model
         self._pool = pool
-        self._rows = rows
         self._sampler = sampler
         self._compare = compare
         self._staging = staging
@@ -105,7 +105,7 @@ class Runner:
         staging = self._staging if packed.replays else None
         sent = self._device.upload(join(packed.sections), staging)
         step.sent = split(packed.sections, sent)
-        self._rows.apply(step.sent)
+        self.rows.apply(step.sent)
         if "copies" in step.sent:
             self._pool.copy(step.sent["copies"].view(-1, 3))
         if self.draft is not None:
@@ -129,7 +129,7 @@ class Runner:
                 groups, shared = sent["cascade"].split(words)  # type: ignore[no-untyped-call]
                 groups = groups.view(-1, 3)
             inputs = ragged_inputs(
-                self._rows,
+                self.rows,
                 self._pool,
                 *(sent[name] for name in RAGGED),
                 num_decode=packed.num_decode,

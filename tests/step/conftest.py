@@ -16,7 +16,7 @@ def executors(model):
     """Makes an executor of the model, with the harness's facts."""
     made: list[LocalExecutor] = []
 
-    def make(**facts):
+    def make(model=model, **facts):
         made.append(make_executor(model, **facts))
         return made[-1]
 

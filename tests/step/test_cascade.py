@@ -72,7 +72,7 @@ def test_same_tokens_with_groups_and_without(model, facts):
     assert {max(chunk.length for chunk in b.chunks[: b.num_decode]) > 1 for b in named} == (
         {True, False} if "drafts" in facts else {False}
     )
-    halves = {half for own in graphs.values() for _, half in own._graphs}
+    halves = {half for own in graphs.values() for _, half in own.captured}
     assert (Forward.GROUPED in halves) == facts.get("graphs", True)
 
 
@@ -100,7 +100,7 @@ def test_captured_halves_share_what_sampling_reads(model):
     executor = make_executor(model)
     graphs = executor.worker.runner.graphs[1]
     executor.worker.device.run(lambda: graphs.capture(cascade=True))
-    assert {half for _, half in graphs._graphs} > set(Forward)
+    assert {half for _, half in graphs.captured} > set(Forward)
     plain, _ = executor.worker.device.run(lambda: graphs.forward(8, Forward.PLAIN))
     grouped, _ = executor.worker.device.run(lambda: graphs.forward(8, Forward.GROUPED))
     executor.close()

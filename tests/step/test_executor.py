@@ -1,5 +1,7 @@
 """Batches through the executor against a direct forward of every sequence on its own."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,6 @@ from minisgl.core.batch import Batch, Chunk, RowSetup
 from minisgl.core.executor import GrammarMasks
 from minisgl.core.request import Request, SamplingParams
 from minisgl.core.speculation import Speculation
-from minisgl.step.sampler import Sampler
 from tests.world.configs import VOCAB
 from tests.world.requests import mixed_requests
 from tests.world.tiny import EOS, full_logits, judge, make_executor, serve
@@ -185,12 +186,12 @@ def test_prompt_logprobs_in_blocks_of_any_size(model, executors, monkeypatch):
     """The whole prompt, over chunks and blocks, without the logits of all of it at once."""
     monkeypatch.setattr("minisgl.step.sampler.BLOCK_BYTES", 7 * VOCAB * 4)
     shapes = []
-    true_logits = model.logits
-    executor = executors()
-    sampler: Sampler = executor.worker.runner._sampler
-    monkeypatch.setattr(
-        sampler, "_logits", lambda hidden: (shapes.append(len(hidden)), true_logits(hidden))[1]
-    )
+
+    def logits(hidden):
+        shapes.append(len(hidden))
+        return model.logits(hidden)
+
+    executor = executors(SimpleNamespace(forward=model.forward, logits=logits))
     prompt = np.random.default_rng(0).integers(2, VOCAB, 60).tolist()
     request = Request("p", prompt, SamplingParams(max_tokens=2, prompt_logprobs=4, seed=0))
     served = serve(executor, [request], config=EngineConfig(chunked_prefill_size=33))
@@ -208,9 +209,7 @@ def test_bf16_runs_unpadded():
         executor.close()
 
 
-def test_a_failing_step_surfaces_at_collect(model, executors, monkeypatch):
-    executor = executors(graphs=False)
-    runner = executor.worker.runner
+def test_a_failing_step_surfaces_at_collect(model, executors):
     steps = []
 
     def fail_at_third(inputs):
@@ -219,7 +218,8 @@ def test_a_failing_step_surfaces_at_collect(model, executors, monkeypatch):
             raise FloatingPointError("planted in the model")
         return model.forward(inputs)
 
-    monkeypatch.setattr(runner, "_model", type("M", (), {"forward": staticmethod(fail_at_third)}))
+    failing = SimpleNamespace(forward=fail_at_third, logits=model.logits)
+    executor = executors(failing, graphs=False)
     request = Request("r", [3, 4, 5], SamplingParams(max_tokens=9, seed=0))
     with pytest.raises(RuntimeError, match="planted in the model") as caught:
         serve(executor, [request])

@@ -1,5 +1,8 @@
 """Decode graphs in two halves: which exist, which a step takes, and that nothing they use moves."""
 
+from collections import defaultdict
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
@@ -7,18 +10,21 @@ import torch
 from minisgl.core.batch import Batch
 from minisgl.core.executor import GrammarMasks, Limits
 from minisgl.core.request import Request, SamplingParams
+from minisgl.core.speculation import Speculation
 from minisgl.device import CpuDevice
 from minisgl.kernels.sampling import column
+from minisgl.layers.attention import ForwardInputs
+from minisgl.models.decoder import Decoder
 from minisgl.start.startup import run_largest, warm_up
 from minisgl.step.executor import LocalExecutor
-from minisgl.step.graphs import Forward
+from minisgl.step.graphs import DecodeGraphs, Forward
 from minisgl.step.kv_pool import KVShape
 from minisgl.step.runner import Runner
-from minisgl.step.sampler import Shaping
+from minisgl.step.sampler import Sampler, Shaping
 from minisgl.step.worker import Worker
 from tests.world.configs import VOCAB
-from tests.world.requests import mixed_requests
-from tests.world.tiny import serve
+from tests.world.requests import mixed_requests, shared_requests
+from tests.world.tiny import TinyExecutor, guesses, serve
 
 
 def mask_all(batch: Batch) -> GrammarMasks:
@@ -27,8 +33,8 @@ def mask_all(batch: Batch) -> GrammarMasks:
     return GrammarMasks([index], np.full((1, -(-VOCAB // 32)), 2**32 - 1, np.uint32))
 
 
-def replayed(executor: LocalExecutor) -> set[tuple[int, Forward | Shaping]]:
-    return set(executor.worker.runner.graphs[1]._graphs)
+def replayed(executor: TinyExecutor) -> set[tuple[int, Forward | Shaping]]:
+    return executor.worker.runner.graphs[1].captured
 
 
 def test_a_captured_engine_serves_as_one_without_graphs(executors):
@@ -121,9 +127,9 @@ def test_a_warm_up_asks_for_everything_and_leaves_padding_greedy(executors, page
     worker.device.run(lambda: warm_up(runner, limits, geometry, cascade=True, everything=True))
     wanted = {"masks", "copies", "drafts", "asked", "targets", "patch_index", "bias_ids"}
     assert wanted | {"count_rows", "setup_rows", "points"} <= asked
-    padding = runner._rows.padding
-    assert column(runner._rows.params, "temperature")[padding] == 0
-    assert runner._rows.counted[padding] == 0
+    padding = runner.rows.padding
+    assert column(runner.rows.params, "temperature")[padding] == 0
+    assert runner.rows.counted[padding] == 0
     requests = mixed_requests(7, seed=8)
     assert serve(executor, requests).tokens == serve(executors(**facts), requests).tokens
 
@@ -151,28 +157,59 @@ def test_the_largest_step_has_every_row_and_leaves_nothing_behind(executors, tok
     assert serve(executor, requests).tokens == serve(executors(), requests).tokens
 
 
-def test_nothing_moves_once_it_is_captured(model, executors):
-    executor = executors(graph_widths=(1, 3))
-    runner = executor.worker.runner
-    tensors = {weight.name: weight.target for weight in model.weights()}
-    tensors["kv"] = runner._pool.storage
-    for holder in (runner._rows, runner.graphs[1]._buffers):
-        tensors |= {
-            name: value for name, value in vars(holder).items() if hasattr(value, "data_ptr")
-        }
-    assert {"staging", "page_table", "sampled", "masks"} < set(tensors)
+class Places:
+    """A model, and where it finds what its decode steps read: by sequences and width."""
 
-    def places() -> dict[str, int]:
-        return {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    def __init__(self, model: Decoder) -> None:
+        self.model = model
+        self.logits = model.logits
+        self.found: dict[tuple[int, int], set[tuple[int, ...]]] = defaultdict(set)
+        self.staged: set[int] = set()  # where rows and what comes with them are uploaded to
 
-    before = places()
-    for graphs in runner.graphs.values():
+    def forward(self, inputs: ForwardInputs) -> torch.Tensor:
+        if inputs.num_decode == len(inputs.rows):
+            tensors = [weight.target for weight in self.model.weights()]
+            tensors += [x for pair in inputs.kv for x in pair]
+            values = [getattr(inputs, field.name) for field in fields(inputs)]
+            tensors += [value for value in values if isinstance(value, torch.Tensor)]
+            key = len(inputs.rows), inputs.decode_width
+            self.found[key].add(tuple(tensor.data_ptr() for tensor in tensors))
+            self.staged.add(inputs.rows.untyped_storage().data_ptr())
+        return self.model.forward(inputs)
+
+
+def test_nothing_moves_once_it_is_captured(model, executors, monkeypatch):
+    """Neither what a pass reads nor what sampling reads and writes."""
+    places, masks, sampled = Places(model), defaultdict(set), defaultdict(set)
+    replayed: list[tuple[int, int]] = []
+    draw, sample = Sampler.draw, DecodeGraphs.sample
+
+    def watched_draw(sampler, hidden, positions, points, shaping, given, *others):
+        if shaping is Shaping.MASKED and replayed:
+            masks[replayed[-1]].add((given.indices.data_ptr(), given.bits.data_ptr()))
+        return draw(sampler, hidden, positions, points, shaping, given, *others)
+
+    def watched_sample(graphs, step, masks):
+        replayed.append((step.num_sequences, graphs.width))
+        got = sample(graphs, step, masks)
+        sampled[replayed.pop()].add(got.data_ptr())
+        return got
+
+    monkeypatch.setattr(Sampler, "draw", watched_draw)
+    monkeypatch.setattr(DecodeGraphs, "sample", watched_sample)
+    executor = executors(places, graph_widths=(1, 3))
+    for graphs in executor.worker.runner.graphs.values():
         executor.worker.device.run(graphs.capture)
-    serve(executor, mixed_requests(14, seed=6))
-    assert places() == before
-    for graphs in runner.graphs.values():
-        for views in graphs._views.values():
-            inputs = views.inputs
-            assert inputs.rows.untyped_storage().data_ptr() == before["staging"]
-            assert inputs.page_table.data_ptr() == before["page_table"]
-            assert inputs.kv[0][0].data_ptr() == before["kv"]
+    for how in (
+        {"arrive": 1},
+        {"masks": mask_all},
+        {"speculation": Speculation(guesses, 2, adaptive=False)},
+    ):
+        serve(executor, shared_requests(9, seed=6), **how)
+    sizes = executor.worker.geometry.decode_sizes
+    assert set(places.found) == {(size, width) for width in (1, 3) for size in sizes[width]}
+    assert len(places.staged) == 1
+    assert {width for _, width in sampled} == {1, 3}
+    assert masks
+    for found in (places.found, sampled, masks):
+        assert all(len(where) == 1 for where in found.values())

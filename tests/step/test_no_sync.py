@@ -25,6 +25,7 @@ from tests.world.tiny import make_executor, tiny_decoder
 # Kernels have implementations for each device; their references keep to the same rule.
 OPS = ("sample", "adjust_logits", "mask_logits", "prepare_inputs", "advance_rows")
 LAYER_OPS = ("linear", "rmsnorm", "silu_and_mul")
+STAND_INS = (attention, decode, cascade, qkv_prepare)
 
 
 class NoHostSync(TorchDispatchMode):
@@ -185,14 +186,15 @@ def test_nor_do_a_models_layers(monkeypatch, facts):
         q = qkv[:, : num_heads * k_pool.shape[2]].unflatten(1, (num_heads, -1)).contiguous()
         return q if out is None else out.copy_(q)
 
-    for op, stand_in in (
-        (attention, attend),
-        (decode, attend),
-        (cascade, attend),
-        (qkv_prepare, prepare),
-    ):
-        monkeypatch.setitem(op._chosen, torch.device("cpu"), stand_in)
-    run_steps(monkeypatch, None, tiny_decoder(), (*OPS, *LAYER_OPS), **facts)
+    for op, stand_in in zip(STAND_INS, (attend, attend, attend, prepare), strict=True):
+        monkeypatch.setattr(op, "reference", stand_in)
+    run_steps(
+        monkeypatch,
+        None,
+        tiny_decoder(),
+        (*OPS, *LAYER_OPS, *(op.name for op in STAND_INS)),
+        **facts,
+    )
 
 
 FAULTS = {

@@ -1,8 +1,9 @@
 """Mixed steps in captured pieces: the same tokens as eagerly, and only attention between them."""
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import zip_longest
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,18 +18,18 @@ from minisgl.core.speculation import Speculation
 from minisgl.device.cpu import CallPieces, CpuDevice
 from minisgl.kernels.activation import silu_and_mul
 from minisgl.kernels.linear import linear
+from minisgl.kernels.op import forced
 from minisgl.kernels.qkv_prepare import qkv_prepare
 from minisgl.kernels.rmsnorm import rmsnorm
 from minisgl.models.decoder import ROPE_SLACK
 from minisgl.start.facts import graph_sizes
 from minisgl.start.footprint import pieces_bytes
 from minisgl.start.startup import capture_pieces
-from minisgl.step.executor import LocalExecutor
 from minisgl.step.sizes import GraphSizes, piece_sizes
 from minisgl.trace import record_with
 from tests.world.configs import VOCAB
 from tests.world.requests import mixed_requests, shared_requests
-from tests.world.tiny import guesses, serve
+from tests.world.tiny import TinyExecutor, guesses, serve
 
 MOST = 40  # tokens of a step in pieces
 
@@ -38,21 +39,21 @@ def executors(executors):
     return partial(executors, most_in_pieces=MOST)
 
 
-def poison(executor: LocalExecutor) -> list[tuple[int, int]]:
+def poison(executor: TinyExecutor) -> list[tuple[int, int]]:
     """Before each pass NaN wherever it does not write first. The (sequences, tokens) of passes."""
     pieces, passes = executor.worker.runner.pieces, []
     forward = pieces.forward
 
     def poisoned(inputs):
         tokens = len(inputs.input_ids)
-        shared = [] if pieces._shared is None else [*pieces._shared, pieces._hidden]
-        for tensor in shared:
+        scratch = pieces.scratch
+        for tensor in scratch:
             tensor.fill_(torch.nan)
-        for tensor in pieces._tokens:
+        for tensor in pieces.tokens(pieces.sizes[-1]):
             tensor[tokens:].fill_(-7)  # no token, no position
         hidden = forward(inputs)
         assert hidden.isfinite().all()
-        assert all(tensor[tokens:].isnan().all() for tensor in shared)
+        assert all(tensor[tokens:].isnan().all() for tensor in scratch)
         passes.append((len(inputs.rows), tokens))
         return hidden
 
@@ -116,7 +117,7 @@ def test_a_step_beyond_the_largest_size_runs_eagerly(executors):
 
 
 @contextmanager
-def logged(executor: LocalExecutor, monkeypatch):
+def logged(executor: TinyExecutor, monkeypatch):
     """The ops of every pass in pieces, by the parts of it: piece, attention, piece and so on."""
     passes: list[list[list[str]]] = []
 
@@ -203,45 +204,60 @@ class Taped:
                 call(*args)
 
 
-def test_what_was_captured_at_a_start_serves_every_step(executors, monkeypatch):
+@contextmanager
+def by_references(executor: TinyExecutor):
+    """Ops that are native code otherwise, which is not taken down, by what specifies them."""
+    names = (linear.name, rmsnorm.name, silu_and_mul.name, qkv_prepare.name)
+    within, device = ExitStack(), executor.worker.device
+    device.run(within.enter_context, forced(dict.fromkeys(names, "reference")))
+    yield executor.worker
+    device.run(within.close)
+
+
+def test_what_was_captured_at_a_start_serves_every_step(executors):
     """Nothing of a pass but its operations on tensors is left when its pieces are replayed."""
-    for op in (linear, rmsnorm, silu_and_mul, qkv_prepare):  # native ones are not taken down
-        monkeypatch.setitem(op._chosen, torch.device("cpu"), op.reference)
     requests = shared_requests(5, seed=4) + mixed_requests(9, seed=9)[3:]
-    eager = serve(executors(most_in_pieces=0), requests).tokens
-    executor = executors()
-    worker = executor.worker
-    worker.device.capture_pieces = Taped
-    sizes = worker.geometry.piece_sizes
-    for size in sizes[::-1]:
-        worker.device.run(capture_pieces, worker.runner, worker.limits, worker.geometry, size)
-    taped = worker.runner.pieces._graphs
-    assert [len(taped[size].calls) for size in sizes] == [2] * len(sizes)
-    assert all(len(piece) > 5 for size in sizes for piece in taped[size].tape.pieces)
-    assert serve(executor, requests).tokens == eager
+    executor = executors(most_in_pieces=0)
+    with by_references(executor):
+        eager = serve(executor, requests).tokens
+    executor, taped = executors(), []
+
+    def capture(function):
+        taped.append(Taped(function))
+        return taped[-1]
+
+    with by_references(executor) as worker:
+        worker.device.capture_pieces = capture
+        sizes = worker.geometry.piece_sizes
+        for size in sizes[::-1]:
+            worker.device.run(capture_pieces, worker.runner, worker.limits, worker.geometry, size)
+        assert [len(one.calls) for one in taped] == [2] * len(sizes)
+        assert all(len(piece) > 5 for one in taped for piece in one.tape.pieces)
+        assert serve(executor, requests).tokens == eager
+    assert len(taped) == len(sizes)
 
 
-def test_pieces_know_a_steps_tokens_alone_and_nothing_moves(executors):
-    executor = executors()
-    worker = executor.worker
-    pieces, places = worker.runner.pieces, set()
-    forward = pieces._forward
+def test_pieces_know_a_steps_tokens_alone_and_nothing_moves(model, executors):
+    places = set()
 
     def watched(inputs):
+        if inputs.attend is None:  # a pass that is not in pieces
+            return model.forward(inputs)
         sequences = (inputs.rows, inputs.seq_lens, inputs.cu_seqlens_q[1:])
         assert not any(map(len, sequences))
         assert inputs.num_decode == 0
         assert inputs.groups is None
         assert inputs.shared is None
-        hidden = forward(inputs)
-        static = (inputs.input_ids, inputs.positions, inputs.slot_mapping, *pieces._shared)
-        places.add(tuple(tensor.data_ptr() for tensor in (*static, worker.runner._rows.page_table)))
+        hidden = model.forward(inputs)
+        static = (inputs.input_ids, inputs.positions, inputs.slot_mapping, inputs.page_table)
+        places.add(tuple(tensor.data_ptr() for tensor in (*static, *pieces.scratch[:2])))
         return hidden
 
-    pieces._forward = watched
+    executor = executors(SimpleNamespace(forward=watched, logits=model.logits))
+    pieces = executor.worker.runner.pieces
     serve(executor, mixed_requests(9, seed=6))
     assert len(places) == 1
-    assert len(pieces._graphs) > 1
+    assert len(pieces.captured) > 1
 
 
 def test_they_are_captured_before_serving_the_largest_first(executors):
@@ -251,7 +267,7 @@ def test_they_are_captured_before_serving_the_largest_first(executors):
     sizes = worker.geometry.piece_sizes
     for size in sizes[::-1]:
         worker.device.run(capture_pieces, worker.runner, worker.limits, worker.geometry, size)
-    assert list(worker.runner.pieces._graphs) == [40, 32, 24, 16, 8]
+    assert worker.runner.pieces.captured == (40, 32, 24, 16, 8)
     requests = mixed_requests(9, seed=7)
     assert serve(executor, requests).tokens == serve(executors(), requests).tokens
 
@@ -289,7 +305,7 @@ def test_what_they_hold_is_planned(executors, model):
     executor = executors(most_in_pieces=90)
     serve(executor, mixed_requests(3, seed=1))
     pieces = executor.worker.runner.pieces
-    held = sum(t.nbytes for t in (*pieces._tokens, *pieces._shared, pieces._hidden))
+    held = sum(t.nbytes for t in (*pieces.tokens(pieces.sizes[-1]), *pieces.scratch))
     sizes = sizes_on_gpu(EngineConfig(piecewise_cuda_graph_max_tokens=90))
     planned = pieces_bytes(sizes, model.config, torch.float32, 1)
     assert held < planned
