@@ -5,6 +5,7 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -37,10 +38,10 @@ def tensor_at(address: int, num_bytes: int, code: int) -> torch.Tensor:
 
 
 class Rank:
-    """Stands in for the kernels: all ranks hold what this one holds. Notes its calls."""
+    """Stands in for the kernels: all ranks hold what this one holds. Notes `calls`."""
 
-    def __init__(self, rank, signals, data, everywhere, replica, half, word, blocks, timeout):
-        self.size, self.half, self.calls = len(signals), half, []
+    def __init__(self, calls, rank, signals, data, everywhere, replica, half, *_):
+        self.size, self.half, self.calls = len(signals), half, calls
         assert [d - s for d, s in zip(data, signals, strict=True)] == [256] * self.size
 
     def all_reduce(self, path, code, source, out, num_bytes, stream):
@@ -65,17 +66,23 @@ class Rank:
             tensor_at(address, rows * row_bytes, code).view(rows, -1).copy_(result)
 
 
-NATIVE = SimpleNamespace(Rank=Rank, MAX_ROW_BYTES=47 * 1024, MAX_RANKS=8, SIGNAL_BYTES=200)
+def native(calls: list) -> SimpleNamespace:
+    """The module of kernels."""
+    made = partial(Rank, calls)
+    return SimpleNamespace(Rank=made, MAX_ROW_BYTES=47 * 1024, MAX_RANKS=8, SIGNAL_BYTES=200)
 
 
-def make_peers(size: int = 2, half_bytes: int = CAPACITY, **facts) -> Peers:
+def make_peers(
+    size: int = 2, half_bytes: int = CAPACITY, *, calls: list | None = None, word=None, **facts
+) -> Peers:
+    module = native([] if calls is None else calls)
     return Peers(
-        NATIVE,
+        module,
         0,
         [4096 * (rank + 1) for rank in range(size)],
-        SimpleNamespace(value=0, address=8),
+        word or SimpleNamespace(value=0, address=8),
         stream=lambda: 7,
-        segment=Segment(NATIVE.SIGNAL_BYTES, half_bytes),
+        segment=Segment(module.SIGNAL_BYTES, half_bytes),
         timeout=1.0,
         **facts,
     )
@@ -152,19 +159,21 @@ def test_views_that_kernels_cannot_read_are_copied():
 
 def test_large_calls_are_cut_in_the_ordered_mode_only():
     x = torch.randn(1000, generator=torch.Generator().manual_seed(2))
-    peers = make_peers(ordered=True, half_bytes=1024)
+    calls = []
+    peers = make_peers(ordered=True, half_bytes=1024, calls=calls)
     assert torch.equal(peers.all_reduce(x.clone()), x + x)
-    assert [size for _, size in peers._native.calls] == [1024, 1024, 1024, 928]
+    assert [size for _, size in calls] == [1024, 1024, 1024, 928]
     assert make_peers(4).all_reduce(torch.zeros(CAPACITY)) is None  # NCCL's
     rows, residual, weight = torch.randn(9, 64), torch.zeros(9, 64), torch.ones(64)
     normed, total = peers.all_reduce_norm(rows.clone(), residual, weight, 1e-6, False)
-    assert [count for _, count in peers._native.calls[4:]] == [4, 4, 1]
+    assert [count for _, count in calls[4:]] == [4, 4, 1]
     assert torch.equal(total, rows + rows)
     assert torch.equal(normed, rmsnorm_reference(total, weight, 1e-6))
 
 
 def test_what_kernels_do_not_cover_is_not_taken():
-    peers = make_peers()
+    calls = []
+    peers = make_peers(calls=calls)
     assert peers.all_reduce(torch.zeros(8, dtype=torch.float64)) is None
     assert peers.all_reduce(torch.zeros(0, 8)).shape == (0, 8)
     for size in (12, 24 * 1024):  # no whole pack, too long for shared memory
@@ -173,7 +182,7 @@ def test_what_kernels_do_not_cover_is_not_taken():
     empty = torch.zeros(0, 64)
     normed, total = peers.all_reduce_norm(empty, empty, torch.ones(64), 1e-6, False)
     assert normed.shape == total.shape == (0, 64)
-    assert peers._native.calls == []
+    assert calls == []
 
 
 def test_arguments_that_do_not_fit_are_named():
@@ -185,13 +194,14 @@ def test_arguments_that_do_not_fit_are_named():
 
 
 def test_a_fault_is_raised_by_name():
-    peers = make_peers()
+    word = SimpleNamespace(value=0, address=8)
+    peers = make_peers(word=word)
     peers.check()
-    peers._word.value = 0x100 | 5 << 4 | 3
+    word.value = 0x100 | 5 << 4 | 3
     with pytest.raises(RuntimeError, match="rank 5 waited for rank 3 in vain"):
         peers.check()
     peers.abort()
-    assert peers._word.value == STOPPED
+    assert word.value == STOPPED
     with pytest.raises(RuntimeError, match="stopped"):
         peers.check()
 
@@ -286,7 +296,7 @@ def memory(monkeypatch) -> list[tuple[str, int]]:
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr(peer_memory, "native_module", lambda device: NATIVE)
+    monkeypatch.setattr(peer_memory, "native_module", lambda device: native([]))
     monkeypatch.setattr(peer_memory, "runtime_call", lambda *arguments: None)
     monkeypatch.setattr(peer_memory, "check_peer_access", lambda device, peers: None)
     monkeypatch.setattr(peer_memory, "supports_multicast", lambda device: False)

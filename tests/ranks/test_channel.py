@@ -1,6 +1,7 @@
 """The sockets between ranks: whole messages, ends that are noticed, strangers turned away."""
 
 import contextlib
+import os
 import socket
 import struct
 import threading
@@ -84,7 +85,8 @@ def test_a_listener_lets_in_who_knows_the_key(listener: Listener) -> None:
     channel.send(b"hello")
     assert rank.receive(timeout=30) == b"hello"
     for end in (rank, channel):  # sent data that nobody hears stops the kernel's questions
-        assert end._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 20_000
+        with socket.socket(fileno=os.dup(end.fileno())) as same:
+            assert same.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 20_000
     long = b"x" * 1000  # what a guest may not send
     rank.send(long)
     assert channel.receive(timeout=30) == long

@@ -1,7 +1,7 @@
 """What the memory plan counts for the draft model, beside a count of the tensors that there are."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from minisgl.build import BUNDLED_MODEL
 from minisgl.config import EngineConfig
 from minisgl.core.executor import Limits
 from minisgl.device import CpuDevice, Memory
+from minisgl.device.cpu import CallGraph
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
 from minisgl.models.loader import load_model
@@ -89,24 +90,38 @@ def draft(model: Decoder) -> Draft:
     return Draft(model, shape, DRAFTS)
 
 
-def runner_of(draft: Draft, device: CpuDevice, sizes: tuple[int, ...]) -> DraftRunner:
-    rows = RowBuffers.allocate(device, ROWS, 8, VOCAB)
-    return DraftRunner(device, draft, LIMITS, rows, Solo(), sizes, graphs=True)
+class Counting(CpuDevice):
+    """Notes the sizes of the buffers and the graphs that are made on it."""
+
+    def __init__(self) -> None:
+        super().__init__(num_threads=1)
+        self.buffers: list[int] = []
+        self.graphs: list[CallGraph] = []
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        made = super().zeros(shape, dtype)
+        self.buffers.append(made.nbytes)
+        return made
+
+    def capture(self, function: Callable[[], object]) -> CallGraph:
+        self.graphs.append(super().capture(function))
+        return self.graphs[-1]
 
 
 def test_graphs_of_the_draft_model_are_planned(draft: Draft) -> None:
-    device = CpuDevice(num_threads=1)
-    sizes = draft_sizes(ROWS, any_size=False)
+    device, sizes = Counting(), draft_sizes(ROWS, any_size=False)
     assert sizes == (1, 2, 4, 8, 16, 24)
 
     def count() -> tuple[int, int, int]:
         """Bytes of the buffers, graphs, most bytes alive in one."""
-        runner = runner_of(draft, device, sizes)
-        buffers = [runner._asked, runner._drafted, runner._nth]
-        runner.capture()
-        graphs = runner._graphs.values()
-        most = max(most_live(graph.replay) for graph in graphs)
-        return sum(buffer.nbytes for buffer in buffers), len(graphs), most
+        rows = RowBuffers.allocate(device, ROWS, 8, VOCAB)
+        device.buffers.clear()
+        others = LIMITS, rows, Solo(), sizes
+        DraftRunner(device, Draft(None, None, DRAFTS), *others, graphs=True)  # without a pool
+        buffers = sum(device.buffers)
+        DraftRunner(device, draft, *others, graphs=True).capture()
+        most = max(most_live(graph.replay) for graph in device.graphs)
+        return buffers, len(device.graphs), most
 
     try:
         buffers, graphs, most = device.run(count)
