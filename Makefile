@@ -85,12 +85,13 @@ lint: venv
 types: venv
 	$(call stage,types,$(PY) -m mypy $(TYPED))
 
+FLOORS := tests/test_floors.py tests/test_private_names.py
 floors: venv
-	$(call stage,floors,$(PYTEST) tests/test_floors.py)
+	$(call stage,floors,$(PYTEST) $(FLOORS))
 
 # By file: servers and models that a file's tests share start once.
-MAIN := -n $(JOBS) --dist loadfile tests --ignore tests/test_floors.py \
-	--ignore tests/kernels --ignore tests/compile
+MAIN := -n $(JOBS) --dist loadfile tests \
+	$(addprefix --ignore ,$(FLOORS) tests/kernels tests/compile)
 test-main: venv native
 	$(call stage,tests,$(PYTEST) $(MAIN))
 

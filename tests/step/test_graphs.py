@@ -203,7 +203,7 @@ def test_nothing_moves_once_it_is_captured(model, executors, monkeypatch):
     for how in (
         {"arrive": 1},
         {"masks": mask_all},
-        {"speculation": Speculation(guesses, 2, adaptive=False)},
+        {"speculation": Speculation(guesses, 2)},
     ):
         serve(executor, shared_requests(9, seed=6), **how)
     sizes = executor.worker.geometry.decode_sizes
