@@ -124,7 +124,12 @@ def _capability(device: torch.device) -> int:
 
 def architecture(device: torch.device) -> Architecture:
     """The table for `device`. Raises RuntimeError for a GPU that no table covers."""
-    return table_for(_target.get() or _capability(device))
+    return table_for(capability(device))
+
+
+def capability(device: torch.device) -> int:
+    """90 for an sm_90: of `target` where there is one, else of the GPU."""
+    return _target.get() or _capability(device)
 
 
 def table_for(capability: int) -> Architecture:

@@ -20,7 +20,7 @@ class FixedOrder:
 
     def __init__(self, model: Model, device: torch.device) -> None:
         self._model = model
-        self._choices = {"linear": "persistent"} if device.type == "cuda" else {}
+        self._choices = {"linear": "persistent"} if device.type != "cpu" else {}
 
     def forward(self, inputs: ForwardInputs) -> torch.Tensor:
         with self._order():
