@@ -14,7 +14,6 @@ ROOT = Path(__file__).parents[1]
 BY_NAME = {"setattr", "getattr", "delattr", "hasattr", "object", "patch"}  # what takes a name
 # Of what has no public counterpart yet; to become empty.
 ALLOWED = {
-    "tests/compile/test_serving.py": {"_choices"},
     "tests/gpu/test_step.py": {"_executor", "_graphs", "_pool"},
 }
 

@@ -2,7 +2,7 @@
 
 Launchers read their tiles, warps and stages here and nowhere else, and so does the compile gate:
 what is checked offline is what is launched. The numbers are chosen so that kernels compile without
-spilling registers and within shared memory (`python -m minisgl.kernels.lint`).
+spilling registers and within shared memory (`python -m minisgl.start.gate`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -116,20 +116,23 @@ def batch_invariant() -> bool:
     return _invariant.get()
 
 
-@lru_cache
-def _capability(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 def architecture(device: torch.device) -> Architecture:
     """The table for `device`. Raises RuntimeError for a GPU that no table covers."""
-    return table_for(capability(device))
+    return _table(device, _target.get())
+
+
+@lru_cache
+def _table(device: torch.device, arch: int | None) -> Architecture:
+    return table_for(capability(device) if arch is None else arch)
 
 
 def capability(device: torch.device) -> int:
     """90 for an sm_90: of `target` where there is one, else of the GPU."""
-    return _target.get() or _capability(device)
+    arch = _target.get()
+    if arch is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        arch = 10 * major + minor
+    return arch
 
 
 def table_for(capability: int) -> Architecture:

@@ -1,19 +1,13 @@
-"""The compile gate: every kernel the engine launches, compiled for each GPU with no GPU at hand.
+"""What compiled kernels use: registers, local and shared memory, the instructions that matter.
 
-    python -m minisgl.kernels.lint [--arch 90] [--op decode] [--baseline FILE] [--write FILE]
-
-Each launch of `gate` is compiled as `offline` does it and the cubins are read: registers, local
-memory, shared memory, and the instructions that matter for speed.
+Read from their cubins; `minisgl.start.gate` does so for every kernel that is served.
 """
 
-import argparse
-import json
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,11 +15,11 @@ from typing import Any
 import triton
 
 from minisgl.kernels.config import ARCHITECTURES
-from minisgl.kernels.gate import launches
-from minisgl.kernels.launches import Launch
-from minisgl.kernels.offline import offline
+from minisgl.kernels.offline import Variant
+from minisgl.kernels.op import all_ops
 
-ARCHES = tuple(ARCHITECTURES)
+TRITON = triton.__version__
+INTERPRETED = triton.knobs.runtime.interpret  # then nothing is compiled
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 # Instructions counted in the machine code, by the name they are reported under.
@@ -49,26 +43,29 @@ class Report:
     """What one compiled kernel uses. `local` is bytes of stack and spills per thread."""
 
     label: str
-    kernel: str
     arch: int
     registers: int
     local: int
     shared: int
     warps: int
     counts: dict[str, int] = field(default_factory=dict)
-    ordinal: int = 0  # among the variants of this kernel in one launch
 
     @property
     def key(self) -> str:
-        variant = f" #{self.ordinal}" if self.ordinal else ""
-        return f"{self.label} {self.kernel} sm_{self.arch}{variant}"
+        return f"{self.label} sm_{self.arch}"
 
     def row(self) -> str:
         counts = " ".join(f"{name}={n}" for name, n in self.counts.items() if n)
         return (
-            f"{self.label:44s} {self.kernel:22s} sm_{self.arch:<4d}"
+            f"{self.label:60s} sm_{self.arch:<4d}"
             f"{self.registers:4d} regs {self.local:4d} local {self.shared:7d} shared  {counts}"
         )
+
+    def figures(self) -> dict[str, Any]:
+        """What the baseline has of it."""
+        counts = {name: n for name, n in self.counts.items() if n}
+        figures = {"counts": counts, "local": self.local, "registers": self.registers}
+        return figures | {"shared": self.shared}
 
 
 @lru_cache
@@ -86,20 +83,34 @@ def machine_code(compiled: Any) -> str:
     return _dumped(compiled.asm["cubin"], "-sass")
 
 
-def read(label: str, arch: int, compiled: Any, *, instructions: bool = True) -> Report:
-    """What a compiled kernel uses. Disassembly takes longer than most kernels take to compile, so
-    `instructions` are counted where something is claimed of them."""
-    cubin = compiled.asm["cubin"]
-    usage = _dumped(cubin, "-res-usage")
-    code = machine_code(compiled) if instructions else ""
+def expected(variant: Variant) -> list[str]:
+    """The instructions that the cards want to see in it."""
+    facts = variant.facts
+    names = [
+        name
+        for card in all_ops()
+        for claim in card.expected
+        if claim.kernel == variant.name and claim.where(facts)
+        for name in claim.instructions
+    ]
+    # Warpgroups multiply 64 rows or more of 16 bits, those of the first parameter.
+    wide = facts.get("BLOCK_M", 64) >= 64 and next(iter(facts.values())) != "*fp32"
+    return [name for name in names if name != "wgmma" or (variant.arch == 90 and wide)]
+
+
+def read(label: str, variant: Variant) -> Report:
+    """Compile a kernel and read what it uses. Disassembly takes longer than most kernels take to
+    compile, so instructions are counted where something is expected of them."""
+    compiled = variant.compile()
+    usage = _dumped(compiled.asm["cubin"], "-res-usage")
+    code = machine_code(compiled) if expected(variant) else ""
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"{label}: cuobjdump gave no resource usage")
     registers, stack, local = (int(number) for number in found.groups())
     return Report(
         label,
-        compiled.metadata.name,
-        arch,
+        variant.arch,
         registers,
         stack + local,
         compiled.metadata.shared,
@@ -108,22 +119,7 @@ def read(label: str, arch: int, compiled: Any, *, instructions: bool = True) -> 
     )
 
 
-def reports(launch: Launch, arch: int) -> list[Report]:
-    """Compiles every kernel of one launch for sm_`arch`."""
-    with offline(arch) as compiled:
-        launch.run()
-    if not compiled:
-        raise RuntimeError(f"{launch.label}: the launcher launched nothing")
-    found: list[Report] = []
-    for kernel in compiled:
-        claims = bool(launch.expects(kernel.metadata.name, arch))
-        report = read(launch.label, arch, kernel, instructions=claims)
-        before = sum(report.kernel == other.kernel for other in found)
-        found.append(replace(report, ordinal=before))
-    return found
-
-
-def problems(report: Report, launch: Launch) -> list[str]:
+def problems(report: Report, expected: Sequence[str]) -> list[str]:
     """What is wrong with one kernel; empty when it passes."""
     found = []
     limit = ARCHITECTURES[report.arch].shared_bytes
@@ -133,15 +129,13 @@ def problems(report: Report, launch: Launch) -> list[str]:
         found.append(f"{report.shared} bytes of shared memory, limit {limit}")
     if report.registers * report.warps * 32 > 65536:
         found.append(f"{report.registers} registers in {report.warps} warps exceed the file")
-    for name in launch.expects(report.kernel, report.arch):
-        if not report.counts[name]:
-            found.append(f"no {name} in the machine code")
+    found += [f"no {name} in the machine code" for name in expected if not report.counts[name]]
     if report.counts["wgmma"] >= 8 and 2 * report.counts["wgmma_wait"] > report.counts["wgmma"]:
         found.append("wgmma is serialised: more than one wait for two products")
     return found
 
 
-def regressions(report: Report, baseline: dict[str, Any]) -> list[str]:
+def regressions(report: Report, baseline: Mapping[str, Any]) -> list[str]:
     """Where a kernel is worse than the committed figures for this version of Triton."""
     known = baseline.get(report.key)
     if known is None:
@@ -155,41 +149,3 @@ def regressions(report: Report, baseline: dict[str, Any]) -> list[str]:
         if report.counts[name] < known["counts"].get(name, 0):
             found.append(f"{name} {report.counts[name]}, baseline {known['counts'][name]}")
     return found
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="minisgl.kernels.lint", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--arch", type=int, action="append", choices=list(ARCHITECTURES))
-    parser.add_argument("--op", action="append", help="only launches whose label begins so")
-    parser.add_argument("--baseline", type=Path, help="fail on figures worse than this file's")
-    parser.add_argument("--write", type=Path, help="write the figures to this file")
-    options = parser.parse_args(arguments)
-    if triton.knobs.runtime.interpret:
-        parser.error("TRITON_INTERPRET=1 is set: kernels are interpreted, nothing is compiled")
-    baseline = json.loads(options.baseline.read_text()) if options.baseline else None
-    table, failures = {}, 0
-    for arch in options.arch or ARCHES:
-        for launch in launches(arch):
-            if options.op and not launch.label.startswith(tuple(options.op)):
-                continue
-            for report in reports(launch, arch):
-                found = problems(report, launch)
-                found += regressions(report, baseline) if baseline is not None else []
-                failures += bool(found)
-                table[report.key] = {
-                    name: value
-                    for name, value in asdict(report).items()
-                    if name in ("registers", "local", "shared", "counts")
-                }
-                table[report.key]["counts"] = {n: c for n, c in report.counts.items() if c}
-                print(report.row(), *(f"\n    ! {text}" for text in found), flush=True)
-    print(f"{len(table)} kernels compiled by triton {triton.__version__}, {failures} with problems")
-    if options.write:
-        lines = (f" {json.dumps(k)}: {json.dumps(table[k], sort_keys=True)}" for k in sorted(table))
-        options.write.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

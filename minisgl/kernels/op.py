@@ -1,11 +1,12 @@
 """The op card: one operation, its specification, its implementations, its cases and its cost.
 
-Tests, micro-benchmarks, the compile gate and warm-up go through all cards, so that a new kernel
-needs one new folder and nothing else. An implementation is named by an import path and loaded when
-first chosen, so that a CPU process never imports Triton.
+Tests, micro-benchmarks and the compile gate go through all cards, and what serving launches is
+found by serving, so that a new kernel needs one new folder and nothing else. An implementation is
+named by an import path and loaded when first chosen, so that a CPU process never imports Triton.
 """
 
 import importlib
+import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from minisgl.kernels.config import capability
 from minisgl.trace import detail, detailed
 
 _forced: ContextVar[Mapping[str, str] | None] = ContextVar("forced_implementations", default=None)
@@ -35,19 +37,45 @@ class Case:
     make: Callable[[torch.device, torch.dtype, torch.Generator], dict[str, Any]]
 
 
+WIDE = ("load128", "store128")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Instructions, by their names in `lint`, that the machine code of a kernel must show.
+
+    where: in which variants of it, by `Variant.facts`; wgmma is expected on Hopper only.
+    """
+
+    kernel: str
+    instructions: tuple[str, ...]
+    where: Callable[[Mapping[str, Any]], bool] = lambda facts: True
+
+
+def serves_all(**arguments: Any) -> None:
+    """Refuses nothing."""
+
+
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute an op. `path` is "module:function"; the reference's is empty."""
+    """One way to compute an op. `path` is "module:function"; the reference's is empty.
+
+    refusal: why it cannot compute a call with these arguments, if it serves a part of its op only;
+    the call raises ValueError with the same words.
+    """
 
     name: str
     device: str  # torch device type it runs on
     path: str
     capability: tuple[int, int] | None = None  # of the CUDA devices it runs on, if not of all
+    refusal: Callable[..., str | None] = serves_all
 
     def supports(self, device: torch.device) -> bool:
-        if device.type != self.device or self.capability is None:
-            return device.type == self.device
-        return torch.cuda.get_device_capability(device) == self.capability
+        """A "meta" tensor stands for one on the GPU that launchers configure for."""
+        kind = "cuda" if device.type == "meta" else device.type
+        if kind != self.device or self.capability is None:
+            return bool(kind == self.device)
+        return divmod(capability(device), 10) == self.capability
 
 
 @dataclass(eq=False)
@@ -57,7 +85,8 @@ class Op:
     `implementations` stand in order of preference; the first that supports the device is chosen,
     once per device. There is no silent fallback: a device nothing supports is an error. The
     reference is the specification in plain PyTorch, and the implementation on CPU unless another
-    is listed for it.
+    is listed for it. `variants` are calls, by implementation, that serving does not make, and that
+    the compile gate therefore makes; `expected` is what it looks for in the op's own kernels.
     """
 
     name: str
@@ -65,6 +94,8 @@ class Op:
     implementations: Sequence[Implementation] = ()
     cases: Sequence[Case] = ()
     cost: Callable[..., Cost] | None = None
+    variants: Mapping[str, Sequence[Case]] = field(default_factory=dict)
+    expected: Sequence[Expected] = ()
     _chosen: dict[torch.device, Callable[..., Any]] = field(default_factory=dict, repr=False)
 
     def __call__(self, first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -73,7 +104,9 @@ class Op:
         if forced is not None and self.name in forced:
             function = self.implementation(forced[self.name])
         elif function is None:
-            function = self._chosen[first.device] = self.choose(first.device)
+            function = self.choose(first.device)
+            if first.device.type != "meta":  # which stands for one GPU now, for another later
+                self._chosen[first.device] = function
         if detailed():
             with detail(self.name):
                 return function(first, *args, **kwargs)
@@ -105,6 +138,17 @@ class Op:
                 return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
         known = ["reference", *(i.name for i in self.implementations)]
         raise KeyError(f"op {self.name} has implementations {known}, not {name!r}")
+
+
+def all_ops() -> list[Op]:
+    """The cards of all rooms of `minisgl.kernels`, by name."""
+    found: dict[str, Op] = {}
+    package = importlib.import_module(__package__)
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.ispkg:
+            room = importlib.import_module(f"{__package__}.{module.name}")
+            found.update({card.name: card for card in vars(room).values() if isinstance(card, Op)})
+    return [found[name] for name in sorted(found)]
 
 
 @contextmanager

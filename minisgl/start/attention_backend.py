@@ -20,7 +20,7 @@ def attention_op(
     if backend == "auto":
         return attention
     op = attention.only(IMPLEMENTATIONS[backend])
-    if device.type != "cuda":
+    if device.type == "cpu":
         raise ValueError(f"attention_backend {backend} needs a CUDA device, got {device}")
     [implementation] = op.implementations
     if not implementation.supports(device):

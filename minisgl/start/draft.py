@@ -1,15 +1,13 @@
 """What makes a model the draft model of a target: the same tokens, and enough context."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minisgl.config import EngineConfig
-from minisgl.kernels.shapes import EngineShapes
 from minisgl.models.config import ModelConfig
 from minisgl.models.hub import model_directory
-from minisgl.step.draft import FIRST_WIDTH
 
 BUNDLED_DRAFT = Path(__file__).parents[1] / "assets" / "tiny-draft"
 
@@ -20,12 +18,6 @@ class DraftFacts:
 
     path: Path
     model: ModelConfig
-
-
-def draft_launches(engine: EngineShapes) -> EngineShapes:
-    """What the draft model is launched with in that engine: its passes' widths, no groups, and no
-    fixed order, since what is drafted changes no token."""
-    return replace(engine, widths=(1, FIRST_WIDTH), cascade=False, batch_invariant=False)
 
 
 def read_draft(

@@ -6,13 +6,11 @@ from minisgl.core.executor import Limits
 from minisgl.device import Device
 from minisgl.kernels.attention import attention
 from minisgl.kernels.op import Op
-from minisgl.kernels.shapes import EngineShapes
 from minisgl.log import get_logger
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
 from minisgl.models.loader import load_model
 from minisgl.parallel import Communicator, Solo
-from minisgl.start.draft import draft_launches
 from minisgl.start.facts import Facts
 from minisgl.start.footprint import footprint, static_bytes
 from minisgl.start.memory_plan import MemoryPlan, check_graphs, fewest, plan_memory, share_of_memory
@@ -20,7 +18,6 @@ from minisgl.start.startup import Kernels, Stages, make_ready
 from minisgl.step.draft import Draft
 from minisgl.step.fixed_order import FixedOrder
 from minisgl.step.kv_pool import KVShape
-from minisgl.step.sizes import page_table_width
 from minisgl.step.worker import Worker
 
 log = get_logger(__name__)
@@ -33,7 +30,7 @@ def load_worker(facts: Facts, device: Device, comm: Communicator | None = None) 
     """
     comm, stages, kernels, config = comm or Solo(), Stages(), Kernels(device), facts.config
     model, draft = load_models(facts, device, comm, stages)
-    shape = KVShape(facts.model.num_layers, model.num_kv_heads, facts.model.head_dim, facts.dtype)
+    shape = kv_shape(facts, model)
     with stages.stage("plan memory"):
         plan = device.run(_plan, facts, model, shape, draft, device, comm)
         limits = Limits(
@@ -44,20 +41,43 @@ def load_worker(facts: Facts, device: Device, comm: Communicator | None = None) 
             vocab_size=facts.model.vocab_size,
         )
     with stages.stage("build kernels"):
-        _build_kernels(kernels, facts, model, draft, limits, comm)
+        kernels.build(facts, limits, comm)
     # Nodes may log differently, but ranks take part in the same collectives or none.
     debugged = device.run(fewest, comm, device, int(config.log_level == "debug"))
+    compare = bool(debugged) and comm.size > 1
+    worker, taken = ready_worker(facts, model, draft, limits, device, comm, stages, compare)
+    if taken:
+        check_graphs(plan, taken + static_bytes(facts.graphs, limits.vocab_size))
+    kernels.ready()
+    worker.compilations = kernels.missed
+    if comm.rank == 0:
+        log.info("%s", stages.table())
+    return worker
+
+
+def ready_worker(
+    facts: Facts,
+    model: Decoder,
+    draft: Draft | None,
+    limits: Limits,
+    device: Device,
+    comm: Communicator,
+    stages: Stages,
+    compare: bool = False,
+) -> tuple[Worker, int]:
+    """The worker that these models make, made ready, and the bytes that capturing took."""
+    config = facts.config
     with stages.stage("warm up"):
         worker = Worker(
             device,
             FixedOrder(model, device.torch_device) if config.batch_invariant else model,
-            shape,
+            kv_shape(facts, model),
             limits,
             eos_token_ids=facts.model.eos_token_ids,
             graphs=facts.graphs,
             comm=comm,
             draft=draft,
-            compare=bool(debugged) and comm.size > 1,
+            compare=compare,
         )
     taken = make_ready(
         worker,
@@ -66,13 +86,13 @@ def load_worker(facts: Facts, device: Device, comm: Communicator | None = None) 
         prompt_tokens=config.chunked_prefill_size,
         num_drafts=config.num_draft_tokens,
     )
-    if taken:
-        check_graphs(plan, taken + static_bytes(facts.graphs, limits.vocab_size))
-    kernels.ready()
-    worker.compilations = kernels.missed
-    if comm.rank == 0:
-        log.info("%s", stages.table())
-    return worker
+    return worker, taken
+
+
+def kv_shape(facts: Facts, model: Decoder) -> KVShape:
+    """What a token of this rank's share of a model takes."""
+    own = model.config
+    return KVShape(own.num_layers, model.num_kv_heads, own.head_dim, facts.dtype)
 
 
 def load_models(
@@ -102,10 +122,8 @@ def load_models(
     if facts.draft is None:
         return model, Draft(None, None, config.num_draft_tokens)
     with stages.stage("load the draft model"):
-        own = facts.draft.model
-        drafting = load(own, facts.draft.path, Solo(), attention)
-    shape = KVShape(own.num_layers, own.num_kv_heads, own.head_dim, facts.dtype)
-    return model, Draft(drafting, shape, config.num_draft_tokens)
+        drafting = load(facts.draft.model, facts.draft.path, Solo(), attention)
+    return model, Draft(drafting, kv_shape(facts, drafting), config.num_draft_tokens)
 
 
 def _plan(
@@ -125,25 +143,3 @@ def _plan(
         token_bytes += draft.shape.bytes_per_token  # on the same pages
     modest = device.torch_device.type == "cpu"
     return plan_memory(memory, needs, token_bytes, config, facts.max_context, modest=modest)
-
-
-def _build_kernels(
-    kernels: Kernels,
-    facts: Facts,
-    model: Decoder,
-    draft: Draft | None,
-    limits: Limits,
-    comm: Communicator,
-) -> None:
-    launched = EngineShapes(
-        page_size=limits.page_size,
-        num_pages=limits.num_pages,
-        max_pages=page_table_width(limits),
-        max_rows=limits.max_rows,
-        max_drafts=facts.config.num_draft_tokens,
-        batch_invariant=facts.config.batch_invariant,
-        cascade=facts.cascade,
-    )
-    kernels.build(model, launched, comm)
-    if draft is not None and draft.model is not None:
-        kernels.build(draft.model, draft_launches(launched), Solo())

@@ -4,8 +4,9 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from itertools import product
 
-import msgspec
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -14,11 +15,9 @@ from minisgl.core.batch import PENDING, Batch, CascadeGroup, Chunk, CopyJob, Row
 from minisgl.core.executor import GrammarMasks, Limits
 from minisgl.core.request import SamplingParams
 from minisgl.device import Device
-from minisgl.kernels.shapes import EngineShapes
 from minisgl.log import get_logger, shows_progress
-from minisgl.models.decoder import Decoder
 from minisgl.parallel import Communicator
-from minisgl.start.kernel_shapes import model_shapes
+from minisgl.start.facts import Facts
 from minisgl.step.inputs import pack_step
 from minisgl.step.rows import HostRows
 from minisgl.step.runner import Runner, Step
@@ -77,25 +76,24 @@ class Kernels:
     def _total(self) -> int:
         return 0 if self._counter is None else self._counter.total
 
-    def build(self, model: Decoder, engine: EngineShapes, comm: Communicator) -> None:
-        """Compile what serving `model` can need in parallel processes, and load it here.
+    def build(self, facts: Facts, limits: Limits, comm: Communicator) -> None:
+        """Compile what serving can need in parallel processes, and load it here.
 
         Rank 0 compiles, and the others find it on disk. RuntimeError where a kernel does not
         compile.
         """
         if self._counter is None:
             return
-        from minisgl.kernels.config import table_for
-        from minisgl.kernels.warmup import compile_ahead, load, serving_launches
+        from minisgl.kernels.warmup import load
+        from minisgl.start.launches import Start, compile_ahead
 
         major, minor = torch.cuda.get_device_capability(self._device.torch_device)
-        arch, shapes = 10 * major + minor, model_shapes(model)
+        start = Start.of(facts, limits, 10 * major + minor, comm.rank)
+        compiled, variants = compile_ahead(start, None if comm.rank == 0 else 0)
         if comm.rank == 0:
-            compiled = compile_ahead(shapes, engine, arch)
-            log.info("compiled %d kernels for sm_%d; the others were on disk", compiled, arch)
+            log.info("compiled %d kernels for sm_%d; the others were on disk", compiled, start.arch)
         self._device.run(lambda: comm.broadcast(self._device.zeros((1,), torch.int32)))
-        launches = serving_launches(shapes, engine, table_for(arch))
-        self._device.run(load, launches, arch)
+        self._device.run(load, variants)
 
 
 def make_ready(
@@ -108,11 +106,10 @@ def make_ready(
     """
     device, runner = worker.device, worker.runner
     limits, geometry = worker.limits, worker.geometry
-    everything = device.captures
+    widths = (1, 1 + num_drafts) if num_drafts and device.captures else (1,)
+    warm = partial(warm_up, cascade=cascade, widths=widths, everything=device.captures)
     with stages.stage("warm up"):
-        device.run(
-            lambda: warm_up(runner, limits, geometry, cascade=cascade, everything=everything)
-        )
+        device.run(warm, runner, limits, geometry)
     if not device.captures:  # where it costs nothing, graphs are made when they are first needed
         return 0
     taken = device.run(_capture, worker, stages, cascade) if runner.graphs else 0
@@ -145,43 +142,66 @@ def _progress(sizes: Sequence[int]) -> Iterable[int]:
 
 
 def warm_up(
-    runner: Runner, limits: Limits, geometry: Geometry, *, cascade: bool, everything: bool
+    runner: Runner,
+    limits: Limits,
+    geometry: Geometry,
+    *,
+    cascade: bool,
+    widths: Iterable[int],
+    everything: bool,
 ) -> None:
     """Run prompts and mixed steps on the padding row, in the stream.
 
-    With `everything` that can be asked of them, too, so that no request is the first to load what
-    it needs. Padding is left greedy: the cheapest to sample.
+    widths: tokens of a decoding sequence. With `everything` that can be asked of them, too, so that
+    no request is the first to load what it needs.
     """
-    row = limits.max_rows
     host = HostRows(limits.max_rows, limits.vocab_size, ())
+    eager = replace(geometry, decode_sizes={}, staging=0, piece_sizes=())
+    steps, row = [*kinds_of_steps(limits, widths, (0, 1), everything=everything)], limits.max_rows
+    if cascade:
+        after = Chunk(0, 0, row, limits.page_size, 1, [0], 0, [0, 0], True)
+        steps.append((Batch(0, [after], 1, cascade_groups=[CascadeGroup(0, 1, 1)]), None))
+    if geometry.num_drafts:
+        pending = [PENDING] * geometry.num_drafts
+        follows = Chunk(0, 0, row, 0, 2, [0, 0], 0, [0], False)
+        proposed = Chunk(0, 0, row, 0, 1 + len(pending), [], 0, [], True, pending)
+        steps.append((Batch(0, [proposed], 1, draft_chunks=[follows]), None))
+    for batch, masks in steps:
+        step = Step(pack_step(batch, host, eager))
+        runner.forward(step)
+        runner.sample(step, masks)
+
+
+def kinds_of_steps(
+    limits: Limits, widths: Iterable[int], counts: Sequence[int], *, everything: bool = True
+) -> Iterator[tuple[Batch, GrammarMasks | None]]:
+    """Steps of so many decoding sequences of so many tokens each, alone and with a prompt.
+
+    With `everything` such that ask for all there is come first, and each once more with a mask.
+    The padding row is left greedy: the cheapest to sample.
+    """
     asking = SamplingParams(
         seed=0, frequency_penalty=0.1, logit_bias=((0, 1.0),), logprobs=1, prompt_logprobs=1
     )
     greedy = SamplingParams(seed=0, temperature=0.0)
-    setups = [RowSetup(0, 0, row, 0, 2, params, [0, 0]) for params in (asking, greedy)]
-    prompt = Chunk(0, 0, row, 0, 2, [0, 0], 0, [0], True)
-    decode = Chunk(0, 0, row, 1, 1, [], 0, [], True)
-    drafted = Chunk(0, 0, row, 1, 2, [], 0, [], True, [0])
-    batches = [
-        Batch(0, [prompt], 0, setups[:1], [CopyJob(0, 0, 0)]),
-        Batch(1, [drafted, prompt], 1),
-        Batch(2, [prompt], 0, setups[1:]),
-        Batch(3, [decode, prompt], 1),
-    ]
-    if cascade:
-        after = Chunk(0, 0, row, limits.page_size, 1, [0], 0, [0, 0], True)
-        batches.append(Batch(4, [after], 1, cascade_groups=[CascadeGroup(0, 1, 1)]))
-    if geometry.num_drafts:
-        follows = msgspec.structs.replace(prompt, samples=False)
-        drafts = [PENDING] * geometry.num_drafts
-        proposed = Chunk(0, 0, row, 0, 1 + len(drafts), [], 0, [], True, drafts)
-        batches.append(Batch(5, [proposed], 1, draft_chunks=[follows]))
     bits = np.full((1, mask_words(limits.vocab_size)), 2**32 - 1, np.uint32)
-    eager = replace(geometry, decode_sizes={}, staging=0, piece_sizes=())
-    for batch in batches if everything else batches[2:]:
-        step = Step(pack_step(batch, host, eager))
-        runner.forward(step)
-        runner.sample(step, None if batch.step else GrammarMasks([0], bits))
+    every_mask = (None, GrammarMasks([0], bits)) if everything else (None,)
+    for params in (asking, greedy) if everything else (greedy,):
+        setups = [RowSetup(0, 0, limits.max_rows, 0, 2, params, [0, 0])]
+        for width, count, prompts, masks in product(widths, counts, (0, 1), every_mask):
+            if count + prompts:
+                yield mixed_step(limits, width, count, prompts, setups), masks
+
+
+def mixed_step(
+    limits: Limits, width: int, count: int, prompts: int, setups: Sequence[RowSetup] = ()
+) -> Batch:
+    """`count` decoding sequences with `width` tokens each and short prompts, on the padding row."""
+    row = limits.max_rows
+    decode = Chunk(0, 0, row, 1, width, [], 0, [], True, [0] * (width - 1))
+    prompt = Chunk(0, 0, row, 0, 2, [0, 0], 0, [0], True)
+    chunks = [decode] * count + [prompt] * prompts
+    return Batch(0, chunks, count, list(setups), [CopyJob(0, 0, 0)])
 
 
 def capture_pieces(runner: Runner, limits: Limits, geometry: Geometry, tokens: int) -> None:

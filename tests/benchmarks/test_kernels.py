@@ -16,7 +16,7 @@ from benchmarks.kernels.measure import compare, measure, passes, stand_ins, ways
 from benchmarks.kernels.timing import Ceilings, HostClock, Timer
 from benchmarks.kernels.workload import Setting, Workload
 from benchmarks.kernels.workloads import workloads
-from tests.kernels.cards import all_ops
+from minisgl.kernels.op import all_ops
 
 CPU = torch.device("cpu")
 

@@ -4,15 +4,16 @@ import re
 from typing import Any
 
 import pytest
+import torch
 
+from minisgl.kernels.attention import attention
 from minisgl.kernels.attention.hopper import BLOCK_N, STAGES, attention_hopper
-from minisgl.kernels.gate import LLAMA
-from minisgl.kernels.launches import ints, paged
 from minisgl.kernels.lint import machine_code
-from minisgl.kernels.offline import offline
-from minisgl.kernels.shapes import EngineShapes
+from minisgl.kernels.offline import recorded
+from minisgl.kernels.op import Implementation, Op
 
-HEAD_BYTES = 2 * LLAMA.head_dim  # of one key
+CALLS = {case.label: case for case in attention.variants["hopper"]}
+HEAD_BYTES = 2 * 128  # of one key
 
 STEPS = {
     "wait": r"mbarrier\.try_wait",
@@ -26,11 +27,11 @@ STEPS = {
 
 
 def compiled(page_size: int) -> Any:
-    engine = EngineShapes(page_size, 256, 16, 8)
-    call = paged(LLAMA, engine, 4, 512) | {"cu_seqlens_q": ints(5), "max_seqlen_q": 512}
-    with offline(90) as kernels:
-        attention_hopper(**call)
-    return kernels[0]
+    call, generator = CALLS[f"page{page_size}"], torch.Generator().manual_seed(0)
+    with recorded(90) as launched:
+        attention_hopper(**call.make(torch.device("meta"), torch.bfloat16, generator))
+    (variant,) = launched.values()
+    return variant.compile()
 
 
 def steps(page_size: int) -> list[tuple[str, int]]:
@@ -81,3 +82,37 @@ def test_weights_are_computed_while_products_run(page_size):
     assert len(found) == 2  # the loops of whole tiles and of masked ones
     rows = 2  # of a thread, each with weights and a factor for what came before
     assert found == [rows * (BLOCK_N // 4 + 1)] * 2
+
+
+def test_what_it_serves_is_said_on_its_card():
+    """Of the cases of attention: heads of 128 in 16 bits, on pages of 16 tokens or more, bare."""
+    (hopper,) = (i for i in attention.implementations if i.name == "hopper")
+    generator = torch.Generator().manual_seed(0)
+    served = [
+        (case.label, dtype)
+        for case in attention.cases
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)
+        if hopper.refusal(**case.make(torch.device("cpu"), dtype, generator)) is None
+    ]
+    labels = ("chunks-D128", "empty-sequence", "lse-D128")
+    halves = (torch.float16, torch.bfloat16)
+    assert served == [(label, dtype) for label in labels for dtype in halves]
+
+
+def test_meta_tensors_stand_for_the_gpu_that_launchers_configure_for():
+    """Its instructions are Hopper's alone; what is chosen for one GPU is not kept for another."""
+    (hopper,) = (i for i in attention.implementations if i.name == "hopper")
+    meta, path = torch.device("meta"), "minisgl.kernels.activation.portable"
+    card = Op(
+        "gated",
+        attention.reference,
+        [
+            Implementation("hopper", "cuda", f"{path}:gelu_tanh_and_mul_portable", (9, 0)),
+            Implementation("portable", "cuda", f"{path}:silu_and_mul_portable"),
+        ],
+    )
+    for arch in (80, 90, 100):
+        with recorded(arch) as launched:
+            assert hopper.supports(meta) == (arch == 90)
+            card(torch.empty(2, 64, device=meta))
+        assert [variant.facts["GELU"] for variant in launched.values()] == [arch == 90]

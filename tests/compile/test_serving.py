@@ -1,161 +1,134 @@
-"""Serving launches nothing that warm-up has not compiled.
+"""Serving launches nothing that was not recorded ahead.
 
-A real executor serves real batches while the CPU's tensors go to the GPU's launchers, which compile
-for sm_90 and stop. What they would have computed is zero.
+A real scheduler and executor serve on the GPU without memory on which launches are recorded.
 """
 
-import itertools
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import replace
-from unittest.mock import patch
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import triton
 
 from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch
-from minisgl.core.executor import GrammarMasks
+from minisgl.core.executor import GrammarMasks, Limits
 from minisgl.core.speculation import Speculation, propose_on_device
-from minisgl.kernels.config import table_for
-from minisgl.kernels.launches import Launch
-from minisgl.kernels.offline import OfflineDriver, offline
-from minisgl.kernels.op import forced
-from minisgl.kernels.shapes import EngineShapes
-from minisgl.kernels.warmup import CompileCounter, serving_launches
-from minisgl.start.draft import draft_launches
-from minisgl.start.kernel_shapes import model_shapes
+from minisgl.device.meta import MetaDevice
+from minisgl.kernels.offline import recorded
+from minisgl.models.config import ModelConfig
+from minisgl.start import launches
+from minisgl.start.draft import DraftFacts
+from minisgl.start.facts import Facts, graph_sizes, uses_cascade
 from minisgl.step.executor import LocalExecutor
-from minisgl.step.fixed_order import FixedOrder
-from minisgl.step.kv_pool import KVShape
-from tests.kernels.cards import all_ops
+from minisgl.step.inputs import pack_step
+from minisgl.step.runner import Step
+from minisgl.step.worker import Worker
 from tests.world.configs import VOCAB
 from tests.world.requests import mixed_requests, shared_requests
-from tests.world.tiny import make_executor, serve, tiny_decoder
+from tests.world.tiny import Served, serve, tiny_decoder
 
 ARCH = 90
 DRAFTS = 2  # of a sequence in a step, at most
+NGRAM = {"speculative_algorithm": "ngram", "speculative_num_draft_tokens": DRAFTS}
+MODEL = {"speculative_algorithm": "draft", "speculative_draft_model": "a draft model"}
+MODEL |= {"speculative_num_draft_tokens": DRAFTS}
 
 
-PORTABLE = {
-    op.name: "portable" for op in all_ops() for i in op.implementations if i.name == "portable"
-}
-
-
-def on_gpu_launchers() -> ExitStack:
-    """Every op by its portable kernel, compiled and not run; fresh memory is zero."""
-    stack = ExitStack()
-    stack.enter_context(offline(ARCH))
-    stack.enter_context(forced(PORTABLE))
-
-    def zeroed(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        return lambda *args, **kwargs: make(*args, **kwargs).zero_()
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        stack.enter_context(patch.object(owner, name, zeroed(getattr(owner, name))))
-    return stack
-
-
-NEW_DEVICE = itertools.count(1000)
-
-
-@pytest.fixture
-def counter(monkeypatch):
-    """On a device of the test's own: this process has compiled nothing for it."""
-    device = next(NEW_DEVICE)
-    monkeypatch.setattr(OfflineDriver, "get_current_device", lambda self: device)
-    monkeypatch.setattr(triton.knobs.compilation, "listener", None)
-    made = CompileCounter()
-    made.install()
-    return made
-
-
-def engine_shapes(executor: LocalExecutor, fixed: bool) -> EngineShapes:
-    """Those of an engine over it, with drafts and without cascade groups."""
-    limits = executor.limits
-    return EngineShapes(
-        limits.page_size,
-        limits.num_pages,
-        executor.worker.geometry.page_table_width,
-        limits.max_rows,
-        max_drafts=DRAFTS,
-        batch_invariant=fixed,
-    )
-
-
-def warm_up(launches: list[Launch]) -> None:
-    for launch in launches:
-        launch.run()
-
-
-@pytest.mark.parametrize("facts", [{"graphs": False}, {}, {"most_in_pieces": 100}], ids=str)
-@pytest.mark.parametrize("fixed", [False, True])
-def test_warm_up_has_compiled_whatever_a_step_launches(counter, facts, fixed):
-    decoder = tiny_decoder(torch.bfloat16)
-    model = FixedOrder(decoder, torch.device("cpu")) if fixed else decoder
-    executor = make_executor(
-        model, dtype=torch.bfloat16, graph_widths=(1, 1 + DRAFTS), num_pages=60, **facts
-    )
-    worker, engine = executor.worker, replace(engine_shapes(executor, fixed), cascade=not fixed)
-    launches = list(serving_launches(model_shapes(decoder), engine, table_for(ARCH)))
-
-    def masks(batch: Batch) -> GrammarMasks:
-        sampling = [i for i, chunk in enumerate(batch.chunks) if chunk.samples]
-        rows = [i for i in sampling for _ in range(1 + len(batch.chunks[i].drafts))]
-        return GrammarMasks(rows, np.full((len(rows), -(-VOCAB // 32)), 2**32 - 1, np.uint32))
-
-    contexts = worker.device.run(on_gpu_launchers)
-    if fixed:
-        model._choices = PORTABLE | {"linear": "persistent"}
-    try:
-        worker.device.run(warm_up, launches)
-        before = counter.total
-        guess = Speculation(lambda sequence, most: [0] * min(most, sequence.uid % 3), DRAFTS)
-        requests = mixed_requests(7, seed=1, max_tokens=5)
-        drafted = serve(executor, requests, speculation=guess)
-        serve(executor, requests[:3], masks=masks)
-        grouping = None if fixed else EngineConfig(cascade_min_shared_tokens=1)
-        grouped = serve(executor, shared_requests(5, seed=2), config=grouping, arrive=4)
-        assert counter.names[before:] == []
-        assert any(chunk.drafts for batch in drafted.batches for chunk in batch.chunks)
-        assert any(batch.cascade_groups for batch in grouped.batches) != fixed
-    finally:
-        worker.device.run(contexts.close)
-        worker.close()
-
-
-@pytest.mark.parametrize("fixed", [False, True])
-def test_warm_up_has_compiled_whatever_a_draft_model_launches(counter, fixed):
-    """Of another shape than the target, whose kernels are no help."""
-    target = tiny_decoder(torch.bfloat16)
-    draft = tiny_decoder(torch.bfloat16, seed=1, hidden_size=48, num_key_value_heads=1)
-    model = FixedOrder(target, torch.device("cpu")) if fixed else target
-    executor = make_executor(
+def start(
+    draft: ModelConfig | None = None, rank: int = 0, **options: Any
+) -> tuple[Worker, set[str]]:
+    """A worker for the tiny model, and what serving with it can launch."""
+    config = EngineConfig(max_running_requests=8, chunked_prefill_size=64, **options)
+    model, dtype, device = tiny_decoder().config, torch.bfloat16, MetaDevice()
+    facts = Facts(
+        config,
+        Path(),
         model,
-        dtype=torch.bfloat16,
-        graph_widths=(1, 1 + DRAFTS),
-        draft=draft,
-        draft_shape=KVShape(2, 1, 16, torch.bfloat16),
-        num_drafts=DRAFTS,
+        dtype,
+        model.max_context,
+        uses_cascade(config, model, device),
+        graph_sizes(config, dtype, device),
+        None if draft is None else DraftFacts(Path(), draft),
     )
-    worker, engine, table = executor.worker, engine_shapes(executor, fixed), table_for(ARCH)
-    launches = [*serving_launches(model_shapes(target), engine, table)]
-    launches += serving_launches(model_shapes(draft), draft_launches(engine), table)
-    contexts = worker.device.run(on_gpu_launchers)
-    if fixed:
-        model._choices = PORTABLE | {"linear": "persistent"}
-    try:
-        worker.device.run(warm_up, launches)
-        before = counter.total
-        guess = Speculation(propose_on_device, DRAFTS, on_device=True, chunk_size=24)
-        config = EngineConfig(chunked_prefill_size=24)
-        requests = mixed_requests(7, seed=1, max_tokens=5)
-        drafted = serve(executor, requests, speculation=guess, config=config)
-        assert counter.names[before:] == []
-        assert any(batch.draft_chunks for batch in drafted.batches)
-        assert any(chunk.drafts for batch in drafted.batches for chunk in batch.chunks)
-    finally:
-        worker.device.run(contexts.close)
-        worker.close()
+    limits = Limits(60, 16, config.max_running_requests, model.max_context, VOCAB)
+    with recorded(ARCH) as found:
+        worker = launches.serve(facts, limits, rank)
+    return worker, set(found)
+
+
+def masks(batch: Batch) -> GrammarMasks:
+    sampling = [i for i, chunk in enumerate(batch.chunks) if chunk.samples]
+    rows = [i for i in sampling for _ in range(1 + len(batch.chunks[i].drafts))]
+    return GrammarMasks(rows, np.full((len(rows), -(-VOCAB // 32)), 2**32 - 1, np.uint32))
+
+
+def serve_all(worker: Worker, *, drafts: bool, groups: bool) -> list[Served]:
+    """With drafts, penalties and log-probabilities; with masks; with groups."""
+    executor, guess = LocalExecutor(worker), None
+    if drafts:
+        guess = Speculation(lambda sequence, most: [0] * min(most, sequence.uid % 3), DRAFTS)
+    requests = mixed_requests(7, seed=1, max_tokens=5)
+    config = EngineConfig(cascade_min_shared_tokens=1) if groups else None
+    return [
+        serve(executor, requests, speculation=guess),
+        serve(executor, requests[:3], masks=masks),
+        serve(executor, shared_requests(5, seed=2), config=config, arrive=4),
+    ]
+
+
+OPTIONS = [{"disable_cuda_graph": True}, {}, {"piecewise_cuda_graph_max_tokens": 64}]
+
+
+@pytest.mark.parametrize("drafts", [{}, NGRAM], ids=["plain", "drafts"])
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_whatever_a_step_launches_was_recorded(options, fixed, drafts):
+    worker, known = start(**options, **drafts, batch_invariant=fixed)
+    with recorded(ARCH) as launched:
+        drafted, _, grouped = serve_all(worker, drafts=bool(drafts), groups=not fixed)
+    assert launched.keys() - known == set()
+    assert any(c.drafts for batch in drafted.batches for c in batch.chunks) == bool(drafts)
+    assert any(batch.cascade_groups for batch in grouped.batches) != fixed
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_whatever_a_draft_model_launches_was_recorded(fixed):
+    """Of another shape than the target, whose kernels are no help."""
+    draft = tiny_decoder(hidden_size=48, num_key_value_heads=1).config
+    worker, known = start(draft, **MODEL, batch_invariant=fixed)
+    guess = Speculation(propose_on_device, DRAFTS, on_device=True, chunk_size=24)
+    config = EngineConfig(chunked_prefill_size=24)
+    requests = mixed_requests(7, seed=1, max_tokens=5)
+    with recorded(ARCH) as launched:
+        drafted = serve(LocalExecutor(worker), requests, speculation=guess, config=config)
+    assert launched.keys() - known == set()
+    assert any(batch.draft_chunks for batch in drafted.batches)
+    assert any(chunk.drafts for batch in drafted.batches for chunk in batch.chunks)
+
+
+@pytest.mark.parametrize("drafts", [{}, NGRAM], ids=["plain", "drafts"])
+def test_whatever_other_ranks_launch_was_recorded(drafts):
+    """They replay the batches of rank 0, and never draw."""
+    first, known_first = start(tp_size=2, **drafts)
+    other, known = start(tp_size=2, rank=1, **drafts)
+    with recorded(ARCH):
+        served = serve_all(first, drafts=bool(drafts), groups=True)
+    batches = [batch for each in served for batch in each.batches]
+    with recorded(ARCH) as launched:
+        for batch in batches:
+            step = Step(pack_step(batch, other.host_rows, other.geometry))
+            other.device.run(other.runner.forward, step)
+            other.device.run(other.runner.sample, step, None)
+    assert launched
+    assert launched.keys() - known == set()
+    assert known < known_first
+
+
+def test_what_was_not_recorded_is_seen():
+    worker, _ = start(**NGRAM)
+    _, known = start()
+    with recorded(ARCH) as launched:
+        serve_all(worker, drafts=True, groups=True)
+    missed = {launched[key].name for key in launched.keys() - known}
+    assert missed >= {"advance_kernel", "decode_kernel", "penalize_kernel"}

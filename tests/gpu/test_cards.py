@@ -6,9 +6,9 @@ import torch
 pytest.importorskip("triton")
 
 from minisgl.kernels.config import target
-from minisgl.kernels.op import Case, Implementation, Op
+from minisgl.kernels.op import Case, Implementation, Op, all_ops
 from tests.gpu.conftest import stand_ins
-from tests.kernels.cards import all_ops, check
+from tests.kernels.cards import check
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -1,7 +1,6 @@
-"""What the card tests share: every op card, the fp64 oracle, poisoned memory, the tolerance."""
+"""What the card tests share: the fp64 oracle, poisoned memory, the tolerance."""
 
-import importlib
-import pkgutil
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,20 +9,9 @@ from unittest.mock import patch
 import pytest
 import torch
 
-import minisgl.kernels
 from minisgl.kernels.op import Op
 
 Values = dict[str, Any]
-
-
-def all_ops() -> list[Op]:
-    """Every card of minisgl.kernels, by name."""
-    found = {}
-    for module in pkgutil.iter_modules(minisgl.kernels.__path__):
-        if module.ispkg:
-            room = importlib.import_module(f"minisgl.kernels.{module.name}")
-            found.update({x.name: x for x in vars(room).values() if isinstance(x, Op)})
-    return [found[name] for name in sorted(found)]
 
 
 def copied(value: Any, floating: torch.dtype | None = None) -> Any:
@@ -40,20 +28,6 @@ def copied(value: Any, floating: torch.dtype | None = None) -> Any:
         items = [copied(item, floating) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
-
-
-def refused(name: str, arguments: Values) -> bool:
-    """Whether an implementation that serves part of its op must refuse these arguments."""
-    if name == "hopper":
-        q, kv = arguments["q"], arguments["kv"]
-        return (
-            q.shape[2] != 128
-            or q.dtype == torch.float32
-            or kv.page_size < 16
-            or kv.window is not None
-            or kv.softcap is not None
-        )
-    return False
 
 
 @contextmanager
@@ -110,8 +84,9 @@ def check(op: Op, name: str, arguments: Values) -> None:
     square, may be twice the reference's; where the reference is exact, so must it be. Integers
     are equal.
     """
-    if refused(name, arguments):
-        with pytest.raises(ValueError, match=r"^needs "):
+    refusal = next(i for i in op.implementations if i.name == name).refusal(**arguments)
+    if refusal is not None:
+        with pytest.raises(ValueError, match=f"^{re.escape(refusal)}$"):
             op.implementation(name)(**arguments)
         return
     exact = truth(op, arguments)

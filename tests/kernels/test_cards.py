@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from minisgl.kernels.config import target
-from minisgl.kernels.op import Case, Op
-from tests.kernels.cards import all_ops, check, tensors
+from minisgl.kernels.op import Case, Op, all_ops
+from tests.kernels.cards import check, tensors
 
 NOT_INTERPRETED = {"hopper"}  # Gluon: only the compile gate and a GPU see it
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -9,8 +9,8 @@ import torch
 from minisgl import csrc
 from minisgl.kernels.cascade import cascade
 from minisgl.kernels.linear import linear
-from minisgl.kernels.op import Case, Op
-from tests.kernels.cards import all_ops, check
+from minisgl.kernels.op import Case, Op, all_ops
+from tests.kernels.cards import check
 
 NATIVE = csrc.load("model_ops", wait=True)
 NATIVE_OPS = ("linear", "rmsnorm", "silu_and_mul", "gelu_tanh_and_mul", "qkv_prepare", "decode")

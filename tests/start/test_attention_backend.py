@@ -8,7 +8,6 @@ from minisgl.kernels.attention import attention
 from minisgl.kernels.op import Op
 from minisgl.models.config import ModelConfig
 from minisgl.models.loader import load_model
-from minisgl.start import kernel_shapes
 from minisgl.start.attention_backend import attention_op
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -113,7 +112,6 @@ def test_layers_attend_by_the_op_they_are_given(capability: list[int]) -> None:
         attention=gluon,
     )
     assert all(layer.attention.attention is gluon for layer in model.layers)
-    assert kernel_shapes.model_shapes(model).attention == "hopper"  # which warm-up compiles
 
 
 @pytest.mark.parametrize("backend", ["triton", "gluon"])

@@ -12,13 +12,13 @@ import triton
 
 from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch, Chunk, RowSetup
+from minisgl.core.executor import Limits
 from minisgl.core.request import SamplingParams
 from minisgl.device import CpuDevice, Memory
 from minisgl.kernels import warmup
-from minisgl.kernels.shapes import EngineShapes
 from minisgl.models.config import ModelConfig
-from minisgl.models.loader import load_model
 from minisgl.parallel import Solo
+from minisgl.start import launches
 from minisgl.start.facts import read_facts
 from minisgl.start.footprint import (
     NODE_BYTES,
@@ -29,6 +29,7 @@ from minisgl.start.footprint import (
     static_bytes,
     workspace_bytes,
 )
+from minisgl.start.launches import Start
 from minisgl.start.load import load_worker
 from minisgl.start.memory_plan import (
     MODEST_BYTES,
@@ -260,19 +261,19 @@ def test_stages_of_a_start_are_timed_and_shown():
     assert "fails" in stages.seconds
 
 
-def test_one_rank_compiles_and_all_load_what_is_on_disk(monkeypatch):
+def test_one_rank_compiles_and_all_load_what_is_on_disk(model: Path, monkeypatch):
     """In this order: nobody looks for a kernel that is still being compiled."""
     log: list[str] = []
     monkeypatch.setattr(triton.knobs.compilation, "listener", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(
-        warmup, "compile_ahead", lambda model, engine, arch: log.append(f"compile {arch}") or 3
-    )
-    monkeypatch.setattr(
-        warmup,
-        "load",
-        lambda launches, arch: log.append(f"load {len(list(launches)) > 5} {arch}"),
-    )
+
+    def compile_ahead(start: Start, processes: int | None = None) -> tuple[int, list[str]]:
+        log.append("compile" if processes is None else f"list with {processes} processes")
+        assert (start.arch, start.limits, start.path) == (90, limits, str(model))
+        return 3, [f"kernels of rank {start.rank}"]
+
+    monkeypatch.setattr(launches, "compile_ahead", compile_ahead)
+    monkeypatch.setattr(warmup, "load", log.extend)
 
     class Gpu(CpuDevice):
         torch_device = torch.device("cuda")
@@ -291,17 +292,14 @@ def test_one_rank_compiles_and_all_load_what_is_on_disk(monkeypatch):
             cache_hit=False,
         )  # fmt: skip
 
-    facts = ModelConfig.from_dict(LLAMA | {"hidden_size": 64, "head_dim": 64})
-    model = load_model(
-        facts, "", dtype=torch.bfloat16, device=torch.device("cpu"), load_format="dummy"
-    )
-    engine = EngineShapes(page_size=16, num_pages=8, max_pages=4, max_rows=4)
-    for rank, want in ((0, ["compile 90", "wait", "load True 90"]), (1, ["wait", "load True 90"])):
+    limits = Limits(8, 16, 4, 96, 131)
+    facts = read_facts(EngineConfig(max_running_requests=4), model, CpuDevice(num_threads=1))
+    for rank, first in ((0, "compile"), (1, "list with 0 processes")):
         device = Gpu(num_threads=1)
         kernels = Kernels(device)
-        kernels.build(model, engine, Second(rank=rank, size=2))
+        kernels.build(facts, limits, Second(rank=rank, size=2))
         device.close()
-        assert log == want
+        assert log == [first, "wait", f"kernels of rank {rank}"]
         log.clear()
         compiled()
         kernels.ready()
@@ -309,6 +307,6 @@ def test_one_rank_compiles_and_all_load_what_is_on_disk(monkeypatch):
         assert kernels.missed() == 1
     cpu = CpuDevice(num_threads=1)
     kernels = Kernels(cpu)
-    kernels.build(model, engine, Solo())
+    kernels.build(facts, limits, Solo())
     assert (kernels.missed(), log) == (0, [])
     cpu.close()

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from dataclasses import fields
+from functools import partial
 
 import numpy as np
 import pytest
@@ -124,7 +125,10 @@ def test_a_warm_up_asks_for_everything_and_leaves_padding_greedy(executors, page
     runner = worker.runner
     runner.__class__ = Watched
     limits, geometry = worker.limits, worker.geometry
-    worker.device.run(lambda: warm_up(runner, limits, geometry, cascade=True, everything=True))
+    for widths in ((1,), (1, 2)):
+        assert "drafts" not in asked  # without drafts they are not asked for
+        warm = partial(warm_up, widths=widths, cascade=True, everything=True)
+        worker.device.run(warm, runner, limits, geometry)
     wanted = {"masks", "copies", "drafts", "asked", "targets", "patch_index", "bias_ids"}
     assert wanted | {"count_rows", "setup_rows", "points"} <= asked
     padding = runner.rows.padding

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from minisgl.kernels.op import Case, Cost, Implementation, Op
+from minisgl.kernels.op import WIDE, Case, Cost, Expected, Implementation, Op
 
 
 def silu_and_mul_reference(x: torch.Tensor) -> torch.Tensor:
@@ -53,6 +53,7 @@ silu_and_mul = Op(
     ],
     cases=CASES,
     cost=activation_cost,
+    expected=[Expected("gated_kernel", WIDE)],
 )
 gelu_tanh_and_mul = Op(
     "gelu_tanh_and_mul",

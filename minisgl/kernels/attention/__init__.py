@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from minisgl.kernels.attention.paged import Attended, PagedKV, paged_case, visible_pairs
-from minisgl.kernels.op import Case, Cost, Implementation, Op
+from minisgl.kernels.op import Case, Cost, Expected, Implementation, Op
 
 
 def attention_reference(
@@ -105,6 +105,13 @@ CASES = (
 )
 
 
+def _unserved(label: str, dtype: torch.dtype, page_size: int = 16, **facts: Any) -> Case:
+    """With the heads of a large model; rows of its page table are 16 long, as aligned ones are."""
+    facts |= {"head_dim": 128, "q_heads": 32, "kv_heads": 8, "page_size": page_size}
+    case = _case(label, [14 * page_size] * 4, [14 * page_size] * 4, **facts)
+    return Case(label, lambda device, _, generator: case.make(device, dtype, generator))
+
+
 def hopper_refusal(
     head_dim: int, dtype: torch.dtype, page_size: int, window: int | None, softcap: float | None
 ) -> str | None:
@@ -122,17 +129,32 @@ def hopper_refusal(
     return None
 
 
+def _refusal(q: torch.Tensor, kv: PagedKV, **_: Any) -> str | None:
+    return hopper_refusal(q.shape[2], q.dtype, kv.page_size, kv.window, kv.softcap)
+
+
+_HOPPER = "minisgl.kernels.attention.hopper:attention_hopper"
 attention = Op(
     "attention",
     attention_reference,
     implementations=[
         Implementation("portable", "cuda", "minisgl.kernels.attention.portable:attention_portable"),
         # Behind the portable one until it has passed on a GPU; chosen by --attention-backend gluon.
-        Implementation(
-            "hopper", "cuda", "minisgl.kernels.attention.hopper:attention_hopper", (9, 0)
-        ),
+        Implementation("hopper", "cuda", _HOPPER, (9, 0), _refusal),
         Implementation("cpu", "cpu", "minisgl.kernels.attention.cpu:attention_cpu"),
     ],
     cases=CASES,
     cost=attention_cost,
+    variants={
+        "portable": [_unserved("lse", torch.bfloat16, return_lse=True)],
+        "hopper": [
+            _unserved("page16", torch.bfloat16),
+            _unserved("page64", torch.bfloat16, 64),
+            _unserved("fp16-lse", torch.float16, return_lse=True),
+        ],
+    },
+    expected=[
+        Expected("attention_kernel", ("load128", "wgmma")),
+        Expected("attention_hopper_kernel", ("wgmma", "tma", "set_registers")),
+    ],
 )

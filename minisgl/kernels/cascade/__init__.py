@@ -13,7 +13,7 @@ import torch
 
 from minisgl.kernels.attention.paged import Attended, PagedKV, paged_case
 from minisgl.kernels.decode import decode_cost, decode_reference
-from minisgl.kernels.op import Case, Cost, Implementation, Op
+from minisgl.kernels.op import Case, Cost, Expected, Implementation, Op
 
 
 def cascade_reference(
@@ -96,4 +96,5 @@ cascade = Op(
     ],
     cases=CASES,
     cost=cascade_cost,
+    expected=[Expected("prefix_kernel", ("load128", "wgmma"))],
 )

@@ -12,7 +12,7 @@ import torch
 
 from minisgl.kernels.attention import attention_cost, attention_reference
 from minisgl.kernels.attention.paged import Attended, PagedKV, paged_case
-from minisgl.kernels.op import Case, Cost, Implementation, Op
+from minisgl.kernels.op import Case, Cost, Expected, Implementation, Op
 
 
 def _offsets(seq_lens: torch.Tensor, width: int) -> torch.Tensor:
@@ -67,6 +67,8 @@ CASES = (
     _case("lse-D128", [75, 0, 300], head_dim=128, return_lse=True),
 )
 
+UNSERVED = _case("lse", [224] * 40, head_dim=128, q_heads=32, kv_heads=8, return_lse=True)
+
 decode = Op(
     "decode",
     decode_reference,
@@ -76,4 +78,6 @@ decode = Op(
     ],
     cases=CASES,
     cost=decode_cost,
+    variants={"portable": [UNSERVED]},
+    expected=[Expected("decode_kernel", ("load128",))],
 )

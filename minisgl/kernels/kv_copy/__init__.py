@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from minisgl.kernels.op import Case, Cost, Implementation, Op
+from minisgl.kernels.op import WIDE, Case, Cost, Expected, Implementation, Op
 
 
 def copy_pages_reference(storage: torch.Tensor, jobs: torch.Tensor, page_size: int) -> None:
@@ -62,4 +62,5 @@ copy_pages = Op(
     ],
     cases=CASES,
     cost=copy_pages_cost,
+    expected=[Expected("copy_pages_kernel", WIDE)],
 )

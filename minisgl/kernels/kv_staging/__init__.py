@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from minisgl.kernels.op import Case, Cost, Implementation, Op
+from minisgl.kernels.op import WIDE, Case, Cost, Expected, Implementation, Op
 
 
 def gather_pages_reference(
@@ -63,6 +63,8 @@ def _case(layers: int, kv_heads: int, head_dim: int, page_size: int, count: int)
 
 CASES = (_case(2, 2, 128, 16, 4), _case(3, 1, 80, 1, 5), _case(1, 3, 64, 64, 1))
 
+UNSERVED = {"portable": [_case(32, 8, 128, 16, 1)]}
+
 _PORTABLE = "minisgl.kernels.kv_staging.portable:"
 gather_pages = Op(
     "gather_pages",
@@ -70,6 +72,8 @@ gather_pages = Op(
     implementations=[Implementation("portable", "cuda", _PORTABLE + "gather_pages_portable")],
     cases=CASES,
     cost=_cost,
+    variants=UNSERVED,
+    expected=[Expected("stage_pages_kernel", WIDE)],
 )
 scatter_pages = Op(
     "scatter_pages",
@@ -77,4 +81,5 @@ scatter_pages = Op(
     implementations=[Implementation("portable", "cuda", _PORTABLE + "scatter_pages_portable")],
     cases=CASES,
     cost=_cost,
+    variants=UNSERVED,
 )

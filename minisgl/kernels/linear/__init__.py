@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from minisgl.kernels.op import Case, Cost, Implementation, Op
+from minisgl.kernels.op import Case, Cost, Expected, Implementation, Op
 
 
 def linear_reference(
@@ -75,4 +75,5 @@ linear = Op(
     ],
     cases=CASES,
     cost=linear_cost,
+    expected=[Expected("linear_kernel", ("load128", "wgmma"))],
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from minisgl.kernels.op import Case, Cost, Implementation, Op
+from minisgl.kernels.op import Case, Cost, Expected, Implementation, Op
 
 MAX_TOP = 32  # most likely tokens, at most
 
@@ -68,4 +68,5 @@ logprobs = Op(
         _case("masked", 3, 5_000, 4, masked=True),
     ),
     cost=_cost,
+    expected=[Expected("piece_kernel", ("load128",), lambda facts: facts["V"] % 4 == 0)],
 )

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from minisgl.kernels.op import Case, Cost, Implementation, Op
+from minisgl.kernels.op import Case, Cost, Expected, Implementation, Op
 
 
 def merge_reference(
@@ -92,4 +92,6 @@ merge = Op(
     ),
     cases=CASES,
     cost=merge_cost,
+    variants={"portable": [_case(2, 3, 32, 128), _case(8, 3, 32, 128)]},  # with a log-sum-exp
+    expected=[Expected("merge_kernel", ("load128",))],
 )

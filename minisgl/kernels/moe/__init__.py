@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from minisgl.kernels.activation import gelu_tanh_and_mul_reference, silu_and_mul_reference
-from minisgl.kernels.op import Case, Cost, Implementation, Op
+from minisgl.kernels.op import Case, Cost, Expected, Implementation, Op
 
 ACTIVATIONS = {"silu": silu_and_mul_reference, "gelu_tanh": gelu_tanh_and_mul_reference}
 
@@ -161,4 +161,5 @@ moe_experts = Op(
     ],
     cases=EXPERTS_CASES,
     cost=moe_experts_cost,
+    expected=[Expected("experts_kernel", ("load128", "wgmma"))],
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from minisgl.kernels.op import Case, Cost, Implementation, Op
+from minisgl.kernels.op import WIDE, Case, Cost, Expected, Implementation, Op
 
 
 def rmsnorm_reference(
@@ -93,4 +93,5 @@ rmsnorm = Op(
     ],
     cases=CASES,
     cost=rmsnorm_cost,
+    expected=[Expected("rmsnorm_kernel", WIDE)],
 )

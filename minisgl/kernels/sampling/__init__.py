@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minisgl.kernels.op import Case, Cost, Implementation, Op
+from minisgl.kernels.op import Case, Cost, Expected, Implementation, Op
 from minisgl.kernels.sampling.noise import gumbel, position_keys, row_key
 
 # One row's record, in 32-bit words; kernels read words at these offsets.
@@ -317,4 +317,8 @@ sample = Op(
         ),
     ),
     cost=_sample_cost,
+    expected=[
+        Expected(kernel, ("load128",), lambda facts: facts["V"] % 16 == 0)
+        for kernel in ("scan_kernel", "collect_kernel")
+    ],
 )
