@@ -390,7 +390,8 @@ def only_one(out: Path) -> Iterator[None]:
 def main(words: Sequence[str] | None = None) -> int:
     """Exit status 1 where a stage failed or was cut; not where it was left out or ended in part."""
     args = parse(words)
-    for number in (signal.SIGTERM, signal.SIGHUP):  # so that the stage is ended, too
+    # So that the stage is ended, too; a shell's background jobs begin with SIGINT ignored.
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     with only_one(args.out), tempfile.TemporaryDirectory() as folder:
         if args.wheels is not None:

@@ -77,7 +77,8 @@ def look_at_kernels(folder: Path) -> None:
     content = found(folder, "kernels", "kernels")
     assert (content["wrong"], content["missing"]) == ([], [])
     assert {"decode", "attention", "cascade", "sample"} <= {row["op"] for row in content["rows"]}
-    assert {goal["state"] for goal in content["goals"]} <= {"met", "short", "not measured"}
+    states = {goal["state"] for goal in content["goals"]}
+    assert states <= {"met", "short", "measured", "not measured"}
     assert (folder / "out" / "kernels" / "kernels.md").exists()
     gluon = found(folder, "hopper", "kernels")
     assert {row["implementation"] for row in gluon["rows"]} == {"hopper"}
