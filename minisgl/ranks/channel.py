@@ -1,7 +1,7 @@
-"""What rank 0 and the others say to each other, and the stream sockets that carry it as msgpack.
+"""The messages between rank 0 and the other ranks, as msgpack over stream sockets.
 
 Rank 0 plans: it sends every batch, and when to sample it. The others answer when they are ready
-and when they fail. A connection that ends says the same on both sides: who was there is gone.
+and when they fail. A process that ends closes its connection, which the other side notices.
 """
 
 import select
@@ -15,9 +15,10 @@ from minisgl.core.batch import Batch
 from minisgl.core.executor import Failed, Profiled
 
 MESSAGE_BYTES = 2**32 - 1
-# Seconds of silence before the other machine is asked and between questions, how many of them; and
-# milliseconds that what was sent may go unheard, in which nobody asks.
-NOTICE = {"TCP_KEEPIDLE": 4, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 20_000}
+# How soon a dead machine is noticed. On an idle connection: seconds until the first probe, seconds
+# between probes, and how many may stay unanswered. While sent data waits for its acknowledgement
+# there are no probes: then the milliseconds it may wait.
+KEEPALIVE = {"TCP_KEEPIDLE": 4, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 20_000}
 _LENGTH = struct.Struct("<I")
 
 
@@ -63,18 +64,18 @@ class Boot(msgspec.Struct, frozen=True):
 
 
 class Channel:
-    """Whole messages over a connected stream socket. OSError or EOFError when it has ended.
+    """Whole messages over a connected stream socket. OSError or EOFError once it is closed.
 
     One thread may send while another receives.
     """
 
     def __init__(self, connected: socket.socket) -> None:
-        self.longest = MESSAGE_BYTES  # that is received; OSError for a longer one
+        self.longest = MESSAGE_BYTES  # of a received message; OSError for a longer one
         self._socket = connected
         self._received = bytearray()
         if connected.family != socket.AF_UNIX:
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            _notice_dead_machines(connected)
+            _enable_keepalive(connected)
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -88,13 +89,13 @@ class Channel:
         self._socket.sendall(_LENGTH.pack(len(message)) + message)
 
     def receive(self, timeout: float | None = None) -> bytes | None:
-        """The next message; None when none has come in whole within `timeout` seconds, which with
-        0 are not waited for."""
+        """The next message; None when no whole one has come within `timeout` seconds (0: do not
+        wait)."""
         self._socket.settimeout(timeout)
         try:
             while (message := self._next()) is None:
                 if not (data := self._socket.recv(1 << 16)):
-                    raise EOFError("the other side is gone")
+                    raise EOFError("the other side closed the connection")
                 self._received += data
         except (TimeoutError, BlockingIOError):
             return None
@@ -107,7 +108,7 @@ class Channel:
             return None
         (length,) = _LENGTH.unpack_from(self._received)
         if length > self.longest:
-            raise OSError(f"a message may have {self.longest} bytes here, got one of {length}")
+            raise OSError(f"a message must have at most {self.longest} bytes, got {length}")
         end = _LENGTH.size + length
         if len(self._received) < end:
             return None
@@ -116,13 +117,13 @@ class Channel:
         return message
 
     def wait_for_end(self) -> None:
-        """Until the other side is gone, whatever it has said before that nobody has received."""
+        """Wait until the other side closes the connection, even if it sent what is unread."""
         poll = select.poll()
         poll.register(self._socket, select.POLLRDHUP)
         poll.poll()
 
     def shut(self) -> None:
-        """End the connection for both sides; whoever waits for it learns so."""
+        """End the connection for both sides, which wakes whoever waits on it."""
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
         except OSError:
@@ -132,9 +133,9 @@ class Channel:
         self._socket.close()
 
 
-def _notice_dead_machines(connected: socket.socket) -> None:
-    """Within seconds: a machine that loses power closes no connection."""
+def _enable_keepalive(connected: socket.socket) -> None:
+    """Notice within seconds that a machine has lost power: it closes no connection."""
     connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in NOTICE.items():
+    for name, value in KEEPALIVE.items():
         if hasattr(socket, name):
             connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

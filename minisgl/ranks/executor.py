@@ -15,7 +15,7 @@ from minisgl.step.executor import LocalExecutor
 
 
 class ParallelExecutor:
-    """The engine's `Executor` over all ranks: whatever the local one is told, they are told too."""
+    """The engine's `Executor` over all ranks: each call is also sent to the other ranks."""
 
     def __init__(self, local: LocalExecutor, ranks: Ranks) -> None:
         self._local = local
@@ -50,7 +50,8 @@ class ParallelExecutor:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """Where rank 0 waits for its device, which may be waiting for a rank that is gone."""
+        """Around waits for the device: replaces an error by the failure of another rank, if that is
+        its cause."""
         try:
             yield
         except Exception as error:
@@ -84,7 +85,7 @@ class ParallelExecutor:
 def load_ranks(facts: Facts, device: Device) -> ParallelExecutor:
     """Start all ranks and load the model into them; `device` is rank 0's.
 
-    Raises ValueError naming the field for what cannot be, RuntimeError when a rank fails.
+    Raises ValueError naming a field that the model does not allow, RuntimeError when a rank fails.
     """
     config = facts.config
     check_shares(facts.model, config.tp_size)

@@ -1,6 +1,6 @@
 """A rank other than 0: its process, which loads its part of the model and replays rank 0's batches.
 
-It re-derives nothing: the batches are rank 0's, and the tokens reach it on the device.
+It plans nothing: the batches are rank 0's, and sampled tokens are broadcast on the device.
 """
 
 import contextlib
@@ -30,18 +30,18 @@ from minisgl.ranks.channel import (
     StopRankProfile,
     ToRank,
 )
-from minisgl.ranks.meeting import call, meet, open_store
+from minisgl.ranks.meeting import connect_to_listener, meet, open_store
 from minisgl.start.facts import read_facts
 from minisgl.start.load import load_worker
 from minisgl.step.executor import LocalExecutor, plan_on_one_thread
 
-IDLE_SECONDS = 1.0  # without a message; then the last step is looked at too
+IDLE_SECONDS = 1.0  # without a message; then the last step is collected too
 
 log = get_logger(__name__)
 
 
 def follow(boot: Boot, channel: Channel, store: dist.Store | None) -> None:
-    """Load, and do as rank 0 does until it says stop. Raises what goes wrong."""
+    """Load the model, then run rank 0's batches until it sends Stop. Raises any error of both."""
     config = boot.config
     local_size = config.tp_size // config.nnodes
     device = pick_device(config.device, index=boot.rank % local_size, of=local_size)
@@ -53,7 +53,7 @@ def follow(boot: Boot, channel: Channel, store: dist.Store | None) -> None:
     worker = load_worker(facts, device, comm)
     details = config.profile_dir is not None
     executor = LocalExecutor(worker, rank=boot.rank, trace_details=details)
-    _say(channel, Loaded())
+    _send(channel, Loaded())
     _Replay(executor, comm, channel).run()
     executor.close()
     comm.close()
@@ -69,7 +69,7 @@ class _Replay:
         self._in_flight = 0
 
     def run(self) -> None:
-        """Until rank 0 says stop."""
+        """Run until rank 0 sends Stop."""
         decode = msgspec.msgpack.Decoder(ToRank).decode
         while True:
             data = self._channel.receive(IDLE_SECONDS)
@@ -84,7 +84,7 @@ class _Replay:
                     self._executor.start_profile(traces=traces)
                 case StopRankProfile(directory):
                     self._collect(down_to=0)
-                    _say(self._channel, self._stop_profile(directory))
+                    _send(self._channel, self._stop_profile(directory))
                 case Stop():
                     return
             self._collect(down_to=0 if data is None else 1)
@@ -102,7 +102,7 @@ class _Replay:
             return Profiled([], str(error))
 
 
-def _say(channel: Channel, message: FromRank) -> None:
+def _send(channel: Channel, message: FromRank) -> None:
     channel.send(msgspec.msgpack.encode(message))
 
 
@@ -110,33 +110,34 @@ def _open_channel(boot: Boot, store: dist.Store | None) -> Channel:
     if boot.channel is not None:
         return Channel(socket.socket(fileno=boot.channel))
     assert store is not None
-    return call(store.get("channel").decode(), boot.rank, store.get("key"))
+    address = store.get("channel").decode()
+    return connect_to_listener(address, boot.rank, store.get("key"))
 
 
-def _leave_with_rank_0(channel: Channel) -> None:
-    """Whatever this rank waits for then, it would not come. A thread of its own."""
+def _exit_with_rank_0(channel: Channel) -> None:
+    """Exit when rank 0 has ended: nothing this rank waits for would come. In its own thread."""
     channel.wait_for_end()
-    log.error("rank 0 is gone, or has ended all ranks; its own log may say why")
+    log.error("rank 0 has ended, or has ended all ranks; its log says why")
     sys.stderr.flush()
     os._exit(1)
 
 
 def main() -> int:
     boot = msgspec.msgpack.decode(read_boot(), type=Boot)
-    level = "debug" if boot.config.log_level == "debug" else "error"  # the rest rank 0 says for all
+    level = "debug" if boot.config.log_level == "debug" else "error"  # rank 0 logs the rest for all
     configure(level, f"rank {boot.rank}")
     store = None if boot.shared is not None else open_store(boot.config, port=boot.port)
     channel = _open_channel(boot, store)
-    leaving = threading.Thread(target=_leave_with_rank_0, args=(channel,), daemon=True)
-    leaving.start()
+    exiting = threading.Thread(target=_exit_with_rank_0, args=(channel,), daemon=True)
+    exiting.start()
     try:
         follow(boot, channel, store)
     except (EOFError, ConnectionResetError):
-        leaving.join()
+        exiting.join()
     except Exception as error:
         log.exception("rank %d failed", boot.rank)
         with contextlib.suppress(OSError):
-            _say(channel, Failed(f"{type(error).__name__}: {error}"))
+            _send(channel, Failed(f"{type(error).__name__}: {error}"))
     else:
         return 0
     return 1

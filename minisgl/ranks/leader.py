@@ -1,4 +1,4 @@
-"""The ranks that rank 0 leads: their processes, who comes, what they are told, how they end."""
+"""Rank 0's view of the other ranks: starts them, sends to them, notices when one ends."""
 
 import contextlib
 import os
@@ -29,11 +29,12 @@ from minisgl.ranks.channel import (
 )
 from minisgl.ranks.meeting import RENDEZVOUS_SECONDS, Listener, meet, open_store, split_address
 
-EXIT_GRACE = 5.0  # seconds a rank gets to leave when told to, before it is killed
-LAST_WORDS = 2.0  # seconds within which the end of a rank is known, once its work has failed
-FIRST_CAUSE = 1.0  # seconds that a rank's complaint waits for another's end, which may be behind it
+EXIT_GRACE_SECONDS = 5.0  # that a rank has to exit when told to, before it is killed
+EXIT_WAIT_SECONDS = 2.0  # for the exit of a rank to be noticed, once work with it has failed
+# A rank's error is held back this long: the exit of another rank may be its cause, and is reported.
+CAUSE_WAIT_SECONDS = 1.0
 
-Said = TypeVar("Said", Loaded, Profiled)
+Answer = TypeVar("Answer", Loaded, Profiled)
 
 log = get_logger(__name__)
 
@@ -41,7 +42,7 @@ log = get_logger(__name__)
 class Ranks:
     """All ranks but 0: started, watched, told what to do. If one fails, all of them end.
 
-    `failure` then says why. Methods are for the thread that plans.
+    `failure` then says why. Methods are called by the thread that plans.
     """
 
     def __init__(self, size: int) -> None:
@@ -51,8 +52,8 @@ class Ranks:
         self._closing = False
         self._children: dict[int, Child] = {}
         self._channels: dict[int, Channel] = {}
-        self._hearing: list[threading.Thread] = []
-        self._said: dict[type, dict[int, FromRank]] = {Loaded: {}, Profiled: {}}
+        self._listeners: list[threading.Thread] = []
+        self._answers: dict[type, dict[int, FromRank]] = {Loaded: {}, Profiled: {}}
         self._changed = threading.Condition()
         self._encode = msgspec.msgpack.Encoder().encode
         self._shared: int | None = None
@@ -67,7 +68,7 @@ class Ranks:
         self._start_children(config, path, store)
         if config.nnodes > 1:
             assert store is not None
-            self._admit(config, store)
+            self._accept_nodes(config, store)
         return self._connect(lambda: meet(config, device, 0, store=store, shared=self._shared))
 
     @property
@@ -104,24 +105,24 @@ class Ranks:
             raise RuntimeError(self.failure)
 
     def explain(self, error: BaseException) -> NoReturn:
-        """Raise an error of rank 0, or the failure of another rank if that is behind it.
+        """Raise an error of rank 0, or the failure of another rank if that is its cause.
 
-        Whoever waits for a rank may learn of its end before its listener does.
+        Waits shortly: an operation may fail before the listener has noticed that a rank ended.
         """
         if isinstance(error, RuntimeError | OSError):
             with self._changed:
-                self._changed.wait_for(lambda: self.failure is not None, LAST_WORDS)
+                self._changed.wait_for(lambda: self.failure is not None, EXIT_WAIT_SECONDS)
             if self.failure is not None:
                 raise RuntimeError(self.failure) from error
         raise error
 
     def end(self) -> None:
-        """End all ranks at once, whatever they do; the communicator fails. Idempotent."""
+        """Kill all ranks at once; the communicator fails from then on. Idempotent."""
         self._closing = True
         self._end_all()
 
     def close(self) -> None:
-        """End all ranks when they have done what they were sent, and free everything.
+        """Let all ranks finish what they were sent, end them and free everything.
 
         Idempotent. Nothing may use the communicator any longer.
         """
@@ -129,20 +130,20 @@ class Ranks:
             self._closing = True
             stop = self._encode(Stop())
             for channel in self._channels.values():
-                with contextlib.suppress(OSError):  # gone already, which is what was wanted
+                with contextlib.suppress(OSError):  # it has ended already
                     channel.send(stop)
         self._closing = True
         comm, self._comm = self._comm, None
         if comm is not None:
             comm.close()  # at the same time as the others: they may hold memory of each other
-        deadline = time.monotonic() + EXIT_GRACE
+        deadline = time.monotonic() + EXIT_GRACE_SECONDS
         for child in self._children.values():
             child.wait(max(0.0, deadline - time.monotonic()))
             child.close()
-        for thread in self._hearing:
+        for thread in self._listeners:
             thread.join(max(0.0, deadline - time.monotonic()))
         self._end_all()
-        for thread in self._hearing:
+        for thread in self._listeners:
             thread.join()
         for channel in self._channels.values():
             channel.close()
@@ -159,8 +160,8 @@ class Ranks:
                 self._children[rank] = start_rank(boot)
             self._listen_to(rank, Channel(ours))
 
-    def _admit(self, config: EngineConfig, store: dist.Store) -> None:
-        """Let the ranks of the other nodes in."""
+    def _accept_nodes(self, config: EngineConfig, store: dist.Store) -> None:
+        """Wait for the ranks of the other nodes to connect."""
         missing = set(range(self._size)) - {0} - set(self._channels)
         listener = Listener(split_address(str(config.dist_init_addr))[0])
         try:
@@ -174,35 +175,35 @@ class Ranks:
             while missing:
                 came = listener.accept(timeout=0.5)
                 self.check()
-                if store.check(["failed"]):  # of a rank that has not come
+                if store.check(["failed"]):  # on a node, before its ranks connected
                     raise RuntimeError(store.get("failed").decode())
                 if came is not None:
                     rank, channel = came
                     if rank not in missing:
                         channel.close()
                         raise RuntimeError(
-                            f"rank {rank} came where {sorted(missing)} are missing: is each node "
+                            f"rank {rank} connected, missing are {sorted(missing)}: is each node "
                             "started with its own node_rank?"
                         )
                     missing.remove(rank)
                     self._listen_to(rank, channel)
                 elif time.monotonic() > deadline:
                     raise RuntimeError(
-                        f"ranks {sorted(missing)} did not come to {config.dist_init_addr} within "
+                        f"ranks {sorted(missing)} did not connect to {config.dist_init_addr} in "
                         f"{RENDEZVOUS_SECONDS} s: is each node started, with its own node_rank?"
                     )
         finally:
             listener.close()
 
     def _connect(self, connect: Callable[[], Communicator]) -> Communicator:
-        """What `connect` returns. Nothing can interrupt it while it waits for a rank that is gone,
-        so when one fails, its thread is left to itself."""
+        """The result of `connect`, which runs in a thread: it cannot be interrupted while it waits
+        for a rank that has ended, so when a rank fails this raises without waiting for it."""
         connecting: Future[Communicator] = Future()
 
         def run() -> None:
             try:
                 connecting.set_result(connect())
-            except BaseException as error:  # of any library below, raised where it is waited for
+            except BaseException as error:  # of any library; raised by `result` below
                 connecting.set_exception(error)
             with self._changed:
                 self._changed.notify_all()
@@ -214,51 +215,51 @@ class Ranks:
             if self.failure is None:
                 self._comm = connecting.result()
         if self.failure is not None:
-            # It ends soon or in minutes; native code must not come back to a Python that is ending.
-            thread.join(LAST_WORDS)
+            # It ends soon or in minutes; native code must not return into a Python that is exiting.
+            thread.join(EXIT_WAIT_SECONDS)
         self.check()
         return self.comm
 
-    def _wait_for(self, kind: type[Said]) -> list[Said]:
-        """The next such message of every rank, in order."""
+    def _wait_for(self, kind: type[Answer]) -> list[Answer]:
+        """The next message of this kind from every rank, in order of ranks."""
 
-        def all_said() -> bool:
-            return self.failure is not None or len(self._said[kind]) == self._size - 1
+        def all_answered() -> bool:
+            return self.failure is not None or len(self._answers[kind]) == self._size - 1
 
         with self._changed:
-            self._changed.wait_for(all_said)
-            said, self._said[kind] = self._said[kind], {}
+            self._changed.wait_for(all_answered)
+            answers, self._answers[kind] = self._answers[kind], {}
         self.check()
-        return [said[rank] for rank in sorted(said)]  # type: ignore[misc]
+        return [answers[rank] for rank in sorted(answers)]  # type: ignore[misc]
 
     def _listen_to(self, rank: int, channel: Channel) -> None:
         self._channels[rank] = channel
-        thread = threading.Thread(target=self._hear, args=(rank, channel), daemon=True)
-        self._hearing.append(thread)
+        thread = threading.Thread(target=self._receive, args=(rank, channel), daemon=True)
+        self._listeners.append(thread)
         thread.start()
 
-    def _hear(self, rank: int, channel: Channel) -> None:
-        """What a rank says, until it is gone. A thread of its own."""
+    def _receive(self, rank: int, channel: Channel) -> None:
+        """Receive a rank's messages until its connection ends. In a thread of its own."""
         decode = msgspec.msgpack.Decoder(FromRank).decode
         with contextlib.suppress(OSError, EOFError):
             while True:
                 message = decode(channel.receive() or b"")
                 if isinstance(message, Failed):
                     with self._changed:
-                        self._changed.wait_for(lambda: self.failure is not None, FIRST_CAUSE)
+                        self._changed.wait_for(lambda: self.failure is not None, CAUSE_WAIT_SECONDS)
                     self._fail(f"rank {rank} failed: {message.reason}")
                     continue
                 with self._changed:
-                    self._said[type(message)][rank] = message
+                    self._answers[type(message)][rank] = message
                     self._changed.notify_all()
         if not self._closing:
-            self._fail(self._how_it_ended(rank))
+            self._fail(self._exit_reason(rank))
 
-    def _how_it_ended(self, rank: int) -> str:
+    def _exit_reason(self, rank: int) -> str:
         child = self._children.get(rank)
         if child is None:
-            return f"rank {rank}, on another node, is gone; its own log may say why"
-        if child.wait(LAST_WORDS):
+            return f"rank {rank}, on another node, has ended; its log says why"
+        if child.wait(EXIT_WAIT_SECONDS):
             return child.exit_reason(f"rank {rank}")
         return f"rank {rank} closed its connection"
 
@@ -268,11 +269,11 @@ class Ranks:
                 return
             self.failure = reason
             self._changed.notify_all()
-        log.error("%s; the other ranks end too", reason)
+        log.error("%s; all other ranks are ended too", reason)
         self._end_all()
 
     def _end_all(self) -> None:
-        """Nobody waits any longer, and nobody lives on."""
+        """End all waits, then kill every rank."""
         if (comm := self._comm) is not None:
             comm.abort()
         for child in list(self._children.values()):  # more may just be starting
@@ -282,6 +283,6 @@ class Ranks:
 
 
 def start_rank(boot: Boot) -> Child:
-    """The process of one rank."""
+    """Start the process of one rank."""
     fds = [fd for fd in (boot.channel, boot.shared) if fd is not None]
     return Child("minisgl.ranks.follower", msgspec.msgpack.encode(boot), fds)

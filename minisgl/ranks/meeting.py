@@ -1,8 +1,8 @@
-"""Where ranks meet: torch's rendezvous store, rank 0's door for other nodes, and `meet` itself.
+"""How ranks find each other: torch's rendezvous store, rank 0's listener, and `meet` itself.
 
 On one machine the other ranks inherit all they need. Between machines the store at node 0's address
-(`--dist-init-addr`) tells the ranks where rank 0 sends its batches from, and what it expects to be
-told by those it lets in.
+(`--dist-init-addr`) tells the ranks the address of rank 0's listener, from which they get batches,
+and the key that it asks for.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from minisgl.parallel.connect import connect
 from minisgl.ranks.channel import MESSAGE_BYTES, Channel
 
 RENDEZVOUS_SECONDS = 600  # how long nodes wait for each other to start
-CONNECT_SECONDS = 30  # to a port that somebody listens at
+CONNECT_SECONDS = 30  # to connect to a port that is listened on
 KEY_BYTES = 16
 HELLO_BYTES = 64  # at most, as msgpack
 LOOPBACK = "127.0.0.1"
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
-    """The first message over TCP: who comes, and that it was told the key."""
+    """The first message over TCP: which rank connects, and the key from the store."""
 
     rank: int
     key: bytes
@@ -40,13 +40,13 @@ def open_store(
 ) -> dist.TCPStore:
     """The store at `dist_init_addr`; on one machine, on a free port or the given one.
 
-    RuntimeError when it cannot be served, or is not there in time.
+    RuntimeError when it cannot be served, or is not reached in time.
     """
     host, number = LOOPBACK, port or 0
     if config.dist_init_addr is not None:
         host, number = split_address(config.dist_init_addr)
     if not serve:
-        _wait_for_door(host, number)
+        _wait_until_reachable(host, number)
     try:
         store = dist.TCPStore(
             host,
@@ -62,8 +62,8 @@ def open_store(
     return store
 
 
-def _wait_for_door(host: str, port: int) -> None:
-    """Until somebody listens there; here, and not in the store, because this can be interrupted."""
+def _wait_until_reachable(host: str, port: int) -> None:
+    """Wait until the port is listened on. The store would wait too, but uninterruptibly."""
     deadline = time.monotonic() + RENDEZVOUS_SECONDS
     while True:
         try:
@@ -87,9 +87,9 @@ def meet(
     shared: int | None,
     host: str | None = None,
 ) -> Communicator:
-    """The communicator of a rank, once all have come. host: its address for other nodes.
+    """The communicator of a rank, once all have connected. host: its address for other nodes.
 
-    On any thread, not in the device's stream: who waits for a rank that is gone, waits long.
+    Call it on any thread, not in the device's stream: it waits long for a rank that has ended.
     """
     if host is None:
         host = LOOPBACK
@@ -108,13 +108,13 @@ def meet(
 
 
 class Listener:
-    """Rank 0's door for the ranks of other nodes. Who does not know the key is turned away."""
+    """Accepts the ranks of other nodes on rank 0. A connection without the key is closed."""
 
     def __init__(self, host: str) -> None:
         family, _, _, _, (address, *_) = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
         self._socket = socket.create_server((str(address), 0), family=family)
         self._socket.setblocking(False)
-        self._guests: set[Channel] = set()  # who has not said yet what it is
+        self._unidentified: set[Channel] = set()  # have not sent their Hello yet
         self._selector = DefaultSelector()
         self._selector.register(self._socket, EVENT_READ)
         self.key = secrets.token_bytes(KEY_BYTES)
@@ -126,47 +126,47 @@ class Listener:
         return f"{host}:{port}"
 
     def accept(self, timeout: float) -> tuple[int, Channel] | None:
-        """A rank that has come, and its channel; None if nothing has happened within `timeout`
-        seconds, or nothing that made a rank of a guest."""
+        """A rank that has connected, and its channel; None if `timeout` seconds pass first, or a
+        connection has not identified itself yet."""
         for key, _ in self._selector.select(timeout):
             if not isinstance(key.fileobj, Channel):
-                self._let_in()
-            elif (rank := self._hear(key.fileobj)) is not None:
+                self._accept_connection()
+            elif (rank := self._identify(key.fileobj)) is not None:
                 return rank, key.fileobj
         return None
 
-    def _let_in(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # it has left already
+    def _accept_connection(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # it has hung up already
             connected, _ = self._socket.accept()
-            guest = Channel(connected)
-            guest.longest = HELLO_BYTES
-            self._guests.add(guest)
-            self._selector.register(guest, EVENT_READ)
+            channel = Channel(connected)
+            channel.longest = HELLO_BYTES
+            self._unidentified.add(channel)
+            self._selector.register(channel, EVENT_READ)
 
-    def _hear(self, guest: Channel) -> int | None:
-        """Its rank. None for who has not spoken yet, or is sent away for not knowing the key."""
+    def _identify(self, channel: Channel) -> int | None:
+        """Its rank; None while its Hello is incomplete, or when it is closed for a wrong key."""
         try:
-            if (message := guest.receive(timeout=0)) is None:
+            if (message := channel.receive(timeout=0)) is None:
                 return None
             hello = msgspec.msgpack.decode(message, type=Hello)
         except (OSError, EOFError, msgspec.MsgspecError):
             hello = Hello(0, b"")
-        self._selector.unregister(guest)
-        self._guests.remove(guest)
+        self._selector.unregister(channel)
+        self._unidentified.remove(channel)
         if secrets.compare_digest(hello.key, self.key):
-            guest.longest = MESSAGE_BYTES
+            channel.longest = MESSAGE_BYTES
             return hello.rank
-        guest.close()
+        channel.close()
         return None
 
     def close(self) -> None:
         self._selector.close()
         self._socket.close()
-        for guest in self._guests:
-            guest.close()
+        for channel in self._unidentified:
+            channel.close()
 
 
-def call(address: str, rank: int, key: bytes) -> Channel:
+def connect_to_listener(address: str, rank: int, key: bytes) -> Channel:
     """Connect to rank 0's `Listener`."""
     channel = Channel(socket.create_connection(split_address(address), timeout=CONNECT_SECONDS))
     channel.send(msgspec.msgpack.encode(Hello(rank, key)))

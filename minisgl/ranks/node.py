@@ -1,4 +1,4 @@
-"""A machine that serves nothing itself: it runs its ranks for node 0, until that one stops them."""
+"""A node other than 0: runs its ranks until node 0 stops them, and serves no requests."""
 
 import contextlib
 import threading
@@ -14,7 +14,7 @@ from minisgl.ranks.channel import Boot
 from minisgl.ranks.leader import start_rank
 from minisgl.ranks.meeting import open_store
 
-NODE_OWN = ("node_rank", "model", "log_level")  # what nodes may be told differently
+PER_NODE = ("node_rank", "model", "log_level")  # fields that may differ between nodes
 
 log = get_logger(__name__)
 
@@ -22,14 +22,14 @@ log = get_logger(__name__)
 def run_node(config: EngineConfig, path: Path) -> None:
     """Run the ranks of node `config.node_rank`, which is not 0, until node 0 stops them.
 
-    path: the model's directory here. ValueError when node 0 was configured otherwise, RuntimeError
-    when it cannot be reached or a rank ends by itself.
+    path: the model's directory here. ValueError when node 0 has another config, RuntimeError when
+    it cannot be reached or a rank fails.
     """
     count = config.tp_size // config.nnodes
     first = config.node_rank * count
     ranks = f"rank {first}" if count == 1 else f"ranks {first} to {first + count - 1}"
-    who = f"node {config.node_rank} of {config.nnodes} with {ranks}"
-    log.info("%s waits for node 0 at %s", who, config.dist_init_addr)
+    this = f"node {config.node_rank} of {config.nnodes} with {ranks}"
+    log.info("%s waits for node 0 at %s", this, config.dist_init_addr)
     store = open_store(config)
     _compare(config, store)
     ended = threading.Semaphore(0)
@@ -38,28 +38,30 @@ def run_node(config: EngineConfig, path: Path) -> None:
         for rank in range(first, first + count):
             children[rank] = start_rank(Boot(config, str(path), rank))
             children[rank].on_exit(ended.release)
-        log.info("%s runs; it ends when node 0 does", who)
+        log.info("%s is running; it ends when node 0 does", this)
         for _ in children:
             ended.acquire()
             for rank, child in children.items():
                 if child.exit_code:
                     raise RuntimeError(child.exit_reason(f"rank {rank}"))
     except RuntimeError as error:
-        with contextlib.suppress(dist.DistError):  # node 0 may be gone, or need not be told
+        with contextlib.suppress(dist.DistError):  # node 0 has ended already
             store.set("failed", f"node {config.node_rank}: {error}")
         raise
     finally:
         for child in children.values():
             child.close()
-    log.info("%s was told to stop", who)
+    log.info("%s was told to stop", this)
 
 
 def _compare(config: EngineConfig, store: dist.Store) -> None:
     try:
         theirs = msgspec.msgpack.decode(store.get("config"), type=EngineConfig)
     except dist.DistError as error:
-        raise RuntimeError(f"node 0 at {config.dist_init_addr} says nothing: {error}") from error
+        raise RuntimeError(
+            f"node 0 at {config.dist_init_addr} did not send its config: {error}"
+        ) from error
     for name in EngineConfig.__dataclass_fields__:
         here, there = getattr(config, name), getattr(theirs, name)
-        if here != there and name not in NODE_OWN:
+        if here != there and name not in PER_NODE:
             raise ValueError(f"{name} must be {there!r} as on node 0, got {here!r}")

@@ -2,9 +2,9 @@
 
     MORTAL=1:5 python -m tests.ranks.dying '{"tp_size": 2, ...}'
 
-runs the node of that config; rank 1 is gone after its fifth call to the store, with 0 before all,
-and with -1 before it has said to rank 0 that it is there.
-Without words it is a rank's process, in place of `minisgl.ranks.follower`.
+runs the node of that config; rank 1 dies after its fifth call to the store, with 0 before all,
+and with -1 before it has connected to rank 0's listener.
+Without arguments it is a rank's process, in place of `minisgl.ranks.follower`.
 """
 
 import json
@@ -76,7 +76,7 @@ def start_rank(boot: Boot) -> Child:
 def main() -> int:
     meeting.connect = connect_or_die
     if CALLS < 0:
-        follower.call = lambda *words: die()
+        follower.connect_to_listener = lambda *words: die()
     leader.start_rank = node.start_rank = start_rank
     if len(sys.argv) == 1:
         return follower.main()

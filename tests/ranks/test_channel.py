@@ -13,7 +13,7 @@ import pytest
 
 from minisgl.core.batch import Batch, Chunk
 from minisgl.ranks.channel import Channel, Dispatch, Sample, Stop, ToRank
-from minisgl.ranks.meeting import Listener, call, split_address
+from minisgl.ranks.meeting import Listener, connect_to_listener, split_address
 
 SECONDS = 10  # a single stranger may not take as long
 
@@ -79,7 +79,7 @@ def listener() -> Iterator[Listener]:
 
 
 def test_a_listener_lets_in_who_knows_the_key(listener: Listener) -> None:
-    rank = call(listener.address, 7, listener.key)
+    rank = connect_to_listener(listener.address, 7, listener.key)
     number, channel = come(listener)
     assert number == 7
     channel.send(b"hello")
@@ -106,7 +106,7 @@ NOT_A_STRING = msgspec.msgpack.encode(["hello", 1, "k\u00e9y"])
     ],
 )
 def test_a_listener_sends_strangers_away(listener: Listener, said: bytes) -> None:
-    stranger = call(listener.address, 1, b"wrong")
+    stranger = connect_to_listener(listener.address, 1, b"wrong")
     with socket.create_connection(split_address(listener.address)) as noise:
         noise.sendall(said)
         noise.shutdown(socket.SHUT_WR)
@@ -127,7 +127,7 @@ def test_strangers_who_say_nothing_hold_nobody_up(listener: Listener) -> None:
         ]
         for stranger in strangers[::2]:
             stranger.sendall(b"\x10\0\0\0par")
-        rank = call(listener.address, 3, listener.key)
+        rank = connect_to_listener(listener.address, 3, listener.key)
         number, channel = come(listener)
         assert number == 3
         rank.send(b"here")

@@ -25,7 +25,7 @@ from minisgl.engine.engine import Engine
 from minisgl.ranks import leader
 from minisgl.ranks.channel import Boot, Channel
 from minisgl.ranks.executor import ParallelExecutor
-from minisgl.ranks.meeting import call, open_store
+from minisgl.ranks.meeting import connect_to_listener, open_store
 from tests.ranks.processes import alive, children
 from tests.world.configs import LLAMA
 
@@ -205,11 +205,11 @@ def test_nodes_that_take_each_others_ranks_are_told(config: EngineConfig, addres
     first = threading.Thread(target=build)
     first.start()
     store = open_store(config)
-    door, key = store.get("channel").decode(), store.get("key")
-    twice = [call(door, 1, key) for _ in range(2)]
+    address, key = store.get("channel").decode(), store.get("key")
+    twice = [connect_to_listener(address, 1, key) for _ in range(2)]
     first.join(SECONDS)
     assert said == [
-        "rank 1 came where [2] are missing: is each node started with its own node_rank?"
+        "rank 1 connected, missing are [2]: is each node started with its own node_rank?"
     ]
     for rank in twice:  # sent away
         rank.wait_for_end()

@@ -82,7 +82,7 @@ def test_a_node_that_is_lost_ends_the_others(address: str) -> None:
         (rank,) = descendants(other.process.pid)
         os.kill(rank, signal.SIGKILL)
         assert server.wait_exit() == 1
-        assert "rank 1, on another node, is gone" in server.output
+        assert "rank 1, on another node, has ended" in server.output
         assert other.wait_exit() == 1
         assert "rank 1 ended with exit code -9" in other.output
 
