@@ -1,1 +1,1 @@
-"""Once, before anything is served: from a config and a model on disk to a worker that is ready."""
+"""Start-up, which happens once: from a config and a model on disk to a worker that is ready."""

@@ -1,4 +1,4 @@
-"""What makes a model the draft model of a target: the same tokens, and enough context."""
+"""Checks that a draft model fits its target: the same tokens, and enough context."""
 
 import json
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a config and the models' own configs settle, before anything is loaded."""
+"""`Facts`: what the config and the models' own configs decide, before anything is loaded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from minisgl.step.sizes import GraphSizes
 
 @dataclass(frozen=True)
 class Facts:
-    """The same for all ranks, but for the draft model, which rank 0 alone has."""
+    """What loading and scheduling need to know. The same on all ranks, but `draft` is rank 0's."""
 
     config: EngineConfig
     path: Path  # of the model
@@ -34,9 +34,10 @@ class Facts:
 
 
 def read_facts(config: EngineConfig, path: Path, device: Device, rank: int = 0) -> Facts:
-    """What `config` makes of the model at `path`. ValueError naming the field for what cannot be.
+    """Combine `config` with the model's own config at `path`.
 
-    A draft model that is not here is fetched; with `batch_invariant` a build may be waited for.
+    Raises ValueError naming a field that the model or the device does not allow. Downloads a draft
+    model that is not on disk; with `batch_invariant` on a CPU waits for the native build.
     """
     model = ModelConfig.from_hf(path)
     dtype = model.dtype if config.dtype == "auto" else DTYPES[config.dtype]
@@ -56,9 +57,9 @@ def read_facts(config: EngineConfig, path: Path, device: Device, rank: int = 0) 
 
 
 def uses_cascade(config: EngineConfig, model: ModelConfig, device: Device) -> bool:
-    """Whether steps have cascade groups: on GPUs, and on CPUs, where they do not pay, on demand.
+    """Whether steps have cascade groups: on GPUs always; on CPUs, where they do not pay, if asked.
 
-    Raises ValueError where they are demanded of a model that has no use for them.
+    Raises ValueError where they are asked for and the model cannot use them.
     """
     least = config.cascade_min_shared_tokens
     if all(layer.window is not None for layer in model.layers):
@@ -74,8 +75,8 @@ def uses_cascade(config: EngineConfig, model: ModelConfig, device: Device) -> bo
 
 
 def graph_sizes(config: EngineConfig, dtype: torch.dtype, device: Device) -> GraphSizes:
-    """With drafts, graphs for one token and for all drafts there may be: what has fewer is padded,
-    but where every width is at hand."""
+    """The sizes of graphs. With drafts there are two widths, without and with all of them, to which
+    steps are padded; where graphs cost nothing there is every width between, too."""
     if config.disable_cuda_graph:
         return GraphSizes({})
     most = min(config.max_running_requests, config.cuda_graph_max_bs or CUDA_GRAPH_MAX_BS)
@@ -90,13 +91,13 @@ def graph_sizes(config: EngineConfig, dtype: torch.dtype, device: Device) -> Gra
 
 
 def check_fixed_order(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-    """Raises ValueError, naming the limit, where the batch-invariant mode cannot be kept."""
+    """Raises ValueError, naming the limit, where the batch-invariant mode is not possible."""
     if device.type != "cpu":
         return
     native = csrc.load("model_ops", wait=True)
     if native is None:
         raise ValueError(
-            "batch_invariant needs the native CPU operators, which could not be built (see above)"
+            "batch_invariant needs the native CPU operators, which were not built: see the log"
         )
     if dtype not in NATIVE_DTYPES:
         raise ValueError(f"batch_invariant on CPU needs dtype bfloat16 or float32, got {dtype}")

@@ -1,7 +1,7 @@
-"""What steps need beside weights and KV: activations, logits, decode graphs. In bytes, ahead.
+"""Estimates of the bytes needed beside KV: weights, activations, logits, counts, graphs.
 
-Planned before anything large is allocated, so these are upper estimates; what capturing really took
-is measured and said.
+They are made before anything large is allocated and are upper bounds. What capturing graphs really
+took is measured afterwards, and logged.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ OTHER_NODES = 40  # of the passes' ends, and of the three sampling halves
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes by purpose, of what a rank allocates beside KV."""
+    """What a rank allocates beside KV, in bytes by purpose."""
 
     weights: int
     workspace: int
@@ -40,7 +40,7 @@ class Footprint:
 def footprint(
     facts: Facts, model: Decoder, draft: Draft | None, ranks: int, *, captures: bool
 ) -> Footprint:
-    """Of a rank with its share `model`; captures: whether graphs are made ahead."""
+    """The footprint of a rank with its share `model`. captures: whether graphs are captured."""
     config, sizes, vocab = facts.config, facts.graphs, facts.model.vocab_size
     rows = config.max_running_requests
     points = rows * (1 + config.num_draft_tokens)  # of every row, with its drafts
@@ -61,7 +61,7 @@ def footprint(
 
 
 def weight_bytes(model: Decoder) -> int:
-    """Of this rank's share."""
+    """Of the weights of this rank's share."""
     return sum(w.target.numel() * w.target.element_size() for w in model.weights())
 
 

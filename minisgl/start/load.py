@@ -26,7 +26,7 @@ log = get_logger(__name__)
 def load_worker(facts: Facts, device: Device, comm: Communicator | None = None) -> Worker:
     """Read the models, plan the memory, build kernels and the worker, and make it ready.
 
-    Raises ValueError naming the field for a pool that cannot be.
+    Raises ValueError naming the field when the KV pool does not fit.
     """
     comm, stages, kernels, config = comm or Solo(), Stages(), Kernels(device), facts.config
     model, draft = load_models(facts, device, comm, stages)
@@ -98,7 +98,7 @@ def kv_shape(facts: Facts, model: Decoder) -> KVShape:
 def load_models(
     facts: Facts, device: Device, comm: Communicator, stages: Stages
 ) -> tuple[Decoder, Draft | None]:
-    """This rank's share of the model, and the draft model where there is to be one."""
+    """This rank's share of the model, and the draft model where the config asks for one."""
     config = facts.config
 
     def load(model: ModelConfig, path: Path, comm: Communicator, op: Op) -> Decoder:
@@ -134,7 +134,7 @@ def _plan(
     device: Device,
     comm: Communicator,
 ) -> MemoryPlan:
-    """In the stream, once all ranks have loaded."""
+    """The memory plan. Runs in the stream, once all ranks have loaded."""
     config = facts.config
     needs = footprint(facts, model, draft, comm.size, captures=device.captures)
     memory = share_of_memory(comm, device, config.tp_size // config.nnodes)

@@ -12,7 +12,7 @@ from minisgl.start.footprint import Footprint
 
 log = get_logger(__name__)
 
-# A pool that nobody asked for, where memory is not the engine's alone: at most this much.
+# The most a pool takes on a CPU, whose memory others use too, unless its size is stated.
 MODEST_TOKENS = 65_536
 MODEST_BYTES = 4 * 2**30
 
@@ -55,8 +55,8 @@ def plan_memory(
     a token's KV takes.
 
     The budget is `mem_fraction_static` of what was free before the weights. A `modest` pool is also
-    at most MODEST_TOKENS and MODEST_BYTES, unless `max_total_tokens` states its size. Nobody needs
-    a pool beyond what is stated. Raises ValueError, with the numbers, when not even one page fits,
+    at most MODEST_TOKENS and MODEST_BYTES. A size stated by `max_total_tokens` is used as it is.
+    Raises ValueError, with the numbers, when not even one page fits,
     or the stated pool does not.
     """
     page_size, stated, fraction = (
@@ -100,7 +100,7 @@ def plan_memory(
 
 
 def share_of_memory(comm: Communicator, device: Device, local_size: int) -> Memory:
-    """The device's memory once every rank has loaded; of a CPU's, what is free for one of them."""
+    """The device's memory once every rank has loaded. A CPU's free memory is divided among them."""
     comm.all_reduce(torch.zeros(1, device=device.torch_device))
     memory = device.memory()
     shared = device.torch_device.type == "cpu"
@@ -114,13 +114,14 @@ def fewest(comm: Communicator, device: Device, count: int) -> int:
 
 
 def check_graphs(plan: MemoryPlan, taken: int) -> None:
-    """Say what capturing took beside the plan; a warning when it is more."""
+    """Log what capturing took and what was planned; as a warning when it took more."""
     planned = plan.needs.graphs
     if taken > planned:
         log.warning(
-            "graphs take %.0f MiB, planned were %.0f: lower mem_fraction_static if memory runs out",
+            "graphs take %.0f MiB, more than the %.0f MiB planned: lower mem_fraction_static if "
+            "memory runs out",
             taken / 2**20,
             planned / 2**20,
         )
     elif taken:
-        log.info("graphs take %.0f of %.0f MiB", taken / 2**20, planned / 2**20)
+        log.info("graphs take %.0f MiB of the %.0f MiB planned", taken / 2**20, planned / 2**20)

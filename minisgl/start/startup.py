@@ -1,4 +1,4 @@
-"""A start: its stages timed, kernels compiled, everything run once before it is served."""
+"""Start-up: times its stages, compiles kernels, runs everything once before requests are served."""
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -52,10 +52,10 @@ class Stages:
 
 
 class Kernels:
-    """The kernels that this process compiles: on a GPU, all of them ahead of serving."""
+    """Compiles kernels before serving, and counts what is compiled later. Does nothing on a CPU."""
 
     def __init__(self, device: Device) -> None:
-        """From now on what is compiled is counted."""
+        """Starts counting."""
         self._device = device
         self._before = 0
         self._counter = None
@@ -66,11 +66,11 @@ class Kernels:
             self._counter.install()
 
     def ready(self) -> None:
-        """From now on, what is compiled has been missed."""
+        """Serving begins: a kernel compiled from now on was missed."""
         self._before = self._total()
 
     def missed(self) -> int:
-        """How many were compiled since `ready`; those found in the cache on disk count, too."""
+        """Kernels compiled since `ready`, or loaded from the cache on disk."""
         return self._total() - self._before
 
     def _total(self) -> int:
@@ -99,10 +99,10 @@ class Kernels:
 def make_ready(
     worker: Worker, stages: Stages, *, cascade: bool, prompt_tokens: int, num_drafts: int
 ) -> int:
-    """Run what steps can ask for, and capture all graphs where the device captures.
+    """Run every kind of step once; where the device captures graphs, capture all of them.
 
-    prompt_tokens: of a step, at most, beside rows with up to `num_drafts` drafts; where graphs are
-    captured such a step is run last. Returns the bytes that capturing took.
+    There the largest step is run last: every row with `num_drafts` drafts, and `prompt_tokens` of
+    prompts. Returns the bytes that capturing took.
     """
     device, runner = worker.device, worker.runner
     limits, geometry = worker.limits, worker.geometry
@@ -120,7 +120,7 @@ def make_ready(
 
 
 def _capture(worker: Worker, stages: Stages, cascade: bool) -> int:
-    """Every graph, in the stream; the bytes that this took."""
+    """Capture every graph, in the stream. Returns the bytes that this took."""
     runner, free = worker.runner, worker.device.memory().free
     if runner.draft is not None:
         with stages.stage("capture the draft model"):
@@ -152,8 +152,8 @@ def warm_up(
 ) -> None:
     """Run prompts and mixed steps on the padding row, in the stream.
 
-    widths: tokens of a decoding sequence. With `everything` that can be asked of them, too, so that
-    no request is the first to load what it needs.
+    widths: tokens of a decoding sequence. `everything`: with penalties, log-probabilities and
+    masks, too, so that no request is the first to load what it needs.
     """
     host = HostRows(limits.max_rows, limits.vocab_size, ())
     eager = replace(geometry, decode_sizes={}, staging=0, piece_sizes=())
@@ -175,10 +175,10 @@ def warm_up(
 def kinds_of_steps(
     limits: Limits, widths: Iterable[int], counts: Sequence[int], *, everything: bool = True
 ) -> Iterator[tuple[Batch, GrammarMasks | None]]:
-    """Steps of so many decoding sequences of so many tokens each, alone and with a prompt.
+    """Steps of `counts` decoding sequences with `widths` tokens each, alone and with a prompt.
 
-    With `everything` such that ask for all there is come first, and each once more with a mask.
-    The padding row is left greedy: the cheapest to sample.
+    With `everything` steps that use every sampling feature come first, and each is repeated with a
+    mask. The padding row is left greedy: the cheapest to sample.
     """
     asking = SamplingParams(
         seed=0, frequency_penalty=0.1, logit_bias=((0, 1.0),), logprobs=1, prompt_logprobs=1
@@ -205,7 +205,7 @@ def mixed_step(
 
 
 def capture_pieces(runner: Runner, limits: Limits, geometry: Geometry, tokens: int) -> None:
-    """Have the piecewise graphs of so many tokens captured, on the padding row."""
+    """Capture the piecewise graphs for that many tokens, by a step on the padding row."""
     runner.forward(_padding_step(limits, geometry, [], tokens))
 
 

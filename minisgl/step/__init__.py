@@ -1,1 +1,1 @@
-"""Every step: from a `Batch` to tensors to logits to tokens. Decides nothing about scheduling."""
+"""What happens in every step: a `Batch` becomes tensors, logits, tokens. Decides no scheduling."""

@@ -1,4 +1,4 @@
-"""Whether ranks compute the same: hashes of each step, compared to find faults."""
+"""Checks that all ranks compute the same, by hashes of each step (`--log-level debug`)."""
 
 import zlib
 
@@ -11,7 +11,7 @@ PARTS = ("the number", "the plan", "the sum of the hidden states")
 
 
 def compare_ranks(comm: Communicator, packed: PackedBatch, hidden: torch.Tensor) -> None:
-    """Raises RuntimeError on rank 0 when a rank runs another step, or computes something else.
+    """Raises RuntimeError on rank 0 when a rank runs another step or gets other values.
 
     hidden: [T, H], the same on all ranks to the bit. Rank 0 waits for the device.
     """

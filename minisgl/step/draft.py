@@ -1,4 +1,4 @@
-"""The draft model's part of a step, before the target's forward pass. Runs inside the stream.
+"""The draft model's part of a step, which comes before the target's forward pass. In the stream.
 
 Its KV lies in a pool of its own, on the target's pages and by the target's page tables. First it
 computes the step's draft chunks. Then it proposes, for each row that is to have drafts, in passes:
@@ -32,14 +32,19 @@ from minisgl.step.proposals import FILL, resolve
 from minisgl.step.ragged import RAGGED, ragged_inputs
 from minisgl.step.rows import RowBuffers
 
-RESOLVED = ("decode", "token_ids", "drafts", "point_drafts")  # sections that may hold drafts
+RESOLVED = (
+    "decode",
+    "token_ids",
+    "drafts",
+    "point_drafts",
+)  # sections whose numbered drafts are replaced by tokens
 FIRST_WIDTH = 2
 GRAPHS_PER_SIZE = 4  # a first pass and a later one, each plain and with penalties
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A loaded draft model. Rank 0 has it; what the others hold of it is its sizes."""
+    """A loaded draft model. Only rank 0 has model and shape; the others know `num_drafts`."""
 
     model: Decoder | None
     shape: KVShape | None
@@ -97,7 +102,7 @@ class DraftRunner:
                     self._graph(size, width, adjusts)
 
     def run(self, step: PackedBatch, sent: dict[str, torch.Tensor]) -> torch.Tensor | None:
-        """Compute what the step asks for and put the proposals in their places in `sent`.
+        """Compute the step's draft chunks and proposals, and write the proposals into `sent`.
 
         Returns the proposals [D, K], if there are any.
         """
@@ -122,7 +127,7 @@ class DraftRunner:
         return drafted
 
     def _fill(self, chunks: list[Chunk], sent: dict[str, torch.Tensor]) -> None:
-        """Compute the draft chunks for their KV."""
+        """Compute the KV of the draft chunks."""
         assert self._model is not None
         assert self._pool is not None
         sections = (sent[FILL + name] for name in RAGGED)
@@ -143,7 +148,7 @@ class DraftRunner:
     def _pass(self, size: int, width: int, adjusts: bool) -> None:
         """Pass `nth` over `size` rows: the first is of two tokens, later ones are of one.
 
-        `nth` is set by whoever runs it, since capturing a graph runs it once more than is asked.
+        The caller sets `nth` before: this cannot count its runs, since capturing runs it once more.
         """
         assert self._model is not None
         assert self._pool is not None

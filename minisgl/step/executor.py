@@ -29,11 +29,11 @@ class _InFlight:
 class LocalExecutor:
     """Owned by the engine's thread, which plans; the work runs on the worker's device.
 
-    A step that fails, be it a malformed batch or an error in a kernel, is reported by `collect`.
+    Any failure of a step, from a malformed batch to an error in a kernel, is raised by `collect`.
     """
 
     def __init__(self, worker: Worker, *, rank: int = 0, trace_details: bool = False) -> None:
-        """`trace_details`: an attached NVTX tool is told of layers and ops too."""
+        """`trace_details`: NVTX ranges for layers and ops too, where a tool is attached."""
         self._worker = worker
         self._profiler = RankProfiler(worker.device, rank, details=trace_details)
         self._in_flight: deque[_InFlight] = deque()
@@ -51,7 +51,7 @@ class LocalExecutor:
         step = proposed = None
         try:
             step = Step(pack_step(batch, worker.host_rows, worker.geometry))
-        except Exception as failure:  # surfaces at collect, as every failure does
+        except Exception as failure:  # raised at collect, as every failure is
             device.submit(_fail, failure)
         else:
             if step.packed.num_passes:
@@ -93,7 +93,7 @@ class LocalExecutor:
         return self._profiler.stop(directory)
 
     def check(self) -> None:
-        pass  # what fails here fails in a step
+        pass  # one process: whatever fails, fails in a step
 
     def close(self) -> None:
         self._in_flight.clear()
@@ -115,7 +115,7 @@ def _read(step: Step, device_spans: list[tuple[float, float]]) -> StepOutput:
         drawn = sampled.drawn.tolist()
         accepted = drawn[packed.num_points :] or [0] * len(packed.sampling)
         spans = zip(packed.sampling, packed.first_points, accepted, strict=False)
-        for i, first, count in spans:  # what lies behind belongs to padding
+        for i, first, count in spans:  # what follows belongs to padding
             token_ids[i] = drawn[first : first + count + 1]
     if sampled.logprobs is not None:
         first = 0
@@ -141,9 +141,9 @@ def _read(step: Step, device_spans: list[tuple[float, float]]) -> StepOutput:
 
 
 def plan_on_one_thread() -> None:
-    """Keep torch off further cores in the calling thread, which plans beside a CPU stream.
+    """Have torch use one core in the calling thread, which plans beside a CPU stream.
 
     A second thread with a parallel team of its own would halve the speed of the stream's.
     """
     torch.set_num_threads(1)
-    torch.get_num_threads()  # settles it for this thread, whatever others set later
+    torch.get_num_threads()  # fixes it for this thread, whatever others set later

@@ -16,7 +16,8 @@ from minisgl.step.runner import Model
 
 
 class FixedOrder:
-    """A model whose passes are computed in a fixed order; where cuBLAS picks one, we do not ask."""
+    """A model computed in a fixed order. On a GPU our own product replaces cuBLAS, whose order
+    varies with the number of rows."""
 
     def __init__(self, model: Model, device: torch.device) -> None:
         self._model = model

@@ -213,7 +213,7 @@ def _pack_groups(batch: Batch, size: int, page_size: int) -> Sections:
 
 
 def _pack_points(step: PackedBatch, ends: np.ndarray, multiple: int) -> None:
-    """Where logits are needed: the last 1 + drafts tokens of every chunk that samples.
+    """Pack the points, where logits are needed: the last 1 + drafts tokens of chunks that sample.
 
     ends: where each chunk's tokens end. Sections: points [N padded], point_rows [N]; first,
     sampled_rows [M]; drafts [M * K] and point_drafts [N * K] where there are drafts.

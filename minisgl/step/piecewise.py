@@ -1,9 +1,9 @@
-"""Piecewise graphs: forward passes of mixed steps, all of which is captured but attention.
+"""Piecewise graphs: forward passes of mixed steps, captured but for attention.
 
 A step that prefills has sequences of any lengths, which attention's launches depend on. Everything
 else in a pass treats tokens one by one: it is captured for padded numbers of tokens, in pieces that
 end where a layer attends and begin again behind it, on static tensors. Between two pieces attention
-runs eagerly, on what the pieces share with it: queries, and what becomes of them.
+runs eagerly, on two tensors that the pieces share with it: its queries and its output.
 
     piece 0     embedding ... layer 0's queries, keys and values       attention of layer 0
     piece i     layer i - 1's projection ... layer i's queries ...     attention of layer i
@@ -36,7 +36,7 @@ class PiecewiseGraphs:
         self._forward = forward
         self._tokens = [device.zeros((max(sizes, default=0),), dtype) for dtype in TOKENS]
         self._graphs: dict[int, Pieces] = {}
-        # Queries and what is made of them, [most, Hq, D] each, of one layer after another.
+        # Attention's queries and output, [most, Hq, D] each, of one layer after another.
         self._shared: tuple[torch.Tensor, torch.Tensor] | None = None
         self._hidden: torch.Tensor | None = None  # [most, H]
 
@@ -77,7 +77,7 @@ class PiecewiseGraphs:
     def _attend(
         self, cut: Cut, layer: Attention, x: torch.Tensor, inputs: ForwardInputs, kv: KV
     ) -> torch.Tensor:
-        """The queries into what is shared, and a cut; a replay attends by the step's own inputs."""
+        """Write the queries to the shared tensor; cut. A replay attends by the step's inputs."""
         if self._shared is None:
             most = self.sizes[-1], layer.num_heads, kv[0].shape[2]
             self._shared = x.new_zeros(most), x.new_zeros(most)
@@ -88,7 +88,7 @@ class PiecewiseGraphs:
 
 
 def _without_sequences(inputs: ForwardInputs) -> ForwardInputs:
-    """What the pieces may know of a step: its tokens."""
+    """The inputs without their sequences: the pieces know only a step's tokens."""
     return replace(
         inputs,
         cu_seqlens_q=inputs.cu_seqlens_q[:1],

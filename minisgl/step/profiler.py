@@ -17,7 +17,7 @@ class RankProfiler:
     """Profiles what one device's stream runs. Owned by the thread that plans."""
 
     def __init__(self, device: Device, rank: int = 0, *, details: bool = False) -> None:
-        """`details`: tell an attached NVTX tool of layers and ops too, profile or not."""
+        """`details`: NVTX ranges for layers and ops too, whether a profile runs or not."""
         self._device = device
         self._rank = rank
         self._details = details

@@ -33,7 +33,7 @@ class Model(Protocol):
         """Hidden states [T, H]; writes this step's KV."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[N, H] -> [N, vocab] fp32; of use on rank 0 only."""
+        """[N, H] -> [N, vocab] fp32; valid on rank 0 only."""
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Step:
 
 
 class Runner:
-    """One rank's model and buffers. Steps laid out for graphs are replayed by them."""
+    """Runs the steps of one rank. Those laid out for a decode graph replay it."""
 
     def __init__(
         self,
@@ -73,8 +73,8 @@ class Runner:
         draft: DraftRunner | None = None,
         compare: Communicator | None = None,
     ) -> None:
-        """graphs: by width, and where their steps are uploaded to. compare: each step, between
-        ranks."""
+        """graphs: by width. staging: where their steps are uploaded to. compare: if given, every
+        step is compared between its ranks."""
         self.rows = rows
         self.graphs = graphs
         self.pieces = pieces
@@ -93,7 +93,7 @@ class Runner:
             self._begin(step)
 
     def forward(self, step: Step) -> None:
-        """Compute the step's hidden states, after `begin`, which comes by itself if need be."""
+        """Compute the step's hidden states, after `begin`, which is called here if it was not."""
         if not step.sent:
             self.begin(step)
         with span("forward"):

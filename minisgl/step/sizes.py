@@ -1,4 +1,4 @@
-"""The sizes of graphs, those that steps are padded to, and of what a step sends."""
+"""Sizes: of graphs, of padded steps, and of what a step uploads."""
 
 import math
 from bisect import bisect_left
@@ -30,8 +30,9 @@ class GraphSizes:
     ) -> "GraphSizes":
         """Graphs for up to `most` sequences, piecewise ones for up to `most_in_pieces` tokens.
 
-        any_size: where graphs of every size are at hand nothing is padded but tokens, to half of
-        `multiple` or its multiples. Piecewise graphs have their sizes everywhere.
+        any_size: graphs of every size cost nothing, so sequences are not padded. Tokens are, where
+        `multiple` is not 1: to multiple / 2, then to its multiples (`padded_size`). The sizes of
+        piecewise graphs depend on neither.
         """
         by_width = {width: _sizes(most, width, any_size, multiple) for width in widths}
         return cls(by_width, tuple(piece_sizes(most_in_pieces)))
@@ -46,7 +47,7 @@ class GraphSizes:
 
     @property
     def staging_words(self) -> int:
-        """int32 words of the place where a step's upload lands."""
+        """int32 words of the buffer that steps of decode graphs are uploaded to."""
         longest = (
             sum(decode_words(sizes[-1], width)) + sum(cascade_words(sizes[-1])) + sizes[-1] * width
             for width, sizes in self.by_width.items()
@@ -60,7 +61,7 @@ class Geometry:
 
     page_table_width: int  # entries of a row
     padding_row: int
-    token_multiple: int = 1  # T and N are padded to half of it or its multiples; 1 = not padded
+    token_multiple: int = 1  # T and N are padded by it (`padded_size`); 1 = not padded
     # Decode graphs: by tokens per sequence, the numbers of sequences there are graphs for, rising.
     decode_sizes: Mapping[int, Sequence[int]] = field(default_factory=dict)
     staging: int = 0  # int32 words that a step of a decode graph may send
@@ -97,15 +98,15 @@ def cascade_words(size: int) -> tuple[int, int]:
 
 
 def padded_size(count: int, multiple: int) -> int:
-    """`count` rounded up to multiple / 2 or to a multiple of `multiple`."""
+    """`count` padded to multiple / 2, then to multiples of it: for 8 to 4, 8, 16, 24 and so on."""
     if multiple == 1 or count == 0:
         return count
     return multiple // 2 if count <= multiple // 2 else -(-count // multiple) * multiple
 
 
 def piece_sizes(most: int) -> Iterator[int]:
-    """Multiples of 8 up to at least `most`, an eighth apart but at most as far as the rope tables
-    have slack: padding has positions of its own, from 0."""
+    """Multiples of 8 up to at least `most`, an eighth apart, but at most ROPE_SLACK: the rope
+    tables have that many entries for padding."""
     size = 0
     while size < most:
         size += min(max(8, 2 ** (size.bit_length() - 4)), ROPE_SLACK)

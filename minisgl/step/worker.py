@@ -1,4 +1,4 @@
-"""`Worker`: one rank's device, model, memory and runner, which steps need."""
+"""`Worker`: what the steps of one rank need: device, memory, sizes and runner."""
 
 from collections.abc import Callable
 
