@@ -1,4 +1,4 @@
-// The core's hot integer work on token runs. The Python twins are in minisgl/core/tokens.py.
+// Comparing runs of tokens, which the radix tree does most. The Python twins are in minisgl/core/tokens.py.
 
 #include <pybind11/pybind11.h>
 

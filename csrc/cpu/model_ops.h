@@ -1,5 +1,4 @@
-// What the files of the module model_ops share: tensors as addresses, and the ops that have a file
-// of their own.
+// Shared by the files of the module model_ops: tensors as addresses, and the ops of other files.
 
 #pragma once
 

@@ -34,7 +34,7 @@ using Address = std::uintptr_t;
 using Index = std::int64_t;
 
 constexpr int SPINS = 300, YIELDS = 20;
-constexpr long NAP = 20'000'000;  // nanoseconds between checks whether a collective was given up
+constexpr long SLEEP_NS = 20'000'000;  // between checks whether collectives were aborted
 
 struct alignas(128) Line {  // apart, so that no rank's stores disturb another's polling
     std::atomic<std::uint32_t> epoch;
@@ -42,14 +42,14 @@ struct alignas(128) Line {  // apart, so that no rank's stores disturb another's
 };
 static_assert(std::atomic<std::uint32_t>::is_always_lock_free);
 
-// Sleep until woken while `word` is `seen`; NAP at most.
+// Sleep until woken while `word` is `seen`; SLEEP_NS at most.
 void sleep_on(std::atomic<std::uint32_t> &word, std::uint32_t seen) {
 #ifdef __linux__
-    const timespec nap{0, NAP};
-    syscall(SYS_futex, &word, FUTEX_WAIT, seen, &nap, nullptr, 0);
+    const timespec length{0, SLEEP_NS};
+    syscall(SYS_futex, &word, FUTEX_WAIT, seen, &length, nullptr, 0);
 #else
-    const timespec nap{0, NAP / 1000};
-    nanosleep(&nap, nullptr);
+    const timespec length{0, SLEEP_NS / 1000};
+    nanosleep(&length, nullptr);
 #endif
 }
 
@@ -144,26 +144,26 @@ class Group {
             if (r != rank_) wait_for(r);
     }
 
-    bool has_come(std::uint32_t epoch) const { return std::int32_t(epoch - epoch_) >= 0; }
+    bool has_published(std::uint32_t epoch) const { return std::int32_t(epoch - epoch_) >= 0; }
 
     void wait_for(int rank) const {
         Line &line = lines_[rank];
         for (int i = 0; i < SPINS + YIELDS; ++i) {
-            if (has_come(line.epoch.load(std::memory_order_acquire))) return;
+            if (has_published(line.epoch.load(std::memory_order_acquire))) return;
             i < SPINS ? pause() : void(sched_yield());
         }
         const double deadline = now() + timeout_;
         ++line.sleepers;
         std::uint32_t seen;
-        while (!has_come(seen = line.epoch.load()) && !given_up() && now() < deadline) sleep_on(line.epoch, seen);
+        while (!has_published(seen = line.epoch.load()) && !aborted() && now() < deadline) sleep_on(line.epoch, seen);
         --line.sleepers;
-        if (has_come(seen)) return;
-        if (given_up()) throw std::runtime_error("a collective was given up: a rank is gone");
-        throw std::runtime_error("rank " + std::to_string(rank) + " did not come to a collective within " +
+        if (has_published(seen)) return;
+        if (aborted()) throw std::runtime_error("collectives were aborted: a rank has ended");
+        throw std::runtime_error("rank " + std::to_string(rank) + " did not join a collective within " +
                                  std::to_string(int(timeout_)) + " s");
     }
 
-    bool given_up() const { return lines_[size_].epoch.load() != 0; }
+    bool aborted() const { return lines_[size_].epoch.load() != 0; }
 
     template <class T>
     void reduce(T *x, Index count) {

@@ -46,7 +46,7 @@ struct alignas(128) Signal {
     alignas(128) uint32_t fault;  // not 0: a barrier failed somewhere, do not wait any more
 };
 
-// What a wait that ended badly says: which rank waited for which. Never 0.
+// The fault code of a failed wait: which rank waited for which. Never 0.
 MINISGL_RANKS_FN uint32_t fault_code(int rank, int awaited) {
     return 0x100u | static_cast<uint32_t>(rank) << 4 | static_cast<uint32_t>(awaited);
 }

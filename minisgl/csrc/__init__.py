@@ -1,8 +1,8 @@
-"""Native parts of minisgl: compiled at first use, in the background, while a Python twin serves.
+"""Native modules: compiled at first use in the background, while their Python twins serve.
 
-`load("core_ops")` returns the module, or None while it is not there; the caller then runs its
-twin. Installing compiles nothing, and `python -m minisgl.csrc build` does it ahead of time. This
-package imports the standard library only, so every floor may use it.
+`load("core_ops")` returns the module, or None until it is built; the caller then runs the twin, the
+same function in Python. Installing compiles nothing; `python -m minisgl.csrc build` does it ahead
+of time. This package imports the standard library only, so every floor may use it.
 """
 
 import functools
@@ -20,7 +20,7 @@ log = get_logger(__name__)
 
 
 def load(name: str, arch: str | None = None, wait: bool = False) -> ModuleType | None:
-    """The native module `name`, or None: not built yet, or it cannot be (logged once).
+    """The native module `name`, or None when it is not built yet or cannot be built (logged once).
 
     arch: for CUDA modules, as nvcc spells it ("80", "90a", "100"). The first call imports a
     finished build at once, else starts one in a thread; later calls cost a dictionary look-up.
@@ -38,7 +38,7 @@ def _unit(name: str, arch: str | None) -> "Unit":
 
 
 class Unit:
-    """One target as this process sees it: not asked for, building, loaded, or given up on."""
+    """One target as this process sees it: not asked for, building, loaded, or failed."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
@@ -63,7 +63,7 @@ class Unit:
                 self.module = import_extension(self.target.module.name, str(library))
                 return
         except (BuildError, ImportError) as error:
-            self._give_up(error)
+            self._report_failure(error)
             return
         log.info("building %s in the background; until then: %s", self.target, self._twin)
         name = f"csrc-{self.target.module.name}"
@@ -76,11 +76,11 @@ class Unit:
             library = self.target.build()
             self.module = import_extension(self.target.module.name, str(library))
         except (BuildError, ImportError) as error:
-            self._give_up(error)
+            self._report_failure(error)
         else:
             log.info("built %s in %.1f s", self.target, time.perf_counter() - begin)
 
-    def _give_up(self, error: Exception) -> None:
+    def _report_failure(self, error: Exception) -> None:
         what, *compiler_lines = str(error).split("\n")
         log.warning("%s", "\n".join([f"{what}; {self._twin}", *compiler_lines]))
 

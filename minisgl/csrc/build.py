@@ -113,7 +113,9 @@ class Target:
     def library(self) -> Path:
         """Where the finished extension is, or will be. Unavailable: no compiler."""
         compiler = find_compiler(self.module.kind)
-        status = compiler.stat()  # stands for the version: asking costs a process at every start
+        status = (
+            compiler.stat()
+        )  # in place of its version, which would take a process at every start
         inputs = [
             *self.flags,
             f"{compiler.resolve()} {status.st_size} {status.st_mtime_ns}",
@@ -182,7 +184,7 @@ class Target:
 
 
 def find_module(name: str) -> Module:
-    """The module of this name. KeyError names those there are."""
+    """The module of this name. KeyError lists the names there are."""
     for module in MODULES:
         if module.name == name:
             return module
@@ -196,7 +198,7 @@ def cache_dir() -> Path:
 
 
 def find_compiler(kind: str) -> Path:
-    """The C++ or CUDA compiler. Unavailable says where was looked."""
+    """The C++ or CUDA compiler. Unavailable names the places searched."""
     host = [os.environ.get("CXX"), "c++", "g++", "clang++"]
     cuda_home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
     cuda = ["nvcc", f"{cuda_home}/bin/nvcc"]
@@ -241,14 +243,14 @@ def find_headers() -> list[str]:
 
 @functools.cache
 def _cpu_identity() -> str:
-    """What -march=native looks at: a cache on a shared home must not cross processor types."""
+    """The processor, as -march=native sees it: a cache in a shared home serves several machines."""
     try:
         with open("/proc/cpuinfo") as lines:
             for line in lines:
                 if line.startswith(("flags", "Features")):
                     return f"{platform.machine()} {line}"
     except OSError:
-        pass  # not Linux: the machine's name has to do
+        pass  # not Linux: the machine's name is used
     return f"{platform.machine()} {platform.processor()}"
 
 

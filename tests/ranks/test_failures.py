@@ -141,7 +141,7 @@ class Gone:
     """An executor whose device waited for a rank in vain."""
 
     def collect(self) -> None:
-        raise RuntimeError("the step failed: a collective was given up")
+        raise RuntimeError("the step failed: collectives were aborted")
 
     def drafts(self, step: int) -> None:
         self.collect()
