@@ -175,7 +175,7 @@ class Api:
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` returns. ClientDisconnect when the client hangs up first: `work` is cancelled."""
+    """The result of `work`. When the client hangs up first: cancels it, raises ClientDisconnect."""
 
     async def hang_up() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -202,7 +202,7 @@ class _EventStream(StreamingResponse):
         headers = {"cache-control": "no-cache"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._events = events
-        self._source = source  # what the events are made of, closed with them
+        self._source = source  # the parts that events are made of, closed with them
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._source), aclosing(self._events):
@@ -231,7 +231,7 @@ async def _next(parts: AsyncGenerator[Part, None]) -> Part | None:
 
 
 async def _read_body(request: Request) -> bytes:
-    """The body. One that is too long is read to its end, not kept: clients read the answer then."""
+    """The body. One too long is read to its end but not kept: a client reads no answer before."""
     chunks: list[bytes] = []
     length = 0
     async for chunk in request.stream():

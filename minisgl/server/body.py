@@ -1,4 +1,4 @@
-"""JSON bodies -> typed structs; `ApiError` says what is wrong: the field, the limit, the value."""
+"""JSON bodies -> typed structs. An `ApiError` names the field, the limit and the value given."""
 
 import difflib
 import json

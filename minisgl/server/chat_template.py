@@ -142,5 +142,5 @@ def _strftime_now(pattern: str) -> str:
 def _check_public(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
         raise jinja2.exceptions.SecurityError(
-            f"a namespace in a chat template cannot hold a name with an underscore first: {name!r}"
+            f"a chat template's namespace cannot hold names that begin with _, got {name!r}"
         )

@@ -48,7 +48,7 @@ class Usage:
         self.completion_tokens += num_tokens
         self.accepted_drafts += min(delta.num_accepted_drafts, num_tokens)
         self.rejected_drafts += delta.num_rejected_drafts
-        # Further choices of a request find the first one's prompt in the cache; that is no hit.
+        # Further choices of a request find the first one's prompt in the cache; that is not a hit.
         known = self.cached.get(request, delta.num_cached_tokens)
         self.cached[request] = min(known, delta.num_cached_tokens)
 
@@ -98,7 +98,7 @@ class Generation:
         choice = index * self._n + delta.choice
         stream = self._streams[choice]
         if stream.finish_reason is not None:
-            return None  # was in flight when a stop string ended the choice
+            return None  # it was in flight when a stop string ended the choice
         piece = stream.feed(delta)
         if stream.stop_string is not None and delta.finish_reason is None:
             self._engine.abort(delta.request_id, delta.choice)
@@ -126,7 +126,7 @@ def engine_failed(reason: str, status: int = 500) -> ApiError:
 
 
 async def merge(streams: list[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
-    """What the streams yield, as it comes. The first error ends all."""
+    """Yield the items of all streams as they come. The first error ends all."""
     queue: asyncio.Queue[T | None] = asyncio.Queue()
 
     async def pump(stream: AsyncGenerator[T, None]) -> None:

@@ -14,13 +14,13 @@ _TTFT_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 _ITL_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 _E2E_BUCKETS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 
-# Attribute of the scheduler's figures -> (metric, what it says).
+# Attribute of the scheduler's figures -> (metric, its help text).
 _GAUGES = {
     "num_running": ("minisgl_running_sequences", "Sequences that hold a row"),
     "num_waiting": ("minisgl_waiting_sequences", "Sequences that wait for a row or for pages"),
     "num_pages": ("minisgl_kv_pages", "Pages of the KV pool"),
     "num_free_pages": ("minisgl_kv_pages_free", "Free pages"),
-    "draft_gain": ("minisgl_draft_gain", "Tokens a second against those without drafts"),
+    "draft_gain": ("minisgl_draft_gain", "Tokens per second with drafts, divided by those without"),
     "num_idle_pages": ("minisgl_kv_pages_idle", "Pages held by the prefix cache alone"),
 }
 _COUNTERS = {
@@ -115,7 +115,7 @@ class CallClock:
 
 
 class _EngineFigures(Collector):
-    """The scheduler's own figures, read when they are asked for."""
+    """The scheduler's own figures, read at every scrape."""
 
     def __init__(self, engine: EngineClient) -> None:
         self._engine = engine

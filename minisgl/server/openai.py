@@ -1,6 +1,6 @@
-"""Bodies of OpenAI's API -> valid requests, parsed once. What is wrong is refused here.
+"""Bodies of OpenAI's API -> valid requests, parsed once. Invalid ones are answered 400 here.
 
-Every field of a body is honoured or refused by name. A field that is not supported may be sent with
+Every field of a body is used, or refused by name. A field that is not supported may be sent with
 a value that asks for nothing (`"tools": []`).
 """
 
@@ -54,7 +54,7 @@ class Call:
         return self.requests[0].params
 
 
-# What the engine keeps in 32 bits; beyond it no value could mean anything.
+# The engine keeps these in 32 bits.
 _Int = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
 
 
@@ -348,7 +348,7 @@ def _seed(seed: int | None) -> int | None:
 
 @contextmanager
 def _refuse(param: str, code: str | None = None) -> Iterator[None]:
-    """What the engine would refuse by a ValueError, as an answer that names the field."""
+    """Turns a ValueError of the engine's own checks into an answer that names the field."""
     try:
         yield
     except ValueError as error:
