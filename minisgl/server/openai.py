@@ -369,6 +369,7 @@ def _check_prompt(
 
 
 def _request(request_id: str, ids: list[int], params: SamplingParams, body: _Sampling) -> Request:
+    """The engine's request; without a seed it gets a random one of its own."""
     if params.seed is None:
         params = msgspec.structs.replace(params, seed=secrets.randbits(64))
     return Request(
