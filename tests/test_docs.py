@@ -64,6 +64,20 @@ def test_python_shown_is_python_and_imports_what_there_is(document):
                 assert {alias.name for alias in node.names} <= set(minisgl.__all__)
 
 
+def test_files_and_functions_of_the_architecture_exist():
+    text = (ROOT / "docs/ARCHITECTURE.md").read_text()
+    files = re.findall(r"`(\w+/[\w/]+\.py)`", text)  # those in a folder of minisgl/ or in tests/
+    there = [(ROOT / name).exists() or (ROOT / "minisgl" / name).exists() for name in files]
+    assert [name for name, exists in zip(files, there, strict=True) if not exists] == []
+    named = re.findall(r"`([\w/]+\.py)`: ((?:`[\w.]+`(?:, )?)+)", text)
+    assert len(named) >= 30
+    for file, cell in named:
+        tree = ast.walk(ast.parse((ROOT / "minisgl" / file).read_text()))
+        defined = {node.name for node in tree if hasattr(node, "name")}
+        for name in re.findall(r"`([\w.]+)`", cell):
+            assert set(name.split(".")) <= defined, (file, name)
+
+
 def gpu_kernels() -> list[tuple[str, str]]:
     """(op, implementation) of every kernel of our own for CUDA devices."""
     return [

@@ -49,7 +49,7 @@ MOST_PROCESSES = 16  # a model has some fifty kernels, and each process imports 
 
 @dataclass(frozen=True)
 class Start:
-    """What one rank's start fixes of its launches."""
+    """What decides the launches of one rank."""
 
     config: EngineConfig
     path: str  # of the model
@@ -60,13 +60,13 @@ class Start:
     @classmethod
     def of(cls, facts: Facts, limits: Limits, arch: int, rank: int) -> "Start":
         config = facts.config
-        if facts.draft is not None:  # which is not to be fetched again
+        if facts.draft is not None:  # already downloaded
             config = replace(config, speculative_draft_model=str(facts.draft.path))
         return cls(config, str(facts.path), limits, arch, rank)
 
 
 class OneOfMany(Solo):
-    """A rank whose others say nothing."""
+    """One rank's communicator without the others: results have the right shape, no content."""
 
     def gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         return torch.cat([x] * self.size, dim) if self.rank == 0 else x
@@ -116,7 +116,7 @@ def serve(
 def _run_steps(
     worker: Worker, widths: Sequence[int], counts: Iterable[int], *, cascade: bool
 ) -> None:
-    """The steps that a start leaves out."""
+    """Run the kinds of steps that a start does not."""
     device, runner, limits, own = worker.device, worker.runner, worker.limits, worker.geometry
     eager = replace(own, decode_sizes={}, piece_sizes=())
 
@@ -164,7 +164,7 @@ def compile_ahead(start: Start, processes: int | None = None) -> tuple[int, list
 
 
 def main(words: Sequence[str]) -> int:
-    """Compile the I-th of N shares; the first says what all of them are."""
+    """Compile the I-th of N shares, print how many were new; the first prints all variants too."""
     part, parts = map(int, words or ("0", "1"))
     variants = launched(msgspec.json.decode(sys.stdin.buffer.read(), type=Start))
     counter = CompileCounter()
