@@ -113,23 +113,45 @@ def missing_packages(stage: Stage, environment: dict[str, str]) -> list[str]:
 
 
 def figures(folder: Path) -> list[Record]:
-    """What a stage has left in its folder; nothing of a file that is not its own JSON."""
+    """What benchmarks have left in a stage's folder; nothing of a file that is none of theirs."""
     found = []
     for path in sorted(folder.glob("*.json")):
         try:
             content = json.loads(path.read_text())
-        except ValueError:
-            print(f"{path}: not JSON, left out", flush=True)
-            continue
-        if isinstance(content, dict):
+        except (ValueError, OSError):
+            content = None
+        if is_figures(content):
             found.append(content)
+        else:
+            print(f"{path}: not what a benchmark writes, left out", flush=True)
     return found
 
 
+def is_figures(content: object) -> bool:
+    """Whether it has the shape of what `benchmarks.results` writes."""
+    if not isinstance(content, dict) or not isinstance(content.get("benchmark"), str):
+        return False
+    records = [content.get(name, []) for name in ("rows", "mixed", "goals")]
+    late = content.get("late", [])
+    return (
+        isinstance(late, list)
+        and all(isinstance(what, str) for what in late)
+        and all(isinstance(rows, list) for rows in records)
+        and all(isinstance(row, dict) for rows in records for row in rows)
+        and all("goal" in goal and "state" in goal for goal in content.get("goals", []))
+    )
+
+
 def weight(record: Record, folder: Path) -> tuple[bool, int]:
-    """How much an earlier run of a stage is worth: whether it passed, how many rows it has."""
-    lists = [v for content in figures(folder) for v in content.values() if isinstance(v, list)]
-    return record.get("state") == "passed", sum(map(len, lists))
+    """How much an earlier run of a stage is worth: whether it passed, how many rows are good."""
+    rows = [
+        row
+        for content in figures(folder)
+        for name in ("rows", "mixed")
+        for row in content.get(name, ())
+        if row.get("outcome", "passed") == "passed"
+    ]
+    return record.get("state") == "passed", len(rows)
 
 
 def install(wheels: Path, target: Path, environment: dict[str, str]) -> None:
@@ -214,7 +236,7 @@ def show(name: str, content: Record) -> list[str]:
     lines = [f"## {name}\n\n" + "\n".join(f"- {k}: {v}" for k, v in plain.items())]
     rows = [(k, v) for k, v in content.items() if k in ("rows", "mixed") and v]
     if content.get("benchmark") == "tests":
-        rows = [("rows", [row for row in content["rows"] if row["outcome"] != "passed"])]
+        rows = [("rows", [r for r in content.get("rows", ()) if r.get("outcome") != "passed"])]
     if content.get("benchmark") != "kernels":  # whose own tables stand in kernels.md
         lines += [table(own) for _, own in rows if own]
     return lines
@@ -234,9 +256,13 @@ def cell(value: object) -> str:
     return str(value).strip().split("\n")[-1].replace("|", "\\|")
 
 
+def save_record(result: Record, args: argparse.Namespace) -> None:
+    replace(args.out / "check.json", json.dumps(result, indent=1) + "\n")
+
+
 def save(result: Record, args: argparse.Namespace) -> None:
     """Replaces each file at once, so that a run cut short leaves whole ones."""
-    replace(args.out / "check.json", json.dumps(result, indent=1) + "\n")
+    save_record(result, args)
     replace(args.out / "check.md", markdown(result, args.out))
     if args.archive is not None:
         fresh = args.archive.with_name(f"{args.archive.name}.part")
@@ -250,7 +276,9 @@ def earlier(out: Path) -> dict[str, Record]:
     path = out / "check.json"
     try:
         stages: dict[str, Record] = json.loads(path.read_text())["stages"] if path.exists() else {}
-    except (ValueError, KeyError, TypeError) as error:
+        for record in stages.values():
+            _ = [record[name] for name in ("state", "reason", "commit", "device")]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SystemExit(f"{path} is not what a check writes ({error}): move it away") from None
     return stages
 
@@ -286,6 +314,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         args.archive = args.archive.resolve()
         if args.out in args.archive.parents:
             parser.error(f"--archive must not lie in --out, got {args.archive}")
+        if args.archive.is_dir() or not args.archive.parent.is_dir():
+            parser.error(f"--archive must be a file in a folder that is there, got {args.archive}")
     args.commit = commit(args.commit)
     if re.fullmatch(r"\w[\w.-]*", args.commit) is None:
         parser.error(f"--commit must be letters, digits, '_', '.' and '-', got {args.commit!r}")
@@ -337,12 +367,13 @@ def check(stage: Stage, args: argparse.Namespace, result: Record) -> bool:
     if kept is not None:
         record["before"] = kept
     stages[stage.name] = record | {"state": "cut", "reason": "the check ended while it ran"}
-    save(result, args)
-    if replaces:
+    save_record(result, args)
+    if replaces:  # at once, so that the record is of what lies there
         shutil.rmtree(beside(folder), ignore_errors=True)
         folder.rename(beside(folder))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
+    save(result, args)
     record |= run_stage(stage, args.seconds or stage.seconds, folder, args)
     passed = record["state"] == "passed"
     if passed:
@@ -367,7 +398,8 @@ def best(before: Record, folder: Path) -> tuple[Record | None, bool]:
         not figures(other) or weight(before, folder) >= weight(known or {}, other)
     ):
         names = ("state", "commit", "date", "device", "seconds")
-        return {name: before[name] for name in names if name in before}, True
+        nobody_knows = {"state": "found", "commit": "unknown"}
+        return nobody_knows | {name: before[name] for name in names if name in before}, True
     return known, False
 
 

@@ -27,10 +27,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 class Results:
     """The figures of one run of the benchmark called `name`, in `--out`/name.json."""
 
-    def __init__(self, name: str, args: argparse.Namespace, *, resume: bool = False) -> None:
-        """resume: goes on with the figures that are in the file."""
+    def __init__(
+        self,
+        name: str,
+        args: argparse.Namespace,
+        *,
+        resume: bool = False,
+        end: float | None = None,
+    ) -> None:
+        """resume: goes on with the figures that are in the file. end: the moment, by the monotonic
+        clock, after which nothing is begun; by default `--seconds` from now."""
         self._path = None if args.out is None else args.out / f"{name}.json"
-        self._end = None if args.seconds is None else time.monotonic() + args.seconds
+        self.end = end
+        if end is None and args.seconds is not None:
+            self.end = time.monotonic() + args.seconds
         self._limit = args.seconds
         self.content: dict[str, Any] = {"benchmark": name, "commit": commit(args.commit)}
         self.content |= {"date": today(), "late": [], "finished": False}
@@ -49,13 +59,9 @@ class Results:
         self.content.setdefault(name, []).append(row)
         self._write()
 
-    @property
-    def seconds_left(self) -> float | None:
-        return None if self._end is None else self._end - time.monotonic()
-
     def is_late(self, what: str) -> bool:
         """Whether the time is up, so that `what` is not to be begun. It is named in the file."""
-        if self._end is None or time.monotonic() <= self._end:
+        if self.end is None or time.monotonic() <= self.end:
             return False
         print(f"  {what}: not begun within {self._limit:g} s", flush=True)
         self.add("late", what)

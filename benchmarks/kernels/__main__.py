@@ -56,6 +56,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--repeats", type=int, default=20, help="calls a median is taken of")
     parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--end", type=float, help=argparse.SUPPRESS)  # by the monotonic clock
     parser.add_argument("--stand-ins", action="store_true", help="play a GPU")
     add_options(parser)
     args = parser.parse_args(words)
@@ -86,7 +87,7 @@ def chosen(args: argparse.Namespace) -> Ways:
 def main(words: list[str] | None = None) -> int:
     args = parse(words)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    results, ways = Results("kernels", args, resume=args.resume), chosen(args)
+    results, ways = Results("kernels", args, resume=args.resume, end=args.end), chosen(args)
     timer = Timer(device, args.repeats, small=args.stand_ins)
     name = "stand-ins for a GPU" if args.stand_ins else device_name(args.device)
     if not args.resume:
@@ -137,9 +138,9 @@ def go_on_in_a_new_process(args: argparse.Namespace, results: Results) -> None:
     if args.out is None:
         raise RuntimeError("the device refuses everything; with --out the rest would be measured")
     print("  the device refuses this process: a new one goes on", flush=True)
-    words = [sys.executable, "-m", "benchmarks.kernels", *sys.argv[1:], "--resume"]
-    if results.seconds_left is not None:
-        words += ["--seconds", f"{results.seconds_left:.1f}"]
+    words = [sys.executable, "-m", "benchmarks.kernels", *sys.argv[1:]]
+    if not args.resume:
+        words += ["--resume", *([] if results.end is None else ["--end", repr(results.end)])]
     os.execv(sys.executable, words)
 
 
@@ -157,7 +158,7 @@ def run(
     try:
         if own:
             found.add(measure(workload, setting, timer, ways))
-        if rivals:
+        if rivals and not found.broken:
             rows = [*before.rows, *found.rows]
             found.add(compare(workload, rivals, rows, setting, timer, ways))
     except torch.OutOfMemoryError as error:

@@ -146,6 +146,9 @@ def compare(
         except Exception as error:  # a backend that refuses the shape
             text = f"{workload.title}: {rival}: does not run, {first_line(error)}"
             found.missing.append(text)
+            found.broken |= is_broken(timer)
+            if found.broken:
+                break
             continue
         call = None  # and what it prepared
         for name, function in functions.items():

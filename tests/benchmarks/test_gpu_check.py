@@ -167,7 +167,21 @@ def test_a_stage_that_lacks_a_package_now_keeps_what_it_found(check, tmp_path):
         assert (tmp_path / "writes" / "x.json").exists()
 
 
-@pytest.mark.parametrize("text", ["", '{"a": ', "[1]", "3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        '{"a": ',
+        "[1]",
+        "3",
+        "{}",
+        '{"benchmark": "tests"}',
+        '{"benchmark": "x", "late": 3}',
+        '{"benchmark": "x", "rows": [3]}',
+        '{"benchmark": "x", "goals": "x"}',
+        '{"benchmark": "x", "goals": [{}]}',
+    ],
+)
 def test_a_file_that_no_stage_wrote_stops_nothing(check, tmp_path, text):
     code, stages = check([writes(text), PRINTS])
     assert code == 0
@@ -175,12 +189,35 @@ def test_a_file_that_no_stage_wrote_stops_nothing(check, tmp_path, text):
     check([writes(text), PRINTS], "writes")
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"stages"', "[]"])
+@pytest.mark.parametrize(
+    "text", ["", "{}", '{"stages"', "[]", '{"stages": []}', '{"stages": {"writes": {}}}']
+)
 def test_a_record_that_no_check_wrote_is_refused(check, tmp_path, text):
     (tmp_path / "check.json").write_text(text)
     with pytest.raises(SystemExit, match="is not what a check writes"):
         check([PRINTS])
     assert (tmp_path / "check.json").read_text() == text
+
+
+def test_figures_without_a_record_are_kept(check, tmp_path):
+    check([writes(rows(3))])
+    (tmp_path / "check.json").unlink()
+    _, stages = check([writes(rows(1), "raise SystemExit(1)"), PRINTS])
+    assert stages["writes"]["before"]["state"] == "found"
+    assert stages["prints"]["state"] == "passed"
+    assert len(json.loads((tmp_path / "writes.before" / "x.json").read_text())["rows"]) == 3
+
+
+def test_only_good_rows_count(check, tmp_path):
+    """Neither what came late nor tests that failed make a run the better one."""
+    fails = "raise SystemExit(1)"
+    failed = [{"outcome": "failed"}] * 9
+    late = {"benchmark": "x", "rows": failed, "late": ["x"] * 9}
+    for _ in range(2):
+        check([writes(rows(4), fails)])
+        check([writes(json.dumps(late), fails)])
+    check([PRINTS, writes(rows(0), fails)])
+    assert len(json.loads((tmp_path / "writes.before" / "x.json").read_text())["rows"]) == 4
 
 
 def test_everything_is_packed_after_every_stage(check, tmp_path):
@@ -210,6 +247,7 @@ def test_the_report_shows_figures_rows_and_goals(check, tmp_path):
         (["--stand-ins"], "--device cpu needs --stand-ins"),
         (["--seconds", "0", *DRY], "--seconds must be at least 1, got 0"),
         (["--commit", "{x}", *DRY], "--commit must be letters, digits"),
+        (["--archive", "/no/such/folder/x.tgz", *DRY], "--archive must be a file in a folder"),
         (["--out", "/x/y", "--archive", "/x/y/z.tgz", *DRY], "--archive must not lie in --out"),
     ],
 )

@@ -47,11 +47,19 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--device cpu plays a GPU: it needs --stand-ins, and they need it")
     if stand_ins(config):
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-    if seconds is not None:
-        config.stash[END] = time.monotonic() + seconds
+    if seconds is not None:  # a process of xdist's, even one that replaces another, has no more
+        worker = getattr(config, "workerinput", {})
+        config.stash[END] = worker.get("end", time.monotonic() + seconds)
     if out is not None and not hasattr(config, "workerinput"):  # of xdist's processes the first
         args = Namespace(out=out, seconds=None, commit=config.getoption("--commit"))
         config.pluginmanager.register(Report(args, stand_ins(config)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """What xdist tells each of its processes."""
+    if END in node.config.stash:
+        node.workerinput["end"] = node.config.stash[END]
 
 
 def stand_ins(config: pytest.Config) -> bool:
