@@ -8,7 +8,6 @@ from minisgl.core.batch import CopyJob
 from minisgl.core.pages import PagePool
 from minisgl.core.radix import RadixTree
 from minisgl.core.sequence import Sequence
-from minisgl.core.tokens import Tokens
 
 
 @dataclass(slots=True)
@@ -19,15 +18,6 @@ class Match:
     source: int | None
     num_copied: int
     num_tokens: int
-
-
-@dataclass(slots=True)
-class Commit:
-    """Tokens [start, len(tokens)) that entered the tree before their step has run."""
-
-    namespace: str
-    tokens: Tokens
-    start: int
 
 
 NO_MATCH = Match([], None, 0, 0)
@@ -51,19 +41,18 @@ class KVCache:
         # Leading slots of each page that hold the draft model's KV, if there is one.
         self._drafted = np.zeros(num_pages, np.int32) if drafts else None
         self._fresh: set[int] = set()
-        self._commits: list[Commit] = []
         self._copies: list[CopyJob] = []
 
     def begin(self) -> None:
         """A plan begins."""
         self._fresh.clear()
-        self._commits, self._copies = [], []
+        self._copies = []
 
-    def finish(self) -> tuple[list[CopyJob], list[Commit]]:
-        """A plan is complete: its copy jobs, whose sources are no longer held, and its commits."""
+    def finish(self) -> list[CopyJob]:
+        """A plan is complete: its copy jobs, whose sources are no longer held."""
         for job in self._copies:
             self._drop([job.source])
-        return self._copies, self._commits
+        return self._copies
 
     def match(self, sequence: Sequence) -> Match:
         """The longest cached prefix that leaves at least the last token to compute.
@@ -145,7 +134,6 @@ class KVCache:
         self.tree.insert(namespace, tokens, sequence.kv.pages[:whole])
         self.version += 1
         self._fresh.update(sequence.kv.pages[len(canonical) : whole])
-        self._commits.append(Commit(namespace, tokens, len(canonical) * self.page_size))
 
     def note_drafted(self, sequence: Sequence) -> None:
         """The draft model has computed, or will before the next plan's step, what is counted."""
@@ -155,32 +143,21 @@ class KVCache:
             slots = np.minimum(count - self.page_size * np.arange(len(pages)), self.page_size)
             self._drafted[pages] = np.maximum(self._drafted[pages], slots)
 
-    def forget_drafted(self) -> None:
-        """A step failed: nothing of the draft model's KV on cached pages is relied on any more."""
-        if self._drafted is not None:
-            self._drafted[:] = 0
-
     def continuation(self, sequence: Sequence, path: list[int], count: int) -> list[int]:
         """Up to `count` tokens that follow those of `sequence` and then `path` in the tree."""
         tokens = np.concatenate((sequence.tokens(sequence.num_tokens), np.array(path, np.int32)))
         return self.tree.continuation(sequence.request.cache_salt, tokens, count)
 
-    def revoke(self, commit: Commit) -> None:
-        """Take out of the tree what a failed step should have written, and all that follows it."""
-        self.tree.remove(commit.namespace, commit.tokens, commit.start)
-        self.version += 1
-
     def release(self, sequence: Sequence) -> None:
         """Take back a sequence's pages, once: they move out of it. Nothing may be in flight.
 
-        Everything it computed is cached first, to the token, unless it failed.
+        Everything it computed is cached first, to the token.
         """
         computed = min(sequence.num_computed, sequence.num_tokens)
-        if sequence.kv.reusable:
-            self.note_drafted(sequence)
+        self.note_drafted(sequence)
         pages, sequence.kv.pages = sequence.kv.pages, []
         sequence.kv.capacity = 0
-        if self._radix and sequence.kv.reusable and computed:
+        if self._radix and computed:
             filled = pages[: self.pool.pages_for(computed)]
             self.tree.insert(sequence.request.cache_salt, sequence.tokens(computed), filled)
             self.version += 1

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 from minisgl.core.batch import Batch, CascadeGroup, Chunk, CopyJob, RowSetup
 from minisgl.core.costmodel import Work
-from minisgl.core.kvcache import Commit
 from minisgl.core.sequence import Sequence
 
 
@@ -20,7 +19,6 @@ class Plan:
     copies: list[CopyJob] = field(default_factory=list)
     groups: list[CascadeGroup] = field(default_factory=list)
     draft_chunks: list[Chunk] = field(default_factory=list)
-    commits: list[Commit] = field(default_factory=list)
     work: Work = Work(0, 0, 0, 0)
     short_of_pages: bool = False  # then no new sequence is admitted
 

@@ -49,7 +49,7 @@ class Planner:
         plan.num_decode = len(plan.chunks)
         if prefilling or self._can_admit():
             self._plan_prefill(plan, prefilling)
-        plan.copies, plan.commits = self._cache.finish()
+        plan.copies = self._cache.finish()
         if not plan.chunks:
             return None
         for seq, chunk in self._speculation.finish():

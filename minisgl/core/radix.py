@@ -117,28 +117,6 @@ class RadixTree:
         else:
             self._extend(node, np.concatenate((node.key, rest)), node.pages + new)
 
-    def remove(self, namespace: str, tokens: Tokens, start: int) -> None:
-        """Forget every run that continues `tokens[:start]` (whole pages) as `tokens` does."""
-        root = self._roots.get(namespace)
-        if root is None:
-            return
-        node, done = root, 0
-        while True:
-            child, shared = self._best_child(node, tokens, done)
-            if child is None:
-                return
-            end = done + len(child.key)
-            if end > start:
-                break
-            if shared < len(child.key):
-                return
-            node, done = child, end
-        if done + shared < start + self._page_size:
-            return
-        if done < start:
-            self._split(child, (start - done) // self._page_size)
-        self._detach(child)
-
     def evict(self, count: int) -> int:
         """Free at least `count` pages, least recently used leaf first, a leaf's end first.
 

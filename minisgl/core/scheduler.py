@@ -17,7 +17,7 @@ from minisgl.core.kvcache import KVCache
 from minisgl.core.plan import Plan
 from minisgl.core.planner import Planner
 from minisgl.core.policy import FAIR, Fairness, WaitingQueue
-from minisgl.core.request import Delta, FinishReason, Request, TokenLogprobs
+from minisgl.core.request import Delta, Request, TokenLogprobs
 from minisgl.core.running import Running
 from minisgl.core.sequence import ENDED, RUNNING, Sequence, make_sequences
 from minisgl.core.speculation import Speculation, propose_on_device
@@ -82,12 +82,13 @@ class Scheduler:
 
     def abort(self, request_id: str, choice: int | None = None) -> list[Delta]:
         """End a request, or one choice of it, at once; nothing when it has ended or is unknown."""
-        ended = [
-            sequence
-            for sequence in self._requests.get(request_id, ())
-            if choice is None or sequence.choice == choice
-        ]
-        return [self._end(sequence, "abort") for sequence in ended]
+        deltas = []
+        for seq in list(self._requests.get(request_id, ())):
+            if choice is None or seq.choice == choice:
+                self._forget(seq)
+                delta = Delta(request_id, seq.choice, [], "abort", num_cached_tokens=seq.num_cached)
+                deltas.append(delta)
+        return deltas
 
     def continuation(self, sequence: Sequence, path: list[int], count: int) -> list[int]:
         """Up to `count` cached tokens that follow a sequence's and then `path`."""
@@ -182,35 +183,6 @@ class Scheduler:
             num_accepted_drafts=num_accepted,
             num_rejected_drafts=num_drafts - num_accepted if num_drafts else 0,
         )
-
-    def fail(self, batch: Batch, error: str = "the step failed") -> list[Delta]:
-        """A planned step was not run, or failed: its sequences end with an error.
-
-        What it should have written leaves the cache. Steps planned after it were built on it:
-        they must be failed too, before anything else is planned.
-        """
-        plan = next((plan for plan in self._plans if plan.step == batch.step), None)
-        if plan is None:
-            raise ValueError(f"step {batch.step} is not in flight")
-        self._plans.remove(plan)
-        for commit in plan.commits:
-            self._cache.revoke(commit)
-        self._cache.forget_drafted()
-        deltas = []
-        for seq in plan.sequences:
-            seq.in_flight -= 1
-            seq.kv.reusable = False
-            if seq.status is not ENDED:
-                deltas.append(self._end(seq, "error", error))
-            else:
-                self._running.settle(seq)
-        return deltas
-
-    def _end(self, seq: Sequence, reason: FinishReason, error: str | None = None) -> Delta:
-        """End a sequence from outside."""
-        self._forget(seq)
-        cached = seq.num_cached
-        return Delta(seq.request.id, seq.choice, [], reason, num_cached_tokens=cached, error=error)
 
     def _forget(self, seq: Sequence) -> None:
         """`seq` has ended; what it holds goes back when its steps have been read."""

@@ -16,7 +16,7 @@ class Status(Enum):
     WAITING = auto()
     RUNNING = auto()
     PREEMPTED = auto()  # holds its row and pages until its steps in flight are back
-    ENDED = auto()  # finished, aborted or failed; the same holds
+    ENDED = auto()  # finished or aborted; the same holds
 
 
 # Looking a member up in its Enum takes 0.1 us, and every step asks for each sequence's.
@@ -31,7 +31,6 @@ class HeldPages:
     capacity: int = 0  # tokens they can hold
     num_patched: int = 0  # leading pages that the device's page table has; `patch` takes the rest
     num_drafted: int = 0  # tokens before it have KV of the draft model; `Speculation` counts on
-    reusable: bool = True  # whether they are cached at the end; not after `Scheduler.fail`
 
     def patch(self) -> list[int]:
         """The pages that the device's page table lacks; they go out with the step being planned."""

@@ -99,12 +99,6 @@ FAULTS = {
         "min(sequence.num_computed, sequence.num_tokens)",
         "sequence.num_tokens",
     ),
-    "pages of a failed step stay in the tree": (
-        KVCache,
-        "revoke",
-        "self.tree.remove(",
-        "(",
-    ),
     "a split mixes up the pages": (
         RadixTree,
         "_split",

@@ -181,47 +181,6 @@ def test_siblings_share_tokens_inside_a_page():
     assert library.matched("b") == 0
 
 
-def test_removing_takes_everything_that_continues_the_run():
-    library = Library(16, 2)
-    library.store("aabbaa")
-    library.store("aabbbb")
-    library.store("abab")
-    library.tree.remove("", tokens_of("aabb"), 2)
-    assert library.matched("aabbaa") == 2
-    assert library.matched("abab") == 4
-    library.tree.remove("", tokens_of("bbbb"), 0)  # not there
-    library.tree.remove("x", tokens_of("aa"), 0)
-    library.check()
-    library.tree.remove("", tokens_of("aa"), 0)
-    library.tree.remove("", tokens_of("abab"), 0)
-    assert library.pool.num_free == 16
-    assert library.matched("abab") == 0
-
-
-@given(st.lists(texts, min_size=1, max_size=8), st.integers(0, 7), st.integers(0, 9))
-def test_removing_against_the_model(stored, which, start):
-    library = Library(400, 2)
-    for text in stored:
-        library.store(text)
-    gone = stored[which % len(stored)]
-    gone = gone[: len(gone) // 2 * 2]
-    start = start * 2 % (len(gone) + 2)
-    library.tree.remove("", tokens_of(gone), start)
-    library.check()
-    cut = gone[: start + 2] if start < len(gone) else None
-    kept, absorbed = [], []
-    for text in stored:
-        if cut is None or not (text.startswith(cut) or cut.startswith(text)):
-            kept.append(text)
-        elif not text.startswith(cut):
-            absorbed.append(text)  # it may have lain in the page that is gone
-        kept.append(text[:start] if cut is not None and text.startswith(cut) else "")
-    for query in stored:
-        least = max(shared(query, text) for text in kept)
-        most = max(shared(query, text) for text in kept + absorbed)
-        assert least <= library.matched(query) <= most
-
-
 def test_the_pool_refuses_what_would_corrupt_it():
     pool = PagePool(4, 2)
     pages = pool.take(3)

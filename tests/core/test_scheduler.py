@@ -1,4 +1,4 @@
-"""The scheduler's contract, case by case: refusals, ends, sharing, pressure, failures."""
+"""The scheduler's contract, case by case: refusals, ends, sharing, pressure."""
 
 import pytest
 
@@ -443,26 +443,3 @@ def test_the_last_page_of_the_pool_can_be_used():
         scheduler.add(ask([ord(name)] * 9, name=name, max_tokens=8))
     deltas = finish(scheduler)
     assert [d.request_id for d in deltas if d.finish_reason == "length"] == ["a", "b", "c"]
-
-
-# ---- failures -------------------------------------------------------------------------------
-
-
-def test_a_failed_step_ends_its_sequences_and_leaves_nothing_in_the_cache():
-    scheduler = make()
-    scheduler.add(ask(range(1, 9), name="before", max_tokens=1))
-    finish(scheduler)
-    scheduler.add(ask(range(1, 30), name="a"))
-    scheduler.add(ask(range(1, 30), name="b"))
-    first, second = scheduler.plan(), scheduler.plan()
-    deltas = scheduler.fail(first, "out of memory") + scheduler.fail(second, "out of memory")
-    scheduler.check()
-    assert {(d.request_id, d.finish_reason, d.error) for d in deltas} == {
-        ("a", "error", "out of memory"),
-        ("b", "error", "out of memory"),
-    }
-    assert not scheduler.has_work
-    scheduler.add(ask(range(1, 30), name="c", max_tokens=1))
-    assert step(scheduler)[1][0].num_cached_tokens == 8
-    with pytest.raises(ValueError, match="step 1 is not in flight"):
-        scheduler.fail(first)

@@ -157,10 +157,6 @@ class HashExecutor:
         self.unsampled = None
         self.most_in_flight = max(self.most_in_flight, len(self.queue))
 
-    def drop_queued(self) -> None:
-        """A failure: what was dispatched is never run, and its pages hold nothing."""
-        self.queue.clear()
-
     def collect(self) -> StepOutput:
         batch, masks = self.queue.popleft()
         self.calls.append(f"collect {batch.step}")

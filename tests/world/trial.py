@@ -145,8 +145,6 @@ class Trial:
                 self.add(make_request(random, len(self.requests), self.bases, self.limits))
             if self.requests and random.random() < 0.06:
                 self.abort()
-            if self.in_flight and random.random() < 0.01:
-                self.fail()
             self.step()
         self.check_end()
 
@@ -165,13 +163,6 @@ class Trial:
         open_ones = {c for c in chosen if (request.id, c) not in self.ends}
         assert {d.choice for d in deltas} == open_ones, "abort ends what is open, and only that"
         self.hear(deltas)
-        self.scheduler.check()
-
-    def fail(self) -> None:
-        """The device is lost with all steps in flight; a fresh one takes over."""
-        self.executor.drop_queued()
-        while self.in_flight:
-            self.hear(self.scheduler.fail(self.in_flight.popleft(), "lost"))
         self.scheduler.check()
 
     def step(self) -> None:
