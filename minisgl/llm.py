@@ -30,6 +30,7 @@ from minisgl.engine.client import ProcessClient
 from minisgl.engine.engine import Engine
 from minisgl.engine.messages import EngineInfo, EngineStats
 from minisgl.engine.process import EngineProcess
+from minisgl.interrupts import held_back, let_through
 from minisgl.server.tokenizer import Tokenizer
 
 
@@ -104,17 +105,22 @@ class LLM:
 
         One prompt gives one `RequestOutput`, a list gives a list in the same order. Every prompt is
         checked before any runs: ValueError says what cannot be served. RuntimeError when the engine
-        fails. Interrupted by an exception, the engine stays usable and the requests are aborted.
+        fails. Interrupted by an exception, the engine stays usable and the requests are aborted;
+        Ctrl-C interrupts while a text is encoded or a step is waited for.
         """
         prompts, single = as_list(prompts)
         each = each_params(sampling_params, len(prompts))
         collectors: list[Collector] = []
-        try:
-            for prompt, params in zip(prompts, each, strict=True):
-                collectors.append(self._submit(prompt, params))
-            self._run(collectors, use_tqdm)
-        finally:
-            self._drop(collectors)
+        with held_back():
+            try:
+                for prompt, params in zip(prompts, each, strict=True):
+                    with let_through():
+                        collector = self._collector(prompt, params)
+                    collectors.append(collector)
+                    self._submit(collector)
+                self._run(collectors, use_tqdm)
+            finally:
+                self._drop(collectors)
         outputs = [collector.result() for collector in collectors]
         return outputs[0] if single else outputs
 
@@ -141,15 +147,19 @@ class LLM:
 
         Closing the generator aborts the request. Other calls may run in between.
         """
-        collector = self._submit(prompt, one_choice(sampling_params))
+        collector = self._collector(prompt, one_choice(sampling_params))
         try:
+            with held_back():
+                self._submit(collector)
             while collector.fresh or collector.running:
                 if not collector.fresh:
-                    self._step()
+                    with held_back():
+                        self._step()
                 while collector.fresh:
                     yield collector.fresh.popleft()
         finally:
-            self._drop([collector])
+            with held_back():
+                self._drop([collector])
         return collector.result()
 
     def start_profile(self, num_steps: int | None = None, *, traces: bool = True) -> str:
@@ -160,12 +170,14 @@ class LLM:
         ValueError, naming the field, where there is no profile_dir or a profile is running already.
         """
         self._require_open()
-        return self._engine.start_profile(num_steps, traces=traces)
+        with held_back():
+            return self._engine.start_profile(num_steps, traces=traces)
 
     def stop_profile(self) -> list[str]:
         """End the profile; returns its files: the step timeline, then a trace of each rank."""
         self._require_open()
-        return self._engine.stop_profile()
+        with held_back():
+            return self._engine.stop_profile()
 
     def close(self) -> None:
         """Release the device. Idempotent."""
@@ -178,12 +190,13 @@ class LLM:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _submit(self, prompt: Prompt, params: SamplingParams) -> Collector:
+    def _collector(self, prompt: Prompt, params: SamplingParams) -> Collector:
         self._require_open()
-        collector = self._reader.collector(prompt, params)
+        return self._reader.collector(prompt, params)
+
+    def _submit(self, collector: Collector) -> None:
         self._engine.add(collector.request)
         self._running[collector.request.id] = collector
-        return collector
 
     def _require_open(self) -> None:
         if self._closed:
@@ -211,8 +224,9 @@ class LLM:
                 bar.update(len(ended))
 
     def _drop(self, collectors: Sequence[Collector]) -> None:
+        """Forget these, and abort those that still run; those that were refused are unknown."""
         for collector in collectors:
-            del self._running[collector.request.id]
+            self._running.pop(collector.request.id, None)
             if collector.running:
                 self._engine.abort(collector.request.id)
 

@@ -31,13 +31,14 @@ BUDGETS = {"kernels/": 5_500, "all but kernels/": 11_300}
 
 # Room (a folder or file of minisgl/) -> what it may import from the package besides itself:
 # rooms, or single modules of a room.
-BASE = {"log", "config", "csrc", "child"}
+BASE = {"log", "config", "csrc", "child", "interrupts"}
 DEVICE = BASE | {"device", "kernels", "trace"}
 MODELS = DEVICE | {"parallel", "layers", "models"}
 PLANS = {"core.batch", "core.request", "core.executor", "core.grammar"}  # data and protocols
 FLOORS: dict[str, set[str]] = {
     "__init__": {"llm", "completion", "core.request"},  # by name, at first use
     "log": set(),
+    "interrupts": set(),
     "trace": set(),
     "csrc": {"log"},
     "child": set(),
@@ -65,7 +66,7 @@ PACKAGES: dict[str, set[str]] = {
     "triton": {"kernels", "device"},
     "nvtx": {"trace"},
 }
-STDLIB_ONLY = {"log", "csrc", "config", "child", "__init__"}
+STDLIB_ONLY = {"log", "csrc", "config", "child", "interrupts", "__init__"}
 LATE_ONLY = {"transformers", "nvtx", "cuda"}  # optional at run time: inside functions only
 NEVER = {"pickle", "cloudpickle", "dill", "shelve", "marshal"}  # these run what they read
 NEVER_CALLED = {"load": "torch", "send_pyobj": None, "recv_pyobj": None}  # pickle inside

@@ -114,6 +114,7 @@ class Executor(Protocol):
     def collect(self) -> StepOutput:
         """Wait for the oldest sampled step and return its output.
 
+        Interrupts are let through while it waits; the step is then still the oldest.
         Raises RuntimeError when the step failed; the executor is then unusable.
         """
 

@@ -42,6 +42,7 @@ class Engine:
         self._executor = executor
         self._depth = 1 if overlap else 0  # steps in flight between two calls of `step`
         self._in_flight: deque[Batch] = deque()
+        self._unsampled: Batch | None = None  # dispatched, waits for its masks
         self._open: dict[str, set[int]] = {}  # choices that have not ended, by request
         self._deltas: list[Delta] = []  # not returned by `step` yet
         self._grammar_backend = grammar_backend
@@ -149,6 +150,7 @@ class Engine:
             raise RuntimeError(f"the engine has stopped: {self.failure}")
         self._profiler.check(running=running)
         try:
+            self._sample_masked()
             self._collect(down_to=0)
         except Exception as error:
             self._fail(error)
@@ -163,14 +165,21 @@ class Engine:
                 self._fail(error)
 
     def _advance(self) -> None:
+        if self._unsampled is None and not self._begin_next():
+            self._collect(down_to=0)
+            return
+        self._sample_masked()
+        self._collect(down_to=self._depth)
+
+    def _begin_next(self) -> bool:
+        """Plan and dispatch a step. False: none can be before the steps in flight are read."""
         span, step = self._profiler.span, self._next_step
         with span("plan", step):
             batch = self._scheduler.plan()
-        if batch is None:  # nothing can be planned before the steps in flight are read
+        if batch is None:
             if not self._in_flight:
                 raise RuntimeError("the scheduler has unfinished requests but plans no step")
-            self._collect(down_to=0)
-            return
+            return False
         self._next_step = batch.step + 1
         constrained = bool(self._grammars) and any(map(self._grammar_of, batch.chunks))
         with span("dispatch", step):
@@ -178,12 +187,24 @@ class Engine:
             if not constrained:
                 self._executor.sample(step)
         if constrained:
-            # The masks need the tokens of all earlier steps; the forward pass runs meanwhile.
-            self._collect(down_to=0)
-            with span("masks", step):
-                self._executor.sample(step, self._masks(batch))
+            self._unsampled = batch
+        else:
+            self._in_flight.append(batch)
+        return True
+
+    def _sample_masked(self) -> None:
+        """Have a step that waits for its masks sampled.
+
+        They need the tokens of all earlier steps; its forward pass runs meanwhile. An interrupt
+        of that wait leaves it waiting, for the next call.
+        """
+        if self._unsampled is None:
+            return
+        self._collect(down_to=0)
+        batch, self._unsampled = self._unsampled, None
+        with self._profiler.span("masks", batch.step):
+            self._executor.sample(batch.step, self._masks(batch))
         self._in_flight.append(batch)
-        self._collect(down_to=self._depth)
 
     def _collect(self, down_to: int) -> None:
         while len(self._in_flight) > down_to:

@@ -9,6 +9,7 @@ from minisgl.core.batch import Batch, StepOutput
 from minisgl.core.executor import GrammarMasks, Limits
 from minisgl.core.request import TokenLogprobs
 from minisgl.device import Event
+from minisgl.interrupts import let_through
 from minisgl.step.inputs import pack_step
 from minisgl.step.profiler import RankProfiler
 from minisgl.step.proposals import read_drafts
@@ -80,9 +81,11 @@ class LocalExecutor:
     def collect(self) -> StepOutput:
         if not self._in_flight or self._in_flight[0].done is None:
             raise ValueError("no sampled step is in flight")
-        oldest = self._in_flight.popleft()
+        oldest = self._in_flight[0]
         assert oldest.done is not None
-        oldest.done.wait()
+        with let_through():
+            oldest.done.wait()
+        self._in_flight.popleft()
         assert oldest.step is not None  # a step that was not packed has failed the stream
         return _read(oldest.step, self._profiler.spans(oldest.step.events))
 

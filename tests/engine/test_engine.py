@@ -232,6 +232,37 @@ def test_a_grammar_constrains_its_sequences_and_no_other(overlap):
     assert runs[0] != runs[1]
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_an_interrupted_wait_changes_no_token(overlap):
+    """With a grammar, a step is dispatched and not yet sampled when the wait is cut off."""
+    engine = make_engine(overlap=overlap, grammar_backend=DigitsBackend())
+    generator = random.Random(0)
+    params = SamplingParams(max_tokens=30, temperature=1.0, seed=4, ignore_eos=True)
+
+    def wait() -> None:
+        if generator.random() < 0.4:
+            raise KeyboardInterrupt
+
+    def run_interrupted() -> dict[tuple[str, int], list[int]]:
+        deltas, interrupts = [], 0
+        while engine.has_work():
+            try:
+                deltas += engine.step()
+            except KeyboardInterrupt:
+                interrupts += 1
+        assert interrupts > 10
+        return gather(deltas)
+
+    undisturbed = make_engine(grammar_backend=DigitsBackend())
+    free = make_requests(8)
+    for request in [Request("grammar", [1, 2, 3], params, grammar="digits"), *free]:
+        engine.add(request)
+        undisturbed.add(request)
+    engine.executor.wait = wait
+    assert run_interrupted() == gather(run(undisturbed))
+    engine.scheduler.check()
+
+
 def test_under_overlap_masks_are_filled_while_the_forward_runs():
     engine = make_engine(overlap=True, grammar_backend=DigitsBackend())
     params = SamplingParams(max_tokens=3, ignore_eos=True)

@@ -31,7 +31,7 @@ def make_engine(
     seconds: float | None = None,
     profile_dir: str | None = None,
 ) -> Engine:
-    """An engine over a `HashExecutor`, which it shows as `engine.executor`."""
+    """An engine over a `HashExecutor`, which it shows as `engine.executor`; `engine.scheduler`."""
     executor = HashExecutor(limits, fail_at=fail_at, seconds=seconds)
     scheduler = Scheduler(limits, EngineConfig(chunked_prefill_size=48), (EOS,))
     info = EngineInfo("fake", "", "Fake", "float32", "cpu", [EOS], limits)
@@ -44,6 +44,7 @@ def make_engine(
         profile_dir=profile_dir,
     )
     engine.executor = executor  # type: ignore[attr-defined]
+    engine.scheduler = scheduler  # type: ignore[attr-defined]
     return engine
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from minisgl.core.batch import PENDING, Batch, Chunk, RowSetup, StepOutput
 from minisgl.core.executor import GrammarMasks, Limits
 from minisgl.core.request import Request, SamplingParams, TokenLogprobs
+from minisgl.interrupts import let_through
 
 EOS = 0
 POISON = -1  # a page-table entry or slot that nothing has written
@@ -158,11 +159,12 @@ class HashExecutor:
         self.most_in_flight = max(self.most_in_flight, len(self.queue))
 
     def collect(self) -> StepOutput:
-        batch, masks = self.queue.popleft()
-        self.calls.append(f"collect {batch.step}")
+        batch, masks = self.queue[0]
         begin = time.perf_counter()
-        if self.seconds is not None:
-            time.sleep(self.seconds)
+        with let_through():
+            self.wait()
+        self.queue.popleft()
+        self.calls.append(f"collect {batch.step}")
         if self.fail_at is not None and batch.step >= self.fail_at:
             raise RuntimeError(f"step {batch.step} hit a planted fault")
         output = self._run(batch, masks)
@@ -170,6 +172,10 @@ class HashExecutor:
             return output
         middle, end = time.perf_counter(), time.perf_counter()
         return msgspec.structs.replace(output, spans=[(begin, middle), (middle, end)])
+
+    def wait(self) -> None:
+        if self.seconds is not None:
+            time.sleep(self.seconds)
 
     def start_profile(self, *, traces: bool) -> None:
         assert not self.queue, "a profile starts with a step in flight"
