@@ -32,6 +32,8 @@ log = get_logger(__name__)
 def drive(build: Callable[[], Engine], receive: Receive, send: Send) -> bool:
     """Build the engine, serve its inbox until drained, close it. True unless the engine failed.
 
+    Whatever ends it but a drain, the last message is `Failed`, with the reason.
+
     `receive(timeout)` blocks for at most `timeout` seconds while there is no message, and returns
     all that have come.
     """
@@ -42,13 +44,21 @@ def drive(build: Callable[[], Engine], receive: Receive, send: Send) -> bool:
         send(Failed(f"{type(error).__name__}: {error}"))
         return False
     send(Ready(engine.info))
+    failure = None
     try:
         _Loop(engine, receive, send).run()
-    finally:
+    except Exception as error:
+        log.exception("the engine's loop ended with an error")
+        failure = f"{type(error).__name__}: {error}"
+    failure = engine.failure or failure
+    if failure is not None:
+        send(Failed(failure))  # before the device is released, which may take long, or fail too
+    try:
         engine.close()
-    if engine.failure is not None:
-        send(Failed(engine.failure))
-    return engine.failure is None
+    except Exception:  # what was said is still on its way
+        log.exception("the engine could not be closed")
+        return False
+    return failure is None
 
 
 class _Loop:
@@ -82,7 +92,7 @@ class _Loop:
             case Submit(request):
                 try:
                     self._engine.add(request)
-                except ValueError as error:
+                except (ValueError, RuntimeError) as error:  # the latter: the engine has stopped
                     self._send(Rejected(request.id, str(error)))
             case Abort(request_id, choice):
                 self._engine.abort(request_id, choice)

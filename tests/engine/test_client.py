@@ -18,10 +18,23 @@ import zmq
 
 from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch
+from minisgl.core.executor import Failed, Profiled
 from minisgl.core.request import Delta, Request, SamplingParams
 from minisgl.engine.client import EngineDeadError, ProcessClient
 from minisgl.engine.loop import drive
-from minisgl.engine.messages import Drain, FromEngine, Ready, Status, Submit
+from minisgl.engine.messages import (
+    Abort,
+    Deltas,
+    Drain,
+    FromEngine,
+    Ready,
+    Rejected,
+    StartProfile,
+    Status,
+    StopProfile,
+    Submit,
+    ToEngine,
+)
 from minisgl.engine.process import EngineProcess
 from tests.world.engine import expected, make_engine
 
@@ -313,6 +326,62 @@ def test_a_loop_says_that_it_is_busy_before_its_first_step_and_goes_on_saying_so
     assert all(status.busy for status in before_steps)
     assert [status.stats.steps for status in before_steps] == [0, 0, 1]
     assert not said[-1].busy
+
+
+def serve(engine, *inbox: list[ToEngine]) -> tuple[bool, list[FromEngine]]:
+    """What `drive` returns and says but for its status, when these messages come, then a drain."""
+    waiting, said = list(inbox), list[FromEngine]()
+    ended_well = drive(
+        lambda: engine, lambda _: waiting.pop(0) if waiting else [Drain(60.0)], said.append
+    )
+    return ended_well, [message for message in said if not isinstance(message, Status)]
+
+
+@pytest.mark.parametrize("question", [StartProfile(None, True), StopProfile()])
+def test_a_step_that_fails_while_a_profile_changes_is_told_to_all(tmp_path, question):
+    """The requests under way, the one behind it in the same inbox, and whoever asked."""
+    engine = make_engine(fail_at=2, profile_dir=str(tmp_path))
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    first, late = (Request(name, [1], params) for name in ("first", "late"))
+    started = [StartProfile(None, True)] if isinstance(question, StopProfile) else []
+    ended_well, said = serve(engine, [*started, Submit(first)], [], [], [question, Submit(late)])
+    assert not ended_well
+    (profiled,) = [m for m in said if isinstance(m, Profiled) and m.refusal]
+    assert "planted fault" in profiled.refusal
+    (rejected,) = [message for message in said if isinstance(message, Rejected)]
+    assert rejected.request_id == "late"
+    assert "planted fault" in rejected.reason
+    (end,) = [d for m in said if isinstance(m, Deltas) for d in m.deltas if d.finish_reason]
+    assert (end.request_id, end.finish_reason) == ("first", "error")
+    assert isinstance(said[-1], Failed)
+    assert "planted fault" in said[-1].reason
+
+
+@pytest.mark.parametrize("broken", ["add", "abort", "step", "stats"])
+def test_every_way_out_of_the_loop_but_a_drain_ends_with_the_reason(monkeypatch, broken):
+    def fail(*args: object) -> None:
+        raise KeyError("planted: nobody foresaw this")
+
+    monkeypatch.setattr("minisgl.engine.loop.HEARTBEAT", 0.0)
+    engine = make_engine()
+    setattr(engine, broken, fail)
+    request = Request("a", [1], SamplingParams(max_tokens=3))
+    ended_well, said = serve(engine, [Submit(request)], [Abort("a", None)])
+    assert not ended_well
+    assert isinstance(said[-1], Failed)
+    assert "nobody foresaw this" in said[-1].reason
+
+
+def test_an_engine_that_cannot_be_closed_has_said_why_it_failed():
+    def fail() -> None:
+        raise KeyError("planted: nobody foresaw this")
+
+    engine = make_engine(fail_at=0)
+    engine.close = fail
+    ended_well, said = serve(engine, [Submit(Request("a", [1], SamplingParams(max_tokens=3)))])
+    assert not ended_well
+    assert isinstance(said[-1], Failed)
+    assert "planted fault" in said[-1].reason
 
 
 def test_health_notices_a_stopped_process_busy_or_idle_and_recovers():
