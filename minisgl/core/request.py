@@ -11,6 +11,7 @@ MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 512  # entries
 MAX_STOP_TOKEN_IDS = 256
 MAX_SEED = 2**64 - 1
+LEAST_TEMPERATURE = 1e-5  # that is not greedy: logits divided by less overflow in fp32
 MAX_INT = 2**31 - 1  # what the device keeps counts in
 
 
@@ -18,11 +19,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, gc=False, array_
     """How the tokens of one request are drawn. Validated on construction, immutable afterwards.
 
     `max_tokens=None` means up to the end of the context (or of the KV pool). `top_k=0` and
-    `top_p=1.0` switch those filters off; `temperature=0` is greedy. `logprobs=k` asks for the
-    chosen token's log-probability and the k most likely ones; `prompt_logprobs` likewise for the
-    prompt. `stop` strings end the text where they begin and are not part of it. `seed=None` is
-    replaced by a random 64-bit seed where the request enters the engine. One string will do for
-    `stop`, a mapping for `logit_bias`, and None for either and for `stop_token_ids`.
+    `top_p=1.0` switch those filters off; `temperature=0` is greedy, and what is below
+    LEAST_TEMPERATURE counts as 0. `logprobs=k` asks for the chosen token's log-probability and the
+    k most likely ones; `prompt_logprobs` likewise for the prompt. `stop` strings end the text where
+    they begin and are not part of it. `seed=None` is replaced by a random 64-bit seed where the
+    request enters the engine. One string will do for `stop`, a mapping for `logit_bias`, and None
+    for either and for `stop_token_ids`.
 
     Raises ValueError naming the field, its limit and the value given; TypeError where a value is
     not of the field's type.
@@ -62,6 +64,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, gc=False, array_
         _require("max_tokens", self.max_tokens, low=1, high=MAX_INT)
         _require("min_tokens", self.min_tokens, low=0, high=MAX_INT)
         _require("temperature", self.temperature, low=0.0, high=100.0)
+        if self.temperature < LEAST_TEMPERATURE:
+            msgspec.structs.force_setattr(self, "temperature", 0.0)
         _require("top_k", self.top_k, low=0, high=MAX_INT)
         _require("top_p", self.top_p, low=0.0, high=1.0, open_low=True)
         _require("min_p", self.min_p, low=0.0, high=1.0)

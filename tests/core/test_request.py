@@ -45,3 +45,13 @@ def test_friendly_forms_are_taken():
     assert params.logit_bias == ((5, 1), (6, -2.5))
     absent = SamplingParams(stop=None, stop_token_ids=None, logit_bias=None)
     assert absent == SamplingParams()
+
+
+@pytest.mark.parametrize("temperature", [0, 5e-324, 1e-38, 9.9e-6])
+def test_a_temperature_near_zero_is_greedy(temperature):
+    assert SamplingParams(temperature=temperature).temperature == 0.0
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-3, 1])
+def test_a_temperature_that_fp32_can_divide_by_is_kept(temperature):
+    assert SamplingParams(temperature=temperature).temperature == temperature

@@ -57,6 +57,13 @@ def test_params_may_differ_by_prompt_but_not_in_number(llm):
         llm.generate(["a", "b", "c"], params[:2], use_tqdm=False)
 
 
+@pytest.mark.parametrize("temperature", [1e-38, 1e-45, 1e-6])
+def test_a_temperature_near_zero_gives_the_likeliest_tokens(llm, temperature):
+    cold = replace(GREEDY, temperature=temperature)
+    wanted = llm.generate("the likeliest", GREEDY, use_tqdm=False).token_ids
+    assert llm.generate("the likeliest", cold, use_tqdm=False).token_ids == wanted
+
+
 def test_choices_differ_and_a_seed_repeats_them_in_any_company(llm):
     params = SamplingParams(temperature=1.0, top_p=0.95, max_tokens=20, n=3, seed=11)
     alone = llm.generate("seeded", params, use_tqdm=False)
