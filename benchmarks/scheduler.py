@@ -5,7 +5,8 @@
 Decoding sequences run in steady state, one step ahead of their results as in serving; where they
 are grouped, all share a prompt and are one cascade group. The mix adds prompts with shared prefixes
 that arrive, prefill in chunks, finish and are replaced. Times are CPU times of the thread, so that
-a busy machine does not blur them. Prints a table, then one JSON line.
+a busy machine does not blur them. Last come 600 requests in a pool of 65,536 tokens, by page size:
+preemptions, and prompt tokens computed for each one asked. Prints tables, then one JSON line.
 """
 
 import argparse
@@ -94,6 +95,24 @@ def mix(num_running: int, num_steps: int) -> list[float]:
     return seconds[num_steps:]
 
 
+def pressure(page_size: int, num_requests: int = 600) -> tuple[int, float]:
+    """Preemptions in a pool that is always full, and prompt tokens computed for each one asked."""
+    random = Random(0)
+    limits = Limits(65_536 // page_size, page_size, 256, 65_536, VOCAB)
+    scheduler = Scheduler(limits, EngineConfig(chunked_prefill_size=4096), (0,))
+    num_asked = num_computed = 0
+    for index in range(num_requests):
+        prompt = [random.randrange(1, VOCAB) for _ in range(random.randrange(64, 1000))]
+        params = SamplingParams(max_tokens=random.randrange(64, 1000), ignore_eos=True)
+        scheduler.add(Request(str(index), prompt, params))
+        num_asked += len(prompt)
+    for batch, _ in run_steps(scheduler, random):
+        num_computed += sum(chunk.length for chunk in batch.chunks[batch.num_decode :])
+        if len(batch.chunks) == 1 and not scheduler.stats().num_waiting:
+            break  # the last one decodes
+    return scheduler.stats().num_preemptions, num_computed / num_asked
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=320, help="steps timed per case")
@@ -110,6 +129,11 @@ def main() -> None:
         p99 = times[int(0.99 * (len(times) - 1))]
         print(f"{name:12} {median:10.1f} {mean:10.1f} {p99:10.1f} {median / count:10.2f}")
         result[name] = round(median, 1)
+    print(f"\n{'page size':12} {'preempted':>10} {'computed':>10}")
+    for page_size in (1, 16, 64):
+        preempted, computed = pressure(page_size)
+        print(f"{page_size:<12} {preempted:10} {computed:10.2f}")
+        result[f"preemptions_page_{page_size}"] = preempted
     print(json.dumps({"benchmark": "scheduler", "unit": "us_per_step_median", **result}))
 
 

@@ -143,9 +143,18 @@ class Planner:
 
     def _can_admit(self) -> bool:
         """Whether a sequence waits, and there are a row and pages for it (see `headroom`)."""
-        running = self._running
-        free = bool(self._waiting and running.num_free_rows)
-        return free and len(running.sequences) < self._cache.pool.num_available
+        free = bool(self._waiting and self._running.num_free_rows)
+        return free and self._headroom(0) < self._cache.pool.num_available
+
+    def _headroom(self, epoch: int) -> int:
+        """Pages that stay available beside those of a sequence admitted in its `epoch`.
+
+        They are for the tokens that each running sequence will soon need; and twice as many more
+        each time this one was preempted, so that it comes to an end.
+        """
+        count = len(self._running.sequences)
+        share = self._fairness.headroom
+        return self._cache.pool.pages_for(share * (count + 2**epoch - 1)) if count else 0
 
     def _admit(self, plan: Plan, left: int) -> None:
         """Admit waiting sequences. Others may pass one that does not fit, `max_passed` times."""
@@ -162,10 +171,7 @@ class Planner:
             match = self._cache.match(seq)
             if self._cache.is_fresh(match):
                 continue
-            # A page for each running sequence, which it will soon need; and twice as many more
-            # each time this one was preempted, so that it comes to an end.
-            headroom = num_running + 2**seq.epoch - 1 if num_running else 0
-            if not self._cache.attach(seq, match, headroom):
+            if not self._cache.attach(seq, match, self._headroom(seq.epoch)):
                 stuck.append(seq)
                 passed = waiting.times_passed(seq)
                 if passed >= fairness.max_passed or len(stuck) >= fairness.scan_limit:

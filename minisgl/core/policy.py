@@ -21,6 +21,7 @@ class Fairness(msgspec.Struct, frozen=True, kw_only=True):
 
     lpm_ageing: float = 256.0  # cached tokens that one second of waiting is worth under `lpm`
     max_passed: int = 64  # admissions that may pass a waiting sequence that does not fit
+    headroom: int = 16  # tokens kept available for each running sequence when one is admitted
     scan_limit: int = 32  # waiting sequences tried in a plan that do not fit
 
 

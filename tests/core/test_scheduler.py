@@ -1,10 +1,13 @@
 """The scheduler's contract, case by case: refusals, ends, sharing, pressure."""
 
+from random import Random
+
 import pytest
 
 from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch, CopyJob, StepOutput
 from minisgl.core.executor import Limits
+from minisgl.core.policy import Fairness
 from minisgl.core.request import Delta, Request, SamplingParams, TokenLogprobs
 from minisgl.core.scheduler import Scheduler
 from minisgl.core.speculation import Speculation
@@ -16,7 +19,10 @@ def make(
     num_pages=32, page_size=4, max_rows=8, max_context=512, speculation=None, **config
 ) -> Scheduler:
     limits = Limits(num_pages, page_size, max_rows, max_context, 1000)
-    return Scheduler(limits, EngineConfig(**config), (EOS,), speculation=speculation)
+    fairness = Fairness(headroom=page_size)  # little, for the pools here are small
+    return Scheduler(
+        limits, EngineConfig(**config), (EOS,), speculation=speculation, fairness=fairness
+    )
 
 
 def ask(prompt, name="r", salt="", priority=0, **params) -> Request:
@@ -435,6 +441,24 @@ def test_preemption_is_bounded(depth):
     assert said == 16 * 80
     # Each time, twice the headroom is asked for: at most log2 of the pool for each sequence.
     assert 0 < scheduler.stats().num_preemptions <= 16 * 5
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16, 64])
+def test_preemptions_are_few_at_every_page_size(page_size):
+    """What is kept free for running sequences is counted in tokens, not in pages."""
+    random, num_asked, num_computed = Random(0), 0, 0
+    limits = Limits(8192 // page_size, page_size, 64, 8192, 1000)
+    scheduler = Scheduler(limits, EngineConfig(chunked_prefill_size=1024))
+    for index in range(120):
+        prompt = [random.randrange(1000) for _ in range(random.randrange(32, 400))]
+        num_asked += len(prompt)
+        scheduler.add(ask(prompt, name=str(index), max_tokens=random.randrange(32, 400)))
+    while scheduler.has_work:
+        batch = scheduler.plan()
+        num_computed += sum(chunk.length for chunk in batch.chunks[batch.num_decode :])
+        scheduler.update(batch, answer(batch))
+    assert scheduler.stats().num_preemptions <= 50
+    assert num_computed <= 1.7 * num_asked
 
 
 def test_the_last_page_of_the_pool_can_be_used():

@@ -113,7 +113,7 @@ class Trial:
             disable_radix_cache=unshared,
             cascade_min_shared_tokens=None if unshared else random.choice([None, 1, 1, 9]),
         )
-        fairness = Fairness(max_passed=random.choice([1, 64]))
+        fairness = Fairness(max_passed=random.choice([1, 64]), headroom=page_size)
         cost_model = None
         if target is not None or random.random() < 0.2:
             cost_model = CostModel(TINY_MODEL, DevicePeaks(1e6, 1e6, 1e-3))
