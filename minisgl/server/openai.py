@@ -22,6 +22,7 @@ from minisgl.server.tokenizer import Tokenizer
 
 MAX_PROMPTS = 1024  # in one completions body
 MAX_STOP_STRINGS = 64
+COMPLETION_TOKENS = 16  # max_tokens of a completions body that names none: OpenAI's
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Call:
 
     @property
     def params(self) -> SamplingParams:
-        """Equal for all requests but for the seed."""
+        """Equal for all requests but for the seed and for a max_tokens that the body left out."""
         return self.requests[0].params
 
 
@@ -202,8 +203,10 @@ def parse_completion(content: bytes, model: ServedModel) -> Call:
     requests, texts = [], []
     for index, (param, prompt) in enumerate(_prompts(body.prompt)):
         ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        _check_prompt(ids, param, params, "max_tokens", model)
-        requests.append(_request(f"{call_id}-{index}", ids, params, body))
+        room = _check_prompt(ids, param, params, "max_tokens", model)
+        limit = body.max_tokens or min(room, max(COMPLETION_TOKENS, params.min_tokens))
+        own = msgspec.structs.replace(params, max_tokens=limit)
+        requests.append(_request(f"{call_id}-{index}", ids, own, body))
         texts.append(prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt))
     return Call(
         id=call_id,
@@ -362,10 +365,12 @@ def _check_token_ids(ids: Sequence[int], param: str, model: ServedModel) -> None
 
 def _check_prompt(
     ids: list[int], param: str, params: SamplingParams, limit_name: str, model: ServedModel
-) -> None:
+) -> int:
+    """How many tokens the output may have."""
     _check_token_ids(ids, param, model)
     with _refuse(param, "context_length_exceeded" if ids else None):
-        model.limits.token_limit(len(ids), params, prompt=param, max_tokens=limit_name)
+        limit = model.limits.token_limit(len(ids), params, prompt=param, max_tokens=limit_name)
+    return limit - len(ids)
 
 
 def _request(request_id: str, ids: list[int], params: SamplingParams, body: _Sampling) -> Request:

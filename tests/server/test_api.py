@@ -7,7 +7,7 @@ import pytest
 
 from minisgl.core.request import SamplingParams
 from tests.server.calls import MODEL, USER, chat, complete, sse
-from tests.server.fake_engine import CACHED
+from tests.server.fake_engine import CACHED, CONTEXT
 
 # ---- chat ---------------------------------------------------------------------------------------
 
@@ -215,7 +215,7 @@ def test_roles_and_content_parts(client, engine):
 
 
 def test_completion(client, engine):
-    answer = complete(client)
+    answer = complete(client, max_tokens=64)
     assert answer.object == "text_completion"
     assert answer.choices[0].text == engine.text
     assert answer.choices[0].finish_reason == "stop"
@@ -303,3 +303,28 @@ def test_echo_of_token_ids(client, engine):
 
 def test_best_of_n_is_accepted_where_it_asks_for_nothing(client):
     assert len(complete(client, n=2, best_of=2).choices) == 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fields", "limits"),
+    [
+        ("Once", {}, [16]),
+        ("Once", {"max_tokens": None}, [16]),
+        ("Once", {"max_tokens": 3}, [3]),
+        ("Once", {"min_tokens": 20}, [20]),
+        ([[5] * 90, [5] * CONTEXT, [5]], {}, [6, 1, 16]),
+    ],
+)
+def test_a_completion_without_max_tokens_has_16_or_what_fits(server, prompt, fields, limits):
+    body = {"prompt": prompt, "ignore_eos": True} | fields
+    answer = httpx.post(f"{server.url}/v1/completions", json=body).json()
+    assert answer["usage"]["completion_tokens"] == sum(limits)
+    assert {choice["finish_reason"] for choice in answer["choices"]} == {"length"}
+    found = sorted((request.id, request.params.max_tokens) for request in server.engine.requests)
+    assert [limit for _, limit in found] == limits
+
+
+def test_a_chat_without_max_tokens_runs_to_the_end_of_the_context(server):
+    body = {"messages": USER, "ignore_eos": True}
+    usage = httpx.post(f"{server.url}/v1/chat/completions", json=body).json()["usage"]
+    assert usage["total_tokens"] == CONTEXT

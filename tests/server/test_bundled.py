@@ -85,17 +85,20 @@ def test_logprobs_are_of_the_text(client):
         )
 
 
-def test_without_a_limit_only_the_context_ends_an_answer(client):
+def test_without_a_limit_the_context_ends_a_chat_and_16_tokens_a_completion(client):
     tokenizer = Tokenizer.from_directory(ROOT / "minisgl/assets/tiny")
     (served,) = client.models.list().data
-    context = served.max_model_len
-    prompt = (tokenizer.encode("Once upon a time ") * context)[: context - 40]
-    answer = client.completions.create(
-        model=served.id, prompt=prompt, temperature=0, extra_body={"ignore_eos": True}
-    )
+    messages = [{"role": "user", "content": "Once upon a time "}]
+    while len(tokenizer.encode_chat(messages)) < served.max_model_len - 80:
+        messages[0]["content"] += "and then " * 10
+    options = {"model": served.id, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    answer = client.chat.completions.create(messages=messages, **options)
     assert answer.choices[0].finish_reason == "length"
-    assert answer.usage.prompt_tokens == len(prompt)
-    assert answer.usage.completion_tokens == 40
+    assert answer.usage.prompt_tokens == len(tokenizer.encode_chat(messages))
+    assert answer.usage.total_tokens == served.max_model_len
+    answer = client.completions.create(prompt="Once upon a time", **options)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.completion_tokens == 16
 
 
 def test_the_wire_is_json_line_by_line(served):
