@@ -43,19 +43,23 @@ class Limits(msgspec.Struct, frozen=True):
     ) -> int:
         """How many tokens a sequence with a prompt of `num_prompt` tokens may hold in all.
 
-        Raises ValueError when that is less than it asks for; `prompt` and `max_tokens` are what
-        the message calls the two. The last token is never read back, so it needs no room.
+        Raises ValueError when that is less than it asks for, in the words by which OpenAI's clients
+        know it; `prompt` and `max_tokens` are what the message calls the two. The last token is
+        never read back, so it needs no room.
         """
         if not num_prompt:
             raise ValueError(f"{prompt} must have at least 1 token, got 0")
-        capacity, what = min((self.max_context, "context"), (self.pool_tokens, "KV pool"))
+        capacity = min(self.max_context, self.pool_tokens)
+        limit = f"This model's maximum context length is {capacity} tokens"
+        if capacity < self.max_context:
+            limit += " here, as many as the KV pool holds"
         if num_prompt > capacity:
-            raise ValueError(f"{prompt} has {num_prompt} tokens, but the {what} holds {capacity}")
+            raise ValueError(f"{limit}. However, {prompt} has {num_prompt} tokens")
         for name, count in ((max_tokens, params.max_tokens), ("min_tokens", params.min_tokens)):
             if num_prompt + (count or 1) - 1 > capacity:
                 raise ValueError(
-                    f"{prompt} has {num_prompt} tokens and {name} asks for {count}: "
-                    f"{num_prompt + (count or 1) - 1} together, but the {what} holds {capacity}"
+                    f"{limit}. However, {prompt} has {num_prompt} tokens and {name} asks for "
+                    f"{count}: {num_prompt + (count or 1) - 1} together"
                 )
         return num_prompt + (params.max_tokens or max(capacity - num_prompt, params.min_tokens, 1))
 

@@ -155,7 +155,7 @@ class Api:
             part = first
             while part is not None:
                 clock.part(part)
-                if chunks := b"".join(map(_event, reply.chunks(part))):
+                if chunks := b"".join(map(_event, reply.chunks(part, generation.usage))):
                     yield chunks
                 part = await _next(parts)
             clock.end(generation.usage)

@@ -38,6 +38,11 @@ class ApiError(Exception):
 
 def read(content: bytes, kind: type[T], neutral: Neutral) -> T:
     """A body as `kind`, after the name of every field has been checked."""
+    return convert(only_known(decode(content), kind, neutral), kind)
+
+
+def decode(content: bytes) -> dict[str, Any]:
+    """The fields of a body."""
     try:
         body = msgspec.json.decode(content)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -46,19 +51,24 @@ def read(content: bytes, kind: type[T], neutral: Neutral) -> T:
         raise ApiError("the body is nested too deeply") from error
     if not isinstance(body, dict):
         raise ApiError(f"the body must be a JSON object, got {shown(body)}")
-    return convert(only_known(body, kind, neutral), kind)
+    return body
 
 
 def only_known(
     given: dict[str, Any], kind: type[Any], neutral: Neutral, path: str = ""
 ) -> dict[str, Any]:
-    """The fields of `kind` in `given`; refuses the first that is neither one nor neutral."""
+    """The fields of `kind` in `given`; refuses the first that is no such field and not neutral.
+
+    null asks for nothing, whatever the field.
+    """
     known = {item.name for item in msgspec.structs.fields(kind)}
     kept = {}
     for name, value in given.items():
         param = path + name
         if name in known:
             kept[name] = value
+        elif value is None:
+            continue
         elif name not in neutral:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -99,9 +109,8 @@ def shown(value: Any) -> str:
 
 
 def _asks_for_nothing(value: Any, neutral: tuple[Any, ...] | None) -> bool:
-    if value is None or neutral is None:
-        return True
-    return any(type(value) is type(other) and value == other for other in neutral)  # True is not 1
+    # True is not 1
+    return neutral is None or any(type(value) is type(n) and value == n for n in neutral)
 
 
 def _at(value: Any, path: str) -> Any:

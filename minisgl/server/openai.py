@@ -11,13 +11,28 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 
 from minisgl.core.executor import Limits
 from minisgl.core.request import MAX_TOP_LOGPROBS, Request, SamplingParams
-from minisgl.server.body import ApiError, Neutral, convert, only_known, read, shown
+from minisgl.server.body import ApiError, convert, decode, only_known, read, shown
+from minisgl.server.fields import (
+    NEUTRAL_CHAT,
+    NEUTRAL_COMPLETION,
+    NEUTRAL_MESSAGE,
+    NEUTRAL_PART,
+    NEUTRAL_STREAM,
+    NEUTRAL_UNCALLED,
+    ChatBody,
+    CompletionBody,
+    Int,
+    MessageBody,
+    Sampling,
+    StreamOptions,
+    TextPart,
+)
 from minisgl.server.tokenizer import Tokenizer
 
 MAX_PROMPTS = 1024  # in one completions body
@@ -45,7 +60,8 @@ class Call:
     model: str
     requests: list[Request]
     stream: bool
-    include_usage: bool
+    include_usage: bool  # at the end of a stream
+    continuous_usage: bool = False  # in each chunk of a stream
     echo: list[str] | None = None  # per request: the prompt, repeated before the output
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -55,109 +71,19 @@ class Call:
         return self.requests[0].params
 
 
-# The engine keeps these in 32 bits.
-_Int = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
-
-
-class _StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
-    include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
-
-
-class _Sampling(msgspec.Struct, kw_only=True):
-    """The fields that chat and completions share."""
-
-    model: str | None = None
-    max_tokens: _Int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    n: _Int | None = None
-    stream: bool | None = None
-    stream_options: _StreamOptions | None = None
-    stop: str | list[str] | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    seed: int | None = None
-    # extras
-    top_k: _Int | None = None
-    min_p: float | None = None
-    min_tokens: _Int | None = None
-    repetition_penalty: float | None = None
-    stop_token_ids: list[_Int] | None = None
-    ignore_eos: bool | None = None
-    priority: _Int | None = None
-    cache_salt: str | None = None
-
-
 # Fields that a body and `SamplingParams` have alike; the others need converting.
-_SHARED = {*_Sampling.__struct_fields__} & {*SamplingParams.__struct_fields__}
+_SHARED = {*Sampling.__struct_fields__} & {*SamplingParams.__struct_fields__}
 _SHARED -= {"stop", "logit_bias", "seed"}
-
-
-class _ChatBody(_Sampling, kw_only=True):
-    messages: list[dict[str, Any]]
-    max_completion_tokens: _Int | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-
-class _CompletionBody(_Sampling, kw_only=True):
-    prompt: Any
-    logprobs: int | None = None
-    echo: bool | None = None
-    best_of: int | None = None
-
-
-class _TextPart(msgspec.Struct, forbid_unknown_fields=True):
-    text: str
-    type: Literal["text"]
-
-
-class _Message(msgspec.Struct):
-    role: str
-    content: str | list[_TextPart]
-    name: str | None = None
-    reasoning_content: str | None = None
-
-
-# Labels for the caller's own bookkeeping; they could not change the answer.
-_LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
-
-_NEUTRAL: Neutral = dict.fromkeys(_LABELS) | {"service_tier": ("auto", "default")}
-_NEUTRAL_COMPLETION: Neutral = {**_NEUTRAL, "suffix": ("",)}
-_NEUTRAL_CHAT: Neutral = {
-    **_NEUTRAL,
-    "audio": (),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "modalities": (["text"],),
-    "parallel_tool_calls": (True,),
-    "prediction": (),
-    "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
-    "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-}
-_NEUTRAL_MESSAGE: Neutral = {
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
-}
 _ROLES = ("system", "developer", "user", "assistant")
 _RENDER_OPTIONS = {"messages", "tools", "documents", "add_generation_prompt"}
 
 
 def parse_chat(content: bytes, model: ServedModel) -> Call:
     """A body of /v1/chat/completions. Raises ApiError."""
-    body = read(content, _ChatBody, _NEUTRAL_CHAT)
+    given = decode(content)
+    uncalled = "none" in (given.get("tool_choice"), given.get("function_call"))
+    neutral = NEUTRAL_UNCALLED if uncalled else NEUTRAL_CHAT
+    body = convert(only_known(given, ChatBody, neutral), ChatBody)
     _check_model(body, model)
     messages = [_message(index, message) for index, message in enumerate(body.messages)]
     variables = body.chat_template_kwargs or {}
@@ -171,6 +97,7 @@ def parse_chat(content: bytes, model: ServedModel) -> Call:
     limit_name, max_tokens = _max_completion_tokens(body)
     params = _params(body, model, max_tokens=max_tokens, logprobs=_chat_logprobs(body))
     _check_prompt(prompt, "messages", params, limit_name, model)
+    usage = _stream_options(body)
     call_id = f"chatcmpl-{uuid.uuid4().hex}"
     return Call(
         id=call_id,
@@ -178,13 +105,14 @@ def parse_chat(content: bytes, model: ServedModel) -> Call:
         model=model.name,
         requests=[_request(call_id, prompt, params, body)],
         stream=bool(body.stream),
-        include_usage=_include_usage(body),
+        include_usage=bool(usage.include_usage),
+        continuous_usage=bool(usage.continuous_usage_stats),
     )
 
 
 def parse_completion(content: bytes, model: ServedModel) -> Call:
     """A body of /v1/completions. Raises ApiError."""
-    body = read(content, _CompletionBody, _NEUTRAL_COMPLETION)
+    body = read(content, CompletionBody, NEUTRAL_COMPLETION)
     _check_model(body, model)
     if body.best_of is not None and body.best_of != (body.n or 1):
         message = f"best_of must equal n ({body.n or 1}): nothing is ranked; got {body.best_of}"
@@ -199,6 +127,7 @@ def parse_completion(content: bytes, model: ServedModel) -> Call:
         logprobs=body.logprobs,
         prompt_logprobs=echo_logprobs,
     )
+    usage = _stream_options(body)
     call_id = f"cmpl-{uuid.uuid4().hex}"
     requests, texts = [], []
     for index, (param, prompt) in enumerate(_prompts(body.prompt)):
@@ -214,7 +143,8 @@ def parse_completion(content: bytes, model: ServedModel) -> Call:
         model=model.name,
         requests=requests,
         stream=bool(body.stream),
-        include_usage=_include_usage(body),
+        include_usage=bool(usage.include_usage),
+        continuous_usage=bool(usage.continuous_usage_stats),
         echo=texts if body.echo else None,
     )
 
@@ -222,17 +152,23 @@ def parse_completion(content: bytes, model: ServedModel) -> Call:
 def _message(index: int, given: dict[str, Any]) -> dict[str, Any]:
     """A message for the chat template: its text as one string, `developer` as `system`."""
     path = f"messages[{index}]."
-    parsed = convert(only_known(given, _Message, _NEUTRAL_MESSAGE, path), _Message, path)
+    parsed = convert(only_known(given, MessageBody, NEUTRAL_MESSAGE, path), MessageBody, path)
     if parsed.role not in _ROLES:
         message = f"{path}role must be one of {list(_ROLES)}, got {shown(parsed.role)}"
         raise ApiError(message, param=f"{path}role")
-    if isinstance(parsed.content, str):
-        text = parsed.content
-    else:
-        text = "\n".join(part.text for part in parsed.content)
+    if parsed.content is None and parsed.role != "assistant":  # which may have said nothing
+        raise ApiError(f"{path}content is required", param=f"{path}content")
+    text = parsed.content or ""
+    if not isinstance(text, str):
+        text = "\n".join(_part(f"{path}content[{i}].", part) for i, part in enumerate(text))
     role = "system" if parsed.role == "developer" else parsed.role
     optional = {"name": parsed.name, "reasoning_content": parsed.reasoning_content}
     return {"role": role, "content": text} | {k: v for k, v in optional.items() if v is not None}
+
+
+def _part(path: str, given: dict[str, Any]) -> str:
+    """The text of a part of a message's content."""
+    return convert(only_known(given, TextPart, NEUTRAL_PART, path), TextPart, path).text
 
 
 def _prompts(prompt: Any) -> list[tuple[str, str | list[int]]]:
@@ -241,7 +177,7 @@ def _prompts(prompt: Any) -> list[tuple[str, str | list[int]]]:
         case str():
             return [("prompt", prompt)]
         case [int(), *_]:
-            return [("prompt", convert(prompt, list[_Int], "prompt"))]
+            return [("prompt", convert(prompt, list[Int], "prompt"))]
         case [str() | list(), *_] if len(prompt) > MAX_PROMPTS:
             message = f"prompt must hold at most {MAX_PROMPTS} prompts, got {len(prompt)}"
             raise ApiError(message, param="prompt")
@@ -249,13 +185,13 @@ def _prompts(prompt: Any) -> list[tuple[str, str | list[int]]]:
             texts = convert(prompt, list[str], "prompt")
             return [(f"prompt[{i}]", text) for i, text in enumerate(texts)]
         case [list(), *_]:
-            lists = convert(prompt, list[list[_Int]], "prompt")
+            lists = convert(prompt, list[list[Int]], "prompt")
             return [(f"prompt[{i}]", ids) for i, ids in enumerate(lists)]
     kinds = "a string, token ids, or a list of strings or of token ids"
     raise ApiError(f"prompt must be {kinds}, got {shown(prompt)}", param="prompt")
 
 
-def _max_completion_tokens(body: _ChatBody) -> tuple[str, int | None]:
+def _max_completion_tokens(body: ChatBody) -> tuple[str, int | None]:
     """The limit of the output under either of its names, and the name."""
     old, new = body.max_tokens, body.max_completion_tokens
     if old is not None and new is not None and old != new:
@@ -266,9 +202,9 @@ def _max_completion_tokens(body: _ChatBody) -> tuple[str, int | None]:
     return ("max_tokens", old) if new is None else ("max_completion_tokens", new)
 
 
-def _chat_logprobs(body: _ChatBody) -> int | None:
+def _chat_logprobs(body: ChatBody) -> int | None:
     top = body.top_logprobs
-    if top is not None and not body.logprobs:
+    if top and not body.logprobs:
         message = f"top_logprobs needs logprobs to be true, got top_logprobs {top}"
         raise ApiError(message, param="top_logprobs")
     if top is not None and not 0 <= top <= MAX_TOP_LOGPROBS:
@@ -277,15 +213,16 @@ def _chat_logprobs(body: _ChatBody) -> int | None:
     return (top or 0) if body.logprobs else None
 
 
-def _include_usage(body: _Sampling) -> bool:
-    if body.stream_options is None:
-        return False
-    if not body.stream:
+def _stream_options(body: Sampling) -> StreamOptions:
+    path = "stream_options."
+    given = only_known(body.stream_options or {}, StreamOptions, NEUTRAL_STREAM, path)
+    options = convert(given, StreamOptions, path)
+    if not body.stream and (options.include_usage or options.continuous_usage_stats):
         raise ApiError("stream_options needs stream to be true", param="stream_options")
-    return bool(body.stream_options.include_usage)
+    return options
 
 
-def _check_model(body: _Sampling, model: ServedModel) -> None:
+def _check_model(body: Sampling, model: ServedModel) -> None:
     if body.model is not None and body.model != model.name:
         raise unknown_model(body.model, model.name)
     if body.priority and not model.has_priorities:
@@ -299,7 +236,7 @@ def unknown_model(name: str, served: str) -> ApiError:
 
 
 def _params(
-    body: _Sampling,
+    body: Sampling,
     model: ServedModel,
     *,
     max_tokens: int | None,
@@ -373,8 +310,7 @@ def _check_prompt(
     return limit - len(ids)
 
 
-def _request(request_id: str, ids: list[int], params: SamplingParams, body: _Sampling) -> Request:
-    """The engine's request; without a seed it gets a random one of its own."""
+def _request(request_id: str, ids: list[int], params: SamplingParams, body: Sampling) -> Request:
     if params.seed is None:
         params = msgspec.structs.replace(params, seed=secrets.randbits(64))
     return Request(

@@ -174,11 +174,15 @@ class Reply:
         ]
         return self._object(self._shape.whole_object, choices) | {"usage": usage_json(usage)}
 
-    def chunks(self, part: Part) -> Iterator[Json]:
-        """The chunks of a stream that a part gives."""
+    def chunks(self, part: Part, usage: Usage) -> Iterator[Json]:
+        """The chunks of a stream that a part gives; `usage` is the call's up to here."""
         for choice in self._shape.chunks(part):
             chunk = self._object(self._shape.chunk_object, [choice])
-            yield chunk | {"usage": None} if self._call.include_usage else chunk
+            if self._call.continuous_usage:
+                chunk["usage"] = usage_json(usage)
+            elif self._call.include_usage:
+                chunk["usage"] = None
+            yield chunk
 
     def last_chunk(self, usage: Usage) -> Json | None:
         """The chunk with the usage, where it was asked for."""

@@ -102,7 +102,7 @@ def test_concurrent_requests_get_their_own_tokens():
 def test_a_refusal_is_a_value_error_with_the_numbers():
     async def scene():
         async with open_client() as client:
-            with pytest.raises(ValueError, match=r"300.*256"):
+            with pytest.raises(ValueError, match=r"256.*300"):
                 await collect(client, Request("long", [1] * 300, SamplingParams()))
             with pytest.raises(ValueError, match="grammar"):
                 await collect(client, Request("g", [1], SamplingParams(), grammar="x"))

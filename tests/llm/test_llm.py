@@ -167,7 +167,7 @@ def test_a_stream_that_is_left_is_aborted(llm):
 
 def test_nothing_runs_when_one_prompt_cannot(llm):
     before = llm.stats().steps
-    with pytest.raises(ValueError, match=r"300.*256"):
+    with pytest.raises(ValueError, match=r"256.*300"):
         llm.generate([[1, 2, 3], [1] * 300], GREEDY, use_tqdm=False)
     with pytest.raises(ValueError, match="got 350"):
         llm.generate([350], GREEDY, use_tqdm=False)

@@ -328,3 +328,28 @@ def test_a_chat_without_max_tokens_runs_to_the_end_of_the_context(server):
     body = {"messages": USER, "ignore_eos": True}
     usage = httpx.post(f"{server.url}/v1/chat/completions", json=body).json()["usage"]
     assert usage["total_tokens"] == CONTEXT
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+def test_usage_in_every_chunk_where_it_is_asked_for(server, path):
+    options = {"include_usage": True, "continuous_usage_stats": True}  # as guidellm sends them
+    said = {"prompt": "Once"} if path == "completions" else {"messages": USER}
+    body = said | {"stream": True, "stream_options": options, "max_tokens": 5}
+    *events, last = sse(httpx.post(f"{server.url}/v1/{path}", json=body))
+    assert last == "[DONE]"
+    usages = [json.loads(event)["usage"] for event in events]
+    (prompt,) = {usage["prompt_tokens"] for usage in usages}
+    assert prompt == len(server.engine.requests[0].prompt_token_ids)
+    counts = [usage["completion_tokens"] for usage in usages]
+    assert counts == sorted(counts)
+    assert set(counts) == {1, 2, 3, 4, 5}
+    assert json.loads(events[-1])["choices"] == []
+
+
+def test_an_assistant_that_said_nothing_is_an_empty_message(server):
+    silent = {"role": "assistant", "content": None}
+    for message in (silent, silent | {"content": ""}):
+        body = {"messages": [*USER, message, *USER], "max_tokens": 1}
+        assert httpx.post(f"{server.url}/v1/chat/completions", json=body).status_code == 200
+    first, second = server.engine.requests
+    assert first.prompt_token_ids == second.prompt_token_ids

@@ -47,7 +47,7 @@ def test_flags_reach_the_server(talk, engine):
 def test_what_could_not_be_answered_is_forgotten(talk, engine):
     code, out, err = talk("x" * 500, "short", "/exit", "never read")
     assert code == 0
-    assert "the context holds" in err
+    assert "maximum context length is" in err
     assert engine.text in out
     assert len(engine.requests) == 1
     assert "xxx" not in said(engine)[0]

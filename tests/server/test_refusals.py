@@ -17,6 +17,8 @@ from tests.server.fake_engine import CONTEXT, VOCAB, served_model
 
 MODEL = served_model()
 USER = {"role": "user", "content": "hi"}
+TEXT = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
+TOOL = {"type": "function", "function": {"name": "f"}}
 
 
 def refusal(parse, body, model=MODEL):
@@ -45,7 +47,10 @@ UNSUPPORTED_CHAT = {
     "function_call": {"name": "f"},
     "functions": [{"name": "f"}],
     "modalities": ["text", "audio"],
-    "parallel_tool_calls": False,
+    "include_stop_str_in_output": True,
+    "length_penalty": 2.0,
+    "skip_special_tokens": False,
+    "use_beam_search": True,
     "prediction": {"type": "content", "content": "x"},
     "reasoning_effort": "low",
     "response_format": {"type": "json_object"},
@@ -59,12 +64,8 @@ UNSUPPORTED_CHAT = {
 UNKNOWN = {
     "best_of": 2,
     "guided_json": {},
-    "include_stop_str_in_output": True,
-    "length_penalty": 1.0,
     "logits_processors": [],
     "prompt_logprobs": 1,
-    "skip_special_tokens": False,
-    "use_beam_search": True,
 }
 
 
@@ -128,6 +129,18 @@ def test_suffix_is_refused():
     [
         dict.fromkeys(UNSUPPORTED_CHAT),
         {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True},
+        {"tools": None, "parallel_tool_calls": False, "no_field_of_ours": None},
+        {"tool_choice": "none", "tools": [TOOL]},
+        {"function_call": "none", "functions": [TOOL["function"]]},
+        {"length_penalty": 1.0, "skip_special_tokens": True, "use_beam_search": False},
+        {"include_stop_str_in_output": False, "spaces_between_special_tokens": True},
+        {"messages": [USER, {"role": "assistant", "content": None}, USER]},
+        {"messages": [USER, {"role": "assistant"}, USER]},
+        {"messages": [USER | {"cache_control": {"type": "ephemeral"}, "weight": None}]},
+        {"messages": [{"role": "user", "content": [TEXT | {"annotations": [], "id": None}]}]},
+        {"stream_options": {"include_usage": False}},
+        {"stream": True, "stream_options": {"include_usage": None, "else": None}},
+        {"top_logprobs": 0, "logprobs": False},
         {"tool_choice": "none", "functions": [], "function_call": "none"},
         {"response_format": {"type": "text"}, "modalities": ["text"], "verbosity": "medium"},
         {"store": False, "service_tier": "auto"},
@@ -212,7 +225,16 @@ def test_a_long_wrong_value_is_cut():
         ({"max_tokens": 4, "max_completion_tokens": 5}, "max_completion_tokens"),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream_options": {"continuous_usage_stats": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+        ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage"),
+        ({"tools": [TOOL], "tool_choice": "auto"}, "tools"),
+        ({"functions": [TOOL], "function_call": "auto"}, "functions"),
+        (
+            {"messages": [{"role": "user", "content": [TEXT | {"x": 1}]}]},
+            "messages[0].content[0].x",
+        ),
         ({"stop": ["a", ""]}, "stop"),
         ({"stop": ["a", 1]}, "stop[1]"),
         ({"stop": ["x"] * 65}, "stop"),
@@ -295,17 +317,20 @@ def test_an_unknown_model_is_a_404():
 @pytest.mark.parametrize(
     ("limits", "prompt", "max_tokens", "numbers"),
     [
-        ({}, [1] * (CONTEXT + 1), None, [CONTEXT + 1, CONTEXT]),
-        ({}, [1] * 90, 8, [90, 8, 97, CONTEXT]),
-        ({"max_pool_tokens": 64}, [1] * 65, 1, [65, 64]),
-        ({"max_pool_tokens": 64}, [1] * 60, 6, [60, 6, 65, 64]),
+        ({}, [1] * (CONTEXT + 1), None, [CONTEXT, CONTEXT + 1]),
+        ({}, [1] * 90, 8, [CONTEXT, 90, 8, 97]),
+        ({"max_pool_tokens": 64}, [1] * 65, 1, [64, 65]),
+        ({"max_pool_tokens": 64}, [1] * 60, 6, [64, 60, 6, 65]),
     ],
 )
 def test_what_does_not_fit_is_refused_with_all_numbers(limits, prompt, max_tokens, numbers):
     body = {"prompt": prompt, "max_tokens": max_tokens}
     status, error = refusal(parse_completion, body, served_model(**limits))
     assert status == 400
-    assert error["code"] == "context_length_exceeded"
+    assert error["code"] == "context_length_exceeded"  # by this, or by these words, clients know it
+    assert error["message"].startswith(
+        f"This model's maximum context length is {numbers[0]} tokens"
+    )
     assert error["param"] == "prompt"
     words = error["message"].replace(":", " ").replace(",", " ").split()
     assert [int(word) for word in words if word.isdigit()] == numbers

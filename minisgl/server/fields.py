@@ -1,0 +1,112 @@
+"""The fields of OpenAI's bodies: those that are honoured, and those that may ask for nothing."""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from minisgl.server.body import Neutral
+
+# What the engine keeps in 32 bits; beyond it no value could mean anything.
+Int = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class Sampling(msgspec.Struct, kw_only=True):
+    """The fields that chat and completions share."""
+
+    model: str | None = None
+    max_tokens: Int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    n: Int | None = None
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+    stop: str | list[str] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+    # extras
+    top_k: Int | None = None
+    min_p: float | None = None
+    min_tokens: Int | None = None
+    repetition_penalty: float | None = None
+    stop_token_ids: list[Int] | None = None
+    ignore_eos: bool | None = None
+    priority: Int | None = None
+    cache_salt: str | None = None
+
+
+class ChatBody(Sampling, kw_only=True):
+    messages: list[dict[str, Any]]
+    max_completion_tokens: Int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class CompletionBody(Sampling, kw_only=True):
+    prompt: Any
+    logprobs: int | None = None
+    echo: bool | None = None
+    best_of: int | None = None
+
+
+class TextPart(msgspec.Struct):
+    text: str
+    type: Literal["text"]
+
+
+class MessageBody(msgspec.Struct):
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+
+
+# Labels for the caller's own bookkeeping; they could not change the answer.
+_LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
+
+# Other engines' fields, which clients written for them send with what they do by default.
+_OTHERS: Neutral = {
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1, 1.0),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "use_beam_search": (False,),
+}
+_NEUTRAL: Neutral = {**dict.fromkeys(_LABELS), **_OTHERS, "service_tier": ("auto", "default")}
+NEUTRAL_COMPLETION: Neutral = {**_NEUTRAL, "suffix": ("",)}
+NEUTRAL_CHAT: Neutral = {
+    **_NEUTRAL,
+    "audio": (),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "parallel_tool_calls": None,
+    "prediction": (),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "store": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+# With a `tool_choice` (or the older `function_call`) of "none" nothing is called.
+NEUTRAL_UNCALLED: Neutral = {**NEUTRAL_CHAT, "functions": None, "tools": None}
+NEUTRAL_STREAM: Neutral = {"include_obfuscation": (False,)}
+# What `cache_control` asks for is done for every prompt: its beginning is cached.
+NEUTRAL_PART: Neutral = {"annotations": ([],), "cache_control": None}
+NEUTRAL_MESSAGE: Neutral = {
+    **NEUTRAL_PART,
+    "audio": (),
+    "function_call": (),
+    "refusal": (),
+    "tool_call_id": (),
+    "tool_calls": ([],),
+}
