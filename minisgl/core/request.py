@@ -1,6 +1,7 @@
 """What a user asks (`Request`, `SamplingParams`) and what comes back for it (`Delta`)."""
 
 from collections.abc import Mapping
+from reprlib import repr as shown  # cut where it is long
 from typing import Literal
 
 import msgspec
@@ -58,7 +59,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, gc=False, array_
             try:
                 value = () if given is None else convert(given)
             except (TypeError, ValueError) as error:
-                raise TypeError(f"{name} must be {kind}, got {given!r}") from error
+                raise TypeError(f"{name} must be {kind}, got {shown(given)}") from error
             msgspec.structs.force_setattr(self, name, value)
         _check_types(self)
         _require("max_tokens", self.max_tokens, low=1, high=MAX_INT)
@@ -152,22 +153,24 @@ def _check_types(params: SamplingParams) -> None:
     for name in _INTEGERS:
         value = getattr(params, name)
         if value is not None and type(value) is not int:
-            raise TypeError(f"{name} must be an int, got {value!r}")
+            raise TypeError(f"{name} must be an int, got {shown(value)}")
     for name in _FLOATS:
         value = getattr(params, name)
         if type(value) not in (int, float):
-            raise TypeError(f"{name} must be a number, got {value!r}")
+            raise TypeError(f"{name} must be a number, got {shown(value)}")
     for text in params.stop:
         if type(text) is not str:
-            raise TypeError(f"stop must hold strings, got {text!r}")
+            raise TypeError(f"stop must hold strings, got {shown(text)}")
     for token_id in params.stop_token_ids:
         if type(token_id) is not int:
-            raise TypeError(f"stop_token_ids must hold ints, got {token_id!r}")
+            raise TypeError(f"stop_token_ids must hold ints, got {shown(token_id)}")
     for token_id, bias in params.logit_bias:
         if type(token_id) is not int or type(bias) not in (int, float):
-            raise TypeError(f"logit_bias must map ints to numbers, got {token_id!r}: {bias!r}")
+            raise TypeError(
+                f"logit_bias must map ints to numbers, got {shown(token_id)}: {shown(bias)}"
+            )
     if type(params.ignore_eos) is not bool:
-        raise TypeError(f"ignore_eos must be a bool, got {params.ignore_eos!r}")
+        raise TypeError(f"ignore_eos must be a bool, got {shown(params.ignore_eos)}")
 
 
 _TYPES = SamplingParams.__annotations__
@@ -191,4 +194,4 @@ def _require(
     bound = f"{'greater than' if open_low else 'at least'} {low}"
     if high is not None:
         bound += f" and at most {high}"
-    raise ValueError(f"{field} must be {bound}, got {value}")
+    raise ValueError(f"{field} must be {bound}, got {shown(value)}")

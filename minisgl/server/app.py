@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from minisgl.engine.client import EngineClient, EngineDeadError
 from minisgl.log import get_logger
-from minisgl.server.body import ApiError, read
+from minisgl.server.body import ApiError, cut, read
 from minisgl.server.generate import Generation, Part, engine_failed
 from minisgl.server.metrics import CallClock, Metrics
 from minisgl.server.openai import Call, ServedModel, parse_chat, parse_completion, unknown_model
@@ -288,7 +288,7 @@ async def _api_error(_: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = f"{error.detail}: {request.method} {request.url.path}"
+    message = f"{error.detail}: {request.method} {cut(request.url.path)}"
     response = _json(ApiError(message).body, error.status_code)
     response.headers.update(error.headers or {})
     return response

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-MAX_SHOWN = 100  # characters of a wrong value that an error repeats
+MAX_SHOWN = 80  # characters of anything a client sent that an error repeats
 
 T = TypeVar("T")
 
@@ -64,15 +64,15 @@ def only_known(
     known = {item.name for item in msgspec.structs.fields(kind)}
     kept = {}
     for name, value in given.items():
-        param = path + name
+        param = path + name[:MAX_SHOWN]
         if name in known:
             kept[name] = value
         elif value is None:
             continue
         elif name not in neutral:
-            near = difflib.get_close_matches(name, known, 1)
+            near = difflib.get_close_matches(name[:MAX_SHOWN], known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            message = f"{param} is not a field that is supported{hint}"
+            message = f"{path}{cut(name)} is not a field that is supported{hint}"
             raise ApiError(message, param=param, code="unknown_parameter")
         elif not _asks_for_nothing(value, neutral[name]):
             message = f"{param} is not supported, got {shown(value)}"
@@ -105,7 +105,12 @@ def shown(value: Any) -> str:
         text = json.dumps(value, ensure_ascii=False)
     except RecursionError:
         return "a value nested too deeply to show"
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text)} characters)"
+    return cut(text)
+
+
+def cut(text: str, most: int = MAX_SHOWN) -> str:
+    """The beginning of a text, and how long it is, when it has more than `most` characters."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 def _asks_for_nothing(value: Any, neutral: tuple[Any, ...] | None) -> bool:

@@ -45,15 +45,15 @@ class ChatBody(Sampling, kw_only=True):
     messages: list[dict[str, Any]]
     max_completion_tokens: Int | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
 class CompletionBody(Sampling, kw_only=True):
     prompt: Any
-    logprobs: int | None = None
+    logprobs: Int | None = None
     echo: bool | None = None
-    best_of: int | None = None
+    best_of: Int | None = None
 
 
 class TextPart(msgspec.Struct):

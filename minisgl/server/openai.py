@@ -17,7 +17,7 @@ import msgspec
 
 from minisgl.core.executor import Limits
 from minisgl.core.request import MAX_TOP_LOGPROBS, Request, SamplingParams
-from minisgl.server.body import ApiError, convert, decode, only_known, read, shown
+from minisgl.server.body import ApiError, convert, cut, decode, only_known, read, shown
 from minisgl.server.fields import (
     NEUTRAL_CHAT,
     NEUTRAL_COMPLETION,
@@ -37,6 +37,7 @@ from minisgl.server.tokenizer import Tokenizer
 
 MAX_PROMPTS = 1024  # in one completions body
 MAX_STOP_STRINGS = 64
+MAX_TEMPLATE_WORDS = 200  # characters of a template's refusal, which may repeat a message
 COMPLETION_TOKENS = 16  # max_tokens of a completions body that names none: OpenAI's
 
 
@@ -93,7 +94,7 @@ def parse_chat(content: bytes, model: ServedModel) -> Call:
     try:
         prompt = model.tokenizer.encode_chat(messages, **variables)
     except ValueError as error:
-        raise ApiError(str(error), param="messages") from error
+        raise ApiError(cut(str(error), MAX_TEMPLATE_WORDS), param="messages") from error
     limit_name, max_tokens = _max_completion_tokens(body)
     params = _params(body, model, max_tokens=max_tokens, logprobs=_chat_logprobs(body))
     _check_prompt(prompt, "messages", params, limit_name, model)
@@ -231,7 +232,7 @@ def _check_model(body: Sampling, model: ServedModel) -> None:
 
 
 def unknown_model(name: str, served: str) -> ApiError:
-    message = f"The model {name!r} does not exist; {served!r} is served here"
+    message = f"The model {cut(name)!r} does not exist; {served!r} is served here"
     return ApiError(message, status=404, param="model", code="model_not_found")
 
 

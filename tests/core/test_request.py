@@ -20,6 +20,8 @@ from minisgl.core.request import SamplingParams
         ({"temperature": float("nan")}, ValueError, "temperature .*, got nan"),
         ({"top_p": 0.0}, ValueError, "top_p must be greater than 0.0 and at most 1.0, got 0.0"),
         ({"seed": 2**64}, ValueError, "seed .* at most 18446744073709551615"),
+        ({"seed": 10**400}, ValueError, r"got 10+\.\.\.0+$"),
+        ({"seed": "x" * 400}, TypeError, r"got 'x+\.\.\.x+'$"),
         ({"stop": [1]}, TypeError, "stop must hold strings, got 1"),
         ({"stop": 1}, TypeError, "stop must be a string or a list, got 1"),
         ({"stop_token_ids": 0}, TypeError, "stop_token_ids must be a list, got 0"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from contextlib import suppress
 
 import httpx
@@ -12,13 +13,26 @@ from hypothesis import strategies as st
 from minisgl.core.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from minisgl.server.app import MAX_BODY_BYTES
 from minisgl.server.body import ApiError
+from minisgl.server.chat_template import ChatTemplate
 from minisgl.server.openai import MAX_PROMPTS, parse_chat, parse_completion
-from tests.server.fake_engine import CONTEXT, VOCAB, served_model
+from minisgl.server.tokenizer import Tokenizer
+from tests.server import small_tokenizers
+from tests.server.fake_engine import CONFIG, CONTEXT, VOCAB, served_model
 
 MODEL = served_model()
 USER = {"role": "user", "content": "hi"}
 TEXT = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
 TOOL = {"type": "function", "function": {"name": "f"}}
+
+# Its chat template refuses with words of the body's.
+REFUSING = dataclasses.replace(
+    MODEL,
+    tokenizer=Tokenizer(
+        small_tokenizers.byte_level(),
+        CONFIG,
+        ChatTemplate("{% if refuse %}{{ raise_exception('no ' + refuse) }}{% endif %}hi"),
+    ),
+)
 
 
 def refusal(parse, body, model=MODEL):
@@ -211,10 +225,40 @@ def test_a_value_of_the_wrong_type_is_named_and_shown(name):
     assert json.dumps(WRONG_TYPE[name]) in error["message"]
 
 
-def test_a_long_wrong_value_is_cut():
-    message = chat_refusal(n="x" * 5000)["message"]
-    assert len(message) < 250
-    assert "5002 characters" in message
+LONG = "x" * 2**20
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n": LONG},
+        {LONG: 1},
+        {"model": LONG},
+        {"stream": True, "stream_options": {LONG: 1}},
+        {"logit_bias": {LONG: 1}},
+        {"tools": [LONG]},
+        {"messages": [USER | {LONG: 1}]},
+        {"messages": [USER | {"role": LONG}]},
+        {"messages": [USER | {"content": [TEXT | {LONG: 1}]}]},
+        {"messages": [USER | {"content": [TEXT | {"type": LONG}]}]},
+        {"messages": [USER], "chat_template_kwargs": {"refuse": LONG}},
+        {"seed": 10**4000},
+        {"max_tokens": 10**4000},
+        {"logprobs": True, "top_logprobs": 10**4000},
+    ],
+)
+def test_little_of_what_was_sent_is_repeated(fields):
+    _, error = refusal(parse_chat, {"messages": [USER]} | fields, REFUSING)
+    assert len(error["message"]) + len(error["param"] or "") < 400
+    shown = 200 if "chat_template_kwargs" in fields else 80
+    assert not re.search(f"x{{{shown + 1}}}|0{{81}}", f"{error['message']} {error['param']}")
+    if "n" in fields:
+        assert f"{len(LONG) + 2} characters" in error["message"]
+
+
+def test_a_completion_repeats_as_little():
+    for fields in ({"best_of": 10**4000}, {"logprobs": 10**4000}, {"prompt": {"a": LONG}}):
+        assert len(completion_refusal(**fields)["message"]) < 250
 
 
 @pytest.mark.parametrize(
@@ -417,6 +461,13 @@ def test_refusals_over_http(server):
     assert response.headers["content-type"] == "application/json"
     assert response.json()["error"]["param"] == "n"
     assert server.engine.requests == []
+
+
+def test_a_long_path_is_not_repeated(server):
+    for path, status in (("/v1/models/", 404), ("/v2/", 404), ("/v1/completions/", 404)):
+        response = httpx.get(f"{server.url}{path}{LONG[:20_000]}")
+        assert response.status_code == status
+        assert len(response.text) < 300
 
 
 def test_a_body_that_is_too_long_is_refused_with_both_numbers(server):
