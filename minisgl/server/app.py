@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from minisgl.engine.client import EngineClient, EngineDeadError
 from minisgl.log import get_logger
-from minisgl.server.body import ApiError, cut, read
+from minisgl.server.body import ApiError, cut, read, shown
 from minisgl.server.generate import Generation, Part, engine_failed
 from minisgl.server.metrics import CallClock, Metrics
 from minisgl.server.openai import Call, ServedModel, parse_chat, parse_completion, unknown_model
@@ -52,6 +52,7 @@ class Api:
         self.app.add_route("/v1/chat/completions", self.chat, ["POST"])
         self.app.add_route("/v1/completions", self.completions, ["POST"])
         self.app.add_route("/v1/models", self.models)
+        self.app.add_route("/v1/models/", self.models)  # before the next, which it would match
         self.app.add_route("/v1/models/{name:path}", self.model_by_name)
         self.app.add_route("/health", self.health)
         self.app.add_route("/metrics", self.metrics_text)
@@ -75,7 +76,7 @@ class Api:
         return _json({"object": "list", "data": [_model_json(self._served())]})
 
     async def model_by_name(self, request: Request) -> Response:
-        model, name = self._served(), request.path_params["name"]
+        model, name = self._served(), request.path_params["name"].removesuffix("/")
         if name != model.name:
             raise unknown_model(name, model.name)
         return _json(_model_json(model))
@@ -231,7 +232,10 @@ async def _next(parts: AsyncGenerator[Part, None]) -> Part | None:
 
 
 async def _read_body(request: Request) -> bytes:
-    """The body. One too long is read to its end but not kept: a client reads no answer before."""
+    """The body. One too long is read to its end but not kept: a client reads no answer before.
+
+    It must say that it is JSON: any web page may make its reader's browser send other bodies.
+    """
     chunks: list[bytes] = []
     length = 0
     async for chunk in request.stream():
@@ -243,7 +247,11 @@ async def _read_body(request: Request) -> bytes:
     if length > MAX_BODY_BYTES:
         message = f"the body must have at most {MAX_BODY_BYTES} bytes, got {length}"
         raise ApiError(message, status=413, code="body_too_large")
-    return b"".join(chunks)
+    body, kind = b"".join(chunks), request.headers.get("content-type", "")
+    if body and kind.partition(";")[0].strip().lower() != "application/json":
+        message = f"Content-Type must be application/json, got {shown(kind)}"
+        raise ApiError(message, status=415, code="unsupported_media_type")
+    return body
 
 
 @contextmanager

@@ -38,7 +38,7 @@ class ApiError(Exception):
 
 def read(content: bytes, kind: type[T], neutral: Neutral) -> T:
     """A body as `kind`, after the name of every field has been checked."""
-    return convert(only_known(decode(content), kind, neutral), kind)
+    return read_object(decode(content), kind, neutral)
 
 
 def decode(content: bytes) -> dict[str, Any]:
@@ -52,6 +52,11 @@ def decode(content: bytes) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise ApiError(f"the body must be a JSON object, got {shown(body)}")
     return body
+
+
+def read_object(given: dict[str, Any], kind: type[T], neutral: Neutral, path: str = "") -> T:
+    """An object within a body, at `path` ("messages[0]."), as `kind`."""
+    return convert(only_known(given, kind, neutral, path), kind, path)
 
 
 def only_known(

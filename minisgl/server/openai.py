@@ -17,22 +17,8 @@ import msgspec
 
 from minisgl.core.executor import Limits
 from minisgl.core.request import MAX_TOP_LOGPROBS, Request, SamplingParams
-from minisgl.server.body import ApiError, convert, cut, decode, only_known, read, shown
-from minisgl.server.fields import (
-    NEUTRAL_CHAT,
-    NEUTRAL_COMPLETION,
-    NEUTRAL_MESSAGE,
-    NEUTRAL_PART,
-    NEUTRAL_STREAM,
-    NEUTRAL_UNCALLED,
-    ChatBody,
-    CompletionBody,
-    Int,
-    MessageBody,
-    Sampling,
-    StreamOptions,
-    TextPart,
-)
+from minisgl.server import fields
+from minisgl.server.body import ApiError, convert, cut, decode, read, read_object, shown
 from minisgl.server.tokenizer import Tokenizer
 
 MAX_PROMPTS = 1024  # in one completions body
@@ -73,7 +59,7 @@ class Call:
 
 
 # Fields that a body and `SamplingParams` have alike; the others need converting.
-_SHARED = {*Sampling.__struct_fields__} & {*SamplingParams.__struct_fields__}
+_SHARED = {*fields.Sampling.__struct_fields__} & {*SamplingParams.__struct_fields__}
 _SHARED -= {"stop", "logit_bias", "seed"}
 _ROLES = ("system", "developer", "user", "assistant")
 _RENDER_OPTIONS = {"messages", "tools", "documents", "add_generation_prompt"}
@@ -83,8 +69,8 @@ def parse_chat(content: bytes, model: ServedModel) -> Call:
     """A body of /v1/chat/completions. Raises ApiError."""
     given = decode(content)
     uncalled = "none" in (given.get("tool_choice"), given.get("function_call"))
-    neutral = NEUTRAL_UNCALLED if uncalled else NEUTRAL_CHAT
-    body = convert(only_known(given, ChatBody, neutral), ChatBody)
+    neutral = fields.NEUTRAL_UNCALLED if uncalled else fields.NEUTRAL_CHAT
+    body = read_object(given, fields.ChatBody, neutral)
     _check_model(body, model)
     messages = [_message(index, message) for index, message in enumerate(body.messages)]
     variables = body.chat_template_kwargs or {}
@@ -113,7 +99,7 @@ def parse_chat(content: bytes, model: ServedModel) -> Call:
 
 def parse_completion(content: bytes, model: ServedModel) -> Call:
     """A body of /v1/completions. Raises ApiError."""
-    body = read(content, CompletionBody, NEUTRAL_COMPLETION)
+    body = read(content, fields.CompletionBody, fields.NEUTRAL_COMPLETION)
     _check_model(body, model)
     if body.best_of is not None and body.best_of != (body.n or 1):
         message = f"best_of must equal n ({body.n or 1}): nothing is ranked; got {body.best_of}"
@@ -153,7 +139,7 @@ def parse_completion(content: bytes, model: ServedModel) -> Call:
 def _message(index: int, given: dict[str, Any]) -> dict[str, Any]:
     """A message for the chat template: its text as one string, `developer` as `system`."""
     path = f"messages[{index}]."
-    parsed = convert(only_known(given, MessageBody, NEUTRAL_MESSAGE, path), MessageBody, path)
+    parsed = read_object(given, fields.MessageBody, fields.NEUTRAL_MESSAGE, path)
     if parsed.role not in _ROLES:
         message = f"{path}role must be one of {list(_ROLES)}, got {shown(parsed.role)}"
         raise ApiError(message, param=f"{path}role")
@@ -169,7 +155,7 @@ def _message(index: int, given: dict[str, Any]) -> dict[str, Any]:
 
 def _part(path: str, given: dict[str, Any]) -> str:
     """The text of a part of a message's content."""
-    return convert(only_known(given, TextPart, NEUTRAL_PART, path), TextPart, path).text
+    return read_object(given, fields.TextPart, fields.NEUTRAL_PART, path).text
 
 
 def _prompts(prompt: Any) -> list[tuple[str, str | list[int]]]:
@@ -178,7 +164,7 @@ def _prompts(prompt: Any) -> list[tuple[str, str | list[int]]]:
         case str():
             return [("prompt", prompt)]
         case [int(), *_]:
-            return [("prompt", convert(prompt, list[Int], "prompt"))]
+            return [("prompt", convert(prompt, list[fields.Int], "prompt"))]
         case [str() | list(), *_] if len(prompt) > MAX_PROMPTS:
             message = f"prompt must hold at most {MAX_PROMPTS} prompts, got {len(prompt)}"
             raise ApiError(message, param="prompt")
@@ -186,13 +172,13 @@ def _prompts(prompt: Any) -> list[tuple[str, str | list[int]]]:
             texts = convert(prompt, list[str], "prompt")
             return [(f"prompt[{i}]", text) for i, text in enumerate(texts)]
         case [list(), *_]:
-            lists = convert(prompt, list[list[Int]], "prompt")
+            lists = convert(prompt, list[list[fields.Int]], "prompt")
             return [(f"prompt[{i}]", ids) for i, ids in enumerate(lists)]
     kinds = "a string, token ids, or a list of strings or of token ids"
     raise ApiError(f"prompt must be {kinds}, got {shown(prompt)}", param="prompt")
 
 
-def _max_completion_tokens(body: ChatBody) -> tuple[str, int | None]:
+def _max_completion_tokens(body: fields.ChatBody) -> tuple[str, int | None]:
     """The limit of the output under either of its names, and the name."""
     old, new = body.max_tokens, body.max_completion_tokens
     if old is not None and new is not None and old != new:
@@ -203,7 +189,7 @@ def _max_completion_tokens(body: ChatBody) -> tuple[str, int | None]:
     return ("max_tokens", old) if new is None else ("max_completion_tokens", new)
 
 
-def _chat_logprobs(body: ChatBody) -> int | None:
+def _chat_logprobs(body: fields.ChatBody) -> int | None:
     top = body.top_logprobs
     if top and not body.logprobs:
         message = f"top_logprobs needs logprobs to be true, got top_logprobs {top}"
@@ -214,16 +200,15 @@ def _chat_logprobs(body: ChatBody) -> int | None:
     return (top or 0) if body.logprobs else None
 
 
-def _stream_options(body: Sampling) -> StreamOptions:
-    path = "stream_options."
-    given = only_known(body.stream_options or {}, StreamOptions, NEUTRAL_STREAM, path)
-    options = convert(given, StreamOptions, path)
+def _stream_options(body: fields.Sampling) -> fields.StreamOptions:
+    given, kind = body.stream_options or {}, fields.StreamOptions
+    options = read_object(given, kind, fields.NEUTRAL_STREAM, "stream_options.")
     if not body.stream and (options.include_usage or options.continuous_usage_stats):
         raise ApiError("stream_options needs stream to be true", param="stream_options")
     return options
 
 
-def _check_model(body: Sampling, model: ServedModel) -> None:
+def _check_model(body: fields.Sampling, model: ServedModel) -> None:
     if body.model is not None and body.model != model.name:
         raise unknown_model(body.model, model.name)
     if body.priority and not model.has_priorities:
@@ -237,7 +222,7 @@ def unknown_model(name: str, served: str) -> ApiError:
 
 
 def _params(
-    body: Sampling,
+    body: fields.Sampling,
     model: ServedModel,
     *,
     max_tokens: int | None,
@@ -311,7 +296,9 @@ def _check_prompt(
     return limit - len(ids)
 
 
-def _request(request_id: str, ids: list[int], params: SamplingParams, body: Sampling) -> Request:
+def _request(
+    request_id: str, ids: list[int], params: SamplingParams, body: fields.Sampling
+) -> Request:
     if params.seed is None:
         params = msgspec.structs.replace(params, seed=secrets.randbits(64))
     return Request(

@@ -13,6 +13,8 @@ from minisgl.engine.client import Health
 from minisgl.server.app import Api
 from tests.server.calls import MODEL, USER, chat, complete, eventually
 
+JSON = "Host: x\r\nContent-Type: application/json\r\n"
+
 # ---- models, health, metrics --------------------------------------------------------------------
 
 
@@ -23,6 +25,14 @@ def test_models(client):
     with pytest.raises(openai.NotFoundError) as refusal:
         client.models.retrieve("some/other")
     assert refusal.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize("path", ["", f"/{MODEL}"])
+def test_models_may_have_a_slash_after_them(server, path):
+    there = httpx.get(f"{server.url}/v1/models{path}")
+    slash = httpx.get(f"{server.url}/v1/models{path}/", follow_redirects=True)
+    assert slash.status_code == there.status_code == 200
+    assert slash.json() == there.json()
 
 
 @pytest.mark.parametrize(
@@ -92,7 +102,7 @@ def test_a_client_that_hangs_up_aborts_its_call(server, engine, stream, prompts)
     engine.delay = 0.05
     body = {"prompt": prompts, "stream": stream, "ignore_eos": True, "max_tokens": 60}
     content = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\n{JSON}Content-Length: {len(content)}\r\n\r\n"
     count = 1 if prompts == "one" else 2
     with socket.create_connection(("127.0.0.1", server.port)) as raw:
         raw.sendall(head.encode() + content)
@@ -106,7 +116,7 @@ def test_a_client_that_hangs_up_aborts_its_call(server, engine, stream, prompts)
 def test_a_client_that_hangs_up_while_the_request_waits(server, engine):
     engine.delay = 30.0
     body = json.dumps({"messages": USER, "stream": True}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\n{JSON}Content-Length: {len(body)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port)) as raw:
         raw.sendall(head.encode() + body)
         assert eventually(lambda: len(engine.running) == 1)

@@ -5,13 +5,11 @@ import json
 import re
 from contextlib import suppress
 
-import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minisgl.core.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
-from minisgl.server.app import MAX_BODY_BYTES
 from minisgl.server.body import ApiError
 from minisgl.server.chat_template import ChatTemplate
 from minisgl.server.openai import MAX_PROMPTS, parse_chat, parse_completion
@@ -446,43 +444,3 @@ def test_any_body_is_a_call_or_a_refusal(fields):
             continue
         with suppress(ApiError):  # and nothing else
             assert parse(content, MODEL).requests
-
-
-# ---- over HTTP ----------------------------------------------------------------------------------
-
-
-def test_refusals_over_http(server):
-    url = f"{server.url}/v1/chat/completions"
-    response = httpx.post(url, content=b"{")
-    assert response.status_code == 400
-    assert response.json()["error"]["message"].startswith("the body is not valid JSON")
-    response = httpx.post(url, json={"messages": [USER], "stream": True, "n": 0})
-    assert response.status_code == 400
-    assert response.headers["content-type"] == "application/json"
-    assert response.json()["error"]["param"] == "n"
-    assert server.engine.requests == []
-
-
-def test_a_long_path_is_not_repeated(server):
-    for path, status in (("/v1/models/", 404), ("/v2/", 404), ("/v1/completions/", 404)):
-        response = httpx.get(f"{server.url}{path}{LONG[:20_000]}")
-        assert response.status_code == status
-        assert len(response.text) < 300
-
-
-def test_a_body_that_is_too_long_is_refused_with_both_numbers(server):
-    content = b" " * (MAX_BODY_BYTES + 1)
-    response = httpx.post(f"{server.url}/v1/completions", content=content)
-    assert response.status_code == 413
-    message = response.json()["error"]["message"]
-    assert str(MAX_BODY_BYTES) in message
-    assert str(MAX_BODY_BYTES + 1) in message
-
-
-def test_a_long_body_is_served_like_a_short_one(server):
-    prompt = "a" * 20000
-    body = {"prompt": prompt, "max_tokens": 1}
-    response = httpx.post(f"{server.url}/v1/completions", json=body)
-    error = response.json()["error"]
-    assert error["code"] == "context_length_exceeded"
-    assert str(len(MODEL.tokenizer.encode(prompt))) in error["message"]
