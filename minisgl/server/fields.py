@@ -11,8 +11,8 @@ Int = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
 
 
 class StreamOptions(msgspec.Struct):
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
+    include_usage: bool | None = None  # at the end
+    continuous_usage_stats: bool | None = None  # in each chunk
 
 
 class Sampling(msgspec.Struct, kw_only=True):
@@ -70,16 +70,7 @@ class MessageBody(msgspec.Struct):
 
 # Labels for the caller's own bookkeeping; they could not change the answer.
 _LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
-
-# Other engines' fields, which clients written for them send with what they do by default.
-_OTHERS: Neutral = {
-    "include_stop_str_in_output": (False,),
-    "length_penalty": (1, 1.0),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "use_beam_search": (False,),
-}
-_NEUTRAL: Neutral = {**dict.fromkeys(_LABELS), **_OTHERS, "service_tier": ("auto", "default")}
+_NEUTRAL: Neutral = {**dict.fromkeys(_LABELS), "service_tier": ("auto", "default")}
 NEUTRAL_COMPLETION: Neutral = {**_NEUTRAL, "suffix": ("",)}
 NEUTRAL_CHAT: Neutral = {
     **_NEUTRAL,

@@ -47,8 +47,7 @@ class Call:
     model: str
     requests: list[Request]
     stream: bool
-    include_usage: bool  # at the end of a stream
-    continuous_usage: bool = False  # in each chunk of a stream
+    stream_options: fields.StreamOptions
     echo: list[str] | None = None  # per request: the prompt, repeated before the output
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -84,7 +83,6 @@ def parse_chat(content: bytes, model: ServedModel) -> Call:
     limit_name, max_tokens = _max_completion_tokens(body)
     params = _params(body, model, max_tokens=max_tokens, logprobs=_chat_logprobs(body))
     _check_prompt(prompt, "messages", params, limit_name, model)
-    usage = _stream_options(body)
     call_id = f"chatcmpl-{uuid.uuid4().hex}"
     return Call(
         id=call_id,
@@ -92,8 +90,7 @@ def parse_chat(content: bytes, model: ServedModel) -> Call:
         model=model.name,
         requests=[_request(call_id, prompt, params, body)],
         stream=bool(body.stream),
-        include_usage=bool(usage.include_usage),
-        continuous_usage=bool(usage.continuous_usage_stats),
+        stream_options=_stream_options(body),
     )
 
 
@@ -114,7 +111,6 @@ def parse_completion(content: bytes, model: ServedModel) -> Call:
         logprobs=body.logprobs,
         prompt_logprobs=echo_logprobs,
     )
-    usage = _stream_options(body)
     call_id = f"cmpl-{uuid.uuid4().hex}"
     requests, texts = [], []
     for index, (param, prompt) in enumerate(_prompts(body.prompt)):
@@ -130,8 +126,7 @@ def parse_completion(content: bytes, model: ServedModel) -> Call:
         model=model.name,
         requests=requests,
         stream=bool(body.stream),
-        include_usage=bool(usage.include_usage),
-        continuous_usage=bool(usage.continuous_usage_stats),
+        stream_options=_stream_options(body),
         echo=texts if body.echo else None,
     )
 

@@ -178,15 +178,15 @@ class Reply:
         """The chunks of a stream that a part gives; `usage` is the call's up to here."""
         for choice in self._shape.chunks(part):
             chunk = self._object(self._shape.chunk_object, [choice])
-            if self._call.continuous_usage:
+            if self._call.stream_options.continuous_usage_stats:
                 chunk["usage"] = usage_json(usage)
-            elif self._call.include_usage:
+            elif self._call.stream_options.include_usage:
                 chunk["usage"] = None
             yield chunk
 
     def last_chunk(self, usage: Usage) -> Json | None:
         """The chunk with the usage, where it was asked for."""
-        if not self._call.include_usage:
+        if not self._call.stream_options.include_usage:
             return None
         return self._object(self._shape.chunk_object, []) | {"usage": usage_json(usage)}
 

@@ -59,10 +59,6 @@ UNSUPPORTED_CHAT = {
     "function_call": {"name": "f"},
     "functions": [{"name": "f"}],
     "modalities": ["text", "audio"],
-    "include_stop_str_in_output": True,
-    "length_penalty": 2.0,
-    "skip_special_tokens": False,
-    "use_beam_search": True,
     "prediction": {"type": "content", "content": "x"},
     "reasoning_effort": "low",
     "response_format": {"type": "json_object"},
@@ -76,8 +72,12 @@ UNSUPPORTED_CHAT = {
 UNKNOWN = {
     "best_of": 2,
     "guided_json": {},
+    "include_stop_str_in_output": True,
+    "length_penalty": 1.0,
     "logits_processors": [],
     "prompt_logprobs": 1,
+    "skip_special_tokens": False,
+    "use_beam_search": True,
 }
 
 
@@ -144,8 +144,6 @@ def test_suffix_is_refused():
         {"tools": None, "parallel_tool_calls": False, "no_field_of_ours": None},
         {"tool_choice": "none", "tools": [TOOL]},
         {"function_call": "none", "functions": [TOOL["function"]]},
-        {"length_penalty": 1.0, "skip_special_tokens": True, "use_beam_search": False},
-        {"include_stop_str_in_output": False, "spaces_between_special_tokens": True},
         {"messages": [USER, {"role": "assistant", "content": None}, USER]},
         {"messages": [USER, {"role": "assistant"}, USER]},
         {"messages": [USER | {"cache_control": {"type": "ephemeral"}, "weight": None}]},
