@@ -1,13 +1,15 @@
 """What both forms of the offline API share: prompts become requests, deltas become outputs."""
 
+import contextlib
 import itertools
 import operator
 import secrets
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as shown  # cut where it is long
 from typing import Any, cast
 
 import msgspec
@@ -156,7 +158,7 @@ class PromptReader:
         if isinstance(prompt, str):
             text, token_ids = prompt, self.tokenizer.encode(prompt)
         else:
-            text, token_ids = None, list(map(operator.index, prompt))
+            text, token_ids = None, _token_ids(prompt)
         if params.stop and isinstance(self.tokenizer, NoTokenizer):
             raise ValueError(f"stop needs a tokenizer, and the model has none: {params.stop!r}")
         if params.seed is None:
@@ -169,6 +171,8 @@ def each_params(params: Params, count: int) -> Iterator[SamplingParams]:
     """One SamplingParams per prompt. Raises ValueError when there are more or fewer."""
     if params is None or isinstance(params, SamplingParams):
         return itertools.repeat(params or SamplingParams(), count)
+    if not (_is_list(params) and all(isinstance(each, SamplingParams) for each in params)):
+        raise TypeError(f"sampling_params must be SamplingParams or a list, got {shown(params)}")
     if len(params) != count:
         raise ValueError(
             f"sampling_params must be one, or one per prompt: {len(params)} for {count} prompts"
@@ -178,11 +182,31 @@ def each_params(params: Params, count: int) -> Iterator[SamplingParams]:
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> tuple[Sequence[Prompt], bool]:
     """The prompts as a list, and whether there was but one: a string, or a list of token ids."""
-    single = isinstance(prompts, str) or bool(len(prompts) and not isinstance(prompts[0], Sequence))
+    if not isinstance(prompts, str) and not _is_list(prompts):
+        raise TypeError(f"prompts must be strings or token ids, got {shown(prompts)}")
+    single = isinstance(prompts, str) or (len(prompts) > 0 and _is_scalar(prompts[0]))
     return cast(Sequence[Prompt], [prompts] if single else prompts), single
 
 
 def one_choice(params: SamplingParams | None) -> SamplingParams:
-    if params is not None and params.n != 1:
+    (params,) = each_params(params, 1)
+    if params.n != 1:
         raise ValueError(f"n must be 1 where text is streamed, got {params.n}")
-    return params or SamplingParams()
+    return params
+
+
+def _token_ids(prompt: Sequence[int]) -> list[int]:
+    if _is_list(prompt) and bool not in map(type, prompt):
+        with contextlib.suppress(TypeError):
+            return list(map(operator.index, prompt))
+    raise TypeError(f"a prompt must be a string or token ids, got {shown(prompt)}")
+
+
+def _is_list(given: object) -> bool:
+    """Whether it is a list, a tuple, an array or their like."""
+    is_list = isinstance(given, Sequence) and not isinstance(given, str | bytes | bytearray)
+    return is_list or getattr(given, "ndim", 0) > 0
+
+
+def _is_scalar(given: object) -> bool:
+    return not isinstance(given, Sized) or getattr(given, "ndim", 1) == 0

@@ -1,9 +1,12 @@
 """The offline API on a random model: what goes in, what comes out, what is refused."""
 
 import dataclasses
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from msgspec.structs import replace
 
 from minisgl import LLM, RequestOutput, SamplingParams
@@ -165,6 +168,53 @@ def test_a_stream_that_is_left_is_aborted(llm):
         next(llm.stream("x", SamplingParams(n=2)))
 
 
+def test_arrays_are_token_ids(llm):
+    ids = [[1, 2, 3], [4, 5, 6]]
+    expected = [llm.generate(each, GREEDY, use_tqdm=False).token_ids for each in ids]
+    for prompts in (np.array(ids), [np.array(ids[0]), ids[1]], list(np.array(ids, np.uint16))):
+        outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert [output.prompt_token_ids for output in outputs] == ids
+        assert [output.token_ids for output in outputs] == expected
+    for prompt in (np.array(ids[0]), torch.tensor(ids[0]), list(np.array(ids[0]))):
+        assert llm.generate(prompt, GREEDY, use_tqdm=False).token_ids == expected[0]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ({"prompt": "a"}, "prompts must be .*, got {'prompt': 'a'}"),
+        ([{"prompt": "a"}], "a prompt must be a string or token ids, got {'prompt': 'a'}"),
+        (b"bytes", "prompts must be .*, got b'bytes'"),
+        (["a", b"bytes"], "a prompt must be .*, got b'bytes'"),
+        (None, "prompts must be .*, got None"),
+        (5, "prompts must be .*, got 5"),
+        (np.array(5), r"prompts must be .*, got array\(5\)"),
+        ({1, 2}, "prompts must be .*, got {1, 2}"),
+        ([None], r"a prompt must be .*, got \[None\]"),
+        (["a", 1], "a prompt must be .*, got 1"),
+        ([1, "a"], r"a prompt must be .*, got \[1, 'a'\]"),
+        ([1.5, 2], r"a prompt must be .*, got \[1.5, 2\]"),
+        ([1, True], r"a prompt must be .*, got \[1, True\]"),
+        (np.array([1.5]), r"a prompt must be .*, got array\(\[1.5\]\)"),
+        (["a", [[1], [2]]], r"a prompt must be .*, got \[\[1\], \[2\]\]"),
+        ([b"x" * 10_000], "got b'x+.{0,3}x+'$"),
+    ],
+)
+def test_what_is_no_prompt_is_named(llm, prompts, message):
+    with pytest.raises(TypeError, match=message):
+        llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert llm.stats().scheduler.num_waiting == 0
+
+
+@pytest.mark.parametrize("params", [{"max_tokens": 3}, [{"max_tokens": 3}], 3, "greedy", ["x"]])
+def test_what_are_no_sampling_parameters_is_named(llm, params):
+    message = f"sampling_params must be .*, got {re.escape(repr(params))}"
+    with pytest.raises(TypeError, match=message):
+        llm.generate(["a"], params, use_tqdm=False)
+    with pytest.raises(TypeError, match=message):
+        next(llm.stream("a", params))
+
+
 def test_nothing_runs_when_one_prompt_cannot(llm):
     before = llm.stats().steps
     with pytest.raises(ValueError, match=r"256.*300"):
@@ -173,8 +223,6 @@ def test_nothing_runs_when_one_prompt_cannot(llm):
         llm.generate([350], GREEDY, use_tqdm=False)
     with pytest.raises(ValueError, match="at least 1 token, got 0"):
         llm.generate("", GREEDY, use_tqdm=False)
-    with pytest.raises(TypeError):
-        llm.generate([1.5, 2], GREEDY, use_tqdm=False)
     assert llm.stats().steps == before
     assert llm.stats().scheduler.num_waiting == 0
     assert len(llm.generate("fine", GREEDY, use_tqdm=False).token_ids) == 24
