@@ -7,7 +7,7 @@ Both spellings of transformers are read: v4 (`rope_theta`, `rope_scaling`, `torc
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,45 @@ from typing import Any
 import torch
 
 from minisgl.layers.rotary import LinearScaling, Llama3Scaling, Rope, YarnScaling
-from minisgl.models.families import Family, find_family
+from minisgl.log import get_logger
+from minisgl.models.families import FAMILIES, LACKING, REQUIRED, Family, find_family
 from minisgl.models.fields import Fields
+
+log = get_logger(__name__)
 
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 FULL, SLIDING = "full_attention", "sliding_attention"
 # Other spellings of the fields read here.
-RESPELLED = {
-    "torch_dtype": "dtype",
-    "num_local_experts": "num_experts",
-    "_sliding_window_pattern": "sliding_window_pattern",
+RESPELLED = {"torch_dtype": "dtype", "num_local_experts": "num_experts"}
+# Fields whose other values change what is computed in ways there is no code for.
+ONLY = {
+    "use_bidirectional_attention": False,
+    "is_causal": True,
+    "per_layer_config": None,
+    "quantization_config": None,
 }
+# What a model of several modalities states beside its decoder's fields.
+OUTER = {"tie_word_embeddings", "eos_token_id", "dtype", "torch_dtype", "quantization_config"}
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# Of all types: each reads its own.
+_ROPE_FIELDS = """
+    attention_factor beta_fast beta_slow factor high_freq_factor long_factor low_freq_factor
+    mrope_section mscale mscale_all_dim original_max_position_embeddings partial_rotary_factor
+    rope_theta rope_type short_factor truncate type
+"""
+# Fields of other families are known too. These are without effect on any: transformers keeps them
+# for training, generation and its own use, or stopped reading them.
+_WITHOUT_EFFECT = """
+    _attn_implementation _attn_implementation_autoset _name_or_path _sliding_window_pattern
+    architectures attention_dropout auto_map bos_token_id cache_implementation
+    chunk_size_feed_forward do_sample gradient_checkpointing id2label initializer_range
+    is_encoder_decoder label2id max_length max_new_tokens min_length model_type name_or_path
+    num_return_sequences output_attentions output_hidden_states output_router_logits output_scores
+    pad_token_id pretraining_tp problem_type repetition_penalty return_dict rope_interleaved
+    router_aux_loss_coef sep_token_id temperature tokenizer_class top_k top_p torchscript
+    transformers_version unsloth_fixed unsloth_version use_cache
+"""
 
 
 @dataclass(frozen=True)
@@ -129,18 +156,27 @@ class ModelConfig:
         if len(architectures) != 1:
             raise ValueError(f"{where}: architectures must name one, got {architectures!r}")
         family = find_family(architectures[0])
-        if config.get("quantization_config") is not None:
-            raise ValueError(f"{where}: quantization_config is not supported")
-        # A model of several modalities nests its decoder's fields.
-        values = {**config, **config.get("text_config", {})}
+        values = dict(config)
+        if family.nested:
+            outer = {name: config[name] for name in OUTER if config.get(name) is not None}
+            values = {**(config.get("text_config") or {}), "tie_word_embeddings": True, **outer}
         for spelling, name in RESPELLED.items():
             if spelling in values:
-                values.setdefault(name, values[spelling])
-        defaults = {**family.defaults, "eos_token_id": None, "dtype": None}
-        fields = Fields(values, where, defaults)
-        if values.get("use_bidirectional_attention"):
-            raise fields.bad("use_bidirectional_attention", "false")
+                values.setdefault(name, values.pop(spelling))
+        known = REQUIRED | family.defaults.keys()
+        elsewhere = {name for other in FAMILIES.values() for name in other.defaults}
+        _warn_of_unknown(where, values.keys() - known - elsewhere - set(_WITHOUT_EFFECT.split()))
+        given = {name: value for name, value in values.items() if name in known}
+        fields = Fields(given, where, {**LACKING, **family.defaults})
+        for name, only in ONLY.items():
+            if fields.raw(name) not in (None, only):
+                raise fields.bad(name, json.dumps(only))
         return _read(architectures[0], family, fields, generation or {})
+
+
+def _warn_of_unknown(where: str, names: Iterable[str]) -> None:
+    if names:
+        log.warning("%s: unknown fields, which are not read: %s", where, ", ".join(sorted(names)))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -198,11 +234,14 @@ def _read_dtype(fields: Fields) -> torch.dtype:
 
 def _read_layers(family: Family, fields: Fields, head_dim: int) -> tuple[LayerConfig, ...]:
     count = fields.integer("num_hidden_layers")
-    types = _layer_types(family, fields, count)
     window = fields.optional_integer("sliding_window")
+    window = window if fields.boolean("use_sliding_window") else None
+    types = _layer_types(family, fields, count, window)
     if SLIDING in types and window is None:
         raise fields.bad(
-            "sliding_window", "an integer of at least 1, as some layers have a sliding window"
+            "sliding_window",
+            "an integer of at least 1, and use_sliding_window true where the family has it, as "
+            "some layers have a window",
         )
     ropes = {kind: _read_rope(fields, kind, head_dim) for kind in sorted(set(types))}
     return tuple(
@@ -215,7 +254,7 @@ def _read_layers(family: Family, fields: Fields, head_dim: int) -> tuple[LayerCo
     )
 
 
-def _layer_types(family: Family, fields: Fields, count: int) -> list[str]:
+def _layer_types(family: Family, fields: Fields, count: int, window: int | None) -> list[str]:
     types = fields.raw("layer_types")
     if types is not None:
         if not isinstance(types, list) or len(types) != count:
@@ -223,22 +262,17 @@ def _layer_types(family: Family, fields: Fields, count: int) -> list[str]:
         if not set(types) <= {FULL, SLIDING}:
             raise fields.bad("layer_types", f"made of {FULL!r} and {SLIDING!r}")
         return types
-    may_slide = fields.raw("sliding_window") is not None
-    if "use_sliding_window" in family.defaults:
-        may_slide = may_slide and fields.boolean("use_sliding_window")
-    if not may_slide:
-        return [FULL] * count
     if family.windows == "all":
-        return [SLIDING] * count
+        return [SLIDING if window else FULL] * count
     if family.windows == "above max_window_layers":
-        full = min(fields.integer("max_window_layers", minimum=0), count)
+        full = min(fields.integer("max_window_layers", minimum=0), count) if window else count
         return [FULL] * full + [SLIDING] * (count - full)
     period = fields.integer("sliding_window_pattern")
     return [SLIDING if (index + 1) % period else FULL for index in range(count)]
 
 
 def _read_moe(fields: Fields, index: int) -> MoeConfig | None:
-    if fields.raw("num_experts") is None:
+    if not fields.raw("num_experts"):
         return None
     dense = index in fields.integers("mlp_only_layers")
     if dense or (index + 1) % fields.integer("decoder_sparse_step"):
@@ -255,25 +289,34 @@ def _read_moe(fields: Fields, index: int) -> MoeConfig | None:
     )
 
 
-def _rope_section(fields: Fields, kind: str) -> Mapping[str, Any]:
-    """The rope fields of layers of one kind in v5's spelling, whichever the file has."""
-    if fields.given("rope_parameters"):
-        section = fields.raw("rope_parameters")
-        return section.get(kind, section)  # type: ignore[no-any-return]
-    if kind == SLIDING and "rope_local_base_freq" in fields.defaults:
-        return {"rope_theta": fields.number("rope_local_base_freq")}
-    return {"rope_theta": fields.number("rope_theta")} | (fields.raw("rope_scaling") or {})
+def _rope_section(fields: Fields, kind: str) -> dict[str, Any]:
+    """The rope fields of layers of one kind, from both spellings, as transformers unites them.
+
+    Where kinds differ, `rope_scaling` is added to that of full layers; elsewhere it replaces
+    `rope_parameters`, and only the file's own original context has a say.
+    """
+    stated = fields.raw("rope_parameters") or {}
+    scaling = fields.raw("rope_scaling") or {}
+    if "rope_local_base_freq" in fields.defaults:
+        theta = "rope_local_base_freq" if kind == SLIDING else "rope_theta"
+        section = (stated.get(kind) or {"rope_type": "default"}) | (scaling if kind == FULL else {})
+        section["truncate"] = stated.get("truncate")
+    else:
+        theta, section = "rope_theta", dict(scaling or stated)
+        if fields.given("original_max_position_embeddings"):
+            name = "original_max_position_embeddings"
+            section[name] = fields.raw(name)
+    section.setdefault("rope_theta", fields.raw(theta))
+    return {name: value for name, value in section.items() if value is not None}
 
 
 def _read_rope(fields: Fields, kind: str, head_dim: int) -> Rope:
-    section = {k: v for k, v in _rope_section(fields, kind).items() if v is not None}
-    rope_type = section.pop("rope_type", None) or section.get("type", "default")
-    section.pop("type", None)
+    section = _rope_section(fields, kind)
+    rope_type = section.get("rope_type") or section.get("type", "default")
     rope = Fields(
         section,
         f"{fields.where}: rope parameters",
         {
-            "rope_theta": fields.raw("rope_theta"),
             "partial_rotary_factor": fields.raw("partial_rotary_factor"),
             "original_max_position_embeddings": fields.raw("max_position_embeddings"),
             "attention_factor": None,
@@ -284,34 +327,15 @@ def _read_rope(fields: Fields, kind: str, head_dim: int) -> Rope:
             "truncate": True,
         },
     )
-    readers = {"default": (), "linear": _LINEAR, "llama3": _LLAMA3, "yarn": _YARN}
-    if rope_type not in readers:
-        raise ValueError(f"{rope.where}: rope_type {rope_type!r} is not one of {list(readers)}")
-    known = {"rope_theta", "partial_rotary_factor", *readers[rope_type]}
-    # v5 writes the original context beside every scaling, whether or not it reads it.
-    unknown = set(section) - known - {"original_max_position_embeddings"}
-    if unknown:
-        raise ValueError(f"{rope.where} of type {rope_type!r} have unknown {sorted(unknown)}")
-    rotary_dim = int(head_dim * rope.number("partial_rotary_factor"))
-    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
-        raise rope.bad(
-            "partial_rotary_factor",
-            f"such that an even number of a head's {head_dim} dimensions is rotated",
-        )
-    return Rope(rope.number("rope_theta"), rotary_dim, _read_scaling(rope_type, rope))
-
-
-_LINEAR = ("factor",)
-_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
-_YARN = (
-    "factor",
-    "attention_factor",
-    "mscale",
-    "mscale_all_dim",
-    "beta_fast",
-    "beta_slow",
-    "truncate",
-)
+    if rope_type not in ROPE_TYPES:
+        raise ValueError(f"{rope.where}: rope_type {rope_type!r} is not one of {list(ROPE_TYPES)}")
+    _warn_of_unknown(rope.where, section.keys() - set(_ROPE_FIELDS.split()))
+    # transformers rotates whole heads, and only these families' scalings compute with a part.
+    if rope_type != "default" and rope.raw("partial_rotary_factor") != 1:
+        raise rope.bad("partial_rotary_factor", f"1 with rope_type {rope_type!r}")
+    if head_dim % 2:
+        raise fields.bad("head_dim", f"even, as rotary embeddings need it; it is {head_dim}")
+    return Rope(rope.number("rope_theta"), head_dim, _read_scaling(rope_type, rope))
 
 
 def _read_scaling(
@@ -353,7 +377,7 @@ def _max_context(fields: Fields) -> int:
     """The longest context of the model; YaRN checkpoints may state only the original model's."""
     stated = fields.integer("max_position_embeddings")
     section = _rope_section(fields, FULL)
-    if "yarn" in (section.get("rope_type"), section.get("type")):
+    if section.get("rope_type", section.get("type")) == "yarn":
         original = section.get("original_max_position_embeddings") or stated
         return max(stated, int(original * section["factor"]))
     return stated

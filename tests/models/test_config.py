@@ -21,6 +21,8 @@ LLAMA: dict[str, Any] = {
     "max_position_embeddings": 128,
 }
 
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 4}
+
 
 def read(**fields: Any) -> ModelConfig:
     return ModelConfig.from_dict({**LLAMA, **fields})
@@ -89,7 +91,8 @@ def test_end_of_sequence_ids() -> None:
 
 def test_windows_by_family() -> None:
     def windows(architecture: str, **fields: Any) -> list[int | None]:
-        config = read(architectures=[architecture], num_hidden_layers=6, **fields)
+        sizes = {"num_hidden_layers": 6, "num_key_value_heads": 4}
+        config = read(architectures=[architecture], **sizes, **fields)
         return [layer.window for layer in config.layers]
 
     assert windows("MistralForCausalLM", sliding_window=9) == [9] * 6
@@ -162,13 +165,11 @@ def test_experts() -> None:
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_scaling": {"type": "linear"}}, "factor"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0, "twist": 1}}, "twist"),
-        ({"partial_rotary_factor": 0.33}, "partial_rotary_factor"),
-        ({"layer_types": ["full_attention"]}, "layer_types"),
-        ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_window"),
+        ({"head_dim": 7}, "head_dim must be even"),
+        ({**QWEN2, "layer_types": ["full_attention"]}, "layer_types"),
+        ({**QWEN2, "layer_types": ["full_attention", "linear_attention"]}, "layer_types"),
+        ({**QWEN2, "layer_types": ["full_attention", "sliding_attention"]}, "sliding_window"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
-        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ],
 )
 def test_wrong_fields_are_named(fields: dict[str, Any], message: str) -> None:

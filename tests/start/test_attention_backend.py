@@ -31,7 +31,7 @@ LLAMA = {
 WINDOWED = LLAMA | {"architectures": ["MistralForCausalLM"], "sliding_window": 32}
 CAPPED = LLAMA | {
     "architectures": ["Gemma2ForCausalLM"],
-    "sliding_window": None,
+    "layer_types": ["full_attention"] * LLAMA["num_hidden_layers"],
     "attn_logit_softcapping": 50.0,
 }
 
