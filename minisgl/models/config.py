@@ -26,13 +26,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 FULL, SLIDING = "full_attention", "sliding_attention"
 # Other spellings of the fields read here.
 RESPELLED = {"torch_dtype": "dtype", "num_local_experts": "num_experts"}
-# Fields whose other values change what is computed in ways there is no code for.
-ONLY = {
-    "use_bidirectional_attention": False,
-    "is_causal": True,
-    "per_layer_config": None,
-    "quantization_config": None,
-}
+# Fields whose other values than the default change what is computed, by code there is none of here.
+ONLY = ("use_bidirectional_attention", "is_causal", "per_layer_config", "quantization_config")
 # What a model of several modalities states beside its decoder's fields.
 OUTER = {"tie_word_embeddings", "eos_token_id", "dtype", "torch_dtype", "quantization_config"}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -111,8 +106,7 @@ class ModelConfig:
 
     def cost_sizes(self, dtype: torch.dtype) -> dict[str, Any]:
         """The sizes that decide what a step costs, in plain numbers, for weights in `dtype`."""
-        moes = [layer.moe for layer in self.layers if layer.moe is not None]
-        moe = moes[0] if moes else None
+        moe = next((layer.moe for layer in self.layers if layer.moe is not None), None)
         windows = [layer.window for layer in self.layers if layer.window is not None]
         return {
             "layers": self.num_layers,
@@ -161,16 +155,16 @@ class ModelConfig:
             outer = {name: config[name] for name in OUTER if config.get(name) is not None}
             values = {**(config.get("text_config") or {}), "tie_word_embeddings": True, **outer}
         for spelling, name in RESPELLED.items():
-            if spelling in values:
-                values.setdefault(name, values.pop(spelling))
+            if spelling in values and values.get(name) is None:
+                values[name] = values.pop(spelling)
         known = REQUIRED | family.defaults.keys()
-        elsewhere = {name for other in FAMILIES.values() for name in other.defaults}
+        elsewhere = set(RESPELLED).union(*(other.defaults for other in FAMILIES.values()))
         _warn_of_unknown(where, values.keys() - known - elsewhere - set(_WITHOUT_EFFECT.split()))
         given = {name: value for name, value in values.items() if name in known}
         fields = Fields(given, where, {**LACKING, **family.defaults})
-        for name, only in ONLY.items():
-            if fields.raw(name) not in (None, only):
-                raise fields.bad(name, json.dumps(only))
+        for name in ONLY:
+            if fields.raw(name) not in (None, fields.defaults[name]):
+                raise fields.bad(name, json.dumps(fields.defaults[name]))
         return _read(architectures[0], family, fields, generation or {})
 
 
@@ -222,14 +216,8 @@ def _read(
         tied_embeddings=fields.boolean("tie_word_embeddings"),
         max_context=_max_context(fields),
         eos_token_ids=eos.integers("eos_token_id") or fields.integers("eos_token_id"),
-        dtype=_read_dtype(fields),
+        dtype=DTYPES[fields.text("dtype", DTYPES)] if fields.given("dtype") else torch.float32,
     )
-
-
-def _read_dtype(fields: Fields) -> torch.dtype:
-    if not fields.given("dtype"):
-        return torch.float32
-    return DTYPES[fields.text("dtype", DTYPES)]
 
 
 def _read_layers(family: Family, fields: Fields, head_dim: int) -> tuple[LayerConfig, ...]:
@@ -257,10 +245,9 @@ def _read_layers(family: Family, fields: Fields, head_dim: int) -> tuple[LayerCo
 def _layer_types(family: Family, fields: Fields, count: int, window: int | None) -> list[str]:
     types = fields.raw("layer_types")
     if types is not None:
-        if not isinstance(types, list) or len(types) != count:
-            raise fields.bad("layer_types", f"a list of num_hidden_layers ({count}) names")
-        if not set(types) <= {FULL, SLIDING}:
-            raise fields.bad("layer_types", f"made of {FULL!r} and {SLIDING!r}")
+        if not isinstance(types, list) or len(types) != count or not {*types} <= {FULL, SLIDING}:
+            wanted = f"a list of num_hidden_layers ({count}) names, each {FULL!r} or {SLIDING!r}"
+            raise fields.bad("layer_types", wanted)
         return types
     if family.windows == "all":
         return [SLIDING if window else FULL] * count
@@ -303,8 +290,7 @@ def _rope_section(fields: Fields, kind: str) -> dict[str, Any]:
         section["truncate"] = stated.get("truncate")
     else:
         theta, section = "rope_theta", dict(scaling or stated)
-        if fields.given("original_max_position_embeddings"):
-            name = "original_max_position_embeddings"
+        if fields.given(name := "original_max_position_embeddings"):
             section[name] = fields.raw(name)
     section.setdefault("rope_theta", fields.raw(theta))
     return {name: value for name, value in section.items() if value is not None}

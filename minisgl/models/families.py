@@ -39,17 +39,14 @@ class Family:
     windows: Windows = "all"
     # Name prefixes in the checkpoint -> the ones of layers and loader; the first that fits is used.
     renames: tuple[tuple[str, str], ...] = ()
-    ignored: tuple[str, ...] = ()  # prefixes of what the text decoder does not need
+    ignored: tuple[str, ...] = ()  # prefixes, behind any "model.", of what is not the decoder's
 
 
-REQUIRED = {
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-}
+_REQUIRED = """
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+    max_position_embeddings
+"""
+REQUIRED = frozenset(_REQUIRED.split())
 # The optional fields of all families, each with what a checkpoint has that leaves it out.
 _COMMON = {
     "tie_word_embeddings": False,
@@ -184,12 +181,7 @@ FAMILIES: Mapping[str, Family] = {
             ("model.language_model.", "model."),
             ("language_model.lm_head.", "lm_head."),
         ),
-        ignored=(
-            "vision_tower.",
-            "multi_modal_projector.",
-            "model.vision_tower.",
-            "model.multi_modal_projector.",
-        ),
+        ignored=("vision_tower.", "multi_modal_projector."),
     ),
 }
 

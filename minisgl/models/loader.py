@@ -3,6 +3,7 @@
 import json
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +23,10 @@ from minisgl.parallel import Communicator, Solo
 
 log = get_logger(__name__)
 
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _SHOWN = 5  # names in an error message
+
+Stored = dict[str, tuple[Path, str]]  # weight -> its file, and its name there
 
 
 def load_model(
@@ -40,16 +44,20 @@ def load_model(
 
     path: a directory of safetensors files; not read when `load_format` is "dummy", which fills
     random weights that depend on `seed` and their names only. attention: the op that computes the
-    attention of prompts. Raises ValueError naming the tensors for weights that are unknown, missing
-    or of another shape, and for pickle checkpoints.
+    attention of prompts. A checkpoint may hold a head that its config ties: the model's own config
+    says which it is. Raises ValueError naming the tensors for weights that are unknown, missing or
+    of another shape, and for pickle checkpoints.
     """
+    stored = {} if load_format == "dummy" else _find_weights(config.family, find_files(Path(path)))
+    if config.tied_embeddings and HEAD in stored:
+        config = _settle_head(config, stored)
     decoder = Decoder(config, Placement(dtype, device, comm or Solo(), attention))
     if load_format == "dummy":
         weights = _RandomWeights(seed, device)
         for weight in decoder.weights():
             weights.fill(weight)
     else:
-        _fill_from_files(decoder, find_files(Path(path)))
+        _fill_from_files(decoder, stored)
     return decoder
 
 
@@ -69,21 +77,57 @@ def find_files(path: Path) -> list[Path]:
     refuse_pickles(str(path), (file.name for file in path.glob("*")))
 
 
-def checkpoint_name(family: Family, name: str, tied: bool) -> str | None:
+def checkpoint_name(family: Family, name: str) -> str | None:
     """The weight a checkpoint's tensor is, in the Llama convention; None for what is not needed."""
-    if name.startswith(family.ignored) or name.endswith(".rotary_emb.inv_freq"):
+    if name.removeprefix("model.").startswith(family.ignored) or name.endswith(
+        ".rotary_emb.inv_freq"
+    ):
         return None
     for old, new in family.renames:
         if name.startswith(old):
-            name = new + name.removeprefix(old)
-            break
-    return None if tied and name == "lm_head.weight" else name
+            return new + name.removeprefix(old)
+    return name
 
 
-def _fill_from_files(decoder: Decoder, files: list[Path]) -> None:
-    config = decoder.config
+def _find_weights(family: Family, files: list[Path]) -> Stored:
+    stored: Stored = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for inside in tensors.keys():  # noqa: SIM118 (the file is not a mapping)
+                name = checkpoint_name(family, inside)
+                if name in stored:
+                    raise ValueError(f"{file.name}: {inside} is in {stored[name][0].name} too")
+                if name is not None:
+                    stored[name] = file, inside
+    return stored
+
+
+def _settle_head(config: ModelConfig, stored: Stored) -> ModelConfig:
+    """What a head is to a model whose config ties it to the embedding, as transformers has it.
+
+    It stands in for an embedding that is not stored; one that differs from it is a head.
+    """
+    head = stored.pop(HEAD)
+    if EMBEDDING not in stored:
+        stored[EMBEDDING] = head
+    elif not torch.equal(_read(head), _read(stored[EMBEDDING])):
+        log.warning("the config ties lm_head to the embedding, but they differ: both are used")
+        stored[HEAD] = head
+        return replace(config, tied_embeddings=False)
+    return config
+
+
+def _read(at: tuple[Path, str]) -> torch.Tensor:
+    with safe_open(at[0], framework="pt") as tensors:
+        return tensors.get_tensor(at[1])  # type: ignore[no-any-return]
+
+
+def _fill_from_files(decoder: Decoder, stored: Stored) -> None:
     wanted = {weight.name: weight for weight in decoder.weights()}
-    unknown: list[str] = []
+    if unknown := [inside for name, (_, inside) in stored.items() if name not in wanted]:
+        raise ValueError(f"unknown weights for {decoder.config.architecture}: {_some(unknown)}")
+    if missing := wanted.keys() - stored.keys():
+        raise ValueError(f"weights missing from the checkpoint: {_some(sorted(missing))}")
     with tqdm(
         total=len(wanted),
         desc="loading weights",
@@ -91,29 +135,17 @@ def _fill_from_files(decoder: Decoder, files: list[Path]) -> None:
         leave=False,
         disable=not shows_progress(),
     ) as progress:
-        for file in files:
+        for file in dict.fromkeys(file for file, _ in stored.values()):
             with safe_open(file, framework="pt") as tensors:
-                for stored in tensors.keys():  # noqa: SIM118 (the file is not a mapping)
-                    name = checkpoint_name(config.family, stored, config.tied_embeddings)
-                    if name is None:
-                        continue
-                    weight = wanted.pop(name, None)
-                    if weight is None:
-                        unknown.append(stored)
-                        continue
-                    tensor = tensors.get_slice(stored)
+                for name in [name for name, at in stored.items() if at[0] == file]:
+                    weight, inside = wanted[name], stored[name][1]
+                    tensor = tensors.get_slice(inside)
                     shape = tuple(tensor.get_shape())
                     if shape != weight.shape:
-                        raise ValueError(
-                            f"{file.name}: {stored} has shape {shape}, the config asks for "
-                            f"{weight.shape}"
-                        )
+                        wanted_shape = f"the config asks for {weight.shape}"
+                        raise ValueError(f"{file.name}: {inside} has shape {shape}, {wanted_shape}")
                     weight.target.copy_(tensor[weight.slices])
                     progress.update()
-    if unknown:
-        raise ValueError(f"unknown weights for {config.architecture}: {_some(unknown)}")
-    if wanted:
-        raise ValueError(f"weights missing from the checkpoint: {_some(sorted(wanted))}")
 
 
 class _RandomWeights:

@@ -89,6 +89,13 @@ def test_faults_are_named(checkpoint: Path) -> None:
         load(checkpoint)
 
 
+def test_a_tensor_stored_twice_is_named(checkpoint: Path) -> None:
+    name = "model.norm.weight"
+    save_file({name: torch.zeros(48)}, checkpoint / "model-2.safetensors")
+    with pytest.raises(ValueError, match=rf"{name} is in model-2\.safetensors too"):
+        load(checkpoint)
+
+
 def test_pickles_are_refused(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"no \.safetensors"):
@@ -138,13 +145,12 @@ def test_names_of_multimodal_and_old_checkpoints() -> None:
     gemma = find_family("Gemma3ForConditionalGeneration")
     layer = "layers.0.mlp.up_proj.weight"
     for stored in (f"language_model.model.{layer}", f"model.language_model.{layer}"):
-        assert checkpoint_name(gemma, stored, tied=True) == f"model.{layer}"
-    assert checkpoint_name(gemma, "vision_tower.x.weight", tied=True) is None
+        assert checkpoint_name(gemma, stored) == f"model.{layer}"
+    assert checkpoint_name(gemma, "vision_tower.x.weight") is None
     llama = find_family("LlamaForCausalLM")
-    assert checkpoint_name(llama, "lm_head.weight", tied=True) is None
-    assert checkpoint_name(llama, "lm_head.weight", tied=False) == "lm_head.weight"
+    assert checkpoint_name(llama, "lm_head.weight") == "lm_head.weight"
     buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    assert checkpoint_name(llama, buffer, tied=False) is None
+    assert checkpoint_name(llama, buffer) is None
 
 
 @dataclass(frozen=True)

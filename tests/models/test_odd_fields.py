@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from minisgl.models.config import ModelConfig
 from minisgl.models.families import FAMILIES as FAMILY_ROWS
@@ -190,6 +191,24 @@ def test_what_a_checkpoint_leaves_out(architecture: str) -> None:
         gated = name == "sliding_window" and row.get("use_sliding_window") is False
         if name != "layer_types" and not gated:
             assert (name, ours) == (name, getattr(text, name))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "multimodal"])
+@pytest.mark.parametrize("head", ["of its own", "the embedding", "the embedding, moved"])
+def test_a_head_stored_with_a_config_that_ties_it(family: str, head: str, tmp_path: Path) -> None:
+    make(FAMILIES[family], tmp_path)
+    before, file = theirs(tmp_path), tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    (embedding,) = (name for name in tensors if name.endswith("embed_tokens.weight"))
+    name = embedding.replace("model.embed_tokens", "lm_head")
+    tensors[name] = tensors[embedding].clone()
+    if head == "of its own":
+        tensors[name] = tensors[name].roll(1, dims=0)
+    elif head == "the embedding, moved":
+        del tensors[embedding]
+    save_file(tensors, file, metadata={"format": "pt"})
+    after = check(tmp_path)
+    assert torch.equal(after, before) == (head != "of its own")
 
 
 REFUSED = [
