@@ -48,8 +48,10 @@ from minisgl.core.scheduler import Scheduler
 from minisgl.device import Device, pick_device
 from minisgl.engine.engine import Engine
 from minisgl.engine.messages import EngineInfo
+from minisgl.layers.weights import Placement
+from minisgl.models.decoder import Decoder
 from minisgl.models.hub import model_directory
-from minisgl.models.loader import shapes
+from minisgl.parallel import Solo
 from minisgl.start.facts import read_facts
 from minisgl.start.load import load_worker
 from minisgl.step.executor import LocalExecutor, plan_on_one_thread
@@ -184,10 +186,11 @@ class Bench:
         self.kv_bytes = kv.bytes_per_token
         # A step looks up a few rows of an embedding that is not the head, too.
         unread = () if self.facts.tied_embeddings else ("model.embed_tokens.weight",)
+        nowhere = Placement(torch.float32, torch.device("meta"), Solo())
         self.weight_bytes = sum(
-            math.prod(shape) * dtype.itemsize
-            for name, shape in shapes(self.facts)
-            if name not in unread
+            math.prod(weight.shape) * dtype.itemsize
+            for weight in Decoder(self.facts, nowhere).weights()
+            if weight.name not in unread
         )
 
     def engine(self, way: Way, chunk: int = 2048, profile_dir: str | None = None) -> Engine:

@@ -40,7 +40,9 @@ def drive(build: Callable[[], Engine], receive: Receive, send: Send) -> bool:
     try:
         engine = build()
     except Exception as error:
-        log.exception("the engine could not be built")
+        # What was given is refused in a line; whoever debugs sees where.
+        told = log.debug if isinstance(error, ValueError | OSError) else log.error
+        told("the engine could not be built", exc_info=error)
         send(Failed(f"{type(error).__name__}: {error}"))
         return False
     send(Ready(engine.info))

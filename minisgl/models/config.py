@@ -132,9 +132,9 @@ class ModelConfig:
         anything that is missing, wrong, or asks for what is not supported.
         """
         path = Path(path)
-        config = _read_json(path / "config.json")
+        config = read_json(path / "config.json")
         generation_file = path / "generation_config.json"
-        generation = _read_json(generation_file) if generation_file.exists() else {}
+        generation = read_json(generation_file) if generation_file.exists() else {}
         return cls.from_dict(config, generation, where=str(path / "config.json"))
 
     @classmethod
@@ -173,7 +173,8 @@ def _warn_of_unknown(where: str, names: Iterable[str]) -> None:
         log.warning("%s: unknown fields, which are not read: %s", where, ", ".join(sorted(names)))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object of a file. Raises ValueError naming the file that holds none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -1,21 +1,19 @@
 """Loading a decoder: safetensors files are read tensor by tensor, straight into its weights."""
 
-import json
 import zlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from minisgl.kernels.attention import attention
 from minisgl.kernels.op import Op
 from minisgl.layers.weights import Placement, Weight
 from minisgl.log import get_logger, shows_progress
-from minisgl.models.config import ModelConfig
+from minisgl.models.config import ModelConfig, read_json
 from minisgl.models.decoder import Decoder
 from minisgl.models.families import Family
 from minisgl.models.hub import refuse_pickles
@@ -62,26 +60,29 @@ def load_model(
 
 
 def find_files(path: Path) -> list[Path]:
-    """The safetensors files of a model directory, those its index names if it has one."""
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [path / name for name in names]
-        missing = [file.name for file in files if not file.exists()]
-        if missing:
+    """The safetensors files of a model directory: the single one, or those that its index names.
+
+    Raises ValueError naming what is missing, or an index that names nothing.
+    """
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if index.exists() and not single.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index} must map weights to files in weight_map, got {weight_map!r}")
+        files = [path / name for name in sorted({*map(str, weight_map.values())})]
+        if missing := [file.name for file in files if not file.exists()]:
             raise ValueError(f"{path} lacks {_some(missing)}, which {index.name} names")
         return files
-    files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("*.safetensors"))
-    if files:
-        return files
+    for pattern in (single.name, "model*.safetensors", "*.safetensors"):
+        if files := sorted(path.glob(pattern)):
+            return files
     refuse_pickles(str(path), (file.name for file in path.glob("*")))
 
 
 def checkpoint_name(family: Family, name: str) -> str | None:
     """The weight a checkpoint's tensor is, in the Llama convention; None for what is not needed."""
-    if name.removeprefix("model.").startswith(family.ignored) or name.endswith(
-        ".rotary_emb.inv_freq"
-    ):
+    ignored = name.removeprefix("model.").startswith(family.ignored)
+    if ignored or name.endswith(".rotary_emb.inv_freq"):
         return None
     for old, new in family.renames:
         if name.startswith(old):
@@ -89,10 +90,19 @@ def checkpoint_name(family: Family, name: str) -> str | None:
     return name
 
 
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        pointer = file.stat().st_size < 1000 and b"git-lfs" in file.read_bytes()
+        what = "a git-lfs pointer, see `git lfs pull`" if pointer else error
+        raise ValueError(f"{file} is no whole safetensors file: {what}") from error
+
+
 def _find_weights(family: Family, files: list[Path]) -> Stored:
     stored: Stored = {}
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
+        with _open(file) as tensors:
             for inside in tensors.keys():  # noqa: SIM118 (the file is not a mapping)
                 name = checkpoint_name(family, inside)
                 if name in stored:
@@ -118,7 +128,7 @@ def _settle_head(config: ModelConfig, stored: Stored) -> ModelConfig:
 
 
 def _read(at: tuple[Path, str]) -> torch.Tensor:
-    with safe_open(at[0], framework="pt") as tensors:
+    with _open(at[0]) as tensors:
         return tensors.get_tensor(at[1])  # type: ignore[no-any-return]
 
 
@@ -136,7 +146,7 @@ def _fill_from_files(decoder: Decoder, stored: Stored) -> None:
         disable=not shows_progress(),
     ) as progress:
         for file in dict.fromkeys(file for file, _ in stored.values()):
-            with safe_open(file, framework="pt") as tensors:
+            with _open(file) as tensors:
                 for name in [name for name, at in stored.items() if at[0] == file]:
                     weight, inside = wanted[name], stored[name][1]
                     tensor = tensors.get_slice(inside)
@@ -191,10 +201,3 @@ def check_shares(config: ModelConfig, ranks: int) -> None:
         Decoder(config, Placement(torch.float32, torch.device("meta"), Solo(0, ranks)))
     except ValueError as error:
         raise ValueError(f"tp_size must divide what ranks share, got {ranks}: {error}") from error
-
-
-def shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of every weight in a whole checkpoint, without allocating any."""
-    at = Placement(torch.float32, torch.device("meta"), Solo())
-    for weight in Decoder(config, at).weights():
-        yield weight.name, weight.shape

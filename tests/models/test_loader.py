@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from minisgl.layers.weights import Placement
@@ -91,8 +92,42 @@ def test_faults_are_named(checkpoint: Path) -> None:
 
 def test_a_tensor_stored_twice_is_named(checkpoint: Path) -> None:
     name = "model.norm.weight"
+    (checkpoint / "model.safetensors").rename(checkpoint / "model-1.safetensors")
     save_file({name: torch.zeros(48)}, checkpoint / "model-2.safetensors")
-    with pytest.raises(ValueError, match=rf"{name} is in model-2\.safetensors too"):
+    with pytest.raises(ValueError, match=rf"{name} is in model-1\.safetensors too"):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "stale", ['{"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}', "{}"]
+)
+def test_a_single_file_goes_before_an_index(checkpoint: Path, stale: str) -> None:
+    """As transformers reads it, whatever the index names."""
+    save_file({"stray": torch.zeros(1)}, checkpoint / "model-00001-of-00002.safetensors")
+    (checkpoint / "model.safetensors.index.json").write_text(stale)
+    transformers.Qwen2ForCausalLM.from_pretrained(checkpoint)
+    assert values(load(checkpoint))["model.norm.weight"].shape == (48,)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 135\n"
+
+
+@pytest.mark.parametrize("content", ["empty", "cut", "short", "pointer"])
+def test_a_file_that_is_not_whole_is_named_in_one_line(checkpoint: Path, content: str) -> None:
+    file = checkpoint / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes({"empty": b"", "cut": whole[:-9], "short": whole[:30]}.get(content, POINTER))
+    with pytest.raises(ValueError, match=r"model\.safetensors is no whole safetensors") as error:
+        load(checkpoint)
+    assert ("git lfs pull" in str(error.value)) == (content == "pointer")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', "[]", "", POINTER.decode()])
+def test_an_index_that_names_nothing_is_named(checkpoint: Path, content: str) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json"):
         load(checkpoint)
 
 
