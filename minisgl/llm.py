@@ -235,7 +235,7 @@ class AsyncLLM:
     """An engine in its own process, for asyncio. `async with AsyncLLM(...) as llm: ...`.
 
     The process starts to load at construction; the first call waits until it is ready. Any number
-    of calls may run at once, from one event loop.
+    of calls may run at once, from one event loop: calls from another raise RuntimeError.
     """
 
     def __init__(self, model: str | os.PathLike[str] | None = None, **config: Any) -> None:
@@ -307,7 +307,7 @@ class AsyncLLM:
 
     async def close(self, drain_timeout: float = 0.0) -> None:
         """Finish what runs within `drain_timeout` seconds, then end the process. Idempotent."""
-        if self._client is not None:
+        if self._client is not None and self._loop is asyncio.get_running_loop():
             await self._client.close(drain_timeout)
         self._process.close()
 
@@ -337,8 +337,14 @@ class AsyncLLM:
         collector.result()  # raises where the request failed
 
     async def _connected(self) -> tuple[ProcessClient, PromptReader]:
+        loop = asyncio.get_running_loop()
         if self._client is None:
-            self._client = ProcessClient(self._process)
+            self._client, self._loop = ProcessClient(self._process), loop
+        if self._loop is not loop:
+            raise RuntimeError(
+                "this AsyncLLM belongs to the event loop of its first call, and this is another: "
+                "make all calls in one asyncio.run, or an AsyncLLM in each"
+            )
         await self._client.ready()
         if self._reader is None:
             self._reader = PromptReader(load_tokenizer(self._client.info))

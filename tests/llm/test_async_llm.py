@@ -71,3 +71,19 @@ def test_importing_it_needs_no_torch():
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stdout == "False\n"
+
+
+def test_another_event_loop_is_refused_at_once(model_directory):
+    llm = AsyncLLM(model_directory, **OPTIONS)
+    asyncio.run(llm.ready())
+
+    async def again():
+        with pytest.raises(RuntimeError, match="event loop of its first call"):
+            await asyncio.wait_for(llm.generate("a"), 5)
+        with pytest.raises(RuntimeError, match="event loop of its first call"):
+            await asyncio.wait_for(llm.chat([{"role": "user", "content": "a"}]), 5)
+        with pytest.raises(RuntimeError, match="event loop of its first call"):
+            await asyncio.wait_for(llm.start_profile(), 5)
+        await asyncio.wait_for(llm.close(), 20)
+
+    asyncio.run(again())
