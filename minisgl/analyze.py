@@ -9,8 +9,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
-
 from minisgl.config import EngineConfig
 from minisgl.core.costmodel import (
     DEVICES,
@@ -22,61 +20,29 @@ from minisgl.core.costmodel import (
     prefill_work,
 )
 from minisgl.core.policy import TokenBudget
+from minisgl.models.presets import PRESETS
 
-BYTES = {"bfloat16": 2.0, "float16": 2.0, "float32": 4.0}
+DTYPES = ("bfloat16", "float16", "float32")
 MAX_STREAMS = 1 << 16
 
 
-def _dense(
-    layers: int, hidden: int, heads: int, kv_heads: int, head_dim: int, mlp: int, vocab: int
-) -> ModelSizes:
-    return ModelSizes(
-        layers=layers,
-        hidden=hidden,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        intermediate=mlp,
-        vocab=vocab,
-    )
-
-
-SHAPES = {
-    "llama-3.2-1b": _dense(16, 2048, 32, 8, 64, 8192, 128256),
-    "llama-3.1-8b": _dense(32, 4096, 32, 8, 128, 14336, 128256),
-    "llama-3.1-70b": _dense(80, 8192, 64, 8, 128, 28672, 128256),
-    "mistral-7b": _dense(32, 4096, 32, 8, 128, 14336, 32768),
-    "qwen3-0.6b": _dense(28, 1024, 16, 8, 128, 3072, 151936),
-    "qwen3-8b": _dense(36, 4096, 32, 8, 128, 12288, 151936),
-    "qwen3-32b": _dense(64, 5120, 64, 8, 128, 25600, 151936),
-    "qwen3-30b-a3b": ModelSizes(
-        layers=48,
-        hidden=2048,
-        heads=32,
-        kv_heads=4,
-        head_dim=128,
-        intermediate=768,
-        vocab=151936,
-        experts=128,
-        experts_per_token=8,
-    ),
-}
-
-
 def load_sizes(model: str, dtype: str) -> ModelSizes:
-    """The sizes of a preset shape, or of an HF directory or hub id.
+    """The sizes of a preset, or of an HF directory or hub id.
 
     Raises ValueError for a config.json that cannot be read as a known family's.
     """
-    if model.lower() in SHAPES:
-        sizes, width = SHAPES[model.lower()], BYTES[dtype]
-        return msgspec.structs.replace(sizes, bytes_per_weight=width, bytes_per_kv=width)
     # torch is needed only here.
-    from minisgl.models.config import DTYPES, ModelConfig
+    import torch
+
+    from minisgl.models.config import ModelConfig
     from minisgl.models.hub import model_directory
 
-    path = Path(model) if Path(model).is_dir() else model_directory(model, weights=False)
-    return ModelSizes(**ModelConfig.from_hf(path).cost_sizes(DTYPES[dtype]))
+    if model.lower() in PRESETS:
+        config = ModelConfig.from_dict(PRESETS[model.lower()], where=model)
+    else:
+        path = Path(model) if Path(model).is_dir() else model_directory(model, weights=False)
+        config = ModelConfig.from_hf(path)
+    return ModelSizes(**config.cost_sizes(getattr(torch, dtype)))
 
 
 def ridge_streams(model: CostModel, context: int) -> int | None:
@@ -180,9 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m minisgl.analyze", description=(__doc__ or "").split(": ", 1)[1]
     )
     add = parser.add_argument
-    add("--model", required=True, help=f"HF directory, hub id, or one of {', '.join(SHAPES)}")
+    add("--model", required=True, help=f"HF directory, hub id, or one of {', '.join(PRESETS)}")
     add("--device", default="h100", choices=sorted(DEVICES), help="data sheet to use")
-    add("--dtype", default="bfloat16", choices=sorted(BYTES), help="of weights and KV")
+    add("--dtype", default="bfloat16", choices=DTYPES, help="of weights and KV")
     add("--batch", default="1,16,64,256", type=_counts, help="streams decoding at once")
     add("--prompt", default="128,1024,8192", type=_counts, help="prompt lengths in tokens")
     add("--context", default="1024,8192", type=_counts, help="tokens that each stream holds")

@@ -4,27 +4,9 @@ import json
 
 import pytest
 
-from minisgl.analyze import SHAPES, load_sizes, main, ridge_streams
-from minisgl.core.costmodel import DEVICES, CostModel, decode_work, prefill_work
-
-QWEN3 = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "hidden_act": "silu",
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "attention_bias": False,
-    "eos_token_id": 151645,
-}
+from minisgl.analyze import load_sizes, main, ridge_streams
+from minisgl.core.costmodel import DEVICES, CostModel, ModelSizes, decode_work, prefill_work
+from minisgl.models.presets import PRESETS
 
 
 def rows(text, heading):
@@ -36,7 +18,7 @@ def rows(text, heading):
 def test_a_preset_is_printed_with_the_models_own_figures(capsys):
     main(["--model", "qwen3-8b", "--device", "h100", "--batch", "1,512", "--prompt", "64,4096"])
     text = capsys.readouterr().out
-    model = CostModel(SHAPES["qwen3-8b"], DEVICES["h100"])
+    model = CostModel(load_sizes("qwen3-8b", "bfloat16"), DEVICES["h100"])
     short, long = rows(text, "prefill, one prompt alone in a step")
     assert (short[0], short[-1]) == ("64", "memory")
     assert (long[0], long[-1]) == ("4096", "compute")
@@ -54,17 +36,38 @@ def test_a_preset_is_printed_with_the_models_own_figures(capsys):
 
 
 def test_a_config_json_gives_the_same_facts_as_its_preset(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(QWEN3))
-    assert load_sizes(str(tmp_path), "bfloat16") == SHAPES["qwen3-0.6b"]
+    (tmp_path / "config.json").write_text(json.dumps(PRESETS["qwen3-0.6b"]))
+    assert load_sizes(str(tmp_path), "bfloat16") == load_sizes("qwen3-0.6b", "bfloat16")
     assert load_sizes(str(tmp_path), "float32").bytes_per_weight == 4.0
     assert load_sizes("Qwen3-0.6B", "float32") == load_sizes(str(tmp_path), "float32")
 
 
 def test_every_preset_and_device_can_be_analyzed(capsys):
-    for shape in SHAPES:
+    for shape in PRESETS:
         for device in DEVICES:
             main(["--model", shape, "--device", device])
-    assert capsys.readouterr().out.count("where decode stops") == len(SHAPES) * len(DEVICES)
+    assert capsys.readouterr().out.count("where decode stops") == len(PRESETS) * len(DEVICES)
+
+
+def sizes(*numbers, **further):
+    names = ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab")
+    return ModelSizes(**dict(zip(names, numbers, strict=True)), **further)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama-3.2-1b", sizes(16, 2048, 32, 8, 64, 8192, 128256)),
+        ("mistral-7b", sizes(32, 4096, 32, 8, 128, 14336, 32768)),
+        ("qwen3-14b", sizes(40, 5120, 40, 8, 128, 17408, 151936)),
+        (  # `intermediate` is one expert's
+            "qwen3-30b-a3b",
+            sizes(48, 2048, 32, 4, 128, 768, 151936, experts=128, experts_per_token=8),
+        ),
+    ],
+)
+def test_a_presets_sizes_are_the_published_ones(name, expected):
+    assert load_sizes(name, "bfloat16") == expected
 
 
 def test_presets_have_the_sizes_of_their_names():
@@ -73,11 +76,11 @@ def test_presets_have_the_sizes_of_their_names():
         "llama-3.1-70b": 69.5,
         "qwen3-30b-a3b": 30.2,
     }.items():
-        assert SHAPES[name].weights / 1e9 == pytest.approx(billions, rel=0.02)
+        assert load_sizes(name, "bfloat16").weights / 1e9 == pytest.approx(billions, rel=0.02)
 
 
 def test_the_ridge_is_where_the_bound_changes():
-    model = CostModel(SHAPES["llama-3.1-8b"], DEVICES["h100"])
+    model = CostModel(load_sizes("llama-3.1-8b", "bfloat16"), DEVICES["h100"])
     ridge = ridge_streams(model, 128)
     assert model.cost(decode_work(ridge, ridge * 128)).bound == "compute"
     assert model.cost(decode_work(ridge - 1, (ridge - 1) * 128)).bound == "memory"
