@@ -11,29 +11,20 @@ be equal, elsewhere the share of equal ones is shown. The last line is JSON.
 import argparse
 import random
 import statistics
-import tempfile
 import time
-from contextlib import ExitStack
-from pathlib import Path
 
 import torch
 
-from benchmarks.decode import PAGE, SHAPES, Recorder, compare, write_config
+from benchmarks import models
 from benchmarks.results import Results, add_options
-from minisgl.build import BUNDLED_MODEL
+from benchmarks.steps import Tokens, drain, equal_share, load, open_device, recorded, step
 from minisgl.config import EngineConfig
 from minisgl.core.request import Request, SamplingParams
-from minisgl.core.scheduler import Scheduler
-from minisgl.device import pick_device
-from minisgl.engine.engine import Engine
-from minisgl.engine.messages import EngineInfo
-from minisgl.start.facts import read_facts
-from minisgl.start.load import load_worker
-from minisgl.step.executor import LocalExecutor, plan_on_one_thread
+from minisgl.step.executor import LocalExecutor
 
+PAGE = 16
 OWN = 16  # tokens of each prompt behind the common ones
 WARMUP = 5  # tokens of each before steps count
-Tokens = dict[str, list[int]]
 
 
 def serve(
@@ -42,43 +33,34 @@ def serve(
     """Seconds of a decode step, and the tokens; with groups that save at least `least` tokens."""
     generator = random.Random(0)
     common = [generator.randrange(vocab) for _ in range(args.shared)]
-    recorder = Recorder(executor)
-    config = EngineConfig(cascade_min_shared_tokens=least)
-    scheduler = Scheduler(executor.limits, config)
-    engine = Engine(
-        scheduler, recorder, EngineInfo("cascade benchmark", "", "", "", "", [], executor.limits)
-    )
+    engine, recorder = recorded(executor, EngineConfig(cascade_min_shared_tokens=least))
     tokens: Tokens = {}
 
-    def step() -> None:
-        for delta in engine.step():
+    def note() -> None:
+        for delta in step(engine):
             tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
-        if engine.failure is not None:
-            raise RuntimeError(engine.failure)
 
     once = SamplingParams(temperature=0.0, max_tokens=1)
     engine.add(Request("first", [*common, 0], once))  # computes what the others find cached
     while engine.has_work():
-        step()
+        note()
     most = WARMUP + args.steps + args.batch  # they begin to decode one after another
     params = SamplingParams(temperature=0.0, max_tokens=most, ignore_eos=True)
     for i in range(args.batch):
         own = [generator.randrange(vocab) for _ in range(OWN)]
         engine.add(Request(str(i), common + own, params))
     while any(len(tokens.get(str(i), ())) < WARMUP for i in range(args.batch)):
-        step()
+        note()
     recorder.steps.clear()
     began = time.perf_counter()
     for _ in range(args.steps):
-        step()
+        note()
     seconds = (time.perf_counter() - began) / args.steps
     grouped = [bool(noted.batch.cascade_groups) for noted in recorder.steps]
     whole = all(noted.batch.num_decode == args.batch for noted in recorder.steps)
     if not whole or any(is_grouped != (least is not None) for is_grouped in grouped):
         raise RuntimeError("not every step decoded all sequences, in groups where it should")
-    engine.abort_all()
-    while engine.has_work():
-        step()
+    drain(engine)
     return seconds, {name: ids[: args.check] for name, ids in tokens.items()}
 
 
@@ -86,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", choices=SHAPES, help="a known shape, with random weights")
+    models.add_options(parser)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--batch", type=int, default=8)
@@ -97,30 +79,21 @@ def main() -> None:
     add_options(parser)
     args = parser.parse_args()
     results = Results("cascade", args)
-    device = pick_device(args.device)
-    if device.torch_device.type == "cpu":
-        plan_on_one_thread()
-    with ExitStack() as stack:
-        stack.callback(device.close)
-        folder = BUNDLED_MODEL
-        if args.shape is not None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            write_config(args.shape, folder)
+    with open_device(args.device) as device, models.chosen(args) as (model, load_format):
         length = OWN + WARMUP + args.steps + args.batch
         config = EngineConfig(
-            model=str(folder),
+            model=model,
             dtype=args.dtype,
-            load_format="auto" if args.shape is None else "dummy",
+            load_format=load_format,
             max_running_requests=args.batch,
             max_total_tokens=args.shared + (args.batch + 1) * (length + 2 * PAGE),
             page_size=PAGE,
             cascade_min_shared_tokens=1,
         )
-        facts = read_facts(config, folder, device)
-        worker = load_worker(facts, device)
+        facts, worker = load(config, device)
         executor = LocalExecutor(worker)
         results.put(
-            model=args.shape or folder.name,
+            model=args.shape or facts.path.name,
             device=device.name,
             dtype=str(worker.dtype).removeprefix("torch."),
             batch=args.batch,
@@ -141,7 +114,7 @@ def main() -> None:
                 grouped_step_ms=1e3 * statistics.median(seconds["groups"]),
                 plain_step_ms=1e3 * statistics.median(seconds["plain"]),
                 times_as_fast=statistics.median(ratios),
-                equal_tokens=compare(found, worker.dtype == torch.float32),
+                equal_tokens=equal_share(found, worker.dtype == torch.float32),
             )
     said = results.content
     print(

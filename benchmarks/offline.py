@@ -17,35 +17,12 @@ import random
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import models
 from benchmarks.results import Results, add_options
-
-SHAPES = {  # config.json of models whose weights are made up
-    "qwen3-0.6b": {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "hidden_size": 1024,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "intermediate_size": 3072,
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-        "rope_theta": 1000000.0,
-        "rms_norm_eps": 1e-6,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "tie_word_embeddings": True,
-        "eos_token_id": 151645,
-        "bos_token_id": 151643,
-        "torch_dtype": "bfloat16",
-    },
-}
 
 Workload = list[tuple[list[int], int]]  # prompt ids and output length, per request
 Run = Callable[[Workload], list[int]]  # returns the output length of each request
@@ -166,7 +143,7 @@ def report(args: argparse.Namespace) -> None:
     load = os.getloadavg()[0]  # a busy machine's figures mean little
     results = Results("offline", args)
     results.put(
-        model=args.shape or args.model or "bundled",
+        model=models.name(args),
         requests=args.num_requests,
         load_before=round(load, 1),
     )
@@ -198,9 +175,7 @@ def report(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="directory or hub id; the bundled model when absent")
-    parser.add_argument("--shape", choices=SHAPES, help="a made-up model of this shape instead")
-    parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto")
+    models.add_options(parser)
     parser.add_argument("--engine", nargs="+", choices=ENGINES, default=["minisgl"])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
@@ -218,12 +193,7 @@ def main() -> None:
         report(args)
         return
     args.engine = [args.child]
-    if args.shape is None:
-        measure(args)
-        return
-    with tempfile.TemporaryDirectory() as directory:
-        Path(directory, "config.json").write_text(json.dumps(SHAPES[args.shape]))
-        args.model, args.load_format = directory, "dummy"
+    with models.chosen(args) as (args.model, args.load_format):
         measure(args)
 
 

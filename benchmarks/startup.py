@@ -5,9 +5,8 @@
     python -m benchmarks.startup --shape qwen3-8b --device cuda --rounds 1
 
 Each round is a new process; the medians are shown. The first round is shown apart: on a GPU it
-compiles every kernel, which later ones find on disk, and it may find cold files (not with --shape,
-for whose config this process imports torch). Below "load and warm up" are the engine's own stages.
-The last line is JSON.
+compiles every kernel, which later ones find on disk, and it may find cold files. Below "load and
+warm up" are the engine's own stages. The last line is JSON.
 """
 
 import argparse
@@ -21,9 +20,9 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
+from benchmarks import models
 from benchmarks.results import Results, add_options
 
 STAGES = ("interpreter", "import torch", "import minisgl", "load and warm up", "first token")
@@ -90,23 +89,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--model", help="directory or hub id; the bundled model when absent")
-    source.add_argument("--shape", help="one that benchmarks.decode knows, with random weights")
-    parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto")
+    models.add_options(parser)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=5, help="processes timed after the first")
     parser.add_argument("--born", type=float, help=argparse.SUPPRESS)
     add_options(parser)
     return parser.parse_args()
-
-
-def write_shape(shape: str, folder: Path) -> None:
-    from benchmarks.decode import SHAPES, write_config
-
-    if shape not in SHAPES:
-        raise SystemExit(f"--shape must be among {', '.join(SHAPES)}, got {shape}")
-    write_config(shape, folder)
 
 
 def show(first: Round, rounds: list[Round]) -> dict[str, float]:
@@ -132,16 +120,13 @@ def main() -> None:
         return
     results = Results("startup", args)
     load = os.getloadavg()[0]  # a busy machine's figures mean little
-    results.put(model=args.shape or args.model or "bundled", load_before=round(load, 1))
+    results.put(model=models.name(args), load_before=round(load, 1))
     with ExitStack() as stack:
         kernels = stack.enter_context(tempfile.TemporaryDirectory())
-        if args.shape is not None:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            write_shape(args.shape, Path(folder))
-            args.model, args.load_format = folder, "dummy"
-        words = ["--load-format", args.load_format, "--device", args.device]
-        if args.model is not None:
-            words += ["--model", args.model]
+        model, load_format = stack.enter_context(models.chosen(args))
+        words = ["--load-format", load_format, "--device", args.device]
+        if model is not None:
+            words += ["--model", model]
         first = run_once(words, kernels)
         results.put(
             device=first["device"],

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.intervals import Interval, covered, merge
 from profiles import workload
-from profiles.intervals import Interval, covered, merge
 
 DEVICE_PARTS = ("forward", "sample")
 HOST_PARTS = ("plan", "dispatch", "masks", "update")  # what the planner does besides waiting

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.intervals import idle_share
 from profiles import workload
-from profiles.intervals import covered, merge
 
 ON_GPU = {"kernel", "gpu_memcpy", "gpu_memset"}
 Event = dict[str, Any]
@@ -46,13 +46,10 @@ def totals(events: Sequence[Event], categories: set[str]) -> list[Row]:
     return sorted(rows, key=lambda row: -row[2])
 
 
-def idle_share(events: Sequence[Event]) -> float | None:
+def gpu_idle(events: Sequence[Event]) -> float | None:
     """Share of the time from the first GPU activity to the last in which there is none."""
-    busy = merge((e["ts"], e["ts"] + e["dur"]) for e in events if e["cat"] in ON_GPU)
-    if not busy:
-        return None
-    window = busy[0][0], busy[-1][1]
-    return 1 - sum(covered(busy, window)) / (window[1] - window[0])
+    busy = [(e["ts"], e["ts"] + e["dur"]) for e in events if e["cat"] in ON_GPU]
+    return idle_share(busy) if busy else None
 
 
 def show(title: str, rows: Sequence[Row], limit: int) -> None:
@@ -80,12 +77,12 @@ def main() -> None:
         file = workload.profile(args, args.out, traces=True) / "rank0.trace.json.gz"
     events = read(file)
     ops, kernels = totals(events, {"user_annotation"}), totals(events, ON_GPU)
-    idle = idle_share(events)
+    idle = gpu_idle(events)
     show("ranges of the engine", ops, args.top)
     show("on the GPU", kernels, args.top)
     print(f"\nGPU idle: {'no GPU in this trace' if idle is None else f'{idle:.1%}'}")
     print(f"trace: {file} (open it at https://ui.perfetto.dev)")
-    result = {"profile": "torch_trace", "file": str(file), "gpu_idle_share": idle}
+    result: dict[str, Any] = {"profile": "torch_trace", "file": str(file), "gpu_idle_share": idle}
     result |= {"ops": {name: round(time) for name, _, time in ops[: args.top]}}
     result |= {"kernels": {name: round(time) for name, _, time in kernels[: args.top]}}
     print(json.dumps(result))

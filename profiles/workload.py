@@ -7,28 +7,26 @@ cudaProfilerStop, and layers and ops have NVTX ranges.
 """
 
 import argparse
-import json
 import random
 import tempfile
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from benchmarks.offline import SHAPES
+from benchmarks import models
+from benchmarks.steps import drain, step
 from minisgl.build import build_engine
-from minisgl.config import EngineConfig
-from minisgl.core.request import Delta, Request, SamplingParams
+from minisgl.config import EngineConfig, LoadFormat
+from minisgl.core.request import Request, SamplingParams
 from minisgl.engine.engine import Engine
 
 WARM_UP_STEPS = 8
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="directory or hub id; the bundled model when absent")
-    parser.add_argument("--shape", choices=SHAPES, help="a made-up model of this shape instead")
+    models.add_options(parser)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--batch", type=int, default=8, help="requests that decode together")
@@ -39,11 +37,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="only say what would be run")
 
 
-@contextmanager
-def open_engine(args: argparse.Namespace, profile_dir: Path | None = None) -> Iterator[Engine]:
-    """The engine that the options ask for."""
-    config = EngineConfig(
-        model=args.model,
+def engine_config(
+    args: argparse.Namespace,
+    model: str | None,
+    load_format: LoadFormat,
+    profile_dir: Path | None = None,
+) -> EngineConfig:
+    """What the options ask for."""
+    return EngineConfig(
+        model=model,
+        load_format=load_format,
         device=args.device,
         dtype=args.dtype,
         max_running_requests=args.batch,
@@ -53,11 +56,13 @@ def open_engine(args: argparse.Namespace, profile_dir: Path | None = None) -> It
         disable_cuda_graph=args.disable_cuda_graph,
         profile_dir=None if profile_dir is None else str(profile_dir),
     )
-    with tempfile.TemporaryDirectory() as folder:
-        if args.shape is not None:
-            Path(folder, "config.json").write_text(json.dumps(SHAPES[args.shape]))
-            config = replace(config, model=folder, load_format="dummy")
-        engine = build_engine(config)
+
+
+@contextmanager
+def open_engine(args: argparse.Namespace, profile_dir: Path) -> Iterator[Engine]:
+    """The engine that the options ask for."""
+    with models.chosen(args) as (model, load_format):
+        engine = build_engine(engine_config(args, model, load_format, profile_dir))
     try:
         yield engine
     finally:
@@ -78,18 +83,16 @@ def decoding(engine: Engine, args: argparse.Namespace) -> Generator[None, None, 
         engine.add(Request(f"profiled-{index}", prompt, params))
         waiting.add(f"profiled-{index}")
     while waiting:
-        waiting -= {delta.request_id for delta in _step(engine)}
+        waiting -= {delta.request_id for delta in step(engine)}
     for _ in range(WARM_UP_STEPS):
-        _step(engine)
+        step(engine)
     try:
         yield
         for _ in range(args.steps):
-            _step(engine)
+            step(engine)
             yield
     finally:
-        engine.abort_all()
-        while engine.has_work():
-            engine.step()
+        drain(engine)
 
 
 def profile(args: argparse.Namespace, directory: Path, *, traces: bool) -> Path:
@@ -106,13 +109,6 @@ def _output_len(args: argparse.Namespace) -> int:
     """Enough for the first request to decode still when the last one has its profile taken."""
     prefill_steps = args.batch * args.input_len // 256
     return args.steps + 2 * WARM_UP_STEPS + prefill_steps
-
-
-def _step(engine: Engine) -> list[Delta]:
-    deltas = engine.step()
-    if engine.failure is not None:
-        raise RuntimeError(engine.failure)
-    return deltas
 
 
 def main() -> None:

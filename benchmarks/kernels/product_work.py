@@ -7,8 +7,6 @@ import torch.nn.functional as F
 
 from benchmarks.kernels import baselines
 from benchmarks.kernels.workload import (
-    EXPERTS,
-    EXPERTS_PER_TOKEN,
     QWEN3_06B,
     QWEN3_8B,
     QWEN3_30B_A3B,
@@ -37,11 +35,10 @@ def products(small: bool) -> Iterator[Workload]:
 
 
 def mixtures(small: bool) -> Iterator[Workload]:
-    hidden, inner, experts, top = (
-        (256, 128, 8, 2)
-        if small
-        else (QWEN3_30B_A3B.hidden, QWEN3_30B_A3B.inner, EXPERTS, EXPERTS_PER_TOKEN)
-    )
+    shape = QWEN3_30B_A3B
+    assert shape.moe is not None
+    whole = (shape.hidden, shape.inner, shape.moe.num_experts, shape.moe.top_k)
+    hidden, inner, experts, top = (256, 128, 8, 2) if small else whole
     for tokens in (16,) if small else (1, 16, 256, 4096):
         tags = {"tokens": tokens}
 

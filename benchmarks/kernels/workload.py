@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from minisgl.kernels.op import Op
+from minisgl.models.config import ModelConfig, MoeConfig
+from minisgl.models.presets import PRESETS
 
 Arguments = dict[str, Any]
 Make = Callable[["Setting"], Arguments]
@@ -23,8 +25,25 @@ class Shape:
     kv_heads: int
     head_dim: int
     hidden: int
-    inner: int
+    inner: int  # of one expert where there are experts
     vocab: int
+    moe: MoeConfig | None
+
+    @classmethod
+    def of(cls, name: str) -> "Shape":
+        """Of one of `minisgl.models.presets`."""
+        model = ModelConfig.from_dict(PRESETS[name.lower()], where=name)
+        moe = model.layers[0].moe
+        return cls(
+            name,
+            model.num_heads,
+            model.num_kv_heads,
+            model.head_dim,
+            model.hidden_size,
+            model.inner_size if moe is None else moe.inner_size,
+            model.vocab_size,
+            moe,
+        )
 
     @property
     def kv_bytes(self) -> int:
@@ -32,13 +51,12 @@ class Shape:
         return 2 * self.kv_heads * self.head_dim * 2
 
 
-LLAMA_8B = Shape("Llama-3.1-8B", 32, 8, 128, 4096, 14336, 128256)
-QWEN3_06B = Shape("Qwen3-0.6B", 16, 8, 128, 1024, 3072, 151936)
-QWEN3_8B = Shape("Qwen3-8B", 32, 8, 128, 4096, 12288, 151936)
-QWEN3_14B = Shape("Qwen3-14B", 40, 8, 128, 5120, 17408, 151936)
-QWEN3_32B = Shape("Qwen3-32B", 64, 8, 128, 5120, 25600, 151936)
-QWEN3_30B_A3B = Shape("Qwen3-30B-A3B", 32, 4, 128, 2048, 768, 151936)  # inner: of one expert
-EXPERTS, EXPERTS_PER_TOKEN = 128, 8  # of Qwen3-30B-A3B
+LLAMA_8B = Shape.of("Llama-3.1-8B")
+QWEN3_06B = Shape.of("Qwen3-0.6B")
+QWEN3_8B = Shape.of("Qwen3-8B")
+QWEN3_14B = Shape.of("Qwen3-14B")
+QWEN3_32B = Shape.of("Qwen3-32B")
+QWEN3_30B_A3B = Shape.of("Qwen3-30B-A3B")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 import pytest
 
-from benchmarks.decode import Figures, compare, copy_rate, idle_share
+from benchmarks.decode import Figures, copy_rate
+from benchmarks.intervals import idle_share
+from benchmarks.steps import equal_share
 from minisgl.device import CpuDevice
 
 
@@ -30,11 +32,11 @@ def test_the_roofline_is_bytes_over_the_copy_rate():
 def test_tokens_that_differ_are_told():
     want = {"0": [1, 2], "1": [3, 4]}
     outputs = {"a": want, "b": want, "c": {"0": [1, 2], "1": [3, 9]}}
-    assert compare(outputs, exact=False) == 0.75
+    assert equal_share(outputs, exact=False) == 0.75
     with pytest.raises(RuntimeError, match="differ between 'a' and 'c'"):
-        compare(outputs, exact=True)
+        equal_share(outputs, exact=True)
     with pytest.raises(ValueError, match="shorter"):
-        compare({"a": want, "b": {"0": [1], "1": [3, 4]}}, exact=False)
+        equal_share({"a": want, "b": {"0": [1], "1": [3, 4]}}, exact=False)
 
 
 def test_a_copy_rate_counts_bytes_read_and_written():

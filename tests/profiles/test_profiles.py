@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.intervals import covered, merge
 from profiles import torch_trace
-from profiles.intervals import covered, merge
 from profiles.timeline import Span, figures, read
 
 ROOT = Path(__file__).parents[2]
@@ -232,7 +232,7 @@ def test_flags_of_the_tools_exist(script, words):
 
 
 def test_what_ranges_cost_is_counted(module):
-    result = result_of(module("benchmarks.ranges", "--device=cpu", "--steps=20"))
+    result = result_of(module("profiles.ranges", "--device=cpu", "--steps=20"))
     assert result["count"]["part"] == 9
     assert result["count"]["layer"] == 5
     assert result["share"] < 0.1  # a hundred times what is measured on a quiet machine

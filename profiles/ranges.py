@@ -1,6 +1,6 @@
 """What the engine's profiling ranges cost when nothing profiles, as a share of a step.
 
-    python -m benchmarks.ranges [--batch N] [--shape qwen3-0.6b]
+    python -m profiles.ranges [--batch N] [--shape qwen3-0.6b]
 
 The ranges and checks of a decode step are counted by a recorder in both of the engine's threads,
 one call of each is timed in a loop, and the steps are timed with nothing recording. A comparison
@@ -15,7 +15,10 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+from benchmarks import models
+from benchmarks.steps import load, open_device, recorded
 from minisgl import trace
+from minisgl.step.executor import LocalExecutor
 from profiles import workload
 
 COARSE = {"step", "plan", "dispatch", "collect", "update", "begin", "patch", "forward", "sample"}
@@ -51,12 +54,15 @@ def count(args: argparse.Namespace) -> tuple[Counter[str], float]:
         return trace.NOTHING
 
     seconds: list[float] = []
-    with workload.open_engine(args) as engine:
-        stream = engine._executor._worker.device
+    with open_device(args.device) as device, models.chosen(args) as (model, load_format):
+        config = workload.engine_config(args, model, load_format)
+        _, worker = load(config, device)
+        overlap = not config.disable_overlap_schedule
+        engine, _ = recorded(LocalExecutor(worker), config, overlap=overlap)
 
         def record(with_: trace.Recorder | None) -> None:
             trace.record_with(with_)
-            stream.run(trace.record_with, with_)
+            device.run(trace.record_with, with_)
 
         steps = workload.decoding(engine, args)
         next(steps)  # every request decodes now
@@ -98,7 +104,7 @@ def main() -> None:
     print(f"share of a step: {ranges / step:.2%}")
     result = {"batch": args.batch, "ranges_us": 1e6 * ranges, "step_us": 1e6 * step}
     result |= {f"{kind}_ns": 1e9 * seconds for kind, seconds in cost.items()}
-    print(json.dumps({"benchmark": "ranges", "share": ranges / step, **result, "count": kinds}))
+    print(json.dumps({"profile": "ranges", "share": ranges / step, **result, "count": kinds}))
 
 
 if __name__ == "__main__":
