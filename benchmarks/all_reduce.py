@@ -17,10 +17,11 @@ import os
 import queue
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
+from functools import partial
 from multiprocessing.reduction import DupFd
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -46,6 +47,7 @@ CALLS = 20  # between two looks at a CPU's clock
 GRAPH_CALLS = 50  # in a captured graph
 EPS = 1e-6
 
+T = TypeVar("T")
 Row = dict[str, Any]
 Call = Callable[[torch.Tensor], torch.Tensor]
 
@@ -120,12 +122,25 @@ class _Kernels(SumThenNorm):
         self._path = path
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        total = self._peers.all_reduce(x, self._path)
-        assert total is not None
-        return total
+        return _checked(self._peers.all_reduce(x, self._path))
 
-    def all_reduce_norm(self, x, residual, weight, eps, unit_offset):  # type: ignore[no-untyped-def]
-        return self._peers.all_reduce_norm(x, residual, weight, eps, unit_offset, self._path)
+    def all_reduce_norm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        unit_offset: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return _checked(
+            self._peers.all_reduce_norm(x, residual, weight, eps, unit_offset, self._path)
+        )
+
+
+def _checked(result: T | None) -> T:
+    """What a path that was named gives. None is for a table that leaves the sum to NCCL."""
+    assert result is not None
+    return result
 
 
 def rank_main(rank: int, port: int, fd: Any, answers: Any, args: argparse.Namespace) -> None:
@@ -140,7 +155,7 @@ def rank_main(rank: int, port: int, fd: Any, answers: Any, args: argparse.Namesp
             group = TorchGroup(dist.PrefixStore("nccl", store), rank, args.ranks, device)
             peers = open_peers(consensus, resources, device, ordered=False, timeout=60.0)
             paths = [path for path in SumPath if path is not SumPath.MULTIMEM or peers.multimem]
-            ways: dict[str, Communicator] = {"nccl": group}  # type: ignore[dict-item]
+            ways: dict[str, Communicator] = {"nccl": group}
             ways |= {path.name.lower(): _Kernels(peers, path) for path in paths}  # type: ignore[misc]
         else:
             group = TorchGroup(
@@ -183,15 +198,18 @@ def measure(
             if not torch.equal(total.cpu(), want):
                 raise RuntimeError(f"{name} gives a wrong sum with the residual for {rows} rows")
         row["sum"][name] = clock(comm.all_reduce, own.clone(), args.repeats)
-        row["norm"][name] = clock(
-            lambda x, c=comm: c.all_reduce_norm(x, residual, weight, EPS, False)[0],
-            own.clone(),
-            args.repeats,
-        )
+        norm = partial(_normed, comm, residual, weight)
+        row["norm"][name] = clock(norm, own.clone(), args.repeats)
     return row
 
 
-def processes(args: argparse.Namespace) -> Iterator[Row]:
+def _normed(
+    comm: Communicator, residual: torch.Tensor, weight: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor:
+    return comm.all_reduce_norm(x, residual, weight, EPS, False)[0]
+
+
+def processes(args: argparse.Namespace) -> Generator[Row, None, None]:
     """Rank 0's rows as they come, of ranks in processes of their own."""
     context = multiprocessing.get_context("spawn")
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -225,7 +243,7 @@ def processes(args: argparse.Namespace) -> Iterator[Row]:
 # ---- ranks that are streams of one GPU ----------------------------------------------------------
 
 
-def virtual(args: argparse.Namespace) -> Iterator[Row]:
+def virtual(args: argparse.Namespace) -> Generator[Row, None, None]:
     """Rows of ranks that share one GPU, as they come."""
     device, dtype = torch.device("cuda", 0), getattr(torch, args.dtype)
     ranks = VirtualRanks(args.ranks, device)
@@ -237,37 +255,46 @@ def virtual(args: argparse.Namespace) -> Iterator[Row]:
         for path in (SumPath.ONE_SHOT, SumPath.TWO_SHOT):
             if parts[0].nbytes > CAPACITY:
                 continue
-            name, copies = path.name.lower(), list(parts.clone())
-            torch.cuda.synchronize()
-            sums = ranks.run(lambda peers, c=copies, p=path: peers.all_reduce(c[peers.rank], p))
-            for total in sums:
-                check(name, total, parts.cpu(), exact=True)
-            row["sum"][name] = _time_virtual(
-                ranks, list(parts.clone()), args, lambda peers, x, p=path: peers.all_reduce(x, p)
-            )
-            ranks.run(  # loads the kernel, which a capture should not have to do
-                lambda peers, c=copies, p=path, r=residual, w=weight: peers.all_reduce_norm(
-                    c[peers.rank], r, w, EPS, False, p
-                )
-            )
-            row["norm"][name] = _time_virtual(
-                ranks,
-                list(parts.clone()),
-                args,
-                lambda peers, x, p=path, r=residual, w=weight: peers.all_reduce_norm(
-                    x, r, w, EPS, False, p
-                ),
+            name = path.name.lower()
+            row["sum"][name], row["norm"][name] = _virtual_path(
+                ranks, parts, residual, weight, path, args.repeats
             )
         ranks.check()
         yield row
     ranks.close()
 
 
+def _virtual_path(
+    ranks: VirtualRanks,
+    parts: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    path: SumPath,
+    repeats: int,
+) -> tuple[float, float]:
+    """Seconds of the sum, and of the sum with the norm, by one path."""
+
+    def total(peers: Peers, x: torch.Tensor) -> torch.Tensor:
+        return _checked(peers.all_reduce(x, path))
+
+    def norm(peers: Peers, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return _checked(peers.all_reduce_norm(x, residual, weight, EPS, False, path))
+
+    copies = list(parts.clone())
+    torch.cuda.synchronize()
+    for found in ranks.run(lambda peers: total(peers, copies[peers.rank])):
+        check(path.name.lower(), found, parts.cpu(), exact=True)
+    seconds = _time_virtual(ranks, list(parts.clone()), total, repeats)
+    # Loads the kernel, which a capture should not have to do.
+    ranks.run(lambda peers: norm(peers, copies[peers.rank]))
+    return seconds, _time_virtual(ranks, list(parts.clone()), norm, repeats)
+
+
 def _time_virtual(
     ranks: VirtualRanks,
     inputs: list[torch.Tensor],
-    args: argparse.Namespace,
     call: Callable[[Peers, torch.Tensor], object],
+    repeats: int,
 ) -> float:
     graphs = []
     for peers, stream, x in zip(ranks.ranks, ranks.streams, inputs, strict=True):
@@ -276,7 +303,7 @@ def _time_virtual(
             for _ in range(GRAPH_CALLS):
                 call(peers, x)
         graphs.append((graph, stream))
-    return _replay_seconds(graphs, args.repeats)
+    return _replay_seconds(graphs, repeats)
 
 
 # ---- the report ---------------------------------------------------------------------------------

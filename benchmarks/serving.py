@@ -22,6 +22,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 WORDS = (
@@ -230,7 +231,7 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[max(0, math.ceil(len(ordered) * share) - 1)]
 
 
-def summarize(outcomes: list[Outcome], seconds: float, args: argparse.Namespace) -> dict:
+def summarize(outcomes: list[Outcome], seconds: float, args: argparse.Namespace) -> dict[str, Any]:
     good = [outcome for outcome in outcomes if outcome.error is None]
     if not good:
         raise SystemExit(f"no request succeeded; the first said: {outcomes[0].error}")
@@ -268,7 +269,7 @@ def summarize(outcomes: list[Outcome], seconds: float, args: argparse.Namespace)
     }
 
 
-def show(figures: dict, args: argparse.Namespace, load: str) -> None:
+def show(figures: dict[str, Any], args: argparse.Namespace, load: str) -> None:
     print(f"{figures['model']} at {args.url}, {load}")
     print(
         f"{figures['requests']} requests ({figures['failed']} failed), {figures['seconds']:.1f} s: "
@@ -286,7 +287,7 @@ def show(figures: dict, args: argparse.Namespace, load: str) -> None:
         print(f"{name:<12}{row}")
 
 
-async def measure(args: argparse.Namespace) -> dict:
+async def measure(args: argparse.Namespace) -> dict[str, Any]:
     load, jobs = Load(args), make_jobs(args)
     await load.find_model()
     warm = await load.send(Job(jobs[0].prompt, jobs[0].max_tokens), time.perf_counter())

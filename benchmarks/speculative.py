@@ -114,7 +114,9 @@ def serve_side(side: str, options: dict[str, Any]) -> None:
                     for i in range(len(group))
                 ]
                 chats = [[{"role": "user", "content": text}] for text in group]
-                said += [o.token_ids for o in llm.chat(chats, params, use_tqdm=False)]
+                outputs = llm.chat(chats, params, use_tqdm=False)
+                assert isinstance(outputs, list)  # of a list of chats
+                said += [output.token_ids for output in outputs]
             seconds, after = time.perf_counter() - started, llm.stats()
             used = time.process_time() - used
             tried = after.scheduler.num_tried_drafts - before.scheduler.num_tried_drafts

@@ -78,7 +78,7 @@ class CudaClock(HostClock):
     """A GPU's: events in the stream, graphs captured."""
 
     def hold(self) -> None:
-        torch.cuda._sleep(HOLD_CYCLES)  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(HOLD_CYCLES)
 
     def event(self) -> Event:
         return torch.cuda.Event(enable_timing=True)

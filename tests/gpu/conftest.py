@@ -126,7 +126,8 @@ class Report:
         if NOT_BEGUN in why:
             self.results.add("late", report.nodeid)
         elif report.when == "call" or report.outcome != "passed":
-            row = {"test": report.nodeid, "outcome": report.outcome, "when": report.when}
+            row: dict[str, Any] = {"test": report.nodeid, "outcome": report.outcome}
+            row["when"] = report.when
             row["seconds"] = round(report.duration, 3)
             row["why"] = "" if report.passed else why[-1000:]
             self.results.add("rows", row)

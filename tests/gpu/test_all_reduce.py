@@ -2,8 +2,9 @@
 
 import multiprocessing
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pytest
 import torch
@@ -15,11 +16,15 @@ pytest.importorskip("ninja")
 pytest.importorskip("cuda")
 
 from minisgl.kernels.all_reduce import SumPath, all_reduce_norm_reference, all_reduce_reference
+from minisgl.kernels.all_reduce.peers import Peers
 from minisgl.kernels.all_reduce.virtual import VirtualRanks
 from minisgl.parallel.peer_memory import Consensus, open_peers
 from tests.kernels.cards import check_floats
 
 pytestmark = pytest.mark.gpu
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PATHS = (SumPath.ONE_SHOT, SumPath.TWO_SHOT)
@@ -33,7 +38,7 @@ def device(gpu_only: None) -> torch.device:
 
 
 @pytest.fixture(params=[2, 3, 8])
-def ranks(request, device) -> Iterator[VirtualRanks]:
+def ranks(request: pytest.FixtureRequest, device: torch.device) -> Iterator[VirtualRanks]:
     made = VirtualRanks(request.param, device, blocks=BLOCKS)
     yield made
     made.close()
@@ -47,16 +52,48 @@ def parts(size: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> t
     return (values * scales.view(-1, *[1] * len(shape))).to(dtype)
 
 
+def summed(peers: Peers, x: torch.Tensor, path: SumPath) -> torch.Tensor:
+    total = peers.all_reduce(x, path)
+    assert total is not None
+    return total
+
+
+def normed(
+    peers: Peers,
+    x: torch.Tensor,
+    path: SumPath,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    unit_offset: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(normalised sum, sum)."""
+    both = peers.all_reduce_norm(x, residual, weight, 1e-6, unit_offset, path)
+    assert both is not None
+    return both
+
+
+def on_own(
+    call: Callable[Concatenate[Peers, torch.Tensor, P], T],
+    given: list[torch.Tensor],
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> Callable[[Peers], T]:
+    """`call` of each rank on its own tensor."""
+    return lambda peers: call(peers, given[peers.rank], *args, **kwargs)
+
+
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sums_are_in_rank_order_to_the_bit(ranks, path, dtype):
+def test_sums_are_in_rank_order_to_the_bit(
+    ranks: VirtualRanks, path: SumPath, dtype: torch.dtype
+) -> None:
     size = len(ranks.ranks)
     for seed, shape in enumerate([*SHAPES, (5, 13)]):  # the last one is no whole number of packs
         given = parts(size, shape, dtype, seed)
         want = all_reduce_reference(given)
         copies = [given[rank].clone() for rank in range(size)]
         torch.cuda.synchronize()
-        sums = ranks.run(lambda peers, c=copies, p=path: peers.all_reduce(c[peers.rank], p))
+        sums = ranks.run(on_own(summed, copies, path))
         torch.cuda.synchronize()
         ranks.check()
         for total in sums:
@@ -65,7 +102,9 @@ def test_sums_are_in_rank_order_to_the_bit(ranks, path, dtype):
 
 @pytest.mark.parametrize("unit_offset", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_fused_norm_is_as_good_as_torch_and_alike_everywhere(ranks, dtype, unit_offset):
+def test_the_fused_norm_is_as_good_as_torch_and_alike_everywhere(
+    ranks: VirtualRanks, dtype: torch.dtype, unit_offset: bool
+) -> None:
     size = len(ranks.ranks)
     for seed, shape in enumerate(SHAPES):
         given = parts(size, shape, dtype, seed)
@@ -78,20 +117,16 @@ def test_the_fused_norm_is_as_good_as_torch_and_alike_everywhere(ranks, dtype, u
         for path in PATHS:
             copies = [given[rank].clone() for rank in range(size)]
             torch.cuda.synchronize()
-            seen += ranks.run(
-                lambda peers, c=copies, r=residual, w=weight, p=path: peers.all_reduce_norm(
-                    c[peers.rank], r, w, 1e-6, unit_offset, p
-                )
-            )
+            seen += ranks.run(on_own(normed, copies, path, residual, weight, unit_offset))
             torch.cuda.synchronize()
         ranks.check()
-        for normed, total in seen:
+        for norm, total in seen:
             assert torch.equal(total, want_sum), shape
-            assert torch.equal(normed, seen[0][0]), shape
+            assert torch.equal(norm, seen[0][0]), shape
         check_floats(str(shape), seen[0][0], plain, exact)
 
 
-def test_what_exceeds_the_capacity_is_cut_in_pieces(device):
+def test_what_exceeds_the_capacity_is_cut_in_pieces(device: torch.device) -> None:
     ranks = VirtualRanks(2, device, ordered=True, blocks=BLOCKS, half_bytes=64 * 1024)
     given = parts(2, (41, 1024), torch.bfloat16, 0)
     residual, weight = parts(1, (41, 1024), torch.bfloat16, 1)[0], given[0, 0].clone()
@@ -101,11 +136,7 @@ def test_what_exceeds_the_capacity_is_cut_in_pieces(device):
     for piece in pieces:
         copies = [given[rank, piece].clone() for rank in range(2)]
         torch.cuda.synchronize()
-        both = ranks.run(
-            lambda peers, c=copies, p=piece: peers.all_reduce_norm(
-                c[peers.rank], residual[p], weight, 1e-6, False, SumPath.TWO_SHOT
-            )
-        )
+        both = ranks.run(on_own(normed, copies, SumPath.TWO_SHOT, residual[piece], weight))
         torch.cuda.synchronize()
         for _, total in both:
             assert torch.equal(total, want[piece])
@@ -113,7 +144,7 @@ def test_what_exceeds_the_capacity_is_cut_in_pieces(device):
     ranks.close()
 
 
-def test_a_captured_graph_replays_many_calls(device):
+def test_a_captured_graph_replays_many_calls(device: torch.device) -> None:
     """Epochs advance on the device: one graph of several calls, replayed, between eager calls."""
     size, calls, shape = 4, 5, (16, 1024)
     ranks = VirtualRanks(size, device, blocks=BLOCKS)
@@ -125,12 +156,8 @@ def test_a_captured_graph_replays_many_calls(device):
         parts(1, (1024,), torch.bfloat16, 2)[0],
     )
     for path in PATHS:  # loads the kernels, which a capture should not have to do
-        ranks.run(lambda peers, p=path: peers.all_reduce(static[peers.rank], p))
-        ranks.run(
-            lambda peers, p=path: peers.all_reduce_norm(
-                static[peers.rank], residual, weight, 1e-6, False, p
-            )
-        )
+        ranks.run(on_own(summed, static, path))
+        ranks.run(on_own(normed, static, path, residual, weight))
     graphs = []
     torch.cuda.synchronize()
     for peers, stream in zip(ranks.ranks, ranks.streams, strict=True):
@@ -139,8 +166,7 @@ def test_a_captured_graph_replays_many_calls(device):
             x = static[peers.rank].clone()
             for call in range(calls):
                 path = PATHS[call % 2]
-                x = peers.all_reduce(x, path)
-                x, _ = peers.all_reduce_norm(x, residual, weight, 1e-6, False, path)
+                x, _ = normed(peers, summed(peers, x, path), path, residual, weight)
             out[peers.rank].copy_(x)
         graphs.append(graph)
     torch.cuda.synchronize()
@@ -158,7 +184,7 @@ def test_a_captured_graph_replays_many_calls(device):
         results.append(out[0].clone())
         eager = [static[rank].clone() for rank in range(size)]
         torch.cuda.synchronize()
-        sums = ranks.run(lambda peers, c=eager: peers.all_reduce(c[peers.rank], SumPath.ONE_SHOT))
+        sums = ranks.run(on_own(summed, eager, SumPath.ONE_SHOT))
         torch.cuda.synchronize()
         assert torch.equal(sums[0], all_reduce_reference(torch.stack(static)))
     x = torch.stack([given[rank] for rank in range(size)])
@@ -172,7 +198,7 @@ def test_a_captured_graph_replays_many_calls(device):
     ranks.close()
 
 
-def test_a_missing_rank_ends_the_wait_and_is_named(device):
+def test_a_missing_rank_ends_the_wait_and_is_named(device: torch.device) -> None:
     ranks = VirtualRanks(3, device, blocks=BLOCKS, timeout=0.5)
     x = torch.ones(4, 1024, device=device)
     torch.cuda.synchronize()
@@ -183,7 +209,7 @@ def test_a_missing_rank_ends_the_wait_and_is_named(device):
     ranks.close()
 
 
-def test_the_host_ends_a_wait(device):
+def test_the_host_ends_a_wait(device: torch.device) -> None:
     ranks = VirtualRanks(2, device, blocks=BLOCKS, timeout=600)
     x = torch.ones(4, 1024, device=device)
     torch.cuda.synchronize()
@@ -195,7 +221,7 @@ def test_the_host_ends_a_wait(device):
     ranks.close()
 
 
-def _process(rank: int, size: int, port: int, answers) -> None:
+def _process(rank: int, size: int, port: int, answers: Any) -> None:
     """One rank in a process of its own, on the GPU that it shares with the others."""
     torch.cuda.set_device(0)
     device = torch.device("cuda", 0)
@@ -207,7 +233,7 @@ def _process(rank: int, size: int, port: int, answers) -> None:
     for seed, shape in enumerate([(1, 64), (9, 1000), (40, 4096), (3, 8)] * 2):
         given = parts(size, shape, torch.bfloat16, seed)
         for path in PATHS:
-            total = peers.all_reduce(given[rank].clone(), path)
+            total = summed(peers, given[rank].clone(), path)
             torch.cuda.synchronize()
             peers.check()
             equal.append(torch.equal(total, all_reduce_reference(given)))
@@ -218,7 +244,7 @@ def _process(rank: int, size: int, port: int, answers) -> None:
 
 
 @pytest.mark.usefixtures("gpu_only")
-def test_two_processes_share_memory_by_handles():
+def test_two_processes_share_memory_by_handles() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

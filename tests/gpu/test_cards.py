@@ -31,8 +31,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     ]
     listed.sort(key=lambda item: (item[1] > 0, item[0], item[1]))
     cases = [
-        pytest.param(*item, id=f"{item[0].name}-{item[1].name}-{item[2].label}-{str(item[3])[6:]}")
-        for _, _, *item in listed
+        pytest.param(
+            op,
+            implementation,
+            case,
+            dtype,
+            id=f"{op.name}-{implementation.name}-{case.label}-{str(dtype)[6:]}",
+        )
+        for _, _, op, implementation, case, dtype in listed
     ]
     metafunc.parametrize(("op", "implementation", "case", "dtype"), cases)
 

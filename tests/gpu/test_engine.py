@@ -1,5 +1,7 @@
 """The engine on a GPU gives the tokens it gives on a CPU, where both compute in fp32."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -25,17 +27,17 @@ def _tokens(device: str, ranks: int = 1) -> list[list[int]]:
         return [output.token_ids for output in llm.generate(PROMPTS, params, use_tqdm=False)]
 
 
-def test_same_tokens_as_on_cpu(device_type: str):
+def test_same_tokens_as_on_cpu(device_type: str) -> None:
     assert _tokens(device_type) == _tokens("cpu")
 
 
-def test_same_tokens_with_cascade_groups_and_without(device_type: str):
+def test_same_tokens_with_cascade_groups_and_without(device_type: str) -> None:
     """Eager and in graphs; on a GPU groups are planned where their prefix is long enough."""
     system = "You are a helpful assistant of a small engine. Be brief. " * 12
     prompts = [f"{system}\nQuestion {n}: {prompt}" for n in range(4) for prompt in PROMPTS]
     params = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
 
-    def tokens(**config) -> list[list[int]]:
+    def tokens(**config: Any) -> list[list[int]]:
         with LLM(device=device_type, dtype="float32", max_total_tokens=16384, **config) as llm:
             llm.generate(prompts[:1], params, use_tqdm=False)
             answers = [o.token_ids for o in llm.generate(prompts, params, use_tqdm=False)]
@@ -50,5 +52,5 @@ def test_same_tokens_with_cascade_groups_and_without(device_type: str):
 
 @pytest.mark.usefixtures("gpu_only")
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU for each rank")
-def test_same_tokens_on_two_gpus():
+def test_same_tokens_on_two_gpus() -> None:
     assert _tokens("cuda", ranks=2) == _tokens("cuda")

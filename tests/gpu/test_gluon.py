@@ -1,6 +1,7 @@
 """The engine with prompts computed by the Gluon kernel. Apart: no interpreter has run it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 
 from minisgl import LLM, SamplingParams
+from minisgl.models.presets import decoder
 
 pytestmark = pytest.mark.gpu
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -22,32 +24,26 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 
 @pytest.mark.usefixtures("gpu_only")
 @pytest.mark.skipif(not HOPPER, reason="the Gluon kernel is for sm_90")
-def test_gluon_scores_prompts_as_triton_does(tmp_path):
+def test_gluon_scores_prompts_as_triton_does(tmp_path: Path) -> None:
     """Prompts of one to five chunks, by a made-up model in bf16."""
-    facts = {
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": 1000,
-        "hidden_size": 512,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "head_dim": 128,
-        "max_position_embeddings": 2048,
-        "rope_theta": 10_000.0,
-        "hidden_act": "silu",
-        "eos_token_id": 2,
-    }
+    facts = decoder("Llama", 2, 512, 8, 2, 128, 1024, 1000, max_position_embeddings=2048)
+    facts |= {"rope_theta": 10_000.0, "eos_token_id": 2}
     (tmp_path / "config.json").write_text(json.dumps(facts))
     prompts = [[3 + (i * i + n) % 900 for i in range(300 + 211 * n)] for n in range(4)]
     params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, prompt_logprobs=0)
 
     def scores(backend: str) -> torch.Tensor:
-        config = {"load_format": "dummy", "dtype": "bfloat16", "device": "cuda"}
-        config |= {"max_total_tokens": 8192, "chunked_prefill_size": 256}
-        with LLM(str(tmp_path), attention_backend=backend, **config) as llm:
+        with LLM(
+            tmp_path,
+            attention_backend=backend,
+            load_format="dummy",
+            dtype="bfloat16",
+            device="cuda",
+            max_total_tokens=8192,
+            chunked_prefill_size=256,
+        ) as llm:
             asked = [*prompts, prompts[-1] + prompts[0]]
             outputs = llm.generate(asked, params, use_tqdm=False)
-        return torch.tensor([x.logprob for o in outputs for x in o.prompt_logprobs])
+        return torch.tensor([x.logprob for o in outputs for x in o.prompt_logprobs or []])
 
     torch.testing.assert_close(scores("gluon"), scores("triton"), atol=0.05, rtol=0.0)

@@ -3,6 +3,7 @@
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,8 +26,11 @@ WORK = [[i, i + 1, i + 2] for i in range(8)]
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-def test_device_spans_lie_between_dispatch_and_collect(tmp_path, overlap, device_type: str):
-    options = {"device": device_type, "max_total_tokens": 4096, "profile_dir": str(tmp_path)}
+def test_device_spans_lie_between_dispatch_and_collect(
+    tmp_path: Path, overlap: bool, device_type: str
+) -> None:
+    options: dict[str, Any] = {"device": device_type, "max_total_tokens": 4096}
+    options["profile_dir"] = str(tmp_path)
     with LLM(disable_overlap_schedule=not overlap, **options) as llm:
         llm.generate(WORK, LONG, use_tqdm=False)
         directory = llm.start_profile(traces=False)
@@ -51,7 +55,7 @@ def test_device_spans_lie_between_dispatch_and_collect(tmp_path, overlap, device
 
 
 @pytest.mark.usefixtures("gpu_only")
-def test_a_trace_holds_kernels(tmp_path):
+def test_a_trace_holds_kernels(tmp_path: Path) -> None:
     with LLM(device="cuda", max_total_tokens=4096, profile_dir=str(tmp_path)) as llm:
         llm.generate(WORK, LONG, use_tqdm=False)
         llm.start_profile()

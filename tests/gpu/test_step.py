@@ -1,7 +1,8 @@
 """The CUDA device and its graphs: copies, streams, no host waits, one text with and without."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,19 +17,24 @@ pytest.importorskip("zmq")
 pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 
+from benchmarks.steps import load, open_device, recorded
 from minisgl.build import build_engine
 from minisgl.config import EngineConfig
 from minisgl.core.request import Request, SamplingParams
-from minisgl.device import CpuDevice, CudaDevice, Device
+from minisgl.device import CpuDevice, CudaDevice, Cut, Device, Pieces
 from minisgl.device.cuda import DOWNLOAD_BYTES, UPLOAD_BYTES
 from minisgl.engine.engine import Engine
+from minisgl.layers.attention import ForwardInputs
 from minisgl.step.executor import LocalExecutor
 
 pytestmark = pytest.mark.gpu
 
 
-IN_PIECES = {"piecewise_cuda_graph_max_tokens": 100, "chunked_prefill_size": 64}
-DRAFTING = {"speculative_algorithm": "draft", "speculative_draft_model": "tiny-draft"}
+IN_PIECES: dict[str, Any] = {"piecewise_cuda_graph_max_tokens": 100, "chunked_prefill_size": 64}
+DRAFTING: dict[str, Any] = {
+    "speculative_algorithm": "draft",
+    "speculative_draft_model": "tiny-draft",
+}
 
 
 @pytest.fixture
@@ -47,7 +53,7 @@ def config(device_type: str) -> EngineConfig:
 
 def requests() -> list[Request]:
     """More than one padded size, every half of sampling, prompts of more than one chunk."""
-    kinds = [
+    kinds: list[dict[str, Any]] = [
         {"temperature": 0.0},
         {"temperature": 0.8, "top_k": 12, "top_p": 0.9},
         {"temperature": 0.0, "repetition_penalty": 1.3, "logprobs": 2},
@@ -75,14 +81,14 @@ def serve(engine: Engine, wanted: list[Request]) -> dict[str, list[int]]:
 
 
 @pytest.fixture(scope="module")
-def engine(config: EngineConfig):
+def engine(config: EngineConfig) -> Iterator[Engine]:
     made = build_engine(config)
     yield made
     made.close()
 
 
 @pytest.fixture(scope="module")
-def in_pieces(config: EngineConfig):
+def in_pieces(config: EngineConfig) -> Iterator[Engine]:
     made = build_engine(replace(config, **IN_PIECES))
     yield made
     made.close()
@@ -90,7 +96,7 @@ def in_pieces(config: EngineConfig):
 
 @pytest.mark.usefixtures("gpu_only")
 @pytest.mark.parametrize("made", ["engine", "in_pieces"])
-def test_the_host_waits_at_events_only(made: str, request):
+def test_the_host_waits_at_events_only(made: str, request: pytest.FixtureRequest) -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         serve(request.getfixturevalue(made), requests())
@@ -101,36 +107,48 @@ def test_the_host_waits_at_events_only(made: str, request):
 
 
 @pytest.mark.parametrize("made", ["engine", "in_pieces"])
-def test_nothing_is_compiled_after_the_engine_is_ready(made: str, request):
+def test_nothing_is_compiled_after_the_engine_is_ready(
+    made: str, request: pytest.FixtureRequest
+) -> None:
     engine = request.getfixturevalue(made)
     serve(engine, requests())
     assert engine.stats().compilations == 0
 
 
 @pytest.mark.usefixtures("gpu_only")
-def test_pieces_are_captured_before_serving_and_replayed_in_it(in_pieces: Engine):
+def test_pieces_are_captured_before_serving_and_replayed_in_it(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A piece more than there are layers, and attention eagerly between them."""
-    executor = in_pieces._executor
-    assert isinstance(executor, LocalExecutor)
-    worker = executor.worker
-    pieces = worker.runner.pieces
-    captured = dict(pieces._graphs)
-    assert sorted(captured) == list(worker.geometry.piece_sizes)
-    layers = len(worker.runner._pool.layers)
-    assert all(len(graph.graphs) == layers + 1 for graph in captured.values())
-    sizes: list[int] = []
-    forward = pieces.forward
+    captured: list[Any] = []
+    capture = CudaDevice.capture_pieces
 
-    def noted(inputs):
-        sizes.append(len(inputs.input_ids))
-        return forward(inputs)
+    def noted_capture(self: CudaDevice, run: Callable[[Cut], None]) -> Pieces:
+        captured.append(capture(self, run))
+        return captured[-1]
 
-    pieces.forward = noted
-    serve(in_pieces, requests())
-    del pieces.forward
-    assert len(set(sizes)) > 1
-    assert set(sizes) <= set(captured)
-    assert pieces._graphs == captured
+    monkeypatch.setattr(CudaDevice, "capture_pieces", noted_capture)
+    with open_device("cuda") as device:
+        facts, worker = load(replace(config, **IN_PIECES), device)
+        pieces = worker.runner.pieces
+        before = pieces.captured
+        assert sorted(before) == list(worker.geometry.piece_sizes)
+        assert [len(graph.graphs) for graph in captured] == [facts.model.num_layers + 1] * len(
+            before
+        )
+        sizes: list[int] = []
+        forward = pieces.forward
+
+        def noted(inputs: ForwardInputs) -> torch.Tensor:
+            sizes.append(len(inputs.input_ids))
+            return forward(inputs)
+
+        monkeypatch.setattr(pieces, "forward", noted)
+        engine, _ = recorded(LocalExecutor(worker), facts.config)
+        serve(engine, requests())
+        assert len(set(sizes)) > 1
+        assert set(sizes) <= set(before)
+        assert len(captured) == len(before)
 
 
 @pytest.mark.parametrize(
@@ -147,8 +165,8 @@ def test_pieces_are_captured_before_serving_and_replayed_in_it(in_pieces: Engine
     ids=str,
 )
 def test_the_tokens_do_not_depend_on_how_steps_are_run(
-    engine: Engine, config: EngineConfig, changes
-):
+    engine: Engine, config: EngineConfig, changes: dict[str, Any]
+) -> None:
     other = build_engine(replace(config, **changes))
     try:
         assert serve(other, requests()) == serve(engine, requests())
@@ -156,7 +174,7 @@ def test_the_tokens_do_not_depend_on_how_steps_are_run(
         other.close()
 
 
-def test_a_fixed_order_is_kept_in_pieces(config: EngineConfig):
+def test_a_fixed_order_is_kept_in_pieces(config: EngineConfig) -> None:
     """Attention too, which runs outside of what was captured."""
     fixed = replace(config, dtype="bfloat16", batch_invariant=True)
     tokens = []
@@ -169,7 +187,7 @@ def test_a_fixed_order_is_kept_in_pieces(config: EngineConfig):
     assert tokens[0] == tokens[1]
 
 
-def test_uploads_arrive_whatever_their_size(device: Device):
+def test_uploads_arrive_whatever_their_size(device: Device) -> None:
     """Beyond the ring's room, too, and without the host waiting in between."""
     sizes = [1, 7, 4096, UPLOAD_BYTES // 8, UPLOAD_BYTES // 8, UPLOAD_BYTES // 2, UPLOAD_BYTES, 3]
     arrays = [np.arange(size, dtype=np.int32) * (i + 1) for i, size in enumerate(sizes)]
@@ -182,7 +200,7 @@ def test_uploads_arrive_whatever_their_size(device: Device):
     assert place.tolist() == [*arrays[1].tolist(), 0, 0, 0]
 
 
-def test_downloads_are_of_the_moment_and_stay(device: Device):
+def test_downloads_are_of_the_moment_and_stay(device: Device) -> None:
     """What is written later does not reach them, and new ones leave them alone."""
     source = device.run(device.zeros, (DOWNLOAD_BYTES // 32,), torch.int32)
     kept = []
@@ -195,7 +213,7 @@ def test_downloads_are_of_the_moment_and_stay(device: Device):
         assert (tensor == number).all()
 
 
-def test_a_graph_replays_on_its_buffers(device: Device):
+def test_a_graph_replays_on_its_buffers(device: Device) -> None:
     x, y = (device.run(device.zeros, (5,), torch.float32) for _ in range(2))
     graph = device.run(device.capture, lambda: torch.add(x, 1, out=y))
     for value in (3.0, 8.0):
