@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.reduction import DupFd
 from typing import Any, TypeVar
@@ -37,7 +38,7 @@ from minisgl.kernels.all_reduce import (
 )
 from minisgl.kernels.all_reduce.peers import Peers
 from minisgl.kernels.all_reduce.virtual import QUEUES, VirtualRanks
-from minisgl.parallel import Communicator, SumThenNorm, shared_memory
+from minisgl.parallel import Communicator, shared_memory
 from minisgl.parallel.peer_memory import Consensus, open_peers
 from minisgl.parallel.shared_memory import SharedMemory
 from minisgl.parallel.torch_group import TorchGroup
@@ -49,7 +50,7 @@ EPS = 1e-6
 
 T = TypeVar("T")
 Row = dict[str, Any]
-Call = Callable[[torch.Tensor], torch.Tensor]
+Call = Callable[[torch.Tensor], object]
 
 
 def make_parts(size: int, rows: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
@@ -113,28 +114,34 @@ def _replay_seconds(graphs: list[tuple[Any, Any]], repeats: int) -> float:
     return statistics.median(times)
 
 
-class _Kernels(SumThenNorm):
-    """One path of our kernels as a communicator."""
+@dataclass
+class Way:
+    """One way to add up."""
 
-    def __init__(self, peers: Peers, path: SumPath) -> None:
-        self.rank, self.size, self.ordered = peers.rank, peers.size, path is not SumPath.MULTIMEM
-        self._peers = peers
-        self._path = path
+    ordered: bool  # in rank order, to the bit
+    total: Callable[[torch.Tensor], torch.Tensor]
+    norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # of x, residual, weight
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        return _checked(self._peers.all_reduce(x, self._path))
 
-    def all_reduce_norm(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor,
-        weight: torch.Tensor,
-        eps: float,
-        unit_offset: bool,
+def communicator(comm: Communicator) -> Way:
+    def norm(
+        x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return _checked(
-            self._peers.all_reduce_norm(x, residual, weight, eps, unit_offset, self._path)
-        )
+        return comm.all_reduce_norm(x, residual, weight, EPS, False)
+
+    return Way(comm.ordered, comm.all_reduce, norm)
+
+
+def kernels(peers: Peers, path: SumPath) -> Way:
+    """One path of ours."""
+
+    def norm(
+        x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return _checked(peers.all_reduce_norm(x, residual, weight, EPS, False, path))
+
+    ordered = path is not SumPath.MULTIMEM
+    return Way(ordered, lambda x: _checked(peers.all_reduce(x, path)), norm)
 
 
 def _checked(result: T | None) -> T:
@@ -155,13 +162,14 @@ def rank_main(rank: int, port: int, fd: Any, answers: Any, args: argparse.Namesp
             group = TorchGroup(dist.PrefixStore("nccl", store), rank, args.ranks, device)
             peers = open_peers(consensus, resources, device, ordered=False, timeout=60.0)
             paths = [path for path in SumPath if path is not SumPath.MULTIMEM or peers.multimem]
-            ways: dict[str, Communicator] = {"nccl": group}
-            ways |= {path.name.lower(): _Kernels(peers, path) for path in paths}  # type: ignore[misc]
+            ways = {"nccl": communicator(group)}
+            ways |= {path.name.lower(): kernels(peers, path) for path in paths}
         else:
             group = TorchGroup(
                 dist.PrefixStore("gloo", store), rank, args.ranks, device, host="127.0.0.1"
             )
-            ways = {"gloo": group, "shared": SharedMemory(fd.detach(), rank, args.ranks)}
+            shared = SharedMemory(fd.detach(), rank, args.ranks)
+            ways = {"gloo": communicator(group), "shared": communicator(shared)}
         for count in args.rows:
             row = measure(ways, count, args, rank, device)
             if rank == 0:
@@ -173,7 +181,7 @@ def rank_main(rank: int, port: int, fd: Any, answers: Any, args: argparse.Namesp
 
 
 def measure(
-    ways: dict[str, Communicator],
+    ways: dict[str, Way],
     rows: int,
     args: argparse.Namespace,
     rank: int,
@@ -188,25 +196,19 @@ def measure(
     clock = time_on_gpu if device.type == "cuda" else time_on_cpu
     num_bytes = own.nbytes
     row: Row = {"rows": rows, "bytes": num_bytes, "sum": {}, "norm": {}}
-    for name, comm in ways.items():
+    for name, way in ways.items():
         if name != "nccl" and name != "gloo" and num_bytes > CAPACITY:
             continue
-        check(name, comm.all_reduce(own.clone()), parts, exact=comm.ordered)
-        total = comm.all_reduce_norm(own.clone(), residual, weight, EPS, False)[1]
-        if comm.ordered:
+        check(name, way.total(own.clone()), parts, exact=way.ordered)
+        total = way.norm(own.clone(), residual, weight)[1]
+        if way.ordered:
             want = all_reduce_norm_reference(parts, residual.cpu(), weight.cpu(), EPS, False)[1]
             if not torch.equal(total.cpu(), want):
                 raise RuntimeError(f"{name} gives a wrong sum with the residual for {rows} rows")
-        row["sum"][name] = clock(comm.all_reduce, own.clone(), args.repeats)
-        norm = partial(_normed, comm, residual, weight)
+        row["sum"][name] = clock(way.total, own.clone(), args.repeats)
+        norm = partial(way.norm, residual=residual, weight=weight)
         row["norm"][name] = clock(norm, own.clone(), args.repeats)
     return row
-
-
-def _normed(
-    comm: Communicator, residual: torch.Tensor, weight: torch.Tensor, x: torch.Tensor
-) -> torch.Tensor:
-    return comm.all_reduce_norm(x, residual, weight, EPS, False)[0]
 
 
 def processes(args: argparse.Namespace) -> Generator[Row, None, None]:
@@ -274,20 +276,22 @@ def _virtual_path(
 ) -> tuple[float, float]:
     """Seconds of the sum, and of the sum with the norm, by one path."""
 
-    def total(peers: Peers, x: torch.Tensor) -> torch.Tensor:
-        return _checked(peers.all_reduce(x, path))
-
-    def norm(peers: Peers, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return _checked(peers.all_reduce_norm(x, residual, weight, EPS, False, path))
-
     copies = list(parts.clone())
     torch.cuda.synchronize()
-    for found in ranks.run(lambda peers: total(peers, copies[peers.rank])):
+    for found in ranks.run(lambda peers: kernels(peers, path).total(copies[peers.rank])):
         check(path.name.lower(), found, parts.cpu(), exact=True)
-    seconds = _time_virtual(ranks, list(parts.clone()), total, repeats)
+    seconds = _time_virtual(
+        ranks, list(parts.clone()), lambda peers, x: kernels(peers, path).total(x), repeats
+    )
     # Loads the kernel, which a capture should not have to do.
-    ranks.run(lambda peers: norm(peers, copies[peers.rank]))
-    return seconds, _time_virtual(ranks, list(parts.clone()), norm, repeats)
+    ranks.run(lambda peers: kernels(peers, path).norm(copies[peers.rank], residual, weight))
+    norm_seconds = _time_virtual(
+        ranks,
+        list(parts.clone()),
+        lambda peers, x: kernels(peers, path).norm(x, residual, weight),
+        repeats,
+    )
+    return seconds, norm_seconds
 
 
 def _time_virtual(
