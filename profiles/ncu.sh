@@ -5,25 +5,9 @@
 #
 # Clocks are left as they are found. profiles/README.md says how to read the sections.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-python=${PYTHON:-python3} out=profiles/out dry=
+source "$(dirname "$0")/common.sh"
 
-flags=()
-while (($#)); do
-  case $1 in
-    --dry-run) dry=1 ;;
-    --out) out=${2:?--out needs a folder}; shift ;;
-    *) flags+=("$1") ;;
-  esac
-  shift
-done
 [ ${#flags[@]} -gt 0 ] || { echo "which op? python -m profiles.op --help lists them" >&2; exit 2; }
-
-run() {
-  printf '+ %s\n' "$(printf '%q ' "$@")"
-  [ -n "$dry" ] || "$@"
-}
 
 sections=()
 for name in SpeedOfLight MemoryWorkloadAnalysis MemoryWorkloadAnalysis_Tables \

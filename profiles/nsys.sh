@@ -6,24 +6,7 @@
 # Where nsys is missing, or leaves no report (it needs kernel facilities that some virtual machines
 # lack), the torch profiler gives the same figures: the idle share and the kernels by time.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-python=${PYTHON:-python3} out=profiles/out dry=
-
-flags=()
-while (($#)); do
-  case $1 in
-    --dry-run) dry=1 ;;
-    --out) out=${2:?--out needs a folder}; shift ;;
-    *) flags+=("$1") ;;
-  esac
-  shift
-done
-
-run() {
-  printf '+ %s\n' "$(printf '%q ' "$@")"
-  [ -n "$dry" ] || "$@"
-}
+source "$(dirname "$0")/common.sh"
 
 report="$out/nsys.nsys-rep"
 capture() {
