@@ -68,15 +68,8 @@ def work(rank: int, job: trainer.Job) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder for state and result")
+    trainer.add_options(parser, steps=560, decay=450)
     parser.add_argument("--teacher", type=Path, required=True, help="folder of the trained model")
-    parser.add_argument("--steps", type=int, default=560)
-    parser.add_argument("--decay", type=int, default=450, help="steps of the final fall")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens per step")
-    parser.add_argument("--lr", type=float, default=0.02, help="Muon's rate")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=100)
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     args = parser.parse_args()
     trainer.launch(work, trainer.Job(config=TINY_DRAFT, **vars(args)))
 

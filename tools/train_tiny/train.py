@@ -4,7 +4,6 @@ The result is `DIR/model`; the same command takes a stopped run up again.
 """
 
 import argparse
-from pathlib import Path
 
 import torch.nn.functional as F
 from tokenizers import Tokenizer
@@ -39,14 +38,7 @@ def work(rank: int, job: trainer.Job) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder for state and result")
-    parser.add_argument("--steps", type=int, default=2250)
-    parser.add_argument("--decay", type=int, default=1400, help="steps of the final fall")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens per step")
-    parser.add_argument("--lr", type=float, default=0.02, help="Muon's rate")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=100)
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    trainer.add_options(parser, steps=2250, decay=1400)
     args = parser.parse_args()
     trainer.launch(work, trainer.Job(config=TINY, **vars(args)))
 

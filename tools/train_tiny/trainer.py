@@ -5,6 +5,7 @@ The learning rate is constant and then falls to zero over the last `decay` steps
 not depend on `steps`, so the length of a run can be decided late.
 """
 
+import argparse
 import math
 import os
 import time
@@ -139,6 +140,19 @@ def train(job: Job, tok: Tokenizer, loss_of: Loss, batches_of: Batches) -> None:
         if rank == 0 and ((step + 1) % job.save_every == 0 or step + 1 == job.steps):
             checkpoint(state, step + 1, model, optims)
             export(model, tok, job.work / "model")
+
+
+def add_options(parser: argparse.ArgumentParser, *, steps: int, decay: int) -> None:
+    """The fields of a `Job`; `steps` and `decay` are defaults."""
+    add = parser.add_argument
+    add("--work", type=Path, required=True, help="folder for state and result")
+    add("--steps", type=int, default=steps)
+    add("--decay", type=int, default=decay, help="steps of the final fall")
+    add("--tokens", type=int, default=4096, help="tokens per step")
+    add("--lr", type=float, default=0.02, help="Muon's rate")
+    add("--seed", type=int, default=0)
+    add("--save-every", type=int, default=100)
+    add("--workers", type=int, default=2, help="processes of one thread each")
 
 
 def launch(worker: Callable[[int, Job], None], job: Job) -> None:
