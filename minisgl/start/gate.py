@@ -28,48 +28,38 @@ from minisgl.kernels.lint import INTERPRETED, TRITON, expected, problems, read, 
 from minisgl.kernels.offline import Variant, recorded
 from minisgl.kernels.op import all_ops
 from minisgl.models.config import ModelConfig
+from minisgl.models.presets import PRESETS, decoder
 from minisgl.start.facts import Facts, uses_cascade
 from minisgl.start.launches import serve
 from minisgl.step.sizes import GraphSizes
+
+# Two layers launch what many do. Of a vocabulary and a context only what divides them matters.
+SMALL = {"num_hidden_layers": 2, "max_position_embeddings": 7936, "vocab_size": 128256}
+
+
+def _preset(name: str, **facts: Any) -> ModelConfig:
+    """A published model, but small in what no kernel depends on, and with other `facts`."""
+    return ModelConfig.from_dict(PRESETS[name] | SMALL | facts)
 
 
 def _model(
     family: str, hidden: int, inner: int, heads: int, kv_heads: int, head_dim: int, **facts: Any
 ) -> ModelConfig:
-    return ModelConfig.from_dict(
-        {
-            "architectures": [f"{family}ForCausalLM"],
-            "vocab_size": 128256,
-            "hidden_size": hidden,
-            "intermediate_size": inner,
-            "num_hidden_layers": 2,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "head_dim": head_dim,
-            "max_position_embeddings": 7936,
-            "dtype": "bfloat16",
-            "eos_token_id": 1,
-        }
-        | facts
-    )
+    config = decoder(family, 2, hidden, heads, kv_heads, head_dim, inner, 128256)
+    return ModelConfig.from_dict(config | SMALL | facts)
 
 
-LLAMA = _model("Llama", 4096, 14336, 32, 8, 128)
-MOE = _model(
-    "Qwen3Moe", 2048, 6144, 32, 4, 128,
-    num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True,
-)  # fmt: skip
 DRAFTS = {"speculative_algorithm": "ngram", "speculative_num_draft_tokens": 3}
 ALONE = {"disable_cascade": True}  # groups of one model will do
 MODELS: Mapping[str, tuple[ModelConfig, Mapping[str, Any]]] = {
-    "llama-8b": (LLAMA, DRAFTS | {"max_running_requests": 512}),
+    "llama-8b": (_preset("llama-3.1-8b"), DRAFTS | {"max_running_requests": 512}),
     "llama-8b fixed order": (
-        _model("Llama", 4096, 14336, 32, 8, 128, attention_bias=True),
+        _preset("llama-3.1-8b", attention_bias=True),
         {"batch_invariant": True},
     ),
-    "llama-8b fp16": (_model("Llama", 4096, 14336, 32, 8, 128, dtype="float16"), ALONE),
-    "qwen3-14b": (_model("Qwen3", 5120, 17408, 40, 8, 128), ALONE | {"page_size": 64}),
-    "qwen3-30b-a3b": (MOE, ALONE | {"page_size": 1}),
+    "llama-8b fp16": (_preset("llama-3.1-8b", dtype="float16"), ALONE),
+    "qwen3-14b": (_preset("qwen3-14b"), ALONE | {"page_size": 64}),
+    "qwen3-30b-a3b": (_preset("qwen3-30b-a3b"), ALONE | {"page_size": 1}),
     "gemma": (_model("Gemma2", 2304, 9216, 8, 4, 256, sliding_window=1024), ALONE),
     "mha-d64": (
         _model("Llama", 768, 3072, 12, 12, 64, dtype="float16"),
