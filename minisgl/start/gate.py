@@ -65,7 +65,7 @@ MODELS: Mapping[str, tuple[ModelConfig, Mapping[str, Any]]] = {
         _model("Llama", 768, 3072, 12, 12, 64, dtype="float16"),
         ALONE | {"page_size": 32},
     ),
-    "mha-d80": (_model("Llama", 2560, 10240, 32, 32, 80, partial_rotary_factor=0.4), ALONE),
+    "mha-d80": (_model("Llama", 2560, 10240, 32, 32, 80), ALONE),
     "mha-d96": (
         _model("Mistral", 3072, 8192, 32, 32, 96, sliding_window=2047),
         {"page_size": 64},

@@ -25,6 +25,14 @@ PROMPTS = [[1, 2, 3], list(range(60))]
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True, temperature=0.0)
 
 
+@pytest.fixture(autouse=True)
+def default_handler() -> Iterator[None]:
+    """Python's own, which is missing where a shell has started the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @contextmanager
 def interrupt_at(moment: int | None) -> Iterator[list[int]]:
     """SIGINT at the package's `moment`-th line, then again three lines on; yields [lines run]."""
