@@ -8,9 +8,9 @@ Each result is first compared with an fp32 oracle; only what passes is timed (me
 short calls within a graph, too), beside what a user would pick instead, in the same run. What an
 implementation refuses or fails at is said, and the rest goes on. Shares are of the copy and matmul
 rates measured at the start. A CPU gets small shapes. What goals read comes first, rivals last. The
-last line is JSON; with --out, kernels.json grows there as rows come, and kernels.md and two
-pictures are written at the end. --stand-ins plays a GPU on the
-CPU, each kernel by its specification, to try the run itself.
+last line is JSON; with --out, kernels.json and kernels.md grow there as rows come, and two pictures
+are drawn at the end. --stand-ins plays a GPU on the CPU, each kernel by its specification, to try
+the run itself.
 """
 
 import argparse
