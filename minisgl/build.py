@@ -63,7 +63,6 @@ def build_engine(config: EngineConfig) -> Engine:
         device.close()
         raise
     log.info("model %s is ready after %.1f s", path.name, time.perf_counter() - started)
-    scheduler = _scheduler(facts, device, executor.limits)
     info = EngineInfo(
         model=config.model or "minisgl-tiny",
         model_path=str(path),
@@ -75,8 +74,9 @@ def build_engine(config: EngineConfig) -> Engine:
     )
     overlap = not config.disable_overlap_schedule
     try:
+        scheduler = _scheduler(facts, device, executor.limits)
         return Engine(scheduler, executor, info, overlap=overlap, profile_dir=config.profile_dir)
-    except ValueError:  # of profile_dir
+    except BaseException:
         executor.close()
         raise
 
