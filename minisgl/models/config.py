@@ -366,5 +366,6 @@ def _max_context(fields: Fields) -> int:
     section = _rope_section(fields, FULL)
     if section.get("rope_type", section.get("type")) == "yarn":
         original = section.get("original_max_position_embeddings") or stated
-        return max(stated, int(original * section["factor"]))
+        rope = Fields(section, f"{fields.where}: rope parameters", {})
+        return max(stated, int(original * rope.number("factor")))
     return stated

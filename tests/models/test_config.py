@@ -10,6 +10,7 @@ import torch
 
 from minisgl.layers.rotary import LinearScaling, Llama3Scaling, YarnScaling
 from minisgl.models.config import ModelConfig
+from minisgl.models.presets import PRESETS
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -190,3 +191,12 @@ def test_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(lacking))
     with pytest.raises(ValueError, match="'hidden_size'"):
         ModelConfig.from_hf(tmp_path)
+
+
+def test_a_yarn_that_no_layer_uses_is_read_all_the_same():
+    """It says how long the context is."""
+    config = PRESETS["qwen3-0.6b"] | {"use_sliding_window": True, "sliding_window": 8}
+    config |= {"layer_types": ["sliding_attention"] * config["num_hidden_layers"]}
+    yarn = {"rope_type": "yarn", "rope_theta": 1e6}
+    with pytest.raises(ValueError, match="rope parameters has no field 'factor'"):
+        ModelConfig.from_dict(config | {"rope_parameters": yarn})
