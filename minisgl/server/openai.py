@@ -199,7 +199,8 @@ def _stream_options(body: fields.Sampling) -> fields.StreamOptions:
     given, kind = body.stream_options or {}, fields.StreamOptions
     options = read_object(given, kind, fields.NEUTRAL_STREAM, "stream_options.")
     if not body.stream and (options.include_usage or options.continuous_usage_stats):
-        raise ApiError("stream_options needs stream to be true", param="stream_options")
+        message = f"stream_options needs stream to be true, got {shown(given)}"
+        raise ApiError(message, param="stream_options")
     return options
 
 
