@@ -61,8 +61,8 @@ class Start:
     def of(cls, facts: Facts, limits: Limits, arch: int, rank: int) -> "Start":
         config = facts.config
         if facts.draft is not None:  # already downloaded
-            config = replace(config, speculative_draft_model=str(facts.draft.path))
-        return cls(config, str(facts.path), limits, arch, rank)
+            config = replace(config, speculative_draft_model=str(facts.draft.path.absolute()))
+        return cls(config, str(facts.path.absolute()), limits, arch, rank)
 
 
 class OneOfMany(Solo):

@@ -92,7 +92,8 @@ class Kernels:
         compiled, variants = compile_ahead(start, None if comm.rank == 0 else 0)
         if comm.rank == 0:
             log.info("compiled %d kernels for sm_%d; the others were on disk", compiled, start.arch)
-        self._device.run(lambda: comm.broadcast(self._device.zeros((1,), torch.int32)))
+        # Read, so that the host waits: a GPU's stream alone would not keep it from compiling, too.
+        self._device.run(lambda: comm.broadcast(self._device.zeros((1,), torch.int32)).item())
         self._device.run(load, variants)
 
 
