@@ -12,9 +12,7 @@ from minisgl.core.plan import Plan
 from minisgl.core.policy import Fairness, TokenBudget
 from minisgl.core.running import Running
 from minisgl.core.sequence import RUNNING, Sequence
-from minisgl.core.speculation import Speculation
-
-NONE: list[int] = []  # shared by all chunks without ids, pages or drafts; never changed
+from minisgl.core.speculation import NONE, Speculation
 
 
 class Planner:

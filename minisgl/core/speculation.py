@@ -16,7 +16,7 @@ from minisgl.core.batch import PENDING, Batch, Chunk, StepOutput
 from minisgl.core.draft_policy import DraftPolicy
 from minisgl.core.sequence import Sequence
 
-NONE: list[int] = []
+NONE: list[int] = []  # shared by all chunks without ids, pages or drafts; never changed
 
 # Names up to so many tokens that may follow those a sequence holds and has pending.
 Proposer = Callable[[Sequence, int], list[int]]

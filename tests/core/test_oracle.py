@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.world.trial import Trial, run_trial
 
-TRIALS = 1000  # of a shard; every fault planted in test_faults.py is found within 400
+TRIALS = 1000  # of a shard; every fault planted in test_faults.py is found within 700
 FEW, MANY = range(2), range(2, 10)
 SHARDS = [*FEW, *(pytest.param(shard, marks=pytest.mark.thorough) for shard in MANY)]
 
