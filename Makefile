@@ -15,6 +15,7 @@ TYPED := $(wildcard minisgl/*.py minisgl/core minisgl/engine minisgl/server mini
 	minisgl/device minisgl/parallel/__init__.py minisgl/kernels/op.py minisgl/models/presets.py)
 # And what is run on a GPU alone, where no test here would see a name that is gone.
 TYPED += benchmarks profiles tests/gpu
+TYPED += tools/compile_gate.py tools/machine_code.py
 
 # $(call stage,name,command): says what runs, and how long it took.
 define stage

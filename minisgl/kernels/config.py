@@ -2,7 +2,7 @@
 
 Launchers read their tiles, warps and stages here and nowhere else, and so does the compile gate:
 what is checked offline is what is launched. The numbers are chosen so that kernels compile without
-spilling registers and within shared memory (`python -m minisgl.start.gate`).
+spilling registers and within shared memory (`python -m tools.compile_gate`).
 """
 
 from collections.abc import Iterator, Mapping

@@ -42,7 +42,7 @@ WIDE = ("load128", "store128")
 
 @dataclass(frozen=True)
 class Expected:
-    """Instructions, by their names in `lint`, that the machine code of a kernel must show.
+    """Instructions (named as in `tools.machine_code`) that the code of a kernel must show.
 
     where: in which variants of it, by `Variant.facts`; wgmma is expected on Hopper only.
     """

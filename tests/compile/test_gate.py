@@ -10,11 +10,11 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from minisgl.kernels.config import ARCHITECTURES
-from minisgl.kernels.lint import TRITON, Report, expected, problems, read, regressions
 from minisgl.kernels.moe.portable import moe_experts_portable
 from minisgl.kernels.offline import recorded
 from minisgl.kernels.op import all_ops
-from minisgl.start import gate
+from tools import compile_gate as gate
+from tools.machine_code import TRITON, Report, expected, problems, read, regressions
 
 variants = cache(gate.variants)
 

@@ -8,9 +8,9 @@ import torch
 
 from minisgl.kernels.attention import attention
 from minisgl.kernels.attention.hopper import BLOCK_N, STAGES, attention_hopper
-from minisgl.kernels.lint import machine_code
 from minisgl.kernels.offline import recorded
 from minisgl.kernels.op import Implementation, Op
+from tools.machine_code import machine_code
 
 CALLS = {case.label: case for case in attention.variants["hopper"]}
 HEAD_BYTES = 2 * 128  # of one key

@@ -1,6 +1,6 @@
 """What compiled kernels use: registers, local and shared memory, the instructions that matter.
 
-Read from their cubins; `minisgl.start.gate` does so for every kernel that is served.
+Read from their cubins; `tools.compile_gate` does so for every kernel that is served.
 """
 
 import re

@@ -1,6 +1,6 @@
 """The compile gate: every kernel the engine launches, compiled for each GPU with no GPU at hand.
 
-    python -m minisgl.start.gate [--arch 90] [--kernel decode] [--baseline FILE] [--write FILE]
+    python -m tools.compile_gate [--arch 90] [--kernel decode] [--baseline FILE] [--write FILE]
 
 What serving these models launches is recorded (`launches`), and what cards name beside it as their
 `variants`. So every value of an option (head size 64, 80, 96, 128, 256; pages of 1, 16, 32, 64; 1,
@@ -24,7 +24,6 @@ from minisgl.config import EngineConfig
 from minisgl.core.executor import Limits
 from minisgl.device.meta import MetaDevice
 from minisgl.kernels.config import ARCHITECTURES
-from minisgl.kernels.lint import INTERPRETED, TRITON, expected, problems, read, regressions
 from minisgl.kernels.offline import Variant, recorded
 from minisgl.kernels.op import all_ops
 from minisgl.models.config import ModelConfig
@@ -32,6 +31,7 @@ from minisgl.models.presets import PRESETS, decoder
 from minisgl.start.facts import Facts, uses_cascade
 from minisgl.start.launches import serve
 from minisgl.step.sizes import GraphSizes
+from tools.machine_code import INTERPRETED, TRITON, expected, problems, read, regressions
 
 # Two layers launch what many do. Of a vocabulary and a context only what divides them matters.
 SMALL = {"num_hidden_layers": 2, "max_position_embeddings": 7936, "vocab_size": 128256}
@@ -96,7 +96,7 @@ def variants(arch: int) -> dict[str, Variant]:
 def _served() -> Iterator[tuple[str, Callable[[], object]]]:
     """The models, and what serves each."""
     for name, (model, options) in MODELS.items():
-        config = EngineConfig(**{"max_running_requests": 1} | options)
+        config = EngineConfig(**{"max_running_requests": 1, **options})
         cascade = uses_cascade(config, model, MetaDevice())
         facts = Facts(
             config, Path(), model, model.dtype, model.max_context, cascade, GraphSizes({})
@@ -137,7 +137,7 @@ def _labelled(name: str, found: Sequence[Variant]) -> dict[str, Variant]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="minisgl.start.gate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="tools.compile_gate", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--arch", type=int, action="append", choices=list(ARCHITECTURES))
     parser.add_argument("--kernel", action="append", help="only kernels whose name begins so")
