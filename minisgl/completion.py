@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import operator
-import secrets
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence, Sized
@@ -11,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as shown  # cut where it is long
 from typing import Any, cast
-
-import msgspec
 
 from minisgl.core.request import Delta, FinishReason, Request, SamplingParams, TokenLogprobs
 from minisgl.engine.messages import EngineInfo
@@ -161,10 +158,8 @@ class PromptReader:
             text, token_ids = None, _token_ids(prompt)
         if params.stop and isinstance(self.tokenizer, NoTokenizer):
             raise ValueError(f"stop needs a tokenizer, and the model has none: {params.stop!r}")
-        if params.seed is None:
-            params = msgspec.structs.replace(params, seed=secrets.randbits(64))
-        name = f"offline-{next(self._ids)}"
-        return Collector(Request(name, token_ids, params), text, self.tokenizer)
+        request = Request(f"offline-{next(self._ids)}", token_ids, params.with_a_seed())
+        return Collector(request, text, self.tokenizer)
 
 
 def each_params(params: Params, count: int) -> Iterator[SamplingParams]:

@@ -18,7 +18,7 @@ from benchmarks.kernels.workload import (
     Workload,
 )
 from minisgl.kernels.activation import silu_and_mul
-from minisgl.kernels.advance import advance_rows, prepare_inputs
+from minisgl.kernels.advance import accept_and_advance, prepare_inputs
 from minisgl.kernels.kv_copy import copy_pages
 from minisgl.kernels.kv_staging import gather_pages, scatter_pages
 from minisgl.kernels.qkv_prepare import qkv_prepare
@@ -168,4 +168,4 @@ def steps(small: bool) -> Iterator[Workload]:
 
         label = f"{count} sequences, {width} tokens each"
         yield Workload(prepare_inputs, label, prepare, {}, tags)
-        yield Workload(advance_rows, label, advance, {}, tags)
+        yield Workload(accept_and_advance, label, advance, {}, tags)

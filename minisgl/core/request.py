@@ -1,5 +1,6 @@
 """What a user asks (`Request`, `SamplingParams`) and what comes back for it (`Delta`)."""
 
+import secrets
 from collections.abc import Mapping
 from reprlib import repr as shown  # cut where it is long
 from typing import Literal
@@ -24,8 +25,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, gc=False, array_
     LEAST_TEMPERATURE counts as 0. `logprobs=k` asks for the chosen token's log-probability and the
     k most likely ones; `prompt_logprobs` likewise for the prompt. `stop` strings end the text where
     they begin and are not part of it. `seed=None` is replaced by a random 64-bit seed where the
-    request enters the engine. One string will do for `stop`, a mapping for `logit_bias`, and None
-    for either and for `stop_token_ids`.
+    request enters the engine (`with_a_seed`). One string will do for `stop`, a mapping for
+    `logit_bias`, and None for either and for `stop_token_ids`.
 
     Raises ValueError naming the field, its limit and the value given; TypeError where a value is
     not of the field's type.
@@ -90,6 +91,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, gc=False, array_
             raise ValueError(
                 f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}"
             )
+
+    def with_a_seed(self) -> "SamplingParams":
+        """These, with a random seed where there is none."""
+        if self.seed is not None:
+            return self
+        return msgspec.structs.replace(self, seed=secrets.randbits(MAX_SEED.bit_length()))
 
     @property
     def needs_counts(self) -> bool:

@@ -118,12 +118,12 @@ class Attention:
     ) -> torch.Tensor:
         """x: [T, hidden]; kv: this layer's pools. Returns this rank's part of [T, hidden]."""
         if inputs.attend is None:
-            attended = self.attend(self.queries(x, inputs, kv), kv, inputs, slices)
+            attended = self.attend(self.queries_writing_kv(x, inputs, kv), kv, inputs, slices)
         else:
             attended = inputs.attend(self, x, inputs, kv)
         return self.out(attended.flatten(1))
 
-    def queries(
+    def queries_writing_kv(
         self, x: torch.Tensor, inputs: ForwardInputs, kv: KV, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Queries [T, Hq, D] of x, in `out` if that is given; writes keys and values to `kv`."""

@@ -123,10 +123,10 @@ class Api:
             if call.stream:
                 parts = generation.parts()
                 # Until the first part, a refusal can still set the status of the answer.
-                first = await unless_gone(request.receive, _next(parts))
+                first = await unless_disconnected(request.receive, _next(parts))
                 events = self._events(endpoint, first, parts, generation, reply, clock)
                 return _EventStream(events, parts)
-            whole = await unless_gone(request.receive, _collect(generation, clock))
+            whole = await unless_disconnected(request.receive, _collect(generation, clock))
             clock.end(generation.usage)
             outcome(endpoint, "ok").inc()
             return _json(reply.whole(whole, generation.usage))
@@ -175,7 +175,7 @@ class Api:
             self.metrics.requests.labels(endpoint, ended).inc()
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`. When the client hangs up first: cancels it, raises ClientDisconnect."""
 
     async def hang_up() -> None:
@@ -208,7 +208,7 @@ class _EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._source), aclosing(self._events):
             with suppress(ClientDisconnect):
-                await unless_gone(receive, self._send_all(send))
+                await unless_disconnected(receive, self._send_all(send))
 
     async def _send_all(self, send: Send) -> None:
         start = {"status": 200, "headers": self.raw_headers}

@@ -5,7 +5,6 @@ a value that asks for nothing (`"tools": []`).
 """
 
 import re
-import secrets
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -238,7 +237,7 @@ def _params(
             logit_bias=tuple(_logit_bias(body.logit_bias or {})),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
-            seed=_seed(body.seed),
+            seed=_unsigned(body.seed),
             **{name: value for name, value in given.items() if value is not None},
         )
     except ValueError as error:
@@ -263,7 +262,7 @@ def _logit_bias(bias: dict[str, float]) -> list[tuple[int, float]]:
     return [(int(name), value) for name, value in bias.items()]
 
 
-def _seed(seed: int | None) -> int | None:
+def _unsigned(seed: int | None) -> int | None:
     """OpenAI's seeds are signed 64-bit integers; the engine's have the same bits without sign."""
     return seed + 2**64 if seed is not None and -(2**63) <= seed < 0 else seed
 
@@ -295,12 +294,10 @@ def _check_prompt(
 def _request(
     request_id: str, ids: list[int], params: SamplingParams, body: fields.Sampling
 ) -> Request:
-    if params.seed is None:
-        params = msgspec.structs.replace(params, seed=secrets.randbits(64))
     return Request(
         request_id,
         ids,
-        params,
+        params.with_a_seed(),
         priority=body.priority or 0,
         cache_salt=body.cache_salt or "",
     )

@@ -82,7 +82,7 @@ class PiecewiseGraphs:
             most = self.sizes[-1], layer.num_heads, kv[0].shape[2]
             self._shared = x.new_zeros(most), x.new_zeros(most)
         q, attended = (tensor[: len(x)] for tensor in self._shared)
-        layer.queries(x, inputs, kv, out=q)
+        layer.queries_writing_kv(x, inputs, kv, out=q)
         cut(partial(layer.attend, q, kv, out=attended))
         return attended
 

@@ -13,7 +13,7 @@ import torch
 from minisgl.core.executor import GrammarMasks
 from minisgl.core.request import TokenLogprobs
 from minisgl.device import Device
-from minisgl.kernels.advance import advance_rows
+from minisgl.kernels.advance import accept_and_advance
 from minisgl.kernels.logprobs import logprobs
 from minisgl.kernels.sampling import adjust_logits, mask_logits, sample
 from minisgl.parallel import Communicator
@@ -188,7 +188,7 @@ class Sampler:
         else:
             tokens = points.rows.new_empty(count)
         tokens = self._comm.broadcast(tokens)
-        accepted = advance_rows(
+        accepted = accept_and_advance(
             tokens,
             points.first,
             points.sequence_rows,

@@ -64,7 +64,7 @@ def test_traces_hold_every_step_layer_and_op_and_end_with_the_profile(tmp_path, 
             with gzip.open(f"{directory}/rank0.trace.json.gz") as file:
                 events = json.load(file)["traceEvents"]
             names = Counter(e["name"] for e in events if e.get("cat") == "user_annotation")
-            assert names["forward"] == names["patch"] == names["advance_rows"] == 5
+            assert names["forward"] == names["patch"] == names["accept_and_advance"] == 5
             assert names["layer 0"] == names["layer 1"] == 5
             assert names["silu_and_mul"] == 10
             assert any(e["name"] == "aten::index_select" for e in events)

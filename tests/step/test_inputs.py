@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from minisgl.core.batch import PENDING, Batch, Chunk, RowSetup
 from minisgl.core.request import SamplingParams
 from minisgl.device import CpuDevice
-from minisgl.kernels.advance import advance_rows, prepare_inputs
+from minisgl.kernels.advance import accept_and_advance, prepare_inputs
 from minisgl.step.inputs import (
     PackedBatch,
     join,
@@ -198,11 +198,11 @@ def test_padded_size(count: int, multiple: int, want: int):
     assert padded_size(count, multiple) == want
 
 
-@pytest.mark.parametrize("case", advance_rows.cases, ids=lambda case: case.label)
+@pytest.mark.parametrize("case", accept_and_advance.cases, ids=lambda case: case.label)
 def test_rows_advance_by_what_was_accepted(case):
     a = case.make(torch.device("cpu"), torch.float32, torch.Generator().manual_seed(4))
     before = a["counts"].clone()
-    accepted = advance_rows(*a.values()).tolist()
+    accepted = accept_and_advance(*a.values()).tolist()
     ends = [*a["first"].tolist()[1:], len(a["tokens"])]
     tokens, positions = a["tokens"].tolist(), a["positions"].tolist()
     touched = set()
@@ -260,7 +260,7 @@ def test_prompt_logprob_targets_are_the_next_prompt_tokens():
     assert found == prompt[1:]
 
 
-@pytest.mark.parametrize("op", [prepare_inputs, advance_rows], ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [prepare_inputs, accept_and_advance], ids=lambda op: op.name)
 def test_the_cpu_implementations_equal_their_references(op):
     for case in op.cases:
         for seed in range(5):

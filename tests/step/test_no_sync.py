@@ -23,7 +23,7 @@ from tests.world.configs import VOCAB
 from tests.world.tiny import make_executor, tiny_decoder
 
 # Kernels have implementations for each device; their references keep to the same rule.
-OPS = ("sample", "adjust_logits", "mask_logits", "prepare_inputs", "advance_rows")
+OPS = ("sample", "adjust_logits", "mask_logits", "prepare_inputs", "accept_and_advance")
 LAYER_OPS = ("linear", "rmsnorm", "silu_and_mul")
 STAND_INS = (attention, decode, cascade, qkv_prepare)
 

@@ -21,7 +21,7 @@ from minisgl.core.speculation import Speculation, propose_on_device
 from minisgl.device import CpuDevice
 from minisgl.engine.engine import Engine
 from minisgl.engine.messages import EngineInfo
-from minisgl.kernels.advance import advance_rows
+from minisgl.kernels.advance import accept_and_advance
 from minisgl.kernels.sampling import make_params, sample
 from tests.step.regex_grammar import RegexBackend, spell
 from tests.world.configs import VOCAB
@@ -291,7 +291,7 @@ def test_the_distribution_is_the_targets():
             target_logits[inputs.long()].clone(), every.repeat_interleave(k + 1), positions, params
         )
         first = every * (k + 1)
-        accepted = advance_rows(
+        accepted = accept_and_advance(
             tokens, first, every, drafts, positions, last, lengths, counts, torch.ones_like(last)
         )
         said = tokens.view(rows, k + 1).numpy()

@@ -8,7 +8,7 @@ and launched before the one before it is read.
     start_s = starts[s], or lengths[rows[s]] where that is -1
     position_t = start_s + i;  slot_t = page_table[rows[s], position // page_size] * page_size
                                         + position % page_size, or -1 for padding
-`advance_rows`, after sampling, for a sequence with drafts d_1 .. d_k and samples s_0 .. s_k:
+`accept_and_advance`, after sampling, for a sequence with drafts d_1 .. d_k and samples s_0 .. s_k:
     accepted = the longest run with d_j = s_{j - 1};  the row's last token is s_accepted
 A draft is right exactly when it is what the target samples there, so the output is the target's
 own whatever the drafts (the coupling of speculative decoding with shared noise).
@@ -57,7 +57,7 @@ def prepare_inputs_reference(
     seq_lens.copy_(torch.where(num_tokens > 0, begin + offsets.diff(), 0))
 
 
-def advance_rows_reference(
+def accept_and_advance_reference(
     tokens: torch.Tensor,
     first: torch.Tensor,
     rows: torch.Tensor,
@@ -193,13 +193,13 @@ prepare_inputs = Op(
     ),
     cost=_prepare_cost,
 )
-advance_rows = Op(
-    "advance_rows",
-    advance_rows_reference,
+accept_and_advance = Op(
+    "accept_and_advance",
+    accept_and_advance_reference,
     implementations=[
-        Implementation("cpu", "cpu", _CPU + "advance_rows_cpu"),
-        Implementation("portable", "cuda", _TRITON + "advance_rows_portable"),
-        Implementation("torch", "cuda", _TORCH + "advance_rows_reference"),
+        Implementation("cpu", "cpu", _CPU + "accept_and_advance_cpu"),
+        Implementation("portable", "cuda", _TRITON + "accept_and_advance_portable"),
+        Implementation("torch", "cuda", _TORCH + "accept_and_advance_reference"),
     ],
     cases=(
         _advance_case("plain", [0, 0, 0, 0, 0]),

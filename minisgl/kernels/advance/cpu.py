@@ -35,7 +35,7 @@ def prepare_inputs_cpu(
     np.copyto(seq_lens.numpy(), np.where(own > 0, begin + np.diff(ends), 0))
 
 
-def advance_rows_cpu(
+def accept_and_advance_cpu(
     tokens: torch.Tensor,
     first: torch.Tensor,
     rows: torch.Tensor,

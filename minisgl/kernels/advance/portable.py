@@ -149,7 +149,7 @@ def prepare_inputs_portable(
     )
 
 
-def advance_rows_portable(
+def accept_and_advance_portable(
     tokens: torch.Tensor,
     first: torch.Tensor,
     rows: torch.Tensor,
@@ -160,7 +160,7 @@ def advance_rows_portable(
     counts: torch.Tensor,
     counted: torch.Tensor,
 ) -> torch.Tensor:
-    """`advance_rows_reference` on a GPU."""
+    """`accept_and_advance_reference` on a GPU."""
     count, width = drafts.shape
     if len(rows) != count or len(first) != count or not drafts.is_contiguous():
         raise ValueError(
