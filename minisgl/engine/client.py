@@ -33,10 +33,14 @@ from minisgl.engine.messages import (
     ToEngine,
 )
 from minisgl.engine.process import EngineProcess
+from minisgl.log import get_logger
 
 IDLE_TIMEOUT = 10 * IDLE_HEARTBEAT  # seconds without a message; then an idle engine is stuck
 STEP_TIMEOUT_FACTOR = 10  # a busy engine is stuck after so many times its longest step so far
 EXIT_WAIT_SECONDS = 5.0  # for an engine to exit once drained, before it is killed
+LOOK_SECONDS = 0.5  # between two looks at whether the engine is stuck
+
+log = get_logger(__name__)
 
 
 class EngineDeadError(RuntimeError):
@@ -70,8 +74,9 @@ class EngineClient(Protocol):
         Its id must be new: late deltas of an earlier request would be taken for this one's.
         Ends when every choice has finished or been aborted. Closing the generator early (or
         cancelling its consumer) aborts the request. Raises ValueError when the engine refuses the
-        request, EngineDeadError when there is no engine to take it; an engine that fails later
-        yields a delta with `finish_reason="error"` for every choice that was running.
+        request, EngineDeadError when there is no engine to take it or it is stuck; an engine that
+        fails or gets stuck later yields a delta with `finish_reason="error"` for every choice that
+        was running.
         """
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
@@ -131,6 +136,7 @@ class ProcessClient:
         self._exited = asyncio.Event()
         self._receiving = self._loop.create_task(self._receive_all())
         self._watching = self._loop.create_task(self._watch())
+        self._looking = self._loop.create_task(self._end_what_waits_while_stuck())
         process.on_exit(self._on_exit)
 
     @property
@@ -165,10 +171,9 @@ class ProcessClient:
         return Health("ready")
 
     def _require_engine(self) -> None:
-        if self._died.done():
-            raise EngineDeadError(self._died.result())
-        if self._closing or not self._started.done():
-            raise EngineDeadError(self.health().reason)
+        health = self.health()
+        if not health.ok:
+            raise EngineDeadError(health.reason)
 
     async def submit(self, request: Request) -> AsyncGenerator[Delta, None]:
         if request.id in self._streams:
@@ -188,7 +193,7 @@ class ProcessClient:
                     stream.open.discard(item.choice)
                 yield item
         finally:
-            del self._streams[request.id]
+            self._streams.pop(request.id, None)
             if stream.open:
                 self._send(Abort(request.id, None))
 
@@ -254,13 +259,35 @@ class ProcessClient:
         if not self._started.done():
             self._started.set_exception(EngineDeadError(reason))
             self._started.exception()  # retrieved, so that asyncio logs no warning
-        for answer in self._profiles:
+        self._end_all(reason)
+
+    def _end_all(self, reason: str) -> None:
+        """End everything that waits for an answer with an error."""
+        for answer in self._profiles:  # they stay: a stuck engine that goes on answers in order
             if not answer.done():
                 answer.set_exception(EngineDeadError(reason))
         for request_id, stream in self._streams.items():
             for choice in stream.open:
                 delta = Delta(request_id, choice, [], finish_reason="error", error=reason)
                 stream.queue.put_nowait(delta)
+        self._streams.clear()  # what may still come for them is dropped
+
+    async def _end_what_waits_while_stuck(self) -> None:
+        """Requests that a stuck engine has are aborted, so that it does not go on with them."""
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(LOOK_SECONDS)
+            now = time.monotonic()
+            # While this process stood still as well, it could hear nothing.
+            self._heard = min(now, self._heard + max(0.0, now - before - LOOK_SECONDS))
+            health = self.health()
+            if health.state != "stuck":
+                continue
+            if self._streams:
+                log.error("%s: %d requests get an error", health.reason, len(self._streams))
+            for request_id in self._streams:
+                self._send(Abort(request_id, None))
+            self._end_all(health.reason)
 
     def _on_exit(self) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop is closed: nothing waits
@@ -282,6 +309,7 @@ class ProcessClient:
         while await self._socket.poll(50):  # messages sent before it ended may still arrive
             await asyncio.sleep(0)
         self._receiving.cancel()
+        self._looking.cancel()
         self._fail(self._process.exit_reason())
 
     async def close(self, drain_timeout: float = 0.0) -> None:

@@ -1,4 +1,4 @@
-"""The client: routing, refusals, and what they say when an engine is slow, stuck or gone."""
+"""The client: routing, refusals, and what they say when an engine is slow or gone."""
 
 import asyncio
 import os
@@ -7,27 +7,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from pathlib import Path
-from types import SimpleNamespace
 
-import msgspec
 import pytest
-import zmq
 
-from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch
 from minisgl.core.executor import Failed, Profiled
-from minisgl.core.request import Delta, Request, SamplingParams
-from minisgl.engine.client import EngineDeadError, ProcessClient
+from minisgl.core.request import Request, SamplingParams
+from minisgl.engine.client import EngineDeadError
 from minisgl.engine.loop import drive
 from minisgl.engine.messages import (
     Abort,
     Deltas,
     Drain,
     FromEngine,
-    Ready,
     Rejected,
     StartProfile,
     Status,
@@ -35,48 +29,10 @@ from minisgl.engine.messages import (
     Submit,
     ToEngine,
 )
-from minisgl.engine.process import EngineProcess
+from tests.engine.clients import collect, open_client, open_engine, play, until
 from tests.world.engine import expected, make_engine
 
-FACTORY = "tests.world.engine:build"
 FOREVER = SamplingParams(max_tokens=200, ignore_eos=True, seed=1)
-
-
-@asynccontextmanager
-async def open_engine(
-    planted: str = "", *, watchdog_timeout: float = 60.0
-) -> AsyncIterator[tuple[EngineProcess, ProcessClient]]:
-    process = EngineProcess(FACTORY, EngineConfig(model=planted))
-    client = ProcessClient(process, watchdog_timeout=watchdog_timeout)
-    try:
-        await client.ready()
-        yield process, client
-    finally:
-        await client.close()
-
-
-@asynccontextmanager
-async def open_client(planted: str = "") -> AsyncIterator[ProcessClient]:
-    async with open_engine(planted) as (_, client):
-        yield client
-
-
-async def collect(client, request: Request) -> list[Delta]:
-    return [delta async for delta in client.submit(request)]
-
-
-async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        await asyncio.sleep(0.01)
-
-
-def play(scene: Awaitable[None]) -> None:
-    async def bounded() -> None:
-        await asyncio.wait_for(scene, timeout=60)
-
-    asyncio.run(bounded())
 
 
 def test_concurrent_requests_get_their_own_tokens():
@@ -259,55 +215,6 @@ def test_an_engine_that_says_much_needs_nobody_to_hear_it(monkeypatch, stderr):
     play(scene())
 
 
-class Unplugged:
-    """A process without an engine: the test says what its client hears, and when."""
-
-    def __init__(self) -> None:
-        self.socket, self._other = (zmq.Context.instance().socket(zmq.PAIR) for _ in "ab")
-        self.socket.bind(f"inproc://{id(self)}")
-        self._other.connect(f"inproc://{id(self)}")
-
-    def say(self, message: FromEngine) -> None:
-        self._other.send(msgspec.msgpack.encode(message))
-
-    def on_exit(self, callback: Callable[[], object]) -> None:
-        pass
-
-
-@pytest.mark.parametrize(
-    ("busy", "longest", "patience"),
-    [
-        (False, 0.0, 3.0),  # an idle loop gives signs of life, however patient the watchdog is
-        (True, 0.0, 50.0),  # nothing is known of its steps: the watchdog's own timeout
-        (True, 2.0, 50.0),
-        (True, 7.0, 70.0),  # ten times what a step is known to take
-    ],
-)
-def test_how_long_a_silent_loop_counts_as_alive(monkeypatch, busy, longest, patience):
-    now = 1000.0
-    monkeypatch.setattr("minisgl.engine.client.time", SimpleNamespace(monotonic=lambda: now))
-    monkeypatch.setattr("minisgl.engine.client.IDLE_TIMEOUT", 3.0)
-    engine = make_engine()
-    stats = msgspec.structs.replace(engine.stats(), longest_step=longest)
-
-    async def scene():
-        nonlocal now
-        process = Unplugged()
-        client = ProcessClient(process, watchdog_timeout=50.0)
-        process.say(Ready(engine.info))
-        process.say(Status(busy, stats))
-        await client.ready()
-        await until(lambda: client.stats() is not None)
-        now += patience
-        assert client.health().ok
-        now += 0.1
-        assert client.health().state == "stuck"
-        process.say(Status(busy, stats))
-        await until(lambda: client.health().ok)
-
-    play(scene())
-
-
 def test_a_loop_says_that_it_is_busy_before_its_first_step_and_goes_on_saying_so(monkeypatch):
     monkeypatch.setattr("minisgl.engine.loop.HEARTBEAT", 0.0)
     engine = make_engine()
@@ -382,20 +289,6 @@ def test_an_engine_that_cannot_be_closed_has_said_why_it_failed():
     assert not ended_well
     assert isinstance(said[-1], Failed)
     assert "planted fault" in said[-1].reason
-
-
-def test_health_notices_a_stopped_process_busy_or_idle_and_recovers():
-    async def scene():
-        async with open_engine("seconds=0.001", watchdog_timeout=2.0) as (process, client):
-            for _ in range(2):
-                os.kill(process.pid, signal.SIGSTOP)
-                await until(lambda: client.health().state == "stuck")
-                assert "no progress" in client.health().reason
-                os.kill(process.pid, signal.SIGCONT)
-                await until(lambda: client.health().ok)
-                await collect(client, Request("a", [1, 2], FOREVER))
-
-    play(scene())
 
 
 def test_the_socket_lies_in_a_private_directory_that_goes_away(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """`AsyncLLM`: the same answers as `LLM`, from an engine in its own process."""
 
 import asyncio
+import os
+import signal
 import subprocess
 import sys
 from contextlib import aclosing
@@ -57,6 +59,26 @@ def test_a_model_that_cannot_load_raises_where_it_is_first_used(tmp_path: Path):
                 await llm.generate("x")
         finally:
             await llm.close()
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+def test_a_stuck_engine_is_an_error_at_once(model_directory: Path, monkeypatch):
+    monkeypatch.setattr("minisgl.engine.client.IDLE_TIMEOUT", 2.0)
+
+    async def scene() -> None:
+        async with AsyncLLM(model_directory, **OPTIONS) as llm:
+            before = await llm.generate("one", GREEDY)
+            ours = ["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())]
+            listed = subprocess.run(ours, capture_output=True, text=True).stdout.splitlines()
+            (line,) = (line for line in listed if "minisgl.engine.process" in line)
+            os.kill(int(line.split()[0]), signal.SIGSTOP)
+            for _ in range(2):  # the first waits until the engine counts as stuck
+                with pytest.raises((EngineDeadError, RuntimeError), match="no progress"):
+                    await llm.generate("one", GREEDY)
+            os.kill(int(line.split()[0]), signal.SIGCONT)
+            await asyncio.sleep(1.5)
+            assert (await llm.generate("one", GREEDY)).token_ids == before.token_ids
 
     asyncio.run(asyncio.wait_for(scene(), 60))
 

@@ -411,6 +411,27 @@ def test_the_engines_death_fails_its_requests_and_the_server(fresh):
     assert "the engine process ended with exit code -9" in fresh.output
 
 
+def test_nothing_hangs_on_a_stuck_engine_and_it_goes_on_afterwards(model):
+    flags = (f"--model={model}", "--watchdog-timeout=1")
+    with contextlib.closing(Served(*flags, module="tests.server.slow_engine")) as server:
+        url, engine = server.wait_ready(), server.engine_pid()
+        body = {"prompt": "x", "max_tokens": 60000, "ignore_eos": True, "stream": True}
+        ask = {"url": f"{url}/v1/completions", "json": body, "timeout": PATIENCE}
+        with httpx.stream("POST", **ask) as response:
+            events = response.iter_lines()
+            next(events)
+            os.kill(engine, signal.SIGSTOP)
+            last = [line for line in events if line][-1]
+        assert "no progress" in json.loads(last.removeprefix("data: "))["error"]["message"]
+        refused = httpx.post(**ask)
+        assert refused.status_code == httpx.get(f"{url}/health").status_code == 503
+        assert "no progress" in refused.json()["error"]["message"]
+        os.kill(engine, signal.SIGCONT)
+        assert eventually(lambda: httpx.get(f"{url}/health").status_code == 200, PATIENCE)
+        assert httpx.post(**ask | {"json": {"prompt": "x", "max_tokens": 2}}).status_code == 200
+        assert eventually_running(url, 0)
+
+
 def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path):
     with contextlib.closing(
         Served(f"--model={tmp_path}", module="tests.server.slow_engine")
