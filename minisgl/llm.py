@@ -66,7 +66,11 @@ class LLM:
 
     def _start(self, engine: Engine, tokenizer: Tokenizer | None = None) -> None:
         self._engine = engine
-        self._reader = PromptReader(tokenizer or load_tokenizer(engine.info))
+        try:
+            self._reader = PromptReader(tokenizer or load_tokenizer(engine.info))
+        except BaseException:
+            engine.close()
+            raise
         self._running: dict[str, Collector] = {}
         self._closed = False
 
@@ -180,9 +184,13 @@ class LLM:
             return self._engine.stop_profile()
 
     def close(self) -> None:
-        """Release the device. Idempotent."""
-        self._closed = True
-        self._engine.close()
+        """Release the device. Idempotent; Ctrl-C takes effect once it is done.
+
+        What is not closed ends with the interpreter.
+        """
+        with held_back():
+            self._closed = True
+            self._engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -242,6 +250,7 @@ class AsyncLLM:
         self._process = EngineProcess("minisgl.build:build_engine", make_config(model, config))
         self._client: ProcessClient | None = None  # made in the event loop of the first call
         self._reader: PromptReader | None = None
+        self._closed = False
 
     async def ready(self) -> EngineInfo:
         """Wait until the model is loaded. Raises EngineDeadError when it cannot be."""
@@ -307,12 +316,17 @@ class AsyncLLM:
 
     async def close(self, drain_timeout: float = 0.0) -> None:
         """Finish what runs within `drain_timeout` seconds, then end the process. Idempotent."""
+        self._closed = True
         if self._client is not None and self._loop is asyncio.get_running_loop():
             await self._client.close(drain_timeout)
         self._process.close()
 
     async def __aenter__(self) -> Self:
-        await self.ready()
+        try:
+            await self.ready()
+        except BaseException:
+            await self.close()
+            raise
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -337,6 +351,8 @@ class AsyncLLM:
         collector.result()  # raises where the request failed
 
     async def _connected(self) -> tuple[ProcessClient, PromptReader]:
+        if self._closed:
+            raise RuntimeError("this AsyncLLM is closed")
         loop = asyncio.get_running_loop()
         if self._client is None:
             self._client, self._loop = ProcessClient(self._process), loop

@@ -1,5 +1,6 @@
 """The CPU as a device: one worker thread is its stream, and replaying a graph calls a function."""
 
+import atexit
 import math
 import os
 import queue
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from minisgl.device.protocol import Cut, Memory, T
+from minisgl.interrupts import held_back
 
 CACHE_LINE = 64  # bytes
 FP32_ROWS = 8  # that matrix products take at once; half of them for the last ones
@@ -91,6 +93,7 @@ class CpuDevice:
         self._sized = threading.Event()
         self._thread.start()
         self._sized.wait()
+        atexit.register(self.close)  # native code must not return into a Python that is exiting
 
     def row_multiple(self, dtype: torch.dtype) -> int:
         return FP32_ROWS if dtype == torch.float32 else 1
@@ -184,11 +187,13 @@ class CpuDevice:
         return Memory(free=free, total=total, used=used)
 
     def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._tasks.put(None)
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        with held_back():
+            if not self._closed:
+                self._closed = True
+                self._tasks.put(None)
+            if threading.current_thread() is not self._thread:
+                self._thread.join()
+                atexit.unregister(self.close)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ The host waits for the device at events only. Uploads run in the stream of the c
 order they need; downloads in one of their own, so that the next step does not wait for them.
 """
 
+import atexit
 import contextlib
 import weakref
 from collections.abc import Callable, Sequence
@@ -80,6 +81,7 @@ class CudaDevice:
         self._graph_pool = torch.cuda.graph_pool_handle()
         self._failure: BaseException | None = None
         self._closed = False
+        atexit.register(self.close)
 
     def row_multiple(self, dtype: torch.dtype) -> int:
         return 1
@@ -184,6 +186,7 @@ class CudaDevice:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
+            atexit.unregister(self.close)
             try:
                 self.stream.synchronize()
                 self._copies.synchronize()

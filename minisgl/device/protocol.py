@@ -114,4 +114,4 @@ class Device(Protocol):
     def memory(self) -> Memory: ...
 
     def close(self) -> None:
-        """Let the stream finish and stop it. Idempotent."""
+        """Let the stream finish and stop it. Idempotent; called when Python exits at the latest."""

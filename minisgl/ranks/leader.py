@@ -1,5 +1,6 @@
 """Rank 0's view of the other ranks: starts them, sends to them, notices when one ends."""
 
+import atexit
 import contextlib
 import os
 import socket
@@ -57,6 +58,7 @@ class Ranks:
         self._changed = threading.Condition()
         self._encode = msgspec.msgpack.Encoder().encode
         self._shared: int | None = None
+        atexit.register(self.end)  # before rank 0's device is closed, whose stream may wait for one
 
     def start(self, config: EngineConfig, path: Path, device: Device) -> Communicator:
         """Start the processes of this machine and wait for those of other nodes; they load while
@@ -150,6 +152,7 @@ class Ranks:
         if self._shared is not None:
             os.close(self._shared)
             self._shared = None
+        atexit.unregister(self.end)
 
     def _start_children(self, config: EngineConfig, path: Path, store: dist.Store | None) -> None:
         port = store.port if isinstance(store, dist.TCPStore) else None

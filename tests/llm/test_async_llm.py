@@ -109,3 +109,31 @@ def test_another_event_loop_is_refused_at_once(model_directory):
         await asyncio.wait_for(llm.close(), 20)
 
     asyncio.run(again())
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_closed_one_says_so(model_directory: Path, used: bool):
+    async def scene() -> None:
+        llm = AsyncLLM(model_directory, **OPTIONS)
+        if used:
+            await llm.ready()
+        await llm.close()
+        chat = [{"role": "user", "content": "a"}]
+        for call in (llm.ready(), llm.generate("a"), llm.chat(chat), anext(llm.stream("a"))):
+            with pytest.raises(RuntimeError, match="this AsyncLLM is closed"):
+                await call
+        await llm.close()
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+def test_a_start_that_fails_leaves_no_process(tmp_path: Path):
+    async def scene() -> None:
+        llm = AsyncLLM(tmp_path / "nowhere", log_level="error", device="cpu")
+        with pytest.raises(EngineDeadError, match="nowhere"):
+            async with llm:
+                pass
+        with pytest.raises(RuntimeError, match="this AsyncLLM is closed"):
+            await llm.ready()
+
+    asyncio.run(asyncio.wait_for(scene(), 60))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -294,6 +295,35 @@ def test_a_closed_llm_says_so():
     llm.close()
     with pytest.raises(RuntimeError, match="closed"):
         llm.generate([1])
+
+
+def test_a_broken_tokenizer_lets_the_engine_go(monkeypatch, tmp_path):
+    engine = make_engine()
+    closed = []
+    monkeypatch.setattr(engine, "close", lambda: closed.append(True))
+    engine.info = replace(engine.info, model_path=str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("no JSON")
+    with pytest.raises(ValueError, match="tokenizer"):
+        LLM.from_engine(engine)
+    assert closed == [True]
+
+
+def test_ctrl_c_waits_until_a_close_is_done(monkeypatch):
+    engine = make_engine()
+    done = []
+
+    def close() -> None:
+        signal.raise_signal(signal.SIGINT)
+        done.append(True)
+
+    monkeypatch.setattr(engine, "close", close)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            LLM.from_engine(engine).close()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done == [True]
 
 
 @pytest.mark.parametrize(
