@@ -186,7 +186,7 @@ class ProcessClient:
                 item = await stream.queue.get()
                 if isinstance(item, Rejected):
                     stream.open.clear()
-                    raise ValueError(item.reason)
+                    raise (EngineDeadError if item.stopped else ValueError)(item.reason)
                 if item is None or item.choice not in stream.open:
                     continue
                 if item.finish_reason is not None:

@@ -89,12 +89,15 @@ class _Loop:
 
     def _handle(self, message: ToEngine) -> None:
         match message:
-            case Submit(request) if self._deadline is not None:
-                self._send(Rejected(request.id, "the engine is shutting down"))
+            case Submit(request) if self._engine.failure or self._deadline is not None:
+                reason = self._engine.failure or "the engine is shutting down"
+                self._send(Rejected(request.id, reason, stopped=True))
+            case _ if self._engine.failure:
+                pass  # `Failed`, which comes next, answers it
             case Submit(request):
                 try:
                     self._engine.add(request)
-                except (ValueError, RuntimeError) as error:  # the latter: the engine has stopped
+                except ValueError as error:
                     self._send(Rejected(request.id, str(error)))
             case Abort(request_id, choice):
                 self._engine.abort(request_id, choice)
@@ -108,10 +111,12 @@ class _Loop:
     def _profile(self, change: Callable[[], list[str]]) -> None:
         self._report(busy=True)  # writing files may take as long as a step
         try:
-            answer = Profiled(change())
-        except (ValueError, RuntimeError) as error:
-            answer = Profiled([], str(error))
-        self._send(answer)
+            self._send(Profiled(change()))
+        except ValueError as error:
+            self._send(Profiled([], str(error)))
+        except RuntimeError:
+            if self._engine.failure is None:
+                raise
 
     def _report(self, busy: bool) -> None:
         now = time.monotonic()

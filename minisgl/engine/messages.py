@@ -72,10 +72,12 @@ class Deltas(msgspec.Struct, frozen=True, array_like=True, tag="deltas"):
 
 
 class Rejected(msgspec.Struct, frozen=True, array_like=True, tag="rejected"):
-    """The engine refuses a request; `reason` names the field, its limit and the value."""
+    """The engine refuses a request; `reason` names the field, its limit and the value, or says why
+    the engine has stopped, which refuses every request."""
 
     request_id: str
     reason: str
+    stopped: bool = False
 
 
 class Status(msgspec.Struct, frozen=True, array_like=True, tag="status"):
