@@ -115,6 +115,8 @@ class Collector:
 class NoTokenizer(Tokenizer):
     """For a model without a tokenizer: token ids go in and come out, text does not."""
 
+    eos_token_id = None
+
     def __init__(self, directory: str) -> None:
         self._directory = directory
 
@@ -158,7 +160,8 @@ class PromptReader:
             text, token_ids = None, _token_ids(prompt)
         if params.stop and isinstance(self.tokenizer, NoTokenizer):
             raise ValueError(f"stop needs a tokenizer, and the model has none: {params.stop!r}")
-        request = Request(f"offline-{next(self._ids)}", token_ids, params.with_a_seed())
+        name, eos = f"offline-{next(self._ids)}", self.tokenizer.eos_token_id
+        request = Request(name, token_ids, params.with_a_seed(), eos_token_id=eos)
         return Collector(request, text, self.tokenizer)
 
 

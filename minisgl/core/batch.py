@@ -49,6 +49,7 @@ class RowSetup(msgspec.Struct, frozen=True, gc=False, array_like=True):
     prompt_length: int
     params: SamplingParams
     token_ids: list[int]
+    banned_ids: list[int] = []  # what would end it, where `params.min_tokens` forbids that
 
 
 class CopyJob(msgspec.Struct, frozen=True, gc=False, array_like=True):

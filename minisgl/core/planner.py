@@ -190,4 +190,5 @@ def _row_setup(seq: Sequence) -> RowSetup:
     params = seq.request.params
     needs_tokens = params.needs_counts or params.prompt_logprobs is not None
     tokens = seq.token_ids(0, seq.num_tokens) if needs_tokens else []
-    return RowSetup(seq.uid, seq.epoch, seq.row, seq.choice, len(seq.prompt), params, tokens)
+    bans = sorted(seq.stop_ids) if params.min_tokens else []
+    return RowSetup(seq.uid, seq.epoch, seq.row, seq.choice, len(seq.prompt), params, tokens, bans)

@@ -117,6 +117,7 @@ class Request(msgspec.Struct, frozen=True, gc=False, array_like=True):
     priority: int = 0  # higher runs earlier under the `priority` policy
     cache_salt: str = ""  # prefixes are shared only between equal salts
     grammar: str | None = None  # specification of a grammar, read by the grammar backend
+    eos_token_id: int | None = None  # the tokenizer's, which ends a text as the model's own do
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, gc=False, array_like=True):

@@ -127,9 +127,10 @@ def make_sequences(
     ):
         limits.check_token_ids(name, ids)
     prompt = np.array(request.prompt_token_ids, np.int32)
-    stop_ids = frozenset() if params.ignore_eos else eos
-    if params.stop_token_ids:
-        stop_ids |= frozenset(params.stop_token_ids)
+    stop_ids = frozenset(params.stop_token_ids)
+    if not params.ignore_eos:
+        stop_ids |= eos
+        stop_ids |= set() if request.eos_token_id is None else {request.eos_token_id}
     return [
         Sequence(
             first_uid + choice,

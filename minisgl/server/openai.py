@@ -87,7 +87,7 @@ def parse_chat(content: bytes, model: ServedModel) -> Call:
         id=call_id,
         kind="chat",
         model=model.name,
-        requests=[_request(call_id, prompt, params, body)],
+        requests=[_request(call_id, prompt, params, body, model)],
         stream=bool(body.stream),
         stream_options=_stream_options(body),
     )
@@ -117,7 +117,7 @@ def parse_completion(content: bytes, model: ServedModel) -> Call:
         room = _check_prompt(ids, param, params, "max_tokens", model)
         limit = body.max_tokens or min(room, max(COMPLETION_TOKENS, params.min_tokens))
         own = msgspec.structs.replace(params, max_tokens=limit)
-        requests.append(_request(f"{call_id}-{index}", ids, own, body))
+        requests.append(_request(f"{call_id}-{index}", ids, own, body, model))
         texts.append(prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt))
     return Call(
         id=call_id,
@@ -292,7 +292,11 @@ def _check_prompt(
 
 
 def _request(
-    request_id: str, ids: list[int], params: SamplingParams, body: fields.Sampling
+    request_id: str,
+    ids: list[int],
+    params: SamplingParams,
+    body: fields.Sampling,
+    model: ServedModel,
 ) -> Request:
     return Request(
         request_id,
@@ -300,4 +304,5 @@ def _request(
         params.with_a_seed(),
         priority=body.priority or 0,
         cache_salt=body.cache_salt or "",
+        eos_token_id=model.tokenizer.eos_token_id,
     )

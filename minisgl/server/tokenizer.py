@@ -6,7 +6,7 @@ ships no tokenizer.json, whose slow tokenizer it can convert.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +14,7 @@ import tokenizers
 
 from minisgl.server.chat_template import ChatTemplate, Message
 
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token")
+_TOKEN_OPTIONS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -31,24 +31,29 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self.chat_template = chat_template
-        self._special_ids = _add_missing_tokens(backend, config)
         self.special_tokens = _named_tokens(config)
+        self._special_ids = _add_missing_tokens(backend, config, self.special_tokens)
         self.bos_token_id = self._id_of("bos_token")
         self.eos_token_id = self._id_of("eos_token")
         self._add_bos: bool | None = config.get("add_bos_token")
         self._to_bytes = _decoder_rule(backend)
+        self._plain_ids = _plain_ids(backend) if self._to_bytes is _byte_level else frozenset()
         self._bytes_of: dict[int, bytes] = {}
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> Self:
         """Read tokenizer.json, tokenizer_config.json and the chat template, wherever it is kept.
 
+        special_tokens_map.json and added_tokens.json count where tokenizer_config.json has no
+        `added_tokens_decoder`, which holds all that they do: transformers' rule.
         Raises FileNotFoundError when there is no tokenizer, ValueError when it is not understood.
         """
         root = Path(directory)
-        config = _read_json(root / "special_tokens_map.json") | _read_json(
-            root / "tokenizer_config.json"
-        )
+        config = _read_json(root / "tokenizer_config.json")
+        if "added_tokens_decoder" not in config:
+            config |= _read_json(root / "special_tokens_map.json")
+            ids = _read_json(root / "added_tokens.json")
+            config["added_tokens_decoder"] = {str(ids[text]): text for text in ids}
         path = root / "tokenizer.json"
         if path.is_file():
             backend = _read_tokenizer(path)
@@ -97,7 +102,9 @@ class Tokenizer:
         known = self._bytes_of.get(token_id)
         if known is None:
             token = self._backend.id_to_token(token_id)
-            known = self._bytes_of[token_id] = b"" if token is None else self._to_bytes(token)
+            is_plain = token_id in self._plain_ids
+            known = b"" if token is None else token.encode() if is_plain else self._to_bytes(token)
+            self._bytes_of[token_id] = known
         return known
 
     def _id_of(self, name: str) -> int | None:
@@ -152,43 +159,68 @@ _ALPHABET = _gpt2_alphabet()
 def _byte_level(token: str) -> bytes:
     try:
         return bytes([_ALPHABET[character] for character in token])
-    except KeyError:  # an added token is spelled as it is
+    except KeyError:  # spelled as it is
         return token.encode()
 
 
-def _add_missing_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> frozenset[int]:
-    """Tokens that only tokenizer_config.json names are added; the ids of all special ones."""
-    special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
-    special_texts = set(_named_tokens(config).values())
-    declared: dict[str, dict[str, Any]] = config.get("added_tokens_decoder", {})
-    for _, fields in sorted(declared.items(), key=lambda item: int(item[0])):
-        content, is_special = fields["content"], fields.get("special", False)
-        if backend.token_to_id(content) is None:
-            backend.add_tokens(
-                [
-                    tokenizers.AddedToken(
-                        content,
-                        special=is_special,
-                        lstrip=fields.get("lstrip", False),
-                        rstrip=fields.get("rstrip", False),
-                        single_word=fields.get("single_word", False),
-                        normalized=fields.get("normalized", True),
-                    )
-                ]
-            )
-        if is_special:
-            special_texts.add(content)
-    ids = {backend.token_to_id(content) for content in special_texts}
-    return frozenset(special | {token_id for token_id in ids if token_id is not None})
+def _plain_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:
+    """Added tokens that are spelled as they are where the vocabulary is byte-level.
+
+    Not those that the vocabulary has as well: its merges may make them of coded bytes.
+    """
+    return frozenset(
+        token_id
+        for token_id, token in backend.get_added_tokens_decoder().items()
+        if token.special or backend.model.token_to_id(token.content) is None
+    )
+
+
+def _add_missing_tokens(
+    backend: tokenizers.Tokenizer, config: dict[str, Any], named: dict[str, str]
+) -> frozenset[int]:
+    """Add the tokens that only the config has, as transformers does; the ids of all special ones.
+
+    Raises ValueError for what is no token.
+    """
+    further = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    special = [config.get(name, text) for name, text in named.items()]
+    special += [] if isinstance(further, dict) else further
+    texts = {text for text in (*special, *named.values()) if isinstance(text, str)}
+    declared = config.get("added_tokens_decoder", {})
+    ordered = [declared[index] for index in sorted(declared, key=int)]
+    backend.add_tokens([_added_token(given, texts) for given in ordered])
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    missing = [_added_token(given, texts) for given in special]
+    backend.add_tokens([token for token in missing if token.content not in added])
+    marked = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+    ids = map(backend.token_to_id, named.values())
+    return frozenset(marked | {i for i in ids if i is not None})
+
+
+def _added_token(given: Any, special: Container[str]) -> tokenizers.AddedToken:
+    """A token as a config has it, a string or an object; special where it says so, or by name."""
+    is_text = isinstance(given, str)
+    fields: Any = {"content": given, "special": given in special} if is_text else given
+    try:
+        options = {name: fields[name] for name in _TOKEN_OPTIONS if name in fields}
+        token = tokenizers.AddedToken(fields["content"], **options)
+    except (TypeError, LookupError) as error:
+        raise ValueError(f"a token must be a string or an object, got {given!r}") from error
+    token.special = token.special or token.content in special
+    return token
 
 
 def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """`bos_token` and its like as plain strings: configs hold strings, objects or null."""
+    """`bos_token` and its like as plain strings: configs hold strings, objects or null.
+
+    A model's own count too (`image_token`), of which `extra_special_tokens` may be an object.
+    """
+    extra = config.get("extra_special_tokens")
+    given = {**config, **extra} if isinstance(extra, dict) else config
     named: dict[str, str] = {}
-    for name in _NAMED_TOKENS:
-        value = config.get(name)
+    for name, value in given.items():
         content = value.get("content") if isinstance(value, dict) else value
-        if content is not None:
+        if name.endswith("_token") and isinstance(content, str):
             named[name] = content
     return named
 

@@ -73,7 +73,6 @@ def ready_worker(
             FixedOrder(model, device.torch_device) if config.batch_invariant else model,
             kv_shape(facts, model),
             limits,
-            eos_token_ids=facts.model.eos_token_ids,
             graphs=facts.graphs,
             comm=comm,
             draft=draft,

@@ -156,7 +156,7 @@ def warm_up(
     widths: tokens of a decoding sequence. `everything`: with penalties, log-probabilities and
     masks, too, so that no request is the first to load what it needs.
     """
-    host = HostRows(limits.max_rows, limits.vocab_size, ())
+    host = HostRows(limits.max_rows, limits.vocab_size)
     eager = replace(geometry, decode_sizes={}, staging=0, piece_sizes=())
     steps, row = [*kinds_of_steps(limits, widths, (0, 1), everything=everything)], limits.max_rows
     if cascade:
@@ -235,5 +235,5 @@ def _padding_step(
     if prompt_tokens % longest:
         lengths.append(prompt_tokens % longest)
     prompts = [Chunk(0, 0, row, 0, n, [0] * n, 0, [], True) for n in lengths]
-    host = HostRows(limits.max_rows, limits.vocab_size, ())
+    host = HostRows(limits.max_rows, limits.vocab_size)
     return Step(pack_step(Batch(0, decoding + prompts, len(decoding)), host, geometry))

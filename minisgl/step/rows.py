@@ -87,11 +87,10 @@ class RowBuffers:
 class HostRows:
     """What the host remembers of each row's sequence, and the packing of setups."""
 
-    def __init__(self, max_rows: int, vocab: int, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, max_rows: int, vocab: int) -> None:
         self.flags = np.zeros(max_rows + 1, np.int32)
         self.setups: dict[int, RowSetup] = {}
         self._vocab = vocab
-        self._eos_token_ids = eos_token_ids
 
     def pack(self, setups: list[RowSetup]) -> Sections:
         """Remember the setups, and the arrays with which `RowBuffers.apply` writes them."""
@@ -101,10 +100,7 @@ class HostRows:
         for record, setup in zip(records, setups, strict=True):
             params = setup.params
             self.setups[setup.row] = setup
-            bans = set(params.stop_token_ids) if params.min_tokens else set()
-            if params.min_tokens and not params.ignore_eos:
-                bans.update(self._eos_token_ids)
-            entries = [(i, -np.inf) for i in sorted(bans) if i < self._vocab]
+            entries = [(i, -np.inf) for i in setup.banned_ids if i < self._vocab]
             num_bans = len(entries)
             entries += [(i, value) for i, value in params.logit_bias if i < self._vocab]
             if len(entries) > MAX_BIASES:

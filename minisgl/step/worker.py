@@ -25,7 +25,6 @@ class Worker:
         shape: KVShape,
         limits: Limits,
         *,
-        eos_token_ids: tuple[int, ...] = (),
         graphs: GraphSizes | None = None,
         comm: Communicator | None = None,
         draft: Draft | None = None,
@@ -51,7 +50,7 @@ class Worker:
             draft_sizes=draft_sizes(limits.max_rows, any_size=not device.captures),
             piece_sizes=graphs.pieces,
         )
-        self.host_rows = HostRows(limits.max_rows, limits.vocab_size, eos_token_ids)
+        self.host_rows = HostRows(limits.max_rows, limits.vocab_size)
         self.runner = device.run(self._build, model, shape, graphs, comm or Solo(), draft, compare)
 
     def _build(

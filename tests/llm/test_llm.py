@@ -1,7 +1,9 @@
 """The offline API on a random model: what goes in, what comes out, what is refused."""
 
 import dataclasses
+import json
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -51,6 +53,24 @@ def test_one_prompt_gives_one_output_and_a_list_a_list_in_order(llm):
     assert together[1].prompt is None
     assert llm.generate([], GREEDY) == []
     assert isinstance(llm.generate([texts[0]], use_tqdm=False, sampling_params=GREEDY), list)
+
+
+def test_eos_that_only_the_tokenizer_names_ends_a_text(model_directory, tmp_path):
+    directory = shutil.copytree(model_directory, tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text()) | {"eos_token_id": None}
+    (directory / "config.json").write_text(json.dumps(config))
+    own = {"eos_token": "<|new|>", "chat_template": None}  # in no other file
+    (directory / "tokenizer_config.json").write_text(json.dumps(own))
+    with LLM(directory, **OPTIONS) as llm:
+        assert llm.info.eos_token_ids == []
+        eos = llm.tokenizer.eos_token_id
+        assert llm.tokenizer.encode("<|new|>") == [eos]
+        params = SamplingParams(max_tokens=8, min_tokens=2, logit_bias={eos: 100.0})
+        output = llm.generate("a", params, use_tqdm=False)
+        assert (len(output.token_ids), output.outputs[0].finish_reason) == (3, "stop")
+        assert output.outputs[0].stop_reason == eos
+        ignoring = replace(params, ignore_eos=True)
+        assert llm.generate("a", ignoring, use_tqdm=False).token_ids == [eos] * 8
 
 
 def test_params_may_differ_by_prompt_but_not_in_number(llm):

@@ -31,6 +31,13 @@ def test_chat(client, engine):
     assert usage.prompt_tokens_details.cached_tokens == CACHED
 
 
+def test_the_engine_is_told_where_the_tokenizer_ends_a_text(client, engine):
+    chat(client)
+    complete(client, ["a", "b"])
+    eos = engine.model.tokenizer.eos_token_id
+    assert [request.eos_token_id for request in engine.requests] == [eos] * 3
+
+
 @pytest.mark.parametrize("tokens_per_delta", [1, 3, 100])
 @pytest.mark.parametrize("stop", [None, "größ", ["ld", "xx"]])
 def test_streamed_chat_equals_the_whole(client, engine, stop, tokens_per_delta):

@@ -5,7 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import tokenizers
 
+from minisgl.core.request import Delta, SamplingParams
+from minisgl.server.text import TextStream
 from minisgl.server.tokenizer import Tokenizer
 from tests.server import small_tokenizers
 from tests.server.small_tokenizers import CHAT_TEMPLATE, save
@@ -89,6 +92,90 @@ def test_tokens_that_only_the_config_declares_are_added(tmp_path):
     assert ids[-2:] == [size, size + 1]
     assert tokenizer.decode(ids) == "a<|shown|>"
     assert backend.token_to_id("<|tool|>") is None
+
+
+STRIPPED = {"lstrip": True, "rstrip": False, "single_word": False, "normalized": False}
+EOT = {"__type": "AddedToken", "content": "<|eot|>", **STRIPPED}
+SPECIAL_EOT = EOT | {"special": True}
+DECODER = {"401": {"content": "<think>", "special": True, **STRIPPED}, "400": {"content": "<|x|>"}}
+# Where tokens are named that tokenizer.json has not, or not as special ones: by file.
+NAMED_ELSEWHERE = {
+    "eos_token": {"tokenizer_config.json": {"eos_token": "<|eot|>"}},
+    "eos_token as an object": {"tokenizer_config.json": {"eos_token": EOT}},
+    "an ordinary token": {"tokenizer_config.json": {"eos_token": "a", "bos_token": "<|eot|>"}},
+    "additional": {"tokenizer_config.json": {"additional_special_tokens": ["<|x|>", SPECIAL_EOT]}},
+    "extra": {"tokenizer_config.json": {"extra_special_tokens": ["<|eot|>", "<|x|>"]}},
+    "extra by name": {"tokenizer_config.json": {"extra_special_tokens": {"x_token": "<|x|>"}}},
+    "a model's own name": {"tokenizer_config.json": {"image_token": "<|x|>", "add_x": True}},
+    "added_tokens_decoder": {"tokenizer_config.json": {"added_tokens_decoder": DECODER}},
+    "special_tokens_map.json": {
+        "tokenizer_config.json": {"eos_token": "<|x|>"},
+        "special_tokens_map.json": {
+            "eos_token": {"content": "<|eot|>", **STRIPPED},
+            "additional_special_tokens": ["<|x|>"],
+        },
+    },
+    "added_tokens.json": {
+        "tokenizer_config.json": {"eos_token": "<|eot|>"},
+        "added_tokens.json": {"<|eot|>": 343, "<|x|>": 342},
+    },
+    "files that added_tokens_decoder replaces": {
+        "tokenizer_config.json": {"eos_token": "<|x|>", "added_tokens_decoder": DECODER},
+        "special_tokens_map.json": {"eos_token": "<|eot|>"},
+        "added_tokens.json": {"<|end|>": 402},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentence_piece"])
+@pytest.mark.parametrize("case", NAMED_ELSEWHERE)
+def test_tokens_named_in_any_file_are_those_of_transformers(tmp_path, case, kind):
+    from transformers import AutoTokenizer
+
+    getattr(small_tokenizers, kind)().save(str(tmp_path / "tokenizer.json"))
+    for name, content in NAMED_ELSEWHERE[case].items():
+        content = {"tokenizer_class": "PreTrainedTokenizerFast"} | content
+        if name == "added_tokens.json":
+            del content["tokenizer_class"]
+        (tmp_path / name).write_text(json.dumps(content))
+    ours, theirs = Tokenizer.from_directory(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    text = "to <|eot|>b <|x|> c <think>d<|im_end|> <|end|>"
+    ids = theirs.encode(text, add_special_tokens=False)
+    assert ours.encode(text, add_special_tokens=False) == ids
+    assert ours.eos_token_id == theirs.eos_token_id
+    assert ours.vocab_size == len(theirs)
+    assert ours.decode(ids).removeprefix(" ") == theirs.decode(ids, skip_special_tokens=True)
+    assert ours.special_tokens == theirs.special_tokens_map
+
+
+@pytest.mark.parametrize("given", [5, {"special": True}, ["x"], {"content": "x", "lstrip": 1}])
+def test_what_is_no_token_is_refused(tmp_path, given):
+    save(tmp_path, small_tokenizers.byte_level(), additional_special_tokens=[given])
+    with pytest.raises(ValueError, match=r"a token must be a string or an object, got .*"):
+        Tokenizer.from_directory(tmp_path)
+
+
+def test_an_added_token_is_spelled_as_it_is(tmp_path):
+    """The tokenizers library reads its letters as coded bytes: "caf\ufffd"."""
+    backend = tokenizers.Tokenizer.from_str(small_tokenizers.byte_level().to_str())
+    backend.add_tokens(["café", "Ġü"])
+    backend.add_special_tokens(["<é>"])
+    tokenizer = Tokenizer.from_directory(save(tmp_path, backend))
+    text = "a café<é>Ġü naïve ü🚀"
+    ids = tokenizer.encode(text)
+    assert ids.count(backend.token_to_id("café")) == 1
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    stream = TextStream(tokenizer, SamplingParams())
+    pieces = [stream.feed(Delta("r", 0, [token_id])).text for token_id in ids]
+    assert "".join(pieces) == tokenizer.decode(ids) == text.replace("<é>", "")
+
+
+def test_a_token_that_the_vocabulary_has_too_is_of_coded_bytes(tmp_path):
+    backend = tokenizers.Tokenizer.from_str(small_tokenizers.byte_level().to_str())
+    merged = backend.encode(" größer").ids[0]
+    backend.add_tokens([backend.id_to_token(merged)])
+    tokenizer = Tokenizer.from_directory(save(tmp_path, backend))
+    assert tokenizer.decode([merged]) == " größer"
 
 
 @pytest.mark.parametrize(

@@ -85,13 +85,13 @@ def test_groups_are_packed_as_the_op_takes_them():
         (Batch(0, [*chunks, prompt], 5, cascade_groups=groups), {}),
     ):
         geometry = Geometry(9, 10, 1, sizes, 10_000, page_size=16)
-        step = pack_step(batch, HostRows(10, VOCAB, ()), geometry)
+        step = pack_step(batch, HostRows(10, VOCAB), geometry)
         assert step.replays == bool(sizes)
         packed, shared = np.split(step.sections["cascade"], [cascade_words(1)[0]])
         rows = packed.reshape(MAX_CASCADE_GROUPS, 3).tolist()
         assert rows == [[0, 2, 3], [2, 2, 1], *[[0, 0, 0]] * (MAX_CASCADE_GROUPS - 2)]
         assert shared.tolist() == [48, 48, 16, 16] + [0] * (step.num_decode - 4)
-    plain = pack_step(Batch(0, chunks, 5), HostRows(10, VOCAB, ()), geometry)
+    plain = pack_step(Batch(0, chunks, 5), HostRows(10, VOCAB), geometry)
     assert "cascade" not in plain.sections
 
 

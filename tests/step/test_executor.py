@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 from minisgl import csrc
 from minisgl.config import EngineConfig
@@ -174,8 +175,16 @@ def test_stops_and_bans(model, executors):
         Request("waits", [4, 5], SamplingParams(max_tokens=9, logit_bias=bias, min_tokens=4)),
         Request("ignores", [4, 5], SamplingParams(max_tokens=5, logit_bias=bias, ignore_eos=True)),
     ]
+    other = 50  # which the tokenizer alone names
+    ends = SamplingParams(max_tokens=9, logit_bias={other: 100.0}, min_tokens=2)
+    requests.append(Request("tokenizer", [4, 5], ends, eos_token_id=other))
+    runs_on = replace(ends, ignore_eos=True)
+    requests.append(Request("runs on", [4, 5], runs_on, eos_token_id=other))
     results = serve(executors(), requests).results
     assert results["ends", 0].tokens == [EOS[0]]
+    assert len(results["tokenizer", 0].tokens) == 3
+    assert results["tokenizer", 0].tokens.index(other) == 2
+    assert results["runs on", 0].tokens == [other] * 9
     waits = results["waits", 0].tokens
     assert len(waits) == 5
     assert waits.index(EOS[0]) == 4

@@ -84,7 +84,7 @@ def batches(draw: st.DrawFn) -> tuple[World, Batch, Geometry]:
 @given(batches())
 def test_inputs_say_what_the_batch_says(case: tuple[World, Batch, Geometry]):
     world, batch, geometry = case
-    host = HostRows(ROWS, VOCAB, ())
+    host = HostRows(ROWS, VOCAB)
     step = pack_step(batch, host, geometry)
     sent = split(step.sections, torch.from_numpy(join(step.sections)))
     device = CpuDevice(num_threads=1)
@@ -225,7 +225,7 @@ def test_rows_advance_by_what_was_accepted(case):
 
 
 def test_malformed_batches_are_refused():
-    host, geometry = HostRows(ROWS, VOCAB, ()), Geometry(PAGES, ROWS, page_size=16)
+    host, geometry = HostRows(ROWS, VOCAB), Geometry(PAGES, ROWS, page_size=16)
     with pytest.raises(ValueError, match="batch 3 has no chunks"):
         pack_step(Batch(3, [], 0), host, geometry)
     short = Chunk(5, 0, 0, 0, 4, [1, 2], 0, [], True)
@@ -238,7 +238,7 @@ def test_malformed_batches_are_refused():
 
 def test_prompt_logprob_targets_are_the_next_prompt_tokens():
     host, geometry = (
-        HostRows(ROWS, VOCAB, ()),
+        HostRows(ROWS, VOCAB),
         Geometry(PAGES, ROWS, token_multiple=8, page_size=16),
     )
     prompt = [11, 12, 13, 14, 15]

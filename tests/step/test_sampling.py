@@ -30,14 +30,20 @@ if NATIVE is not None:
     DRAWS.append(pytest.param(sample_cpu, id="native"))
 
 
+def bans(params: SamplingParams) -> list[int]:
+    """What may not be drawn below `min_tokens`, as the planner says it."""
+    stops = {*params.stop_token_ids, *(() if params.ignore_eos else EOS)}
+    return sorted(stops) if params.min_tokens else []
+
+
 class Table:
     """Row buffers set up from requests' parameters, as a step does it."""
 
     def __init__(self, params: list[SamplingParams], tokens: list[list[int]], prompt: int) -> None:
         device = CpuDevice(num_threads=1)
-        host = HostRows(len(params), VOCAB, EOS)
+        host = HostRows(len(params), VOCAB)
         setups = [
-            RowSetup(i, 0, i, choice=i % 3, prompt_length=prompt, params=p, token_ids=t)
+            RowSetup(i, 0, i, i % 3, prompt, p, token_ids=t, banned_ids=bans(p))
             for i, (p, t) in enumerate(zip(params, tokens, strict=True))
         ]
 

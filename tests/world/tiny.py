@@ -71,7 +71,7 @@ def make_executor(
         multiple = device.row_multiple(dtype)
         sizes = GraphSizes.of(most, graph_widths, True, multiple, most_in_pieces)
     drafting = None if draft is None else Draft(draft, draft_shape or shape, num_drafts)
-    worker = Worker(device, model, shape, limits, eos_token_ids=EOS, graphs=sizes, draft=drafting)
+    worker = Worker(device, model, shape, limits, graphs=sizes, draft=drafting)
     return TinyExecutor(worker)
 
 
