@@ -108,7 +108,7 @@ class Generation:
         if is_first:
             self._begun.add(choice)
             if self.call.echo is not None:
-                text = self.call.echo[index] + text
+                text = self.call.echo[index].text + text
                 scored = [*self._prompt_scored(index, delta), *scored]
         return Part(choice, text, len(piece.token_ids), scored, piece.finish_reason, is_first)
 

@@ -18,6 +18,7 @@ from minisgl.core.executor import Limits
 from minisgl.core.request import MAX_TOP_LOGPROBS, Request, SamplingParams
 from minisgl.server import fields
 from minisgl.server.body import ApiError, convert, cut, decode, read, read_object, shown
+from minisgl.server.echo import Echo
 from minisgl.server.tokenizer import Tokenizer
 
 MAX_PROMPTS = 1024  # in one completions body
@@ -47,7 +48,7 @@ class Call:
     requests: list[Request]
     stream: bool
     stream_options: fields.StreamOptions
-    echo: list[str] | None = None  # per request: the prompt, repeated before the output
+    echo: list[Echo] | None = None  # per request, where it is wanted
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -111,14 +112,15 @@ def parse_completion(content: bytes, model: ServedModel) -> Call:
         prompt_logprobs=echo_logprobs,
     )
     call_id = f"cmpl-{uuid.uuid4().hex}"
-    requests, texts = [], []
+    requests, echoes = [], []
     for index, (param, prompt) in enumerate(_prompts(body.prompt)):
         ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         room = _check_prompt(ids, param, params, "max_tokens", model)
         limit = body.max_tokens or min(room, max(COMPLETION_TOKENS, params.min_tokens))
         own = msgspec.structs.replace(params, max_tokens=limit)
         requests.append(_request(f"{call_id}-{index}", ids, own, body, model))
-        texts.append(prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt))
+        if body.echo:
+            echoes.append(Echo.of(prompt, ids, model.tokenizer, echo_logprobs is not None))
     return Call(
         id=call_id,
         kind="completion",
@@ -126,7 +128,7 @@ def parse_completion(content: bytes, model: ServedModel) -> Call:
         requests=requests,
         stream=bool(body.stream),
         stream_options=_stream_options(body),
-        echo=texts if body.echo else None,
+        echo=echoes or None,
     )
 
 

@@ -1,11 +1,11 @@
 """Parts of text -> OpenAI's objects: the whole answer, or the chunks of a stream."""
 
-import codecs
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from minisgl import __version__
 from minisgl.core.request import FinishReason
+from minisgl.server.echo import Offsets
 from minisgl.server.generate import Part, Scored, Usage
 from minisgl.server.openai import Call
 from minisgl.server.tokenizer import Tokenizer
@@ -87,7 +87,8 @@ class CompletionShape:
     def __init__(self, call: Call, tokenizer: Tokenizer) -> None:
         self._with_logprobs = call.params.logprobs is not None
         self._tokenizer = tokenizer
-        self._offsets: dict[int, _Offsets] = {}
+        self._call = call
+        self._offsets: dict[int, Offsets] = {}
 
     def whole(
         self, choice: int, text: str, scored: list[Scored], finish_reason: FinishReason | None
@@ -107,7 +108,10 @@ class CompletionShape:
         """The old shape: parallel lists; `text_offset` counts characters of this choice's text."""
         if not self._with_logprobs:
             return None
-        offsets = self._offsets.setdefault(choice, _Offsets(self._tokenizer))
+        if choice not in self._offsets:
+            echo = self._call.echo and self._call.echo[choice // self._call.params.n]
+            self._offsets[choice] = Offsets(self._tokenizer, echo or None)
+        offsets = self._offsets[choice]
         entries = [entry for _, entry in scored]
         return {
             "tokens": [self._spelled(token_id) for token_id, _ in scored],
@@ -133,21 +137,6 @@ class CompletionShape:
             return spelled.decode("utf-8")
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
-
-
-class _Offsets:
-    """Where the tokens of a text begin, in characters."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._next = 0
-
-    def advance(self, token_id: int) -> int:
-        offset = self._next
-        if not self._tokenizer.is_special(token_id):
-            self._next += len(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
-        return offset
 
 
 class Reply:

@@ -37,6 +37,7 @@ class Tokenizer:
         self.eos_token_id = self._id_of("eos_token")
         self._add_bos: bool | None = config.get("add_bos_token")
         self._to_bytes = _decoder_rule(backend)
+        self.strips_first_space = _strips_first_space(backend)
         self._plain_ids = _plain_ids(backend) if self._to_bytes is _byte_level else frozenset()
         self._bytes_of: dict[int, bytes] = {}
 
@@ -75,6 +76,23 @@ class Tokenizer:
         if wanted and self._add_bos and self.bos_token_id is not None:
             ids = ids if ids[:1] == [self.bos_token_id] else [self.bos_token_id, *ids]
         return ids
+
+    def offsets(self, text: str, ids: Sequence[int]) -> list[int]:
+        """Where each token of `ids`, which `encode` made of `text`, begins in it, in characters.
+
+        Tokens that hold parts of one character all begin where it does.
+        """
+        wanted = self._add_bos is not False
+        encoding = self._backend.encode(text, add_special_tokens=wanted)
+        begins, end = [0] * (len(ids) - len(encoding.ids)), 0
+        for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+            if start < stop:  # spaces before a word may be left out
+                begins.append(min(start, end))
+                end = max(end, stop)
+            else:  # a token that the text has not, or of nothing but spaces
+                begins.append(end)
+                end += 0 if self.is_special(token_id) else len(self.token_bytes(token_id))
+        return begins
 
     def encode_chat(self, messages: Sequence[Message], /, **options: Any) -> list[int]:
         """Token ids of a conversation. `options` go to `ChatTemplate.render`.
@@ -144,6 +162,17 @@ def _decoder_rule(backend: tokenizers.Tokenizer) -> Callable[[str], bytes]:
         return token.encode()
 
     return sentence_piece
+
+
+def _strips_first_space(backend: tokenizers.Tokenizer) -> bool:
+    """Whether the decoder leaves out the space that SentencePiece puts before a text."""
+    described = json.loads(backend.decoder.__getstate__())
+    steps = described.get("decoders", [described])
+    return any(
+        (step["type"] == "Strip" and step["start"] > 0)
+        or (step["type"] == "Metaspace" and step["prepend_scheme"] != "never")
+        for step in steps
+    )
 
 
 def _gpt2_alphabet() -> dict[str, int]:

@@ -297,6 +297,12 @@ def test_echo_repeats_the_prompt_with_its_logprobs(client, engine, stream):
     assert values[-2:] == [-0.5, -1.5]
     tokens = [token for entry in found for token in entry.tokens]
     assert "".join(tokens).startswith("Once")
+    text = "".join(c.choices[0].text for c in chunks)
+    offsets = [offset for entry in found for offset in entry.text_offset]
+    for token, begin in zip(tokens, offsets, strict=True):
+        assert text[begin:].startswith(token)
+    assert offsets == sorted(offsets)
+    assert offsets[-2] == len("Once")
     tops = [top for entry in found for top in entry.top_logprobs]
     assert tops[0] is None
 
