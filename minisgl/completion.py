@@ -8,10 +8,9 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from reprlib import repr as shown  # cut where it is long
 from typing import Any, cast
 
-from minisgl.core.request import Delta, FinishReason, Request, SamplingParams, TokenLogprobs
+from minisgl.core.request import Delta, FinishReason, Request, SamplingParams, TokenLogprobs, shown
 from minisgl.engine.messages import EngineInfo
 from minisgl.server.text import TextStream
 from minisgl.server.tokenizer import Tokenizer

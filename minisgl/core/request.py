@@ -1,8 +1,8 @@
 """What a user asks (`Request`, `SamplingParams`) and what comes back for it (`Delta`)."""
 
+import reprlib
 import secrets
 from collections.abc import Mapping
-from reprlib import repr as shown  # cut where it is long
 from typing import Literal
 
 import msgspec
@@ -11,18 +11,36 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 512  # entries
+MAX_STOP_STRINGS = 64
 MAX_STOP_TOKEN_IDS = 256
 MAX_SEED = 2**64 - 1
 LEAST_TEMPERATURE = 1e-5  # that is not greedy: logits divided by less overflow in fp32
 MAX_INT = 2**31 - 1  # what the device keeps counts in
+# Field -> the least and the most it may be: what means something, and nothing that fp32 cannot.
+RANGES: dict[str, tuple[float, float]] = {
+    "max_tokens": (1, MAX_INT),
+    "min_tokens": (0, MAX_INT),
+    "temperature": (0.0, 100.0),
+    "top_k": (-1, MAX_INT),
+    "top_p": (0.0, 1.0),  # 0 itself would leave no token
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 100.0),  # which logits are divided by, and multiplied
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "logprobs": (0, MAX_TOP_LOGPROBS),
+    "prompt_logprobs": (0, MAX_TOP_LOGPROBS),
+    "n": (1, 128),
+    "seed": (-(2**63), MAX_SEED),
+}
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, gc=False, array_like=True):
     """How the tokens of one request are drawn. Validated on construction, immutable afterwards.
 
-    `max_tokens=None` means up to the end of the context (or of the KV pool). `top_k=0` and
+    `max_tokens=None` means up to the end of the context (or of the KV pool). `top_k=0` (or -1) and
     `top_p=1.0` switch those filters off; `temperature=0` is greedy, and what is below
-    LEAST_TEMPERATURE counts as 0. `logprobs=k` asks for the chosen token's log-probability and the
+    LEAST_TEMPERATURE counts as 0. Negative seeds are 64-bit numbers with a sign, as OpenAI's. All
+    fields are within RANGES. `logprobs=k` asks for the chosen token's log-probability and the
     k most likely ones; `prompt_logprobs` likewise for the prompt. `stop` strings end the text where
     they begin and are not part of it. `seed=None` is replaced by a random 64-bit seed where the
     request enters the engine (`with_a_seed`). One string will do for `stop`, a mapping for
@@ -63,28 +81,22 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, gc=False, array_
                 raise TypeError(f"{name} must be {kind}, got {shown(given)}") from error
             msgspec.structs.force_setattr(self, name, value)
         _check_types(self)
-        _require("max_tokens", self.max_tokens, low=1, high=MAX_INT)
-        _require("min_tokens", self.min_tokens, low=0, high=MAX_INT)
-        _require("temperature", self.temperature, low=0.0, high=100.0)
+        for name, (low, high) in RANGES.items():
+            _require(name, getattr(self, name), low, high, open_low=name == "top_p")
         if self.temperature < LEAST_TEMPERATURE:
             msgspec.structs.force_setattr(self, "temperature", 0.0)
-        _require("top_k", self.top_k, low=0, high=MAX_INT)
-        _require("top_p", self.top_p, low=0.0, high=1.0, open_low=True)
-        _require("min_p", self.min_p, low=0.0, high=1.0)
-        _require("repetition_penalty", self.repetition_penalty, low=0.0, high=100.0, open_low=True)
-        _require("presence_penalty", self.presence_penalty, low=-2.0, high=2.0)
-        _require("frequency_penalty", self.frequency_penalty, low=-2.0, high=2.0)
-        _require("logprobs", self.logprobs, low=0, high=MAX_TOP_LOGPROBS)
-        _require("prompt_logprobs", self.prompt_logprobs, low=0, high=MAX_TOP_LOGPROBS)
-        _require("n", self.n, low=1, high=128)
-        _require("seed", self.seed, low=0, high=MAX_SEED)
-        _require("number of logit_bias entries", len(self.logit_bias), high=MAX_LOGIT_BIAS)
-        _require("number of stop_token_ids", len(self.stop_token_ids), high=MAX_STOP_TOKEN_IDS)
+        if self.top_k == -1:
+            msgspec.structs.force_setattr(self, "top_k", 0)
+        if self.seed is not None:  # the same bits, without a sign
+            msgspec.structs.force_setattr(self, "seed", self.seed & MAX_SEED)
+        _require("number of logit_bias entries", len(self.logit_bias), 0, MAX_LOGIT_BIAS)
+        _require("number of stop strings", len(self.stop), 0, MAX_STOP_STRINGS)
+        _require("number of stop_token_ids", len(self.stop_token_ids), 0, MAX_STOP_TOKEN_IDS)
         for token_id, bias in self.logit_bias:
-            _require("logit_bias token id", token_id, low=0)
-            _require("logit_bias", bias, low=-100.0, high=100.0)
+            _require("logit_bias token id", token_id, 0, MAX_INT)
+            _require("logit_bias", bias, -100.0, 100.0)
         for token_id in self.stop_token_ids:
-            _require("stop_token_ids", token_id, low=0)
+            _require("stop_token_ids", token_id, 0, MAX_INT)
         if any(not text for text in self.stop):
             raise ValueError("stop must not contain an empty string")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -160,7 +172,7 @@ def _check_types(params: SamplingParams) -> None:
     """One field after another, as its annotation says; a bool is no number here."""
     for name in _INTEGERS:
         value = getattr(params, name)
-        if value is not None and type(value) is not int:
+        if type(value) is not int and (value is not None or _TYPES[name] is int):
             raise TypeError(f"{name} must be an int, got {shown(value)}")
     for name in _FLOATS:
         value = getattr(params, name)
@@ -187,19 +199,17 @@ _FLOATS = [name for name, kind in _TYPES.items() if kind is float]
 
 
 def _require(
-    field: str,
-    value: float | None,
-    *,
-    low: float = 0,
-    high: float | None = None,
-    open_low: bool = False,
+    field: str, value: float | None, low: float, high: float, *, open_low: bool = False
 ) -> None:
-    if value is None:
+    if value is None or (low <= value <= high and not (open_low and value == low)):
         return
-    above = value > low if open_low else value >= low
-    if above and (high is None or value <= high):
-        return
-    bound = f"{'greater than' if open_low else 'at least'} {low}"
-    if high is not None:
-        bound += f" and at most {high}"
-    raise ValueError(f"{field} must be {bound}, got {shown(value)}")
+    bound = "greater than" if open_low else "at least"
+    raise ValueError(f"{field} must be {bound} {low} and at most {high}, got {shown(value)}")
+
+
+def shown(value: object) -> str:
+    """A wrong value, cut where it is long."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python writes no integers of more than 4300 digits
+        return "a number that is too long to show"

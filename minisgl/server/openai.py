@@ -22,7 +22,6 @@ from minisgl.server.echo import Echo
 from minisgl.server.tokenizer import Tokenizer
 
 MAX_PROMPTS = 1024  # in one completions body
-MAX_STOP_STRINGS = 64
 MAX_TEMPLATE_WORDS = 200  # characters of a template's refusal, which may repeat a message
 COMPLETION_TOKENS = 16  # max_tokens of a completions body that names none: OpenAI's
 
@@ -59,7 +58,7 @@ class Call:
 
 # Fields that a body and `SamplingParams` have alike; the others need converting.
 _SHARED = {*fields.Sampling.__struct_fields__} & {*SamplingParams.__struct_fields__}
-_SHARED -= {"stop", "logit_bias", "seed"}
+_SHARED -= {"logit_bias"}
 _ROLES = ("system", "developer", "user", "assistant")
 _RENDER_OPTIONS = {"messages", "tools", "documents", "add_generation_prompt"}
 
@@ -226,23 +225,15 @@ def _params(
     logprobs: int | None,
     prompt_logprobs: int | None = None,
 ) -> SamplingParams:
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    if len(stop) > MAX_STOP_STRINGS:
-        message = f"stop must hold at most {MAX_STOP_STRINGS} strings, got {len(stop)}"
-        raise ApiError(message, param="stop")
     given = {name: getattr(body, name) for name in _SHARED} | {"max_tokens": max_tokens}
-    if body.top_k == -1:  # "off" in other engines
-        given["top_k"] = 0
     try:
         params = SamplingParams(
-            stop=tuple(stop),
             logit_bias=tuple(_logit_bias(body.logit_bias or {})),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
-            seed=_unsigned(body.seed),
             **{name: value for name, value in given.items() if value is not None},
         )
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         message = str(error)  # names its field first
         names = SamplingParams.__struct_fields__
         param = next((word for word in message.split() if word in names), None)
@@ -255,18 +246,13 @@ def _params(
     return params
 
 
-def _logit_bias(bias: dict[str, float]) -> list[tuple[int, float]]:
+def _logit_bias(bias: dict[str, Any]) -> list[tuple[int, float]]:
     for name in bias:
         if not re.fullmatch(r"\d{1,9}", name):
             raise ApiError(
                 f"logit_bias must be keyed by token ids, got {shown(name)}", param="logit_bias"
             )
     return [(int(name), value) for name, value in bias.items()]
-
-
-def _unsigned(seed: int | None) -> int | None:
-    """OpenAI's seeds are signed 64-bit integers; the engine's have the same bits without sign."""
-    return seed + 2**64 if seed is not None and -(2**63) <= seed < 0 else seed
 
 
 @contextmanager

@@ -1,8 +1,12 @@
 """Sampling parameters cannot be wrong: the field, its limit and the value are named."""
 
+import math
+import re
+from pathlib import Path
+
 import pytest
 
-from minisgl.core.request import SamplingParams
+from minisgl.core.request import RANGES, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -15,12 +19,18 @@ from minisgl.core.request import SamplingParams
         ({"min_tokens": 2**31}, ValueError, "min_tokens .* at most 2147483647, got 2147483648"),
         ({"min_tokens": 3, "max_tokens": 2}, ValueError, r"at most max_tokens \(2\), got 3"),
         ({"top_k": 2**31}, ValueError, "top_k .* at most 2147483647, got 2147483648"),
-        ({"top_k": -1}, ValueError, "top_k must be at least 0 .*, got -1"),
+        ({"top_k": -2}, ValueError, "top_k must be at least -1 .*, got -2"),
+        ({"min_tokens": None}, TypeError, "min_tokens must be an int, got None"),
+        ({"n": None}, TypeError, "n must be an int, got None"),
         ({"temperature": "1"}, TypeError, "temperature must be a number, got '1'"),
         ({"temperature": float("nan")}, ValueError, "temperature .*, got nan"),
         ({"top_p": 0.0}, ValueError, "top_p must be greater than 0.0 and at most 1.0, got 0.0"),
         ({"seed": 2**64}, ValueError, "seed .* at most 18446744073709551615"),
         ({"seed": 10**400}, ValueError, r"got 10+\.\.\.0+$"),
+        ({"seed": 10**5000}, ValueError, "at most 18446744073709551615, got a number that is too"),
+        ({"repetition_penalty": 1e-45}, ValueError, "repetition_penalty must be at least 0.01 .*"),
+        ({"stop": ["x"] * 65}, ValueError, "number of stop strings must be .* at most 64, got 65"),
+        ({"stop_token_ids": [2**31]}, ValueError, "stop_token_ids must be .* at most 2147483647"),
         ({"seed": "x" * 400}, TypeError, r"got 'x+\.\.\.x+'$"),
         ({"stop": [1]}, TypeError, "stop must hold strings, got 1"),
         ({"stop": 1}, TypeError, "stop must be a string or a list, got 1"),
@@ -29,7 +39,7 @@ from minisgl.core.request import SamplingParams
         ({"logit_bias": 1.5}, TypeError, "logit_bias must be a mapping or pairs, got 1.5"),
         ({"stop": ""}, ValueError, "stop must not contain an empty string"),
         ({"stop_token_ids": [1.0]}, TypeError, "stop_token_ids must hold ints, got 1.0"),
-        ({"stop_token_ids": [-1]}, ValueError, "stop_token_ids must be at least 0, got -1"),
+        ({"stop_token_ids": [-1]}, ValueError, "stop_token_ids must be at least 0 .*, got -1"),
         ({"logit_bias": {1.5: 1.0}}, TypeError, "logit_bias must map ints to numbers, got 1.5"),
         ({"logit_bias": {1: 101}}, ValueError, "logit_bias .* at most 100.0, got 101"),
         ({"ignore_eos": 1}, TypeError, "ignore_eos must be a bool, got 1"),
@@ -38,6 +48,33 @@ from minisgl.core.request import SamplingParams
 def test_wrong_values_are_refused(values, error, message):
     with pytest.raises(error, match=message):
         SamplingParams(**values)
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_what_is_outside_a_range_is_refused_with_both_ends(name):
+    for end, beyond in zip(RANGES[name], (-1, 1), strict=True):
+        if isinstance(end, int):
+            outside = [end + beyond, end + beyond * 10**30]
+        else:
+            outside = [math.nextafter(end, beyond * math.inf), beyond * math.inf, math.nan]
+        for value in outside:
+            with pytest.raises(ValueError, match=f"^{name} must be") as refused:
+                SamplingParams(**{name: value})
+            assert all(str(limit) in str(refused.value) for limit in RANGES[name])
+
+
+def test_the_documents_state_the_ranges():
+    text = (Path(__file__).parents[2] / "docs/TEXT.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| (\S+ to \S+) \|", text, re.MULTILINE))
+    powers = {2**31 - 1: "2³¹-1", -(2**63): "-2⁶³", 2**64 - 1: "2⁶⁴-1"}
+    for name, ends in RANGES.items():
+        least, most = (powers.get(end, f"{end:g}") for end in ends)
+        assert rows[name] == f"{least} to {most}"
+
+
+def test_what_other_engines_write_is_taken():
+    assert SamplingParams(top_k=-1) == SamplingParams()
+    assert SamplingParams(seed=-1).seed == 2**64 - 1
 
 
 def test_friendly_forms_are_taken():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 import signal
@@ -14,6 +15,7 @@ from msgspec.structs import replace
 
 from minisgl import LLM, RequestOutput, SamplingParams
 from minisgl.config import EngineConfig
+from minisgl.core.request import RANGES
 from minisgl.llm import make_config
 from minisgl.server.tokenizer import Tokenizer
 from tests.server.small_tokenizers import CORPUS
@@ -53,6 +55,21 @@ def test_one_prompt_gives_one_output_and_a_list_a_list_in_order(llm):
     assert together[1].prompt is None
     assert llm.generate([], GREEDY) == []
     assert isinstance(llm.generate([texts[0]], use_tqdm=False, sampling_params=GREEDY), list)
+
+
+@pytest.mark.filterwarnings("error")  # as numpy's of an overflow
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "repetition_penalty", "seed"])
+def test_the_ends_of_a_range_compute_without_a_warning(llm, name):
+    least, most = RANGES[name]
+    for value in (least or 5e-324, most):
+        for temperature in (0.0, 1e-5, 1.0):
+            params = SamplingParams(
+                **{"temperature": temperature, "seed": 3, name: value}, max_tokens=4, logprobs=1
+            )
+            (choice,) = llm.generate("a b a", params, use_tqdm=False).outputs
+            assert all(math.isfinite(entry.logprob) for entry in choice.logprobs)
+            if (name, value) in (("top_p", 5e-324), ("min_p", 1.0)):  # the likeliest alone
+                assert choice.token_ids == [entry.top_ids[0] for entry in choice.logprobs]
 
 
 def test_eos_that_only_the_tokenizer_names_ends_a_text(model_directory, tmp_path):

@@ -172,14 +172,14 @@ OUT_OF_RANGE = {
     "temperature": (-0.1, "at least 0.0 and at most 100.0"),
     "top_p": (1.5, "at most 1.0"),
     "min_p": (-1, "at least 0.0"),
-    "top_k": (-2, "at least 0"),
+    "top_k": (-2, "at least -1"),
     "n": (0, "at least 1"),
     "max_tokens": (0, "at least 1"),
     "max_completion_tokens": (-5, "at least 1"),
     "min_tokens": (-1, "at least 0"),
     "presence_penalty": (2.5, "at most 2.0"),
     "frequency_penalty": (-3, "at least -2.0"),
-    "repetition_penalty": (0, "greater than 0.0"),
+    "repetition_penalty": (1e-45, "at least 0.01 and at most 100.0"),
     "seed": (2**64, f"at most {2**64 - 1}"),
     "logit_bias": ({"3": 101}, "at most 100.0"),
     "stop_token_ids": ([VOCAB], f"below the vocabulary size {VOCAB}"),
@@ -205,7 +205,7 @@ WRONG_TYPE = {
     "stream": "yes",
     "stop": 5,
     "max_tokens": True,
-    "logit_bias": [1],
+    "logit_bias": {"3": "much"},
     "messages": "hi",
     "model": 3,
     "stop_token_ids": 5,
@@ -218,7 +218,9 @@ WRONG_TYPE = {
 def test_a_value_of_the_wrong_type_is_named_and_shown(name):
     error = chat_refusal(**{name: WRONG_TYPE[name]})
     assert error["param"] == name
-    assert json.dumps(WRONG_TYPE[name]) in error["message"]
+    wrong = WRONG_TYPE[name]
+    shown = repr(wrong["3"]) if isinstance(wrong, dict) else json.dumps(wrong)
+    assert shown in error["message"]
 
 
 LONG = "x" * 2**20
