@@ -307,6 +307,7 @@ PYBIND11_MODULE(model_ops, m) {
 #endif
     const auto unlocked = py::call_guard<py::gil_scoped_release>();
     m.def("linear", &linear, unlocked, "y [m, n] = x [m, k] w [n, k]^T + bias [n]");
+    m.def("linear_panels", &linear_panels, unlocked, "the same with w in panels of 32 rows");
     m.def("rmsnorm", &rmsnorm, unlocked, "minisgl.kernels.rmsnorm on rows");
     m.def("gated", &gated, unlocked, "minisgl.kernels.activation on rows");
     m.def("qkv_prepare", &qkv_prepare, unlocked, "minisgl.kernels.qkv_prepare");

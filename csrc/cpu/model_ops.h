@@ -30,6 +30,9 @@ void prefetch(const T *base, Index offset) {
     __builtin_prefetch(reinterpret_cast<const void *>(address));
 }
 
+void linear_panels(Address x, Index x_stride, Address panels, Address bias, Address y, Index m,
+                   Index n, Index k, bool wide_output, int threads);
+
 // Raises ValueError for a head size that is not built.
 void decode(Address q, Index q_stride, Address k_pool, Address v_pool, Address page_table,
             Index table_stride, Address rows, Address lengths, Address out, Address lse,

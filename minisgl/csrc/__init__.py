@@ -14,7 +14,7 @@ from types import ModuleType
 from minisgl.csrc.build import MODULES, BuildError, Module, Target, Unavailable, find_module
 from minisgl.log import get_logger
 
-__all__ = ["MODULES", "BuildError", "Module", "Target", "Unavailable", "load"]
+__all__ = ["MODULES", "BuildError", "Module", "Target", "Unavailable", "is_coming", "load"]
 
 log = get_logger(__name__)
 
@@ -30,6 +30,12 @@ def load(name: str, arch: str | None = None, wait: bool = False) -> ModuleType |
     if unit.module is None and (wait or not unit.started):
         unit.start(wait)
     return unit.module
+
+
+def is_coming(name: str) -> bool:
+    """Whether the CPU module `name` is loaded, or is being built; the first call starts that."""
+    load(name)
+    return _unit(name, None).is_coming
 
 
 @functools.cache
@@ -55,6 +61,11 @@ class Unit:
                 self._begin()
         if wait and self._thread is not None:
             self._thread.join()
+
+    @property
+    def is_coming(self) -> bool:
+        building = self._thread is not None and self._thread.is_alive()
+        return self.module is not None or building
 
     def _begin(self) -> None:
         try:

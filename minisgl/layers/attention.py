@@ -107,6 +107,10 @@ class Attention:
         self.qk_norm = qk_norm
         self.cos_sin = cos_sin
 
+    def pack(self) -> None:
+        self.qkv.pack()
+        self.out.pack()
+
     def weights(self) -> Iterator[Weight]:
         yield from self.qkv.weights()
         yield from self.out.weights()

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 
 from minisgl.kernels.linear import linear
+from minisgl.kernels.linear.panels import Matrix, embedding, packed
 from minisgl.layers.weights import Placement, Weight
 
 
@@ -25,20 +25,23 @@ class VocabTable:
         per_rank = -(-vocab_size // at.comm.size)
         self.start = min(at.comm.rank * per_rank, vocab_size)
         self.count = min(per_rank, vocab_size - self.start)
-        self.weight = at.empty(per_rank, hidden_size)
+        self.weight: Matrix = at.empty(per_rank, hidden_size)
         self.weight[self.count :].zero_()  # rows of no token, where ranks do not divide the vocab
 
     def weights(self) -> Iterator[Weight]:
         shape = (self.vocab_size, self.weight.shape[1])
         yield Weight(f"{self.name}.weight", self.weight[: self.count], shape, 0, self.start)
 
+    def pack(self) -> None:
+        self.weight = packed(self.weight)
+
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """ids: [T] integers. Returns [T, hidden]."""
         if self.comm.size == 1:
-            return F.embedding(ids, self.weight)
+            return embedding(ids, self.weight)
         local = ids - self.start
         foreign = (local < 0) | (local >= self.count)
-        rows = F.embedding(local.masked_fill(foreign, 0), self.weight)
+        rows = embedding(local.masked_fill(foreign, 0), self.weight)
         return self.comm.all_reduce(rows.masked_fill_(foreign[:, None], 0.0))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from minisgl.kernels.linear import linear
+from minisgl.kernels.linear.panels import Matrix, packed
 from minisgl.layers.weights import Placement, Weight
 from minisgl.parallel import share
 
@@ -46,7 +47,7 @@ class ColumnLinear:
             for part in parts
         ]
         rows = sum(count * part.width for part, (_, count) in zip(parts, self.shares, strict=True))
-        self.weight = at.empty(rows, in_features)
+        self.weight: Matrix = at.empty(rows, in_features)
         self.bias = at.empty(rows) if bias else None
 
     def weights(self) -> Iterator[Weight]:
@@ -58,6 +59,9 @@ class ColumnLinear:
             yield Weight(f"{name}.weight", self.weight[rows], (out, self.in_features), 0, start)
             if self.bias is not None:
                 yield Weight(f"{name}.bias", self.bias[rows], (out,), 0, start)
+
+    def pack(self) -> None:
+        self.weight = packed(self.weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)  # type: ignore[no-any-return]
@@ -82,7 +86,7 @@ class RowLinear:
         self.in_features = units * width
         first, count = share(name, units, at.comm)
         self.start = first * width
-        self.weight = at.empty(out_features, count * width)
+        self.weight: Matrix = at.empty(out_features, count * width)
         self.bias = at.empty(out_features) if bias else None
 
     def weights(self) -> Iterator[Weight]:
@@ -90,6 +94,9 @@ class RowLinear:
         yield Weight(f"{self.name}.weight", self.weight, (out, self.in_features), 1, self.start)
         if self.bias is not None:
             yield Weight(f"{self.name}.bias", self.bias, (out,))
+
+    def pack(self) -> None:
+        self.weight = packed(self.weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's part of y; rank 0's has the bias."""

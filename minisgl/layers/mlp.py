@@ -35,6 +35,10 @@ class Mlp:
         self.down = RowLinear(f"{prefix}.down_proj", inner_size, 1, hidden_size, bias=bias, at=at)
         self.activation = ACTIVATIONS[activation]
 
+    def pack(self) -> None:
+        self.gate_up.pack()
+        self.down.pack()
+
     def weights(self) -> Iterator[Weight]:
         yield from self.gate_up.weights()
         yield from self.down.weights()
@@ -67,6 +71,9 @@ class Moe:
         self.router = at.empty(num_experts, hidden_size)
         self.gate_up = at.empty(num_experts, 2 * inner, hidden_size)
         self.down = at.empty(num_experts, hidden_size, inner)
+
+    def pack(self) -> None:
+        pass  # experts are read as they are
 
     def weights(self) -> Iterator[Weight]:
         num_experts, hidden, inner = self.down.shape

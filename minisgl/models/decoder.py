@@ -156,6 +156,7 @@ class Decoder:
         self.head = self.embedding
         if not config.tied_embeddings:
             self.head = VocabTable("lm_head", config.vocab_size, config.hidden_size, at)
+        self.weight_bytes = sum(weight.target.nbytes for weight in self.weights())
         # Rounded to the dtype, as the models were trained.
         self.embedding_scale = None
         if config.embedding_scale is not None:
@@ -174,6 +175,14 @@ class Decoder:
         yield from self.norm.weights()
         if self.head is not self.embedding:
             yield from self.head.weights()
+
+    def pack(self) -> None:
+        """Put the weights of products into the form that their device reads fastest, once all are
+        filled; `weights` has nothing to fill any more."""
+        for layer in self.layers:
+            layer.attention.pack()
+            layer.mlp.pack()
+        self.head.pack()
 
     @torch.inference_mode()
     def forward(self, inputs: ForwardInputs) -> torch.Tensor:

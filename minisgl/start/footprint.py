@@ -45,24 +45,19 @@ def footprint(
     rows = config.max_running_requests
     points = rows * (1 + config.num_draft_tokens)  # of every row, with its drafts
     tokens = config.chunked_prefill_size + points
-    weights = weight_bytes(model)
+    weights = model.weight_bytes
     workspace = workspace_bytes(facts.model, tokens, facts.dtype, ranks)
     graphs = static_bytes(sizes, vocab) + pieces_bytes(sizes, facts.model, facts.dtype, ranks)
     if captures:
         graphs += captured_bytes(sizes, facts.model, facts.dtype, ranks, facts.cascade)
     if draft is not None:  # which computes before the target, never beside it
-        weights += 0 if draft.model is None else weight_bytes(draft.model)
+        weights += 0 if draft.model is None else draft.model.weight_bytes
         workspace = max(workspace, draft_workspace_bytes(draft, tokens))
         passes = draft_sizes(rows, any_size=not captures)
         captured = captures and bool(sizes.by_width)
         graphs += draft_graph_bytes(draft, passes, captures=captured)
     counts = RowBuffers.counts_bytes(rows, vocab)
     return Footprint(weights, workspace, logits_bytes(vocab, points), counts, graphs)
-
-
-def weight_bytes(model: Decoder) -> int:
-    """Of the weights of this rank's share."""
-    return sum(w.target.numel() * w.target.element_size() for w in model.weights())
 
 
 def static_bytes(sizes: GraphSizes, vocab: int) -> int:

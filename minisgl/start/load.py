@@ -101,27 +101,27 @@ def load_models(
     config = facts.config
 
     def load(model: ModelConfig, path: Path, comm: Communicator, op: Op) -> Decoder:
-        return device.run(
-            lambda: load_model(
-                model,
-                path,
-                dtype=facts.dtype,
-                device=device.torch_device,
-                load_format=config.load_format,
-                comm=comm,
-                attention=op,
-                seed=config.random_seed,
-            )
+        decoder = load_model(
+            model,
+            path,
+            dtype=facts.dtype,
+            device=device.torch_device,
+            load_format=config.load_format,
+            comm=comm,
+            attention=op,
+            seed=config.random_seed,
         )
+        decoder.pack()
+        return decoder
 
     with stages.stage("load weights"):
-        model = load(facts.model, facts.path, comm, facts.attention)
+        model = device.run(load, facts.model, facts.path, comm, facts.attention)
     if config.speculative_algorithm != "draft":
         return model, None
     if facts.draft is None:
         return model, Draft(None, None, config.num_draft_tokens)
     with stages.stage("load the draft model"):
-        drafting = load(facts.draft.model, facts.draft.path, Solo(), attention)
+        drafting = device.run(load, facts.draft.model, facts.draft.path, Solo(), attention)
     return model, Draft(drafting, kv_shape(facts, drafting), config.num_draft_tokens)
 
 

@@ -9,6 +9,7 @@ import torch
 from minisgl import csrc
 from minisgl.kernels.cascade import cascade
 from minisgl.kernels.linear import linear
+from minisgl.kernels.linear.panels import Panels, embedding, packed, unpacked
 from minisgl.kernels.op import Case, Op, all_ops
 from tests.kernels.cards import check
 
@@ -37,6 +38,30 @@ def test_case(op: Op, name: str, case: Case, dtype: torch.dtype, native: bool) -
         check(op, name, arguments)
 
 
+@pytest.mark.skipif(NATIVE is None, reason="no compiler: weights are not packed")
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("case", linear.cases, ids=lambda case: case.label)
+def test_packed_weights(case: Case, native: bool) -> None:
+    arguments = case.make(torch.device("cpu"), torch.bfloat16, torch.Generator().manual_seed(0))
+    weight = arguments["weight"]
+    arguments["weight"] = panels = packed(weight.clone())
+    assert isinstance(panels, Panels) == (weight.shape[1] % 2 == 0)
+    assert panels.shape == weight.shape
+    assert torch.equal(unpacked(panels), weight)
+    ids = torch.randint(len(weight), (5,))
+    assert torch.equal(embedding(ids, panels), weight[ids])
+    with patch.object(csrc, "load", lambda _: NATIVE if native else None):
+        check(linear, "cpu", arguments)
+
+
+@pytest.mark.skipif(NATIVE is None, reason="no compiler: weights are not packed")
+def test_packing_takes_the_place_of_the_weight() -> None:
+    weight = torch.ones(96, 64, dtype=torch.bfloat16)
+    panels = packed(weight)
+    assert isinstance(panels, Panels)
+    assert panels.values.data_ptr() == weight.data_ptr()
+
+
 def test_cascade_refuses_a_window() -> None:
     made = cascade.cases[0].make(torch.device("cpu"), torch.float32, torch.Generator())
     windowed = made | {"kv": made["kv"]._replace(window=4)}
@@ -46,11 +71,14 @@ def test_cascade_refuses_a_window() -> None:
 
 
 @pytest.mark.skipif(NATIVE is None, reason="no compiler: there is no native linear layer to test")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_token_has_one_result_in_any_batch(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "pack"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
+def test_a_token_has_one_result_in_any_batch(dtype: torch.dtype, pack: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(150, 300, generator=generator).to(dtype)
+    x = torch.randn(350 if pack else 150, 300, generator=generator).to(dtype)
     weight = torch.randn(501, 300, generator=generator).to(dtype)
+    weight = packed(weight) if pack else weight
     whole = linear(x, weight)
     for start, end in ((0, 1), (3, 5), (7, 23), (100, 150)):
         assert torch.equal(linear(x[start:end], weight), whole[start:end])

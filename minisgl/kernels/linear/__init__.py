@@ -1,4 +1,4 @@
-"""Linear layer: y = x W^T + b, with the weight as checkpoints store it, [out, in].
+"""Linear layer: y = x W^T + b, with the weight as checkpoints store it, [out, in], or packed.
 
 Products are summed in fp32 whatever the type; the result is rounded once.
 """
@@ -8,27 +8,28 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from minisgl.kernels.linear.panels import Matrix, unpacked
 from minisgl.kernels.op import Case, Cost, Expected, Implementation, Op
 
 
 def linear_reference(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, wide: bool = False
+    x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None, wide: bool = False
 ) -> torch.Tensor:
     """x: [..., K], weight: [N, K], bias: [N], all of one type. Returns [..., N] in that type.
 
     With `wide` it is returned in fp32, which may or may not have been rounded to x's type on the
     way: for logits.
     """
-    y = F.linear(x, weight, bias)
+    y = F.linear(x, unpacked(weight), bias)
     return y.float() if wide else y
 
 
-def linear_cost(x: torch.Tensor, weight: torch.Tensor, wide: bool = False, **_: Any) -> Cost:
-    rows = x.numel() // x.shape[-1]
-    outputs = rows * weight.shape[0]
-    read = (x.numel() + weight.numel()) * x.element_size()
+def linear_cost(x: torch.Tensor, weight: Matrix, wide: bool = False, **_: Any) -> Cost:
+    n, k = weight.shape
+    outputs = x.numel() // k * n
+    read = (x.numel() + n * k) * x.element_size()
     written = outputs * (4 if wide else x.element_size())
-    return Cost(bytes=read + written, flops=2 * outputs * x.shape[-1])
+    return Cost(bytes=read + written, flops=2 * outputs * k)
 
 
 def _case(
@@ -63,6 +64,7 @@ CASES = (
     _case((200,), 48, 33, bias=True),
     _case((2, 97), 40, 50, wide=True),
     _case((0,), 64, 32),
+    _case((6,), 1024, 131, bias=True),
 )
 
 linear = Op(

@@ -1,8 +1,8 @@
 """Linear layers on CPU.
 
-PyTorch's products are slow in bf16 where the CPU has no bf16 arithmetic. Few rows are multiplied by
-the native product, which reads the weights as they are; many by PyTorch's, in fp32 where that is
-faster.
+Weights in panels, as all of a model in bf16 are, have a native product of their own. Of others few
+rows are multiplied by the native product that reads the weights as they are; many by PyTorch's, in
+fp32 where the CPU has no bf16 arithmetic, without which it is slow.
 """
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from minisgl.kernels.config import batch_invariant
 from minisgl.kernels.linear import linear_reference
+from minisgl.kernels.linear.panels import Matrix, Panels
 from minisgl.kernels.native import address, model_ops
 
 MANY_ROWS = 192  # from here on, widening the weights to fp32 for PyTorch costs less than it gains
@@ -17,15 +18,31 @@ BLOCK = 2**22  # weights widened at a time: they stay in the last cache
 
 
 def linear_cpu(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, wide: bool = False
+    x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None, wide: bool = False
 ) -> torch.Tensor:
-    """See `linear_reference`. Among few rows, or under `fixed_order`, one's result does not
-    depend on the others."""
-    native = model_ops(x, weight, bias)
-    if native is None or not weight.is_contiguous():
+    """See `linear_reference`. With panels, among few rows, or under `fixed_order`, one's result
+    does not depend on the others."""
+    values = weight.values if isinstance(weight, Panels) else weight
+    native = model_ops(x, values, bias)
+    if native is None or not values.is_contiguous():
         return linear_reference(x, weight, bias, wide)
     rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, x.shape[-1]).contiguous()
     n, k = weight.shape
+    if isinstance(weight, Panels):
+        y = torch.empty(*x.shape[:-1], n, dtype=torch.float32 if wide else x.dtype)
+        native.linear_panels(
+            rows.data_ptr(),
+            rows.stride(0),
+            values.data_ptr(),
+            address(bias),
+            y.data_ptr(),
+            rows.shape[0],
+            n,
+            k,
+            wide,
+            torch.get_num_threads(),
+        )
+        return y
     if rows.shape[0] >= MANY_ROWS and not batch_invariant():
         if x.dtype == torch.float32 or native.BF16_ARITHMETIC:
             return linear_reference(x, weight, bias, wide)
