@@ -1,17 +1,11 @@
 // Decode attention: per sequence and key head, all scores, then softmax, then the weighted sum.
 
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <string>
-#include <type_traits>
 #include <vector>
 
 #include "model_ops.h"
-
-namespace py = pybind11;
 
 namespace {
 
@@ -161,20 +155,10 @@ void decode(Address q, Index q_stride, Address k_pool, Address v_pool, Address p
                     window};
     with_type(is_bf16, [&](auto type) {
         using T = decltype(type);
-        const auto run = [&](auto vectors) {
-            run_decode<T, decltype(vectors)::value>(op, at<const T>(q), at<const T>(k_pool),
-                                                    at<const T>(v_pool), at<T>(out),
-                                                    at<float>(lse), sequences, threads);
-        };
-        switch (head_dim) {
-            case 16: return run(std::integral_constant<int, 1>{});
-            case 32: return run(std::integral_constant<int, 2>{});
-            case 64: return run(std::integral_constant<int, 4>{});
-            case 80: return run(std::integral_constant<int, 5>{});
-            case 96: return run(std::integral_constant<int, 6>{});
-            case 128: return run(std::integral_constant<int, 8>{});
-            case 256: return run(std::integral_constant<int, 16>{});
-            default: throw py::value_error("head_dim " + std::to_string(head_dim) + " is not built");
-        }
+        with_head_dim(head_dim, [&](auto dim) {
+            run_decode<T, decltype(dim)::value / 16>(op, at<const T>(q), at<const T>(k_pool),
+                                                     at<const T>(v_pool), at<T>(out),
+                                                     at<float>(lse), sequences, threads);
+        });
     });
 }

@@ -299,7 +299,7 @@ void qkv_prepare(Address qkv, Address positions, Address cos_sin, Address k_pool
 }  // namespace
 
 PYBIND11_MODULE(model_ops, m) {
-    m.attr("DECODE_HEAD_DIMS") = py::make_tuple(16, 32, 64, 80, 96, 128, 256);
+    m.attr("HEAD_DIMS") = py::make_tuple(16, 32, 64, 80, 96, 128, 256);
 #if defined(__AVX512BF16__) || defined(__AMX_BF16__)
     m.attr("BF16_ARITHMETIC") = true;  // of the CPU, which PyTorch's products then use
 #else
@@ -311,5 +311,6 @@ PYBIND11_MODULE(model_ops, m) {
     m.def("rmsnorm", &rmsnorm, unlocked, "minisgl.kernels.rmsnorm on rows");
     m.def("gated", &gated, unlocked, "minisgl.kernels.activation on rows");
     m.def("qkv_prepare", &qkv_prepare, unlocked, "minisgl.kernels.qkv_prepare");
+    m.def("attention", &attention, unlocked, "minisgl.kernels.attention, in bf16");
     m.def("decode", &decode, unlocked, "minisgl.kernels.decode");
 }

@@ -2,7 +2,11 @@
 
 #pragma once
 
+#include <pybind11/pybind11.h>
+
 #include <cstdint>
+#include <string>
+#include <type_traits>
 
 #include "vec.h"
 
@@ -33,7 +37,28 @@ void prefetch(const T *base, Index offset) {
 void linear_panels(Address x, Index x_stride, Address panels, Address bias, Address y, Index m,
                    Index n, Index k, bool wide_output, int threads);
 
-// Raises ValueError for a head size that is not built.
+// Calls f with the head size as a constant. Raises ValueError for one that is not built.
+template <class F>
+void with_head_dim(Index head_dim, F f) {
+    switch (head_dim) {
+        case 16: return f(std::integral_constant<int, 16>{});
+        case 32: return f(std::integral_constant<int, 32>{});
+        case 64: return f(std::integral_constant<int, 64>{});
+        case 80: return f(std::integral_constant<int, 80>{});
+        case 96: return f(std::integral_constant<int, 96>{});
+        case 128: return f(std::integral_constant<int, 128>{});
+        case 256: return f(std::integral_constant<int, 256>{});
+        default:
+            throw pybind11::value_error("head_dim " + std::to_string(head_dim) + " is not built");
+    }
+}
+
+// bf16 only. Both raise ValueError for a head size that is not built.
+void attention(Address q, Index q_stride, Address k_pool, Address v_pool, Address page_table,
+               Index table_stride, Address rows, Address lengths, Address offsets, Address out,
+               Address lse, Index sequences, Index q_heads, Index kv_heads, Index head_dim,
+               Index page_size, float scale, Index window, float softcap, int threads);
+
 void decode(Address q, Index q_stride, Address k_pool, Address v_pool, Address page_table,
             Index table_stride, Address rows, Address lengths, Address out, Address lse,
             Index sequences, Index width, Index q_heads, Index kv_heads, Index head_dim,

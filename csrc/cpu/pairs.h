@@ -5,6 +5,13 @@
 
 #include "vec.h"
 
+// Sums that are held in registers: of so many rows, in so many vectors of columns.
+#if defined(__AVX512F__)
+constexpr int TILE_ROWS = 6, TILE_VECTORS = 4;
+#else
+constexpr int TILE_ROWS = 3, TILE_VECTORS = 2;
+#endif
+
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 

@@ -12,12 +12,7 @@
 namespace {
 
 constexpr Index WIDTH = 32;  // columns of a panel
-
-#if defined(__AVX512F__)
-constexpr int TILE_M = 6, TILE_PANELS = 2;  // 24 sums, and a vector of each panel's halves
-#else
-constexpr int TILE_M = 3, TILE_PANELS = 1;
-#endif
+constexpr int TILE_PANELS = TILE_VECTORS / 2;
 
 template <class Y>
 struct Product {
@@ -73,7 +68,7 @@ struct Product {
 
     // Panels [begin, end) for all rows: one or two stay in the second cache, a tile of x in the first.
     void block(Index begin, Index end) const {
-        const Index tiles = (m + TILE_M - 1) / TILE_M;
+        const Index tiles = (m + TILE_ROWS - 1) / TILE_ROWS;
         for (Index panel = begin; panel < end; panel += TILE_PANELS)
             for (Index t = 0; t < tiles; ++t) {
                 const Index row = t * m / tiles, count = (t + 1) * m / tiles - row;

@@ -55,7 +55,7 @@ MODULES = (
     Module(
         name="model_ops",
         kind="cpu",
-        sources=("cpu/model_ops.cpp", "cpu/panels.cpp", "cpu/decode.cpp"),
+        sources=("cpu/model_ops.cpp", "cpu/panels.cpp", "cpu/attention.cpp", "cpu/decode.cpp"),
         twin="models on the CPU run on PyTorch's operators, which makes them several times slower",
         openmp=True,
     ),

@@ -101,8 +101,8 @@ def check_fixed_order(model: ModelConfig, dtype: torch.dtype, device: torch.devi
         )
     if dtype not in NATIVE_DTYPES:
         raise ValueError(f"batch_invariant on CPU needs dtype bfloat16 or float32, got {dtype}")
-    if model.head_dim not in native.DECODE_HEAD_DIMS:
+    if model.head_dim not in native.HEAD_DIMS:
         raise ValueError(
-            f"batch_invariant on CPU needs a head_dim among {list(native.DECODE_HEAD_DIMS)}, "
+            f"batch_invariant on CPU needs a head_dim among {list(native.HEAD_DIMS)}, "
             f"got {model.head_dim}"
         )

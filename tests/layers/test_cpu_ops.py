@@ -1,12 +1,15 @@
 """The CPU's implementations on every card's cases, native and, where nothing is built, without."""
 
 from collections.abc import Iterator
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 
 from minisgl import csrc
+from minisgl.kernels.attention import attention
+from minisgl.kernels.attention.paged import paged_case
 from minisgl.kernels.cascade import cascade
 from minisgl.kernels.linear import linear
 from minisgl.kernels.linear.panels import Panels, embedding, packed, unpacked
@@ -14,7 +17,15 @@ from minisgl.kernels.op import Case, Op, all_ops
 from tests.kernels.cards import check
 
 NATIVE = csrc.load("model_ops", wait=True)
-NATIVE_OPS = ("linear", "rmsnorm", "silu_and_mul", "gelu_tanh_and_mul", "qkv_prepare", "decode")
+NATIVE_OPS = (
+    "attention",
+    "linear",
+    "rmsnorm",
+    "silu_and_mul",
+    "gelu_tanh_and_mul",
+    "qkv_prepare",
+    "decode",
+)
 
 
 def _parameters() -> Iterator[object]:
@@ -60,6 +71,22 @@ def test_packing_takes_the_place_of_the_weight() -> None:
     panels = packed(weight)
     assert isinstance(panels, Panels)
     assert panels.values.data_ptr() == weight.data_ptr()
+
+
+@pytest.mark.skipif(NATIVE is None, reason="no compiler: there is no native attention to test")
+@pytest.mark.parametrize("facts", [{}, {"window": 300}, {"softcap": 20.0}], ids=str)
+def test_a_query_has_one_result_in_any_chunk(facts: dict[str, Any]) -> None:
+    """Over three blocks of keys and two spans of queries."""
+    generator = torch.Generator().manual_seed(0)
+    facts = {"head_dim": 64, "q_heads": 4, "kv_heads": 2} | facts
+    case = paged_case(700, [700], torch.device("cpu"), torch.bfloat16, generator, **facts)
+    q, kv, offsets = case["q"], case["kv"], torch.tensor([0, 700], dtype=torch.int32)
+    check(attention, "cpu", case | {"cu_seqlens_q": offsets})
+    whole = attention(q, kv, offsets)
+    for start, end in ((0, 1), (0, 256), (5, 290), (255, 258), (511, 699), (699, 700)):
+        own = kv._replace(seq_lens=torch.tensor([end], dtype=torch.int32))
+        chunk = torch.tensor([0, end - start], dtype=torch.int32)
+        assert torch.equal(attention(q[start:end], own, chunk), whole[start:end])
 
 
 def test_cascade_refuses_a_window() -> None:

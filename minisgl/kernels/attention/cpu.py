@@ -1,4 +1,4 @@
-"""Chunk attention on CPU: fp32 matrix products per sequence, in blocks of queries.
+"""Chunk attention on CPU: native in bf16, else fp32 matrix products of blocks of queries.
 
 A sequence whose pages lie in order is read through a view of the pool; only scattered pages are
 gathered. A block of queries reads only the keys that it may see, so causal and windowed chunks
@@ -12,6 +12,7 @@ import torch
 from minisgl.kernels.attention.paged import Attended, PagedKV
 from minisgl.kernels.config import batch_invariant
 from minisgl.kernels.decode.native import decode_native
+from minisgl.kernels.native import address, model_ops
 
 _BLOCK = 128  # queries at a time
 
@@ -32,6 +33,8 @@ def attention_cpu(
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:2], dtype=torch.float32) if return_lse else None
+    if not batch_invariant() and _native(q, kv, cu_seqlens_q, out, lse):
+        return out if lse is None else (out, lse)
     offsets = cu_seqlens_q.tolist()
     one_sequence = _each_query_alone if batch_invariant() else _blocks_of_queries
     for s in range(len(kv.rows)):
@@ -40,6 +43,46 @@ def attention_cpu(
             one = kv._replace(rows=kv.rows[s : s + 1], seq_lens=kv.seq_lens[s : s + 1])
             one_sequence(q[own], one, out[own], None if lse is None else lse[own])
     return out if lse is None else (out, lse)
+
+
+def _native(
+    q: torch.Tensor,
+    kv: PagedKV,
+    cu_seqlens_q: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> bool:
+    """Whether the native op is built and covers the call; then it has been computed."""
+    _, num_heads, head_dim = q.shape
+    native = model_ops(q, kv.k_pool, kv.v_pool, out)
+    dense = q.stride(1) == head_dim and q.stride(2) == 1 and kv.page_table.stride(1) == 1
+    if native is None or q.dtype != torch.bfloat16 or not (dense and out.is_contiguous()):
+        return False
+    if head_dim not in native.HEAD_DIMS:
+        return False
+    native.attention(
+        q.data_ptr(),
+        q.stride(0),
+        kv.k_pool.data_ptr(),
+        kv.v_pool.data_ptr(),
+        kv.page_table.data_ptr(),
+        kv.page_table.stride(0),
+        kv.rows.data_ptr(),
+        kv.seq_lens.data_ptr(),
+        cu_seqlens_q.data_ptr(),
+        out.data_ptr(),
+        address(lse),
+        kv.seq_lens.shape[0],
+        num_heads,
+        kv.k_pool.shape[1],
+        head_dim,
+        kv.page_size,
+        kv.scale,
+        kv.window or 0,
+        kv.softcap or 0.0,
+        torch.get_num_threads(),
+    )
+    return True
 
 
 def _each_query_alone(

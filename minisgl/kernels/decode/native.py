@@ -23,7 +23,7 @@ def decode_native(
     native = model_ops(q, kv.k_pool, kv.v_pool, out)
     dense = q.stride(1) == head_dim and q.stride(2) == 1 and kv.page_table.stride(1) == 1
     dense = dense and (out is None or out.is_contiguous())
-    if native is None or not dense or head_dim not in native.DECODE_HEAD_DIMS:
+    if native is None or not dense or head_dim not in native.HEAD_DIMS:
         return None
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype)

@@ -1,0 +1,271 @@
+// Attention of chunks of queries over paged bf16 keys and values: scores and weighted sums as products
+// of pairs, softmax in fp32, probabilities rounded to bf16 for the second product.
+//
+// An item is a span of one sequence's queries with one key head. For each block of KEYS keys it puts
+// them into the order of the products, then takes its queries a few rows at a time: a row is one
+// query of one head. Blocks begin at multiples of KEYS, and a key that a row does not see adds zero, so
+// a row's bits depend on its own keys alone, not on the chunk that it came in.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "model_ops.h"
+#include "pairs.h"
+
+namespace {
+
+constexpr Index KEYS = 256;            // of a block
+constexpr Index ROWS = 2 * TILE_ROWS;  // whose scores lie in the first cache
+constexpr Index SPAN = 512;            // rows of an item, about: their sums lie in the second cache
+constexpr float NONE = -std::numeric_limits<float>::infinity();
+
+struct Chunks {
+    const std::int32_t *page_table, *rows, *lengths, *offsets;
+    Index table_stride, q_stride, q_heads, kv_heads, page_size;
+    float scale, softcap;  // softcap 0: none
+    Index window;          // 0: none
+};
+
+struct Item {
+    Index sequence, kv_head, begin, end;  // queries [begin, end) of the sequence
+};
+
+// What a thread works in; all that an item leaves of it is overwritten by the next.
+template <int D>
+struct Scratch {
+    std::vector<bf16> keys, values, queries, probabilities;
+    std::vector<float> scores, sums, largest, totals, fix;
+
+    explicit Scratch(Index rows)
+        : keys(KEYS * D), values(KEYS * D), queries(rows * D), probabilities(ROWS * KEYS),
+          scores(ROWS * KEYS), sums(rows * D), largest(rows), totals(rows), fix(ROWS) {}
+};
+
+// Sixteen keys side by side in pairs of dimensions, [KEYS / 16, D / 2, 16, 2], and pairs of values
+// side by side, [KEYS / 2, D, 2], of the keys [first, first + count); what is missing is zero.
+template <int D>
+void pack(const Chunks &op, const std::int32_t *pages, const bf16 *k_pool, const bf16 *v_pool,
+          Index kv_head, Index first, Index count, Scratch<D> &scratch) {
+    alignas(64) static const bf16 zeros[D] = {};
+    const bf16 *from_keys[KEYS], *from_values[KEYS];
+    const Index padded = (count + 15) / 16 * 16;
+    Index page = first / op.page_size, within = first % op.page_size;
+    for (Index j = 0; j < padded; ++j) {
+        if (j >= count) {
+            from_keys[j] = from_values[j] = zeros;
+            continue;
+        }
+        const Index slot = Index(pages[page]) * op.page_size + within;
+        from_keys[j] = k_pool + (slot * op.kv_heads + kv_head) * D;
+        from_values[j] = v_pool + (slot * op.kv_heads + kv_head) * D;
+        if (++within == op.page_size) ++page, within = 0;
+    }
+    for (Index j = 0; j < padded; j += 16)
+        for (Index d = 0; d < D; d += 2) {
+            std::uint32_t both[16];
+            for (int i = 0; i < 16; ++i) both[i] = load_as<std::uint32_t>(from_keys[j + i] + d);
+            std::memcpy(scratch.keys.data() + j * D + d * 16, both, sizeof both);
+        }
+    for (Index j = 0; j < padded; j += 2)
+        for (Index d = 0; d < D; d += 16) {
+            const auto wide = [&](const bf16 *p) {
+                return __builtin_convertvector(load_as<u16x16>(p + d), u32x16);
+            };
+            const u32x16 both = wide(from_values[j]) | wide(from_values[j + 1]) << 16;
+            std::memcpy(scratch.values.data() + j * D + d * 2, &both, sizeof both);
+        }
+}
+
+// scores[r][j] = q_r . k_j for TILE_ROWS rows and VECTORS blocks of sixteen keys.
+template <int D, int VECTORS>
+void multiply_keys(const bf16 *queries, const bf16 *keys, float *scores) {
+    f32x16 sums[TILE_ROWS][VECTORS] = {};
+    for (int d = 0; d < D; d += 2) {
+        Pairs columns[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) columns[v] = load_pairs(keys + v * 16 * D + d * 16);
+        for (int r = 0; r < TILE_ROWS; ++r) {
+            const Pairs own = broadcast_pair(queries + r * D + d);
+            for (int v = 0; v < VECTORS; ++v) add_products(sums[r][v], own, columns[v]);
+        }
+    }
+    for (int r = 0; r < TILE_ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) store16(scores + r * KEYS + v * 16, sums[r][v]);
+}
+
+// sums[r] = fix[r] * sums[r] + sum_j p_rj v_j for TILE_ROWS rows and dimensions [FIRST, D).
+template <int D, int FIRST = 0>
+void add_values(const bf16 *probabilities, const bf16 *values, Index count, const float *fix,
+                float *sums) {
+    constexpr int VECTORS = std::min((D - FIRST) / 16, TILE_VECTORS);
+    f32x16 own[TILE_ROWS][VECTORS];
+    for (int r = 0; r < TILE_ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v)
+            own[r][v] = load16(sums + r * D + FIRST + v * 16) * fix[r];
+    for (Index j = 0; j < count; j += 2) {
+        Pairs columns[VECTORS];
+        for (int v = 0; v < VECTORS; ++v)
+            columns[v] = load_pairs(values + j * D + (FIRST + v * 16) * 2);
+        for (int r = 0; r < TILE_ROWS; ++r) {
+            const Pairs p = broadcast_pair(probabilities + r * KEYS + j);
+            for (int v = 0; v < VECTORS; ++v) add_products(own[r][v], p, columns[v]);
+        }
+    }
+    for (int r = 0; r < TILE_ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v)
+            store16(sums + r * D + FIRST + v * 16, own[r][v]);
+    if constexpr (FIRST + VECTORS * 16 < D)
+        add_values<D, FIRST + VECTORS * 16>(probabilities, values, count, fix, sums);
+}
+
+// softcap * tanh(x / softcap), by 1 - 2t / (1 + t) with t = e^-2|x / softcap|.
+f32x16 capped(f32x16 x, float softcap) {
+    const f32x16 u = x / softcap, t = exp16(u > 0.0f ? u * -2.0f : u * 2.0f);
+    const f32x16 size = (1.0f - t) / (1.0f + t) * softcap;
+    return u > 0.0f ? size : -size;
+}
+
+// The scores of one row at keys lo <= j < hi of a block become probabilities, relative to the largest
+// score so far; elsewhere in [0, padded) they are 0. Returns what earlier sums are to be scaled by.
+float softmax(const Chunks &op, float *scores, Index lo, Index hi, Index padded, float &largest,
+              float &total, bf16 *probabilities) {
+    i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    f32x16 most = splat(NONE);
+    for (Index j = 0; j < padded; j += 16) {
+        f32x16 x = load16(scores + j) * op.scale;
+        if (op.softcap != 0.0f) x = capped(x, op.softcap);
+        if (j < lo || j + 16 > hi) {
+            const i32x16 at = lanes + std::int32_t(j);
+            x = (at >= std::int32_t(lo)) & (at < std::int32_t(hi)) ? x : splat(NONE);
+        }
+        store16(scores + j, x);
+        most = larger(most, x);
+    }
+    float highest = largest;
+    for (int lane = 0; lane < 16; ++lane) highest = std::max(highest, most[lane]);
+    const float fix = largest == NONE ? 0.0f : std::exp(largest - highest);
+    const float from = highest == NONE ? 0.0f : highest;
+    f32x16 sums = {};
+    for (Index j = 0; j < padded; j += 16) {
+        const f32x16 e = exp16(load16(scores + j) - from);
+        sums += e;
+        store16(probabilities + j, e);
+    }
+    total = total * fix + sum(sums);
+    largest = highest;
+    return fix;
+}
+
+template <int D>
+void run_item(const Chunks &op, const Item &item, const bf16 *q, const bf16 *k_pool,
+              const bf16 *v_pool, bf16 *out, float *lse, Scratch<D> &scratch) {
+    const Index groups = op.q_heads / op.kv_heads, first_token = op.offsets[item.sequence];
+    const Index length = op.lengths[item.sequence];
+    const Index past = length - (op.offsets[item.sequence + 1] - first_token);
+    const Index num_rows = (item.end - item.begin) * groups;
+    const Index padded_rows = (num_rows + ROWS - 1) / ROWS * ROWS;
+    const auto place = [&](Index row) {  // of a row in q and out: token, head
+        return std::pair(first_token + item.begin + row / groups, item.kv_head * groups + row % groups);
+    };
+    const auto position = [&](Index row) { return past + item.begin + row / groups; };
+    for (Index row = 0; row < padded_rows; ++row) {
+        bf16 *to = scratch.queries.data() + row * D;
+        if (row < num_rows) {
+            const auto [token, head] = place(row);
+            std::copy_n(q + token * op.q_stride + head * D, D, to);
+        } else {
+            std::fill_n(to, D, bf16{});
+        }
+    }
+    std::fill_n(scratch.sums.begin(), padded_rows * D, 0.0f);
+    std::fill_n(scratch.largest.begin(), padded_rows, NONE);
+    std::fill_n(scratch.totals.begin(), padded_rows, 0.0f);
+    const std::int32_t *pages = op.page_table + op.rows[item.sequence] * op.table_stride;
+    const Index end = std::min(past + item.end, length);
+    Index first = op.window ? std::max<Index>(past + item.begin - op.window + 1, 0) : 0;
+    for (first = first / KEYS * KEYS; first < end; first += KEYS) {
+        const Index count = std::min(KEYS, end - first), padded = (count + 15) / 16 * 16;
+        pack<D>(op, pages, k_pool, v_pool, item.kv_head, first, count, scratch);
+        for (Index row = 0; row < padded_rows; row += ROWS) {
+            const Index have = std::min(ROWS, num_rows - row);
+            if (position(row + have - 1) < first) continue;  // before the block
+            if (op.window && position(row) - op.window + 1 >= first + count) continue;  // after it
+            constexpr Index step = TILE_VECTORS * 16;
+            for (Index r = 0; r < ROWS; r += TILE_ROWS)
+                for (Index j = 0; j < padded; j += step)
+                    multiply_keys<D, TILE_VECTORS>(scratch.queries.data() + (row + r) * D,
+                                                   scratch.keys.data() + j * D,
+                                                   scratch.scores.data() + r * KEYS + j);
+            for (Index r = 0; r < ROWS; ++r) {
+                const Index own = position(row + std::min(r, have - 1));
+                const Index lo = op.window ? std::max<Index>(own - op.window + 1 - first, 0) : 0;
+                const Index hi = std::clamp<Index>(own + 1 - first, 0, count);
+                scratch.fix[r] =
+                    softmax(op, scratch.scores.data() + r * KEYS, lo, hi, padded,
+                            scratch.largest[row + r], scratch.totals[row + r],
+                            scratch.probabilities.data() + r * KEYS);
+            }
+            for (Index r = 0; r < ROWS; r += TILE_ROWS)
+                add_values<D>(scratch.probabilities.data() + r * KEYS, scratch.values.data(), padded,
+                              scratch.fix.data() + r, scratch.sums.data() + (row + r) * D);
+        }
+    }
+    for (Index row = 0; row < num_rows; ++row) {
+        const auto [token, head] = place(row);
+        const float total = scratch.totals[row], inverse = total > 0.0f ? 1.0f / total : 0.0f;
+        bf16 *to = out + (token * op.q_heads + head) * D;
+        for (Index d = 0; d < D; d += 16)
+            store16(to + d, load16(scratch.sums.data() + row * D + d) * inverse);
+        if (lse) lse[token * op.q_heads + head] = scratch.largest[row] + std::log(total);
+    }
+}
+
+template <int D>
+void run_chunks(const Chunks &op, Index sequences, const bf16 *q, const bf16 *k_pool,
+                const bf16 *v_pool, bf16 *out, float *lse, int threads) {
+    const Index groups = op.q_heads / op.kv_heads, span = std::max<Index>(SPAN / groups, 1);
+    std::vector<Item> items;
+    for (Index s = 0; s < sequences; ++s) {
+        const Index count = op.offsets[s + 1] - op.offsets[s];
+        if (count == 0) continue;
+        for (Index begin = (count - 1) / span * span; begin >= 0; begin -= span)  // the longest first
+            for (Index head = 0; head < op.kv_heads; ++head)
+                items.push_back({s, head, begin, std::min(begin + span, count)});
+    }
+    const Index most = (span * groups + ROWS - 1) / ROWS * ROWS;
+    if (items.size() < 2) threads = 1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        Scratch<D> scratch(most);
+#pragma omp for schedule(dynamic, 1)
+        for (std::size_t i = 0; i < items.size(); ++i)
+            run_item<D>(op, items[i], q, k_pool, v_pool, out, lse, scratch);
+    }
+}
+
+}  // namespace
+
+void attention(Address q, Index q_stride, Address k_pool, Address v_pool, Address page_table,
+               Index table_stride, Address rows, Address lengths, Address offsets, Address out,
+               Address lse, Index sequences, Index q_heads, Index kv_heads, Index head_dim,
+               Index page_size, float scale, Index window, float softcap, int threads) {
+    const Chunks op{at<const std::int32_t>(page_table),
+                    at<const std::int32_t>(rows),
+                    at<const std::int32_t>(lengths),
+                    at<const std::int32_t>(offsets),
+                    table_stride,
+                    q_stride,
+                    q_heads,
+                    kv_heads,
+                    page_size,
+                    scale,
+                    softcap,
+                    window};
+    with_head_dim(head_dim, [&](auto dim) {
+        run_chunks<decltype(dim)::value>(op, sequences, at<const bf16>(q), at<const bf16>(k_pool),
+                                         at<const bf16>(v_pool), at<bf16>(out), at<float>(lse),
+                                         threads);
+    });
+}
