@@ -158,6 +158,8 @@ void linear(Address x, Index x_stride, Address w, Address bias, Address y, Index
 // ---------------------------------------------------------------------------------------------
 // Normalisation, activation, and what lies between the projection and attention.
 
+constexpr Index WORTH_THREADS = 1 << 16;  // elements: waking a thread for fewer costs more
+
 template <class T>
 float mean_square(const T *x, Index n) {
     f32x16 sums = {};
@@ -173,8 +175,9 @@ float mean_square(const T *x, Index n) {
 
 template <class T>
 void run_rmsnorm(const T *x, Index x_stride, const T *weight, const T *residual,
-                 Index residual_stride, T *y, T *total, Index rows, Index n, float eps,
-                 float offset) {
+                 Index residual_stride, T *y, T *total, Index rows, Index n, float eps, float offset,
+                 int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * n >= WORTH_THREADS)
     for (Index row = 0; row < rows; ++row) {
         const T *from = x + row * x_stride;
         if (residual) {
@@ -195,13 +198,13 @@ void run_rmsnorm(const T *x, Index x_stride, const T *weight, const T *residual,
 }
 
 void rmsnorm(Address x, Index x_stride, Address weight, Address residual, Index residual_stride,
-             Address y, Address total, Index rows, Index n, float eps, bool unit_offset,
-             bool is_bf16) {
+             Address y, Address total, Index rows, Index n, float eps, bool unit_offset, bool is_bf16,
+             int threads) {
     with_type(is_bf16, [&](auto type) {
         using T = decltype(type);
         run_rmsnorm(at<const T>(x), x_stride, at<const T>(weight), at<const T>(residual),
                     residual_stride, at<T>(y), at<T>(total), rows, n, eps,
-                    unit_offset ? 1.0f : 0.0f);
+                    unit_offset ? 1.0f : 0.0f, threads);
     });
 }
 
@@ -215,7 +218,8 @@ f32x16 gate(f32x16 x) {
 }
 
 template <class T, bool GELU>
-void run_gated(const T *x, Index x_stride, T *y, Index rows, Index n) {
+void run_gated(const T *x, Index x_stride, T *y, Index rows, Index n, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * n >= WORTH_THREADS)
     for (Index row = 0; row < rows; ++row) {
         const T *gates = x + row * x_stride, *ups = gates + n;
         T *to = y + row * n;
@@ -227,13 +231,14 @@ void run_gated(const T *x, Index x_stride, T *y, Index rows, Index n) {
     }
 }
 
-void gated(Address x, Index x_stride, Address y, Index rows, Index n, bool gelu, bool is_bf16) {
+void gated(Address x, Index x_stride, Address y, Index rows, Index n, bool gelu, bool is_bf16,
+           int threads) {
     with_type(is_bf16, [&](auto type) {
         using T = decltype(type);
         if (gelu)
-            run_gated<T, true>(at<const T>(x), x_stride, at<T>(y), rows, n);
+            run_gated<T, true>(at<const T>(x), x_stride, at<T>(y), rows, n, threads);
         else
-            run_gated<T, false>(at<const T>(x), x_stride, at<T>(y), rows, n);
+            run_gated<T, false>(at<const T>(x), x_stride, at<T>(y), rows, n, threads);
     });
 }
 
@@ -248,22 +253,40 @@ struct Prepare {
     template <class T>
     void head(const T *from, const T *weight, const float *table, float *work, T *to) const {
         const float scale = weight ? 1.0f / std::sqrt(mean_square(from, head_dim) + eps) : 1.0f;
-        for (Index i = 0; i < head_dim; ++i)
+        Index i = 0;
+        for (; i + 16 <= head_dim; i += 16) {
+            const f32x16 x = load16(from + i);
+            store16(work + i, weight ? x * (scale * (load16(weight + i) + offset)) : x);
+        }
+        for (; i < head_dim; ++i)
             work[i] = to_float(from[i]) * (weight ? scale * (to_float(weight[i]) + offset) : 1.0f);
+        rotate(table, work);
+        for (i = 0; i + 16 <= head_dim; i += 16) store16(to + i, load16(work + i));
+        for (; i < head_dim; ++i) store(to + i, work[i]);
+    }
+
+    void rotate(const float *table, float *work) const {
         const Index half = rotary_dim / 2;
-        for (Index i = 0; i < half; ++i) {
+        Index i = 0;
+        for (; !interleaved && i + 16 <= half; i += 16) {
+            const f32x16 c = load16(table + i), s = load16(table + half + i);
+            const f32x16 a = load16(work + i), b = load16(work + half + i);
+            store16(work + i, a * c - b * s);
+            store16(work + half + i, b * c + a * s);
+        }
+        for (; i < half; ++i) {
             const Index first = interleaved ? 2 * i : i, second = interleaved ? 2 * i + 1 : i + half;
             const float c = table[i], s = table[half + i], a = work[first], b = work[second];
             work[first] = a * c - b * s;
             work[second] = b * c + a * s;
         }
-        for (Index i = 0; i < head_dim; ++i) store(to + i, work[i]);
     }
 
     template <class T>
     void token(Index t, const T *qkv, const T *q_weight, const T *k_weight, T *k_pool, T *v_pool,
                T *q) const {
-        std::vector<float> work(head_dim);
+        static thread_local std::vector<float> work;
+        work.resize(head_dim);
         const T *from = qkv + t * (q_heads + 2 * kv_heads) * head_dim;
         const float *table = cos_sin + positions[t] * rotary_dim;
         T *to = q + t * q_heads * head_dim;

@@ -25,6 +25,14 @@ def _gated(x: torch.Tensor, gelu: bool) -> torch.Tensor | None:
     n = x.shape[-1] // 2
     y = torch.empty(*x.shape[:-1], n, dtype=x.dtype)
     if n:
-        rows = y.numel() // n
-        native.gated(x.data_ptr(), 2 * n, y.data_ptr(), rows, n, gelu, x.dtype == torch.bfloat16)
+        native.gated(
+            x.data_ptr(),
+            2 * n,
+            y.data_ptr(),
+            y.numel() // n,
+            n,
+            gelu,
+            x.dtype == torch.bfloat16,
+            torch.get_num_threads(),
+        )
     return y

@@ -35,6 +35,7 @@ def rmsnorm_cpu(
         eps,
         unit_offset,
         x.dtype == torch.bfloat16,
+        torch.get_num_threads(),
     )
     return y if total is None else (y, total)
 
