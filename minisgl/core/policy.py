@@ -1,5 +1,6 @@
 """What a scheduler may choose: who waits how long, and how a step's tokens are divided."""
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -14,6 +15,7 @@ from minisgl.core.sequence import Sequence
 MATCH_WINDOW = 64  # oldest waiting sequences that `lpm` compares
 DECODE_SLOWDOWN = 2.0  # of streams while prompts are computed, if no target says otherwise
 FIXED_SHARE = 0.05  # of a step's time, where it can be chosen
+LEAST_SHARE = 1 / 4  # of the budget, which `decode-first` gives to prompts at least
 
 
 class Fairness(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,7 +99,8 @@ class WaitingQueue:
 class TokenBudget:
     """How many prompt tokens a step computes beside its decode tokens, which always run.
 
-    `prefill-first` gives prompts the whole budget, `decode-first` what decode leaves of it.
+    `prefill-first` gives prompts the whole budget, `decode-first` what decode leaves of it, but
+    LEAST_SHARE at least: with nothing left for prompts, no more streams would run than the budget.
     `balanced` asks the roofline. Decode alone is mostly bound by memory, so prompt tokens up to
     the ridge, where arithmetic takes as long as memory traffic, cost a step next to nothing; far
     beyond it, more of them gain no throughput and delay all streams. It fills a step until its
@@ -123,7 +126,7 @@ class TokenBudget:
             return self._size
         model = self._model
         if self._policy == "decode-first" or model is None:
-            return max(self._size - decode.num_tokens, 0)
+            return max(self._size - decode.num_tokens, math.ceil(LEAST_SHARE * self._size))
         alone = model.cost(decode)
         busy = max(alone.compute_seconds, alone.memory_seconds)
         filled = max(DECODE_SLOWDOWN * busy, alone.overhead / FIXED_SHARE)
