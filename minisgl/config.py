@@ -41,9 +41,15 @@ class EngineConfig:
     max_total_tokens: int | None = _option(None, "KV pool size in tokens; measured when absent")
     max_running_requests: int = _option(256, "sequences running at once")
     chunked_prefill_size: int = _option(2048, "prompt tokens computed per step, at most")
-    schedule_policy: SchedulePolicy = _option("fcfs", "order of the waiting queue")
-    batch_policy: BatchPolicy = _option("balanced", "balance of prefill against decode in a step")
-    itl_target_ms: float | None = _option(None, "inter-token latency the balanced policy holds")
+    schedule_policy: SchedulePolicy = _option(
+        "fcfs", "who is served first; with priority, the higher also take the place of the lower"
+    )
+    batch_policy: BatchPolicy = _option(
+        "balanced", "prompt tokens beside decode: by cost, all there are, or what decode leaves"
+    )
+    itl_target_ms: float | None = _option(
+        None, "inter-token latency that balanced holds, but not below 1.5 times that of one stream"
+    )
     disable_radix_cache: bool = _option(False, "share no prefixes between requests")
     disable_cascade: bool = _option(False, "read shared prefixes once per sequence when decoding")
     cascade_min_shared_tokens: int | None = _option(

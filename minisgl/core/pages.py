@@ -85,6 +85,10 @@ class PagePool:
     def is_idle(self, page: int) -> bool:
         return bool(self._refs[page] == 1 and self._cached[page])
 
+    def num_idle_among(self, pages: Run[int]) -> int:
+        """How many of a match's pages the tree alone holds."""
+        return int(np.count_nonzero(self._refs[np.asarray(pages, np.intp)] == 1))
+
     def num_returning(self, pages: Run[int]) -> int:
         """How many of a holder's pages become available once that holder drops them."""
         index = np.asarray(pages, np.intp)

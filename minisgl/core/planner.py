@@ -1,18 +1,32 @@
 """The planner: which tokens of which sequences the next step computes.
 
-Decoding sequences come first, then prompts under way, then waiting sequences that are admitted.
+Decoding sequences come first, then prompts under way and waiting sequences that are admitted.
 """
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from minisgl.config import EngineConfig
 from minisgl.core.batch import Chunk, RowSetup
 from minisgl.core.costmodel import CostModel, Work, decode_work, prefill_work
+from minisgl.core.kvcache import Match
 from minisgl.core.plan import Plan
 from minisgl.core.policy import Fairness, TokenBudget
 from minisgl.core.running import Running
-from minisgl.core.sequence import RUNNING, Sequence
+from minisgl.core.sequence import RUNNING, WAITING, Sequence
 from minisgl.core.speculation import NONE, Speculation
+
+
+@dataclass(slots=True)
+class Admission:
+    """How far the admissions of one plan have come."""
+
+    context: int  # tokens that running sequences hold
+    longest: int  # tokens of the longest of them
+    tries: int  # of sequences that cannot be admitted, until no others are
+    stuck: list[Sequence] = field(default_factory=list)  # that were tried and do not fit
+    num_promised: int = 0  # rows, to sequences of high priority when others have left
 
 
 class Planner:
@@ -37,15 +51,18 @@ class Planner:
         self._speculation = speculation
         self._fairness = fairness
         self._clock = clock
+        self._chunk_size = config.chunked_prefill_size
         self._budget = TokenBudget(config, cost_model)
 
     def plan(self) -> Plan | None:
         """The next step, or None when nothing can be computed before the next update."""
         self._cache.begin()
+        if self._waiting.policy == "priority":
+            self._running.age()
         plan = Plan(self.num_steps)
         prefilling = self._plan_decode(plan)
         plan.num_decode = len(plan.chunks)
-        if prefilling or self._can_admit():
+        if prefilling or self._can_admit(plan):
             self._plan_prefill(plan, prefilling)
         plan.copies = self._cache.finish()
         if not plan.chunks:
@@ -61,7 +78,7 @@ class Planner:
         running = tuple(self._running.sequences)
         prefilling = [seq for seq in running if seq.num_computed < seq.num_fed]
         chunks, planned, speculation = plan.chunks, plan.sequences, self._speculation
-        prefills = bool(prefilling) or self._can_admit()
+        prefills = bool(prefilling) or self._can_admit(plan)
         drafting = speculation.begin(len(running) - len(prefilling), prefills)
         num_tokens = num_context = 0
         for seq in running:
@@ -103,17 +120,49 @@ class Planner:
         return prefilling
 
     def _plan_prefill(self, plan: Plan, prefilling: list[Sequence]) -> None:
-        """Divide the step's prompt tokens: first to prompts under way, then to new sequences."""
-        prefilling = [seq for seq in prefilling if seq.status is RUNNING]
-        start = prefilling[0].num_computed if prefilling else 0
+        """Divide the step's prompt tokens.
+
+        First come prompts under way, then new ones; under `priority` this holds among equals.
+        """
+        line = [seq for seq in prefilling if seq.status is RUNNING]
+        longest = max((seq.num_tokens for seq in plan.sequences), default=0)
+        start = line[0].num_computed if line else 0
         decode = decode_work(plan.work.num_tokens, plan.work.num_pairs)
-        left = self._budget.prefill_tokens(decode, start)
-        for seq in prefilling:
+        left = self._budget.prefill_tokens(decode, start, longest)
+        if self._can_admit(plan):
+            tries = min(self._running.num_free_rows, left) + self._fairness.scan_limit
+            line += self._waiting.candidates(tries, self._clock(), self._cache)
+            line.sort(key=self._waiting.rank)
+        held = [seq.num_tokens for seq in self._running.sequences]
+        admission = Admission(sum(held), max(held, default=0), self._fairness.scan_limit)
+        self._serve(plan, line, left, math.inf, admission)
+
+    def _serve(
+        self, plan: Plan, line: list[Sequence], left: int, most: float, admission: Admission
+    ) -> int:
+        """Give up to `left` prompt tokens to sequences in turn; returns how many are left.
+
+        Prompts of which more than `most` is to be computed are passed over. One that the step
+        cannot finish takes all that is left, but short ones behind it, of no lower priority, may
+        use half of that first: at most half as long as it is, and as half of the largest step.
+        """
+        for index, seq in enumerate(line):
             if left <= 0:
-                return
+                break
+            if seq.status is WAITING and admission.tries > 0:
+                self._admit(plan, seq, most, admission)
+            missing = seq.num_fed - seq.num_computed
+            if seq.status is not RUNNING or missing > most:
+                continue
+            if missing > left:
+                urgency = self._waiting.urgency
+                behind = [s for s in line[index + 1 :] if urgency(s) >= urgency(seq)]
+                short, half = min(missing, self._chunk_size) // 2, left // 2
+                left -= half - self._serve(plan, behind, half, short, admission)
+                self._add_prefill(plan, seq, left)
+                return 0
             left -= self._add_prefill(plan, seq, left)
-        if left > 0 and not plan.short_of_pages and self._can_admit():
-            self._admit(plan, left)
+        return left
 
     def _add_prefill(self, plan: Plan, seq: Sequence, left: int) -> int:
         """Plan up to `left` of a sequence's prompt tokens; returns how many."""
@@ -139,10 +188,13 @@ class Planner:
             self._prefixes.join(seq.uid, seq.kv.pages[: stop // self._cache.page_size])
         return count
 
-    def _can_admit(self) -> bool:
-        """Whether a sequence waits, and there are a row and pages for it (see `headroom`)."""
-        free = bool(self._waiting and self._running.num_free_rows)
-        return free and self._headroom(0) < self._cache.pool.num_available
+    def _can_admit(self, plan: Plan) -> bool:
+        """Whether a sequence waits for which there are a row and pages, or can be (`make_room`)."""
+        if not self._waiting:
+            return False
+        first = next(iter(self._waiting))
+        fits = self._running.num_free_rows and self._headroom(0) < self._cache.pool.num_available
+        return bool(fits and not plan.short_of_pages) or any(self._running.victims(first))
 
     def _headroom(self, epoch: int) -> int:
         """Pages that stay available beside those of a sequence admitted in its `epoch`.
@@ -154,36 +206,51 @@ class Planner:
         share = self._fairness.headroom
         return self._cache.pool.pages_for(share * (count + 2**epoch - 1)) if count else 0
 
-    def _admit(self, plan: Plan, left: int) -> None:
-        """Admit waiting sequences. Others may pass one that does not fit, `max_passed` times."""
-        fairness, running, waiting = self._fairness, self._running, self._waiting
-        tries = min(running.num_free_rows, left) + fairness.scan_limit
-        stuck: list[Sequence] = []
-        context = sum(seq.num_tokens for seq in running.sequences)
-        for seq in waiting.candidates(tries, self._clock(), self._cache):
-            if left <= 0 or not running.num_free_rows:
+    def _admit(self, plan: Plan, seq: Sequence, most: float, admission: Admission) -> None:
+        """Admit a waiting sequence if it fits, unless more than `most` of it is to be computed.
+
+        Others may pass one that does not fit, `max_passed` times.
+        """
+        running, waiting, cache = self._running, self._waiting, self._cache
+        was_passed = waiting.times_passed(seq) >= self._fairness.max_passed
+        context = admission.context + seq.num_tokens
+        longest = max(admission.longest, seq.num_tokens if was_passed else 0)
+        holds_target = self._budget.admits(len(running.sequences), context, longest)
+        if holds_target or running.make_room(seq, 1, 0):
+            match = cache.match(seq)
+            if cache.is_fresh(match):
                 return
-            num_running = len(running.sequences)
-            if not self._budget.admits(num_running, context + seq.num_tokens):
+            if seq.num_tokens - match.num_tokens > most:
+                admission.tries -= 1
                 return
-            match = self._cache.match(seq)
-            if self._cache.is_fresh(match):
-                continue
-            if not self._cache.attach(seq, match, self._headroom(seq.epoch)):
-                stuck.append(seq)
-                passed = waiting.times_passed(seq)
-                if passed >= fairness.max_passed or len(stuck) >= fairness.scan_limit:
-                    return
-                continue
-            waiting.note_passed(stuck)
-            running.start(seq)
-            if not seq.epoch:
-                seq.num_cached = seq.num_computed
-            self.num_queried += seq.num_tokens
-            self.num_hit += seq.num_computed
-            plan.setups.append(_row_setup(seq))
-            context += seq.num_tokens
-            left -= self._add_prefill(plan, seq, left)
+            headroom = self._headroom(seq.epoch)
+            has_room = self._make_room(seq, match, headroom, admission.num_promised)
+            is_free = running.num_free_rows and not (plan.short_of_pages or admission.num_promised)
+            if is_free and cache.attach(seq, match, headroom):
+                waiting.note_passed(admission.stuck)
+                running.start(seq)
+                if not seq.epoch:
+                    seq.num_cached = seq.num_computed
+                self.num_queried += seq.num_tokens
+                self.num_hit += seq.num_computed
+                plan.setups.append(_row_setup(seq))
+                admission.context = context
+                return
+            if has_room:
+                admission.num_promised += 1
+                return
+        admission.stuck.append(seq)
+        is_last = was_passed or admission.num_promised or not running.num_free_rows
+        admission.tries = 0 if is_last else admission.tries - 1
+
+    def _make_room(self, seq: Sequence, match: Match, headroom: int, num_promised: int) -> bool:
+        """Under `priority`, have others leave if there is no room; False if that would not do."""
+        if self._waiting.policy != "priority":
+            return False
+        pool, (rows, pages) = self._cache.pool, self._running.room_ahead
+        need = pool.pages_for(seq.num_tokens) - len(match.pages)
+        need += pool.num_idle_among(match.pages) + headroom
+        return self._running.make_room(seq, num_promised + 1 - rows, need - pages)
 
 
 def _row_setup(seq: Sequence) -> RowSetup:

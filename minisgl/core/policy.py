@@ -11,18 +11,25 @@ from minisgl.config import EngineConfig, SchedulePolicy
 from minisgl.core.costmodel import CostModel, Work, decode_work, prefill_work
 from minisgl.core.kvcache import KVCache
 from minisgl.core.sequence import Sequence
+from minisgl.log import get_logger
 
 MATCH_WINDOW = 64  # oldest waiting sequences that `lpm` compares
 DECODE_SLOWDOWN = 2.0  # of streams while prompts are computed, if no target says otherwise
 FIXED_SHARE = 0.05  # of a step's time, where it can be chosen
 LEAST_SHARE = 1 / 4  # of the budget, which `decode-first` gives to prompts at least
+LEAST_TOKENS = 2  # of prompts in a step: one for a long prompt, one for a short one beside it
+ALONE_SLOWDOWN = 1.5  # of a stream, by others beside it: no target keeps it below
+SETTLED = 16  # steps measured before a prediction is worth a warning
+
+logger = get_logger(__name__)
 
 
 class Fairness(msgspec.Struct, frozen=True, kw_only=True):
     """How long a waiting sequence may be passed by others."""
 
     lpm_ageing: float = 256.0  # cached tokens that one second of waiting is worth under `lpm`
-    max_passed: int = 64  # admissions that may pass a waiting sequence that does not fit
+    max_passed: int = 64  # admissions that may pass a sequence that does not fit or ranks low
+    max_displaced: int = 6  # preemptions of a sequence until no higher priority takes its place
     headroom: int = 16  # tokens kept available for each running sequence when one is admitted
     scan_limit: int = 32  # waiting sequences tried in a plan that do not fit
 
@@ -38,9 +45,9 @@ class WaitingQueue:
     cached tokens: no sequence is passed for longer than the longest prefix is worth.
     """
 
-    def __init__(self, policy: SchedulePolicy, ageing: float) -> None:
-        self._policy = policy
-        self._ageing = ageing
+    def __init__(self, policy: SchedulePolicy, fairness: Fairness) -> None:
+        self.fairness = fairness
+        self.policy = policy
         self._sequences: list[Sequence] = []
         self._times_passed: dict[int, int] = {}  # by uid, where it is not 0
         self._matched: dict[int, tuple[int, int]] = {}  # by uid: tree version, tokens matched then
@@ -52,10 +59,21 @@ class WaitingQueue:
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._sequences)
 
-    def key(self, sequence: Sequence) -> tuple[int, int]:
+    def urgency(self, sequence: Sequence) -> int:
+        """Its request's priority, where that counts."""
+        return sequence.request.priority if self.policy == "priority" else 0
+
+    def rank(self, sequence: Sequence) -> float:
+        """Lower is served earlier, whoever came first."""
+        return -math.inf if sequence.aged else -self.urgency(sequence)
+
+    def key(self, sequence: Sequence) -> tuple[float, int]:
         """Sorts by service order: lower is served earlier, and preempted later."""
-        priority = sequence.request.priority if self._policy == "priority" else 0
-        return -priority, sequence.uid
+        return self.rank(sequence), sequence.uid
+
+    def sort(self) -> None:
+        """Ranks have changed."""
+        self._sequences.sort(key=self.key)
 
     def add(self, sequence: Sequence) -> None:
         insort(self._sequences, sequence, key=self.key)
@@ -78,11 +96,12 @@ class WaitingQueue:
 
     def candidates(self, count: int, now: float, cache: KVCache) -> list[Sequence]:
         """The first `count` sequences to try to admit."""
-        if self._policy != "lpm":
+        if self.policy != "lpm":
             return list(islice(self._sequences, count))
         window = list(islice(self._sequences, MATCH_WINDOW))
         score = {
-            s.uid: self._num_matched(s, cache) + self._ageing * (now - s.queued_at) for s in window
+            s.uid: self._num_matched(s, cache) + self.fairness.lpm_ageing * (now - s.queued_at)
+            for s in window
         }
         window.sort(key=lambda s: (-score[s.uid], s.uid))
         return (window + list(islice(self._sequences, MATCH_WINDOW, count)))[:count]
@@ -107,6 +126,10 @@ class TokenBudget:
     arithmetic takes DECODE_SLOWDOWN times what decode alone would take, and until the step's
     fixed time is a small share of it. An inter-token latency target bounds the predicted time,
     with a margin for how far predictions have been off.
+
+    A target does not serialise the server: whatever it is, a step may take ALONE_SLOWDOWN times
+    what the longest stream alone would, and computes LEAST_TOKENS of prompts. Where that is above
+    the target, the log warns, once.
     """
 
     def __init__(self, config: EngineConfig, cost_model: CostModel | None) -> None:
@@ -116,11 +139,12 @@ class TokenBudget:
         self._size = config.chunked_prefill_size
         self._target = None if config.itl_target_ms is None else config.itl_target_ms / 1e3
         self._model = cost_model
+        self._has_warned = False
 
-    def prefill_tokens(self, decode: Work, start: int) -> int:
+    def prefill_tokens(self, decode: Work, start: int, longest: int = 0) -> int:
         """The prompt tokens of a step that also computes `decode`, at most the budget.
 
-        start: computed tokens of the first prompt in line.
+        start: computed tokens of the first prompt in line; longest: tokens of the longest stream.
         """
         if not decode.num_tokens or self._policy == "prefill-first":
             return self._size
@@ -130,41 +154,41 @@ class TokenBudget:
         alone = model.cost(decode)
         busy = max(alone.compute_seconds, alone.memory_seconds)
         filled = max(DECODE_SLOWDOWN * busy, alone.overhead / FIXED_SHARE)
+        limit = self._limit(max(longest, start))
 
-        def work(count: int) -> Work:
-            return decode + prefill_work(count, start)
+        def fits(count: int) -> bool:
+            cost = model.cost(decode + prefill_work(count, start))
+            return cost.compute_seconds <= filled and cost.seconds <= limit
 
-        count = _largest(self._size, lambda n: model.cost(work(n)).compute_seconds <= filled)
-        count = max(count, 1)  # a long prompt's token may cost more than a whole step of short ones
-        if self._target is not None:
-            limit = self._target / self._margin
-            count = _largest(count, lambda n: model.predict(work(n)) <= limit)
-        return count
+        # A long prompt's token may cost more than a whole step of short ones.
+        return max(_largest(self._size, fits), min(LEAST_TOKENS, self._size))
 
-    def admits(self, num_running: int, context: int) -> bool:
+    def admits(self, num_running: int, context: int, longest: int) -> bool:
         """Whether decode for one more stream would still hold the target.
 
-        `context` is what all of them would hold together. A single stream is always admitted.
+        context: tokens of all of them together; longest: of the longest that has a right to run.
         """
         if self._target is None or self._model is None or not num_running:
             return True
-        if self._policy != "balanced":
-            return True
-        predicted = self._model.predict(decode_work(num_running + 1, context))
-        return predicted * self._margin <= self._target
+        return self._model.predict(decode_work(num_running + 1, context)) <= self._limit(longest)
 
-    @property
-    def _margin(self) -> float:
-        assert self._model is not None
-        return 1.0 + 3.5 * self._model.deviation
+    def _limit(self, longest: int) -> float:
+        """Seconds that a step may take where the longest stream has `longest` tokens."""
+        model, target = self._model, self._target
+        if target is None or model is None:
+            return math.inf
+        alone = model.predict(decode_work(1, longest))
+        least = ALONE_SLOWDOWN * alone
+        if least > target and model.num_observed >= SETTLED and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                f"--itl-target-ms {1e3 * target:g} cannot be held: a step of one stream of "
+                f"{longest} tokens is predicted to take {1e3 * alone:.3g} ms. So that several "
+                f"streams are served at once, steps may take {1e3 * least:.3g} ms."
+            )
+        return max(target / (1.0 + 3.5 * model.deviation), least)
 
 
 def _largest(most: int, holds: Callable[[int], bool]) -> int:
     """The largest n in [0, most] for which `holds`, which is true up to some n; 0 if none."""
-    if holds(most):
-        return most
-    low, high = 0, most
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
+    return most if holds(most) else bisect_left(range(1, most), True, key=lambda n: not holds(n))

@@ -1,6 +1,7 @@
 """The running sequences: they get a row and pages, and give both back once."""
 
 from bisect import insort
+from collections.abc import Iterator
 
 from minisgl.core.cascade import PrefixGroups
 from minisgl.core.executor import Limits
@@ -25,6 +26,7 @@ class Running:
         self.waiting = waiting
         self.prefixes = prefixes
         self.num_preemptions = 0
+        self._num_started = 0
         self._num_rows = limits.max_rows
         self._free_rows = list(range(limits.max_rows - 1, -1, -1))
         self._leaving: dict[Sequence, int] = {}  # pages that each will make available
@@ -33,6 +35,12 @@ class Running:
     def num_free_rows(self) -> int:
         return len(self._free_rows)
 
+    @property
+    def room_ahead(self) -> tuple[int, int]:
+        """Rows and pages that are available, or will be when the steps in flight are read."""
+        rows = len(self._free_rows) + len(self._leaving)
+        return rows, self.cache.pool.num_available + sum(self._leaving.values())
+
     def start(self, seq: Sequence) -> None:
         """A waiting sequence, whose pages are attached, takes a row."""
         self.waiting.remove(seq)
@@ -40,6 +48,48 @@ class Running:
         seq.row = self._free_rows.pop()
         seq.num_fed = seq.num_tokens
         insort(self.sequences, seq, key=self.waiting.key)
+        self._num_started += 1
+
+    def age(self) -> None:
+        """For each `max_passed` admissions, let one sequence come before all others from now on.
+
+        It is the oldest, running or waiting, that does not yet. Called between plans.
+        """
+        if self._num_started < self.waiting.fairness.max_passed:
+            return
+        self._num_started = 0
+        if young := [seq for seq in (*self.sequences, *self.waiting) if not seq.aged]:
+            min(young, key=lambda seq: seq.uid).aged = True
+            self.sequences.sort(key=self.waiting.key)
+            self.waiting.sort()
+
+    def victims(self, seq: Sequence) -> Iterator[Sequence]:
+        """Those that may be preempted for a waiting sequence of higher priority, the last first."""
+        rank, most = self.waiting.rank, self.waiting.fairness.max_displaced
+        for victim in reversed(self.sequences):
+            if rank(victim) <= rank(seq):
+                return
+            if victim.epoch < most:
+                yield victim
+
+    def make_room(self, seq: Sequence, num_rows: int, num_pages: int) -> bool:
+        """Preempt sequences of lower priority than the waiting `seq`, as few as will do.
+
+        That makes so many rows and pages more available when the steps in flight are read. False:
+        they do not have that much, so none is preempted.
+        """
+        chosen = []
+        for victim in self.victims(seq):
+            if num_rows <= 0 and num_pages <= 0:
+                break
+            chosen.append(victim)
+            num_rows -= 1
+            num_pages -= self.cache.pool.num_returning(victim.kv.pages)
+        if num_rows > 0 or num_pages > 0:
+            return False
+        for victim in chosen:
+            self._preempt(victim)
+        return True
 
     def grow(self, plan: Plan, seq: Sequence, num_tokens: int) -> bool:
         """Pages for `num_tokens` tokens, if need be taken from the sequence served last.
@@ -49,16 +99,13 @@ class Running:
         """
         while not self.cache.reserve(seq, num_tokens):
             plan.short_of_pages = True
-            pool = self.cache.pool
-            need = pool.pages_for(num_tokens) - len(seq.kv.pages)
-            if self._leaving and need <= pool.num_available + sum(self._leaving.values()):
+            need = self.cache.pool.pages_for(num_tokens) - len(seq.kv.pages)
+            if self._leaving and need <= self.room_ahead[1]:
                 return False
             victim = self.sequences[-1]
             if victim is seq or victim in plan.sequences:
                 return False
-            self.num_preemptions += 1
-            victim.status = PREEMPTED
-            self._leave(victim)
+            self._preempt(victim)
         return True
 
     def end(self, seq: Sequence) -> None:
@@ -85,6 +132,11 @@ class Running:
             if seq.prompt_logprobs is not None:
                 seq.prompt_logprobs = []
             self.waiting.add(seq)
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.num_preemptions += 1
+        seq.status = PREEMPTED
+        self._leave(seq)
 
     def _leave(self, seq: Sequence) -> None:
         self.sequences.remove(seq)

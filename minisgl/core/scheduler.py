@@ -59,7 +59,7 @@ class Scheduler:
         )
         least = config.cascade_min_shared_tokens
         self._prefixes = None if least is None else PrefixGroups(self._cache.pool.pages_for(least))
-        self._waiting = WaitingQueue(config.schedule_policy, fairness.lpm_ageing)
+        self._waiting = WaitingQueue(config.schedule_policy, fairness)
         self._running = Running(limits, self._cache, self._waiting, self._prefixes)
         self._planner = Planner(config, self._running, cost_model, speculation, fairness, clock)
         self._requests: dict[str, list[Sequence]] = {}  # unended choices

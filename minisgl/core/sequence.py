@@ -61,6 +61,7 @@ class Sequence:
     # Its place. Written by `Running`.
     status: Status = Status.WAITING
     epoch: int = 0  # how many times it has been preempted
+    aged: bool = False  # has waited so long that it comes first, whatever its priority
     row: int = -1
     num_fed: int = 0  # tokens held when it took its row; later inputs are the device's own samples
 

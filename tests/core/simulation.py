@@ -1,12 +1,16 @@
-"""A simulated device: steps take the time of a roofline that the scheduler only estimates."""
+"""A simulated device: steps take the time of a roofline that the scheduler only estimates.
 
+And one whose steps are counted, not timed.
+"""
+
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
 from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch, StepOutput
-from minisgl.core.costmodel import CostModel, DevicePeaks, ModelSizes
+from minisgl.core.costmodel import CostModel, DevicePeaks, ModelSizes, Work, prefill_work
 from minisgl.core.executor import Limits
 from minisgl.core.request import Request, SamplingParams
 from minisgl.core.scheduler import Scheduler
@@ -118,3 +122,61 @@ def workload(
         params = SamplingParams(max_tokens=random.randint(*output))
         arrivals.append((now, Request(str(index), ids, params)))
     return arrivals
+
+
+@dataclass
+class Counts:
+    """What users saw of a run that is counted in steps."""
+
+    num_steps: int = 0
+    most_running: int = 0
+    waits: dict[str, int] = field(default_factory=dict)  # steps planned until the first token
+    ends: list[str] = field(default_factory=list)  # request ids, in order of their ends
+
+
+def count_steps(
+    scheduler: Scheduler,
+    arrivals: dict[int, list[Request]],
+    *,
+    depth: int = 0,
+    seconds: Callable[[Batch], float] = lambda batch: 0.0,
+    most: int = 10_000,
+) -> Counts:
+    """Serve requests that arrive before the step given, `depth` steps ahead, `most` steps long."""
+    counts, in_flight = Counts(), deque[tuple[int, Batch]]()
+    arrived = dict[str, int]()
+    while counts.num_steps < most and (scheduler.has_work or counts.num_steps <= max(arrivals)):
+        for request in arrivals.get(counts.num_steps, ()):
+            if request.id not in arrived:
+                scheduler.add(request)
+                arrived[request.id] = counts.num_steps
+        batch = scheduler.plan()
+        if batch is not None:
+            in_flight.append((counts.num_steps, batch))
+        elif not in_flight and not scheduler.has_work:
+            batch = Batch(-1, [], 0, [], [], [], [])  # idle until the next arrival
+        counts.num_steps += batch is not None
+        counts.most_running = max(counts.most_running, scheduler.stats().num_running)
+        if in_flight and len(in_flight) > (depth if batch is not None else 0):
+            step, oldest = in_flight.popleft()
+            output = [[1] if chunk.samples else [] for chunk in oldest.chunks]
+            results = StepOutput(oldest.step, output, seconds=seconds(oldest))
+            for delta in scheduler.update(oldest, results):
+                counts.waits.setdefault(delta.request_id, step + 1 - arrived[delta.request_id])
+                if delta.finish_reason is not None:
+                    counts.ends.append(delta.request_id)
+            scheduler.check()
+    return counts
+
+
+def seconds_on(device: DevicePeaks) -> Callable[[Batch], float]:
+    """The seconds of a batch on a device that keeps its data sheet's promises."""
+    truth = CostModel(MODEL, device)
+
+    def seconds(batch: Batch) -> float:
+        work = Work(0, 0, 0, 0)
+        for chunk in batch.chunks:
+            work += prefill_work(chunk.length, chunk.start, samples=chunk.samples)
+        return truth.predict(work)
+
+    return seconds

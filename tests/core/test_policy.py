@@ -1,6 +1,7 @@
 """Waiting order, the division of a step's tokens, and the cost model, on simulated devices."""
 
 import math
+import re
 from random import Random
 
 import pytest
@@ -25,6 +26,8 @@ from tests.core.simulation import (
     MEMORY_BOUND,
     MODEL,
     Truth,
+    count_steps,
+    seconds_on,
     simulate,
     workload,
 )
@@ -114,10 +117,13 @@ def test_balanced_fills_a_step_beyond_the_ridge_and_not_far_beyond():
 
 
 def test_balanced_lets_a_long_prompt_go_on_beside_a_short_stream():
-    """One more of its tokens costs more than the whole step: all of it is attention."""
+    """One more of its tokens costs more than the whole step: all of it is attention.
+
+    The second token is for a short prompt that comes in between.
+    """
     device = DevicePeaks(flops=1e9, bandwidth=1e15, overhead=0.0)
     budget = TokenBudget(EngineConfig(), CostModel(MODEL, device))
-    assert budget.prefill_tokens(decode_work(1, 10), 1 << 20) == 1
+    assert budget.prefill_tokens(decode_work(1, 10), 1 << 20) == 2
 
 
 def test_a_target_without_a_cost_model_is_refused():
@@ -137,6 +143,84 @@ def test_a_target_without_a_cost_model_is_refused():
 def test_a_wrong_configuration_is_refused(field, value, message):
     with pytest.raises(ValueError, match=message):
         EngineConfig(**{field: value})
+
+
+def ask(name: str, length: int, max_tokens: int = 1) -> Request:
+    return Request(name, [ord(name[0])] * length, SamplingParams(max_tokens=max_tokens))
+
+
+def many(count: int, length: int, max_tokens: int) -> list[Request]:
+    return [ask(f"{chr(index + 1)}{index}", length, max_tokens) for index in range(count)]
+
+
+def roomy(config: EngineConfig, cost_model=None, max_rows=256) -> Scheduler:
+    limits = Limits(5_000, 64, max_rows, 200_000, MODEL.vocab)
+    return Scheduler(limits, config, (), cost_model)
+
+
+def test_decode_first_fills_all_rows():
+    """Streams alone use up the budget, and the prompts behind them are computed all the same."""
+    config = EngineConfig(chunked_prefill_size=64, batch_policy="decode-first")
+    counts = count_steps(roomy(config), {0: many(256, 32, 500)}, most=480)
+    assert counts.most_running == 256
+    assert len(counts.waits) == 256
+
+
+@pytest.mark.parametrize("schedule_policy", ["fcfs", "lpm", "priority"])
+@pytest.mark.parametrize("batch_policy", ["balanced", "prefill-first", "decode-first"])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_short_prompt_does_not_wait_for_a_long_one(schedule_policy, batch_policy, depth):
+    """Half of a step is the short one's, as it comes, and the long one is not delayed by it."""
+    config = EngineConfig(schedule_policy=schedule_policy, batch_policy=batch_policy)
+    arrivals = {0: [ask("long", 100_000)], 3: [ask("another", 90_000), ask("short", 64)]}
+    counts = count_steps(roomy(config), arrivals, depth=depth)
+    assert counts.waits["short"] == 1
+    assert counts.waits["long"] == -(-(100_000 + 64) // 2048)
+
+
+def test_short_prompts_without_end_leave_a_long_one_half_of_each_step():
+    arrivals = {step: [ask(chr(9 * step + i), 500) for i in range(9)] for step in range(100)}
+    arrivals[0].insert(0, ask("long", 100_000))
+    counts = count_steps(roomy(EngineConfig()), arrivals, most=100)
+    assert 90 < counts.waits["long"] <= -(-100_000 // 1024)
+
+
+def test_what_would_break_the_target_is_passed_by():
+    """A stream runs, and one of 100,000 tokens would slow it down too much: a short one would not.
+
+    Nor is the long one passed for ever.
+    """
+    config = EngineConfig(itl_target_ms=1.5)
+    scheduler = roomy(config, CostModel(MODEL, MEMORY_BOUND))
+    arrivals = {0: [ask("stream", 32, 600)], 60: [ask("long", 100_000), ask("short", 64)]}
+    arrivals |= {step: [ask(chr(step), 64)] for step in range(100, 300)}
+    counts = count_steps(scheduler, arrivals, seconds=seconds_on(MEMORY_BOUND))
+    assert counts.waits["short"] == 1
+    assert counts.ends.index("long") < counts.ends.index("stream")
+    assert counts.waits[chr(299)] < 300, "those behind the long one run beside it"
+
+
+SLOW = DevicePeaks(40e12, 12e9, 1e-3)  # reading the weights takes 80 ms
+
+
+def test_a_target_that_cannot_be_held_is_said_once_and_does_not_serialise(caplog):
+    config = EngineConfig(itl_target_ms=50.0)
+    scheduler = roomy(config, CostModel(MODEL, SLOW))
+    with caplog.at_level("WARNING", "minisgl"):
+        counts = count_steps(scheduler, {0: many(16, 32, 100)}, seconds=seconds_on(SLOW))
+        again = count_steps(scheduler, {0: many(16, 32, 100)}, seconds=seconds_on(SLOW))
+    assert counts.num_steps <= 105  # 100 without a target, 1,600 one by one
+    assert again.num_steps <= 105
+    (record,) = caplog.records
+    said = r"--itl-target-ms 50 cannot be held: a step of one stream of \d+ tokens is predicted to "
+    assert re.match(said + r"take (79|80|81)[.\d]* ms\.", record.message)
+
+
+def test_a_target_that_can_be_held_is_not_warned_of(caplog):
+    with caplog.at_level("WARNING", "minisgl"):
+        scheduler = roomy(EngineConfig(itl_target_ms=150.0), CostModel(MODEL, SLOW))
+        count_steps(scheduler, {0: many(16, 32, 100)}, seconds=seconds_on(SLOW))
+    assert not caplog.records
 
 
 # ---- the cost model -------------------------------------------------------------------------
