@@ -32,6 +32,7 @@ from minisgl.ranks.executor import ParallelExecutor, load_ranks
 from minisgl.ranks.node import run_node
 from minisgl.start.facts import Facts, read_facts
 from minisgl.start.load import load_worker
+from minisgl.start.sampling import read_sampling_defaults
 from minisgl.step.executor import LocalExecutor, plan_on_one_thread
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny"
@@ -58,6 +59,7 @@ def build_engine(config: EngineConfig) -> Engine:
         if device.torch_device.type == "cpu":
             plan_on_one_thread()
         facts = read_facts(config, path, device)
+        sampling = read_sampling_defaults(config, path)
         executor = _load(facts, device)
     except BaseException:
         device.close()
@@ -71,6 +73,7 @@ def build_engine(config: EngineConfig) -> Engine:
         device=("" if config.tp_size == 1 else f"{config.tp_size} x ") + device.name,
         eos_token_ids=list(facts.model.eos_token_ids),
         limits=executor.limits,
+        sampling_defaults=sampling,
     )
     overlap = not config.disable_overlap_schedule
     try:

@@ -31,7 +31,7 @@ class Options:
 
     url: str | None = None
     system: str | None = None
-    temperature: float = 0.7
+    temperature: float | None = None
     max_tokens: int | None = None
 
 
@@ -63,10 +63,10 @@ class RemotePartner:
             "model": self._model,
             "messages": messages,
             "stream": True,
-            "temperature": self._options.temperature,
         }
-        if self._options.max_tokens is not None:
-            body["max_tokens"] = self._options.max_tokens
+        for name in ("temperature", "max_tokens"):
+            if (value := getattr(self._options, name)) is not None:
+                body[name] = value
         with (
             closing(self._request("POST", "/chat/completions", body)) as response,
             _plain_errors(self._url.netloc),
@@ -192,7 +192,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser = flags_parser(EngineConfig, "minisgl.chat", "Chat with a model in the terminal.")
     parser.add_argument("--url", help="a server to talk to, instead of an engine in this process")
     parser.add_argument("--system", help="system message of the conversation")
-    parser.add_argument("--temperature", type=float, help="0 always takes the likeliest token")
+    parser.add_argument("--temperature", type=float, help="absent: the model's own")
     parser.add_argument("--max-tokens", type=int, help="longest answer")
     config, others = read_flags(parser, EngineConfig, args)
     options = Options(**others)

@@ -15,6 +15,7 @@ LoadFormat = Literal["auto", "dummy"]
 SchedulePolicy = Literal["fcfs", "lpm", "priority"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 BatchPolicy = Literal["balanced", "prefill-first", "decode-first"]
+SamplingSource = Literal["model", "openai"]
 AttentionBackend = Literal["auto", "triton", "gluon"]
 SpeculativeAlgorithm = Literal["none", "draft", "ngram"]
 PAGE_SIZES = (1, 16, 32, 64)
@@ -84,6 +85,9 @@ class EngineConfig:
     )
     speculative_ngram_max: int | None = _option(
         None, "longest run of tokens that ngram looks up; 4 when absent, or the shortest"
+    )
+    sampling_defaults: SamplingSource = _option(
+        "model", "what a request leaves open: as its generation_config.json recommends, or OpenAI's"
     )
     random_seed: int = _option(0, "seed of dummy weights")
     profile_dir: str | None = _option(None, "folder of profiler traces; start and stop by request")

@@ -247,6 +247,7 @@ def _served_model(info: "EngineInfo", config: ServerConfig) -> "ServedModel":
         name=config.served_model_name or info.model,
         tokenizer=Tokenizer.from_directory(info.model_path),
         limits=info.limits,
+        sampling_defaults=info.sampling_defaults,
         has_priorities=config.schedule_policy == "priority",
     )
 

@@ -3,7 +3,7 @@
 import reprlib
 import secrets
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
@@ -34,17 +34,22 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
+# What holds where neither a request nor its model says anything: OpenAI's defaults.
+NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, gc=False, array_like=True):
     """How the tokens of one request are drawn. Validated on construction, immutable afterwards.
 
-    `max_tokens=None` means up to the end of the context (or of the KV pool). `top_k=0` (or -1) and
-    `top_p=1.0` switch those filters off; `temperature=0` is greedy, and what is below
-    LEAST_TEMPERATURE counts as 0. Negative seeds are 64-bit numbers with a sign, as OpenAI's. All
-    fields are within RANGES. `logprobs=k` asks for the chosen token's log-probability and the
-    k most likely ones; `prompt_logprobs` likewise for the prompt. `stop` strings end the text where
-    they begin and are not part of it. `seed=None` is replaced by a random 64-bit seed where the
-    request enters the engine (`with_a_seed`). One string will do for `stop`, a mapping for
-    `logit_bias`, and None for either and for `stop_token_ids`.
+    `temperature`, `top_k`, `top_p`, `min_p` and `repetition_penalty` that are None are what the
+    model recommends (`completed`). `max_tokens=None` means up to the end of the context (or of the
+    KV pool). `top_k=0` (or -1) and `top_p=1.0` switch those filters off; `temperature=0` is greedy,
+    and what is below LEAST_TEMPERATURE counts as 0. `logprobs=k` asks for the chosen token's
+    log-probability and the k most likely ones; `prompt_logprobs` likewise for the prompt. `stop`
+    strings end the text where they begin and are not part of it. `seed=None` is replaced by a
+    random 64-bit seed where the request enters the engine (`with_a_seed`); negative ones are 64
+    bits with a sign, as OpenAI's. One string will do for `stop`, a mapping for `logit_bias`, and
+    None for either and for `stop_token_ids`. All fields are within RANGES.
 
     Raises ValueError naming the field, its limit and the value given; TypeError where a value is
     not of the field's type.
@@ -52,11 +57,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, gc=False, array_
 
     max_tokens: int | None = None
     min_tokens: int = 0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
@@ -83,7 +88,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, gc=False, array_
         _check_types(self)
         for name, (low, high) in RANGES.items():
             _require(name, getattr(self, name), low, high, open_low=name == "top_p")
-        if self.temperature < LEAST_TEMPERATURE:
+        if self.temperature is not None and self.temperature < LEAST_TEMPERATURE:
             msgspec.structs.force_setattr(self, "temperature", 0.0)
         if self.top_k == -1:
             msgspec.structs.force_setattr(self, "top_k", 0)
@@ -110,11 +115,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, gc=False, array_
             return self
         return msgspec.structs.replace(self, seed=secrets.randbits(MAX_SEED.bit_length()))
 
+    def completed(self, defaults: Mapping[str, float] = NEUTRAL) -> "SamplingParams":
+        """These, with `defaults` where they say nothing."""
+        unsaid = {name: defaults[name] for name in defaults if getattr(self, name) is None}
+        return msgspec.structs.replace(self, **unsaid) if unsaid else self
+
     @property
     def needs_counts(self) -> bool:
         """Whether sampling reads how often each token has occurred."""
         return (
-            self.repetition_penalty != 1.0
+            self.repetition_penalty not in (None, 1.0)
             or self.presence_penalty != 0.0
             or self.frequency_penalty != 0.0
         )
@@ -170,14 +180,11 @@ def _as_pairs(bias: object) -> tuple[tuple[int, float], ...]:
 
 def _check_types(params: SamplingParams) -> None:
     """One field after another, as its annotation says; a bool is no number here."""
-    for name in _INTEGERS:
+    for name, types in _TYPES.items():
         value = getattr(params, name)
-        if type(value) is not int and (value is not None or _TYPES[name] is int):
-            raise TypeError(f"{name} must be an int, got {shown(value)}")
-    for name in _FLOATS:
-        value = getattr(params, name)
-        if type(value) not in (int, float):
-            raise TypeError(f"{name} must be a number, got {shown(value)}")
+        if type(value) not in (int, *types):
+            kind = "a number" if float in types else "an int"
+            raise TypeError(f"{name} must be {kind}, got {shown(value)}")
     for text in params.stop:
         if type(text) is not str:
             raise TypeError(f"stop must hold strings, got {shown(text)}")
@@ -193,9 +200,8 @@ def _check_types(params: SamplingParams) -> None:
         raise TypeError(f"ignore_eos must be a bool, got {shown(params.ignore_eos)}")
 
 
-_TYPES = SamplingParams.__annotations__
-_INTEGERS = [name for name, kind in _TYPES.items() if kind in (int, int | None)]
-_FLOATS = [name for name, kind in _TYPES.items() if kind is float]
+_ANNOTATIONS = SamplingParams.__annotations__
+_TYPES = {name: get_args(_ANNOTATIONS[name]) or (_ANNOTATIONS[name],) for name in RANGES}
 
 
 def _require(

@@ -57,6 +57,8 @@ class Engine:
         """Queue a request. Raises ValueError when it can never be served, naming what is wrong."""
         if self.failure is not None:
             raise RuntimeError(f"the engine has stopped: {self.failure}")
+        params = request.params.completed(self.info.sampling_defaults)
+        request = msgspec.structs.replace(request, params=params)
         grammars = self._compile(request)
         uids = self._scheduler.add(request)
         self._open[request.id] = set(range(request.params.n))

@@ -17,6 +17,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     device: str
     eos_token_ids: list[int]
     limits: Limits
+    sampling_defaults: dict[str, int | float] = {}  # where a request says nothing, by field
 
 
 class EngineStats(msgspec.Struct, frozen=True):

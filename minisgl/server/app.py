@@ -272,6 +272,7 @@ def _model_json(model: ServedModel) -> dict[str, Any]:
         "created": model.created,
         "owned_by": "minisgl",
         "max_model_len": model.limits.max_context,
+        "sampling_defaults": model.sampling_defaults,
     }
 
 

@@ -7,7 +7,7 @@ a value that asks for nothing (`"tools": []`).
 import re
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -33,6 +33,7 @@ class ServedModel:
     name: str
     tokenizer: Tokenizer
     limits: Limits
+    sampling_defaults: Mapping[str, float] = field(default_factory=dict)
     has_priorities: bool = True  # whether requests run in order of priority
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -286,11 +287,6 @@ def _request(
     body: fields.Sampling,
     model: ServedModel,
 ) -> Request:
-    return Request(
-        request_id,
-        ids,
-        params.with_a_seed(),
-        priority=body.priority or 0,
-        cache_salt=body.cache_salt or "",
-        eos_token_id=model.tokenizer.eos_token_id,
-    )
+    salt, eos = body.cache_salt or "", model.tokenizer.eos_token_id
+    params = params.with_a_seed()
+    return Request(request_id, ids, params, body.priority or 0, salt, eos_token_id=eos)

@@ -108,10 +108,8 @@ class CompletionShape:
         """The old shape: parallel lists; `text_offset` counts characters of this choice's text."""
         if not self._with_logprobs:
             return None
-        if choice not in self._offsets:
-            echo = self._call.echo and self._call.echo[choice // self._call.params.n]
-            self._offsets[choice] = Offsets(self._tokenizer, echo or None)
-        offsets = self._offsets[choice]
+        echo = self._call.echo[choice // self._call.params.n] if self._call.echo else None
+        offsets = self._offsets.setdefault(choice, Offsets(self._tokenizer, echo))
         entries = [entry for _, entry in scored]
         return {
             "tokens": [self._spelled(token_id) for token_id, _ in scored],

@@ -37,7 +37,8 @@ class Tokenizer:
         self.eos_token_id = self._id_of("eos_token")
         self._add_bos: bool | None = config.get("add_bos_token")
         self._to_bytes = _decoder_rule(backend)
-        self.strips_first_space = _strips_first_space(backend)
+        # As a SentencePiece decoder does with the space it puts before a text.
+        self.strips_first_space = backend.decoder.decode(["▁a"]) == "a"
         self._plain_ids = _plain_ids(backend) if self._to_bytes is _byte_level else frozenset()
         self._bytes_of: dict[int, bytes] = {}
 
@@ -162,17 +163,6 @@ def _decoder_rule(backend: tokenizers.Tokenizer) -> Callable[[str], bytes]:
         return token.encode()
 
     return sentence_piece
-
-
-def _strips_first_space(backend: tokenizers.Tokenizer) -> bool:
-    """Whether the decoder leaves out the space that SentencePiece puts before a text."""
-    described = json.loads(backend.decoder.__getstate__())
-    steps = described.get("decoders", [described])
-    return any(
-        (step["type"] == "Strip" and step["start"] > 0)
-        or (step["type"] == "Metaspace" and step["prepend_scheme"] != "never")
-        for step in steps
-    )
 
 
 def _gpt2_alphabet() -> dict[str, int]:

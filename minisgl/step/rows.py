@@ -98,7 +98,7 @@ class HostRows:
         bias: list[tuple[int, int, float]] = []
         count_rows, prompt_index, output_index = [], [], []
         for record, setup in zip(records, setups, strict=True):
-            params = setup.params
+            params = setup.params.completed()
             self.setups[setup.row] = setup
             entries = [(i, -np.inf) for i in setup.banned_ids if i < self._vocab]
             num_bans = len(entries)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minisgl.core.request import RANGES, SamplingParams
+from minisgl.core.request import NEUTRAL, RANGES, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -72,8 +72,21 @@ def test_the_documents_state_the_ranges():
         assert rows[name] == f"{least} to {most}"
 
 
+def test_what_is_not_said_is_the_models_own_and_what_is_said_stays():
+    defaults = NEUTRAL | {"temperature": 0.6, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.1}
+    assert SamplingParams().completed() == SamplingParams(
+        temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0
+    )
+    neutral = SamplingParams(temperature=1, top_k=0, min_p=0, repetition_penalty=1, seed=3)
+    assert neutral.completed(defaults) == neutral.completed()
+    some = SamplingParams(top_k=0, max_tokens=5).completed(defaults)
+    assert (some.temperature, some.top_k, some.top_p, some.min_p) == (0.6, 0, 1.0, 0.1)
+    assert some.needs_counts
+    assert some.completed() == some
+
+
 def test_what_other_engines_write_is_taken():
-    assert SamplingParams(top_k=-1) == SamplingParams()
+    assert SamplingParams(top_k=-1) == SamplingParams(top_k=0)
     assert SamplingParams(seed=-1).seed == 2**64 - 1
 
 

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from minisgl import LLM, RequestOutput, SamplingParams
 from minisgl.config import EngineConfig
-from minisgl.core.request import RANGES
+from minisgl.core.request import NEUTRAL, RANGES
 from minisgl.llm import make_config
 from minisgl.server.tokenizer import Tokenizer
 from tests.server.small_tokenizers import CORPUS
@@ -70,6 +70,32 @@ def test_the_ends_of_a_range_compute_without_a_warning(llm, name):
             assert all(math.isfinite(entry.logprob) for entry in choice.logprobs)
             if (name, value) in (("top_p", 5e-324), ("min_p", 1.0)):  # the likeliest alone
                 assert choice.token_ids == [entry.top_ids[0] for entry in choice.logprobs]
+
+
+def test_a_models_recommendation_holds_where_a_request_says_nothing(model_directory, tmp_path):
+    directory = shutil.copytree(model_directory, tmp_path / "model")
+    file = directory / "generation_config.json"
+    file.write_text(json.dumps({"top_k": 1, "repetition_penalty": 5.0}))
+    prompt, seeded = "a b", SamplingParams(max_tokens=12, seed=5, ignore_eos=True)
+
+    def ids(llm, **changes):
+        return llm.generate(prompt, replace(seeded, **changes), use_tqdm=False).token_ids
+
+    with LLM(directory, **OPTIONS) as llm, LLM(model_directory, **OPTIONS) as plain:
+        assert llm.info.sampling_defaults == NEUTRAL | {"top_k": 1, "repetition_penalty": 5.0}
+        recommended = ids(plain, temperature=0.0, repetition_penalty=5.0)
+        assert ids(llm) == recommended != ids(plain)
+        assert ids(llm, top_k=0, repetition_penalty=1.0) == ids(plain)
+        assert ids(llm, temperature=0.0, repetition_penalty=1.0) == ids(plain, temperature=0.0)
+        said = llm.generate(prompt, use_tqdm=False).token_ids  # without any parameters
+        assert said[:12] == recommended[: len(said)]
+    file.write_text(json.dumps({"do_sample": False}))
+    with LLM(directory, **OPTIONS) as greedy:
+        assert ids(greedy) == ids(greedy, temperature=0.0)
+        assert ids(greedy, temperature=1.0) != ids(greedy)
+    with LLM(directory, sampling_defaults="openai", **OPTIONS) as llm:
+        assert llm.info.sampling_defaults == NEUTRAL
+        assert ids(llm) == ids(llm, temperature=1.0, top_k=0)
 
 
 def test_eos_that_only_the_tokenizer_names_ends_a_text(model_directory, tmp_path):

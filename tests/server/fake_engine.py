@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 import uvicorn
 
 from minisgl.core.executor import Limits
-from minisgl.core.request import Delta, Request, TokenLogprobs
+from minisgl.core.request import NEUTRAL, Delta, Request, TokenLogprobs
 from minisgl.engine.client import EngineDeadError, Health
 from minisgl.server.app import Api
 from minisgl.server.chat_template import ChatTemplate
@@ -29,7 +29,8 @@ def served_model(**changes) -> ServedModel:
     tokenizer = Tokenizer(small_tokenizers.byte_level(), CONFIG, template)
     pool = changes.pop("max_pool_tokens", 1024)
     limits = Limits(num_pages=pool, page_size=1, max_rows=8, max_context=CONTEXT, vocab_size=VOCAB)
-    return ServedModel("test-model", tokenizer, limits, **changes)
+    defaults = NEUTRAL | {"temperature": 0.6}
+    return ServedModel("test-model", tokenizer, limits, sampling_defaults=defaults, **changes)
 
 
 def logprobs_at(position: int, token_id: int, top: int) -> TokenLogprobs:

@@ -181,11 +181,25 @@ def test_every_sampling_field_reaches_the_engine(client, engine):
     assert (request.priority, request.cache_salt) == (5, "tenant")
 
 
-def test_nothing_given_is_openais_default(client, engine):
+def test_nothing_given_is_left_to_the_engine(client, engine):
     chat(client)
-    params = engine.requests[0].params
-    assert (params.temperature, params.top_p, params.n, params.max_tokens) == (1.0, 1.0, 1, None)
-    assert 0 <= params.seed < 2**64
+    chat(client, temperature=1, top_p=1, extra_body={"top_k": 0, "min_p": 0})
+    silent, explicit = (request.params for request in engine.requests)
+    assert (silent.temperature, silent.top_p, silent.n, silent.max_tokens) == (None, None, 1, None)
+    assert 0 <= silent.seed < 2**64
+    assert (explicit.temperature, explicit.top_p) == (1.0, 1.0)
+    assert (explicit.top_k, explicit.min_p, explicit.repetition_penalty) == (0, 0.0, None)
+
+
+def test_models_say_what_holds_where_a_request_says_nothing(client):
+    (model,) = client.models.list().data
+    assert model.sampling_defaults == {
+        "temperature": 0.6,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+    }
 
 
 def test_seeds_are_kept_and_differ_where_none_is_given(client, engine):

@@ -45,6 +45,7 @@ def next_token(
     allowed: list[int] | None = None,
 ) -> int:
     """The token after the positions with these KV values, whose tokens are `held`."""
+    params = params.completed()
     counts = hash(tuple(sorted(held))) if params.needs_counts else 0
     seed = params.seed or 0 if params.temperature > 0 else 0
     drawn = hash((tuple(kv), choice, seed, counts))

@@ -50,7 +50,7 @@ def adjusted(
     allowed: set[int] | None = None,
 ) -> np.ndarray:
     """Penalties, biases, bans and a grammar's mask on logits [V], float64."""
-    x = logits.astype(np.float64)
+    x, params = logits.astype(np.float64), params.completed()
     for token in set(prompt) | set(output):
         factor = params.repetition_penalty
         x[token] = x[token] / factor if x[token] > 0 else x[token] * factor
@@ -71,6 +71,7 @@ def adjusted(
 
 def kept(x: np.ndarray, params: SamplingParams) -> np.ndarray:
     """The tempered logits z [V] with -inf for what the filters drop."""
+    params = params.completed()
     z = x / params.temperature
     order = sorted(z[np.isfinite(z)], reverse=True)
     if 0 < params.top_k < len(order):

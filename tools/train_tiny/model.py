@@ -196,7 +196,7 @@ def save(model: Qwen3, folder: Path, eos: list[int], pad: int) -> None:
         "pad_token_id": pad,
         "torch_dtype": "bfloat16",
     }
-    generation = {"eos_token_id": eos, "pad_token_id": pad, "do_sample": True, "temperature": 1.0}
+    generation = {"eos_token_id": eos, "pad_token_id": pad, "do_sample": True, "temperature": 0.7}
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     weights = {k: v.detach().to(torch.bfloat16).contiguous() for k, v in model.state_dict().items()}

@@ -1,0 +1,33 @@
+"""How a model's tokens are drawn where a request says nothing: as its makers recommend."""
+
+from pathlib import Path
+
+from minisgl.config import EngineConfig
+from minisgl.core.request import NEUTRAL, SamplingParams
+from minisgl.log import get_logger
+from minisgl.models.config import read_json
+from minisgl.models.fields import Fields
+
+log = get_logger(__name__)
+
+
+def read_sampling_defaults(config: EngineConfig, path: Path) -> dict[str, int | float]:
+    """What the model at `path` recommends, by field, and NEUTRAL where it says nothing either.
+
+    All is NEUTRAL with the config's `sampling_defaults` openai. A `do_sample` of false makes the
+    model greedy. Raises ValueError naming file, field and value.
+    """
+    file = path / "generation_config.json"
+    recommends = config.sampling_defaults == "model" and file.exists()
+    stated = Fields(read_json(file) if recommends else {}, str(file), {})
+    try:
+        said = SamplingParams(**{name: stated.values.get(name) for name in NEUTRAL}).completed()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}; sampling_defaults openai leaves it out") from error
+    found = {name: getattr(said, name) for name in NEUTRAL}
+    if stated.given("do_sample") and not stated.boolean("do_sample"):
+        found["temperature"] = 0.0
+    shown = ", ".join(f"{name} {value:g}" for name, value in found.items())
+    source = "recommended by the model" if recommends else "OpenAI's"
+    log.info("where a request says nothing: %s (%s)", shown, source)
+    return found
