@@ -16,8 +16,8 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from minisgl.config import EngineConfig
+from minisgl.flags import flags_parser, read_flags
 from minisgl.log import configure
-from minisgl.serve import flags_parser, read_flags
 
 HELP = "Ctrl-C stops an answer, /reset forgets the conversation, /exit or Ctrl-D ends."
 HELP_PROFILE = "/profile starts a profile; the next /profile ends and writes it."

@@ -6,21 +6,18 @@ Ctrl-C finishes what runs and exits 0; a second one does not wait. If the engine
 get errors and the server exits 1 with the reason.
 """
 
-import argparse
 import asyncio
-import difflib
 import math
+import os
 import signal
 import socket
 import sys
-import types
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, Field, fields
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, TextIO
 
-from minisgl import __version__
-from minisgl.config import EngineConfig, ServerConfig
+from minisgl.config import ServerConfig
+from minisgl.flags import flags_parser, read_flags
 from minisgl.log import configure, get_logger
 
 if TYPE_CHECKING:
@@ -37,80 +34,7 @@ STOPS = (signal.SIGTERM, signal.SIGINT)
 KEEP_ALIVE = 60  # seconds an idle connection stays open: longer than clients keep theirs
 ENGINE_EXIT_SECONDS = 10  # after `drain_timeout`, until open connections are closed
 
-C = TypeVar("C", bound=EngineConfig)
-
 log = get_logger(__name__)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Exits with one line on what is wrong; for an unknown flag, the nearest that exists."""
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        found, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            known = [name for action in self._actions for name in action.option_strings]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            self.error(f"unknown argument {unknown[0]}{hint}")
-        return found
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (--help lists all flags)\n")
-
-
-def flags_parser(
-    config: type[EngineConfig], prog: str, description: str
-) -> argparse.ArgumentParser:
-    """A parser whose flags are the fields of `config`: `max_total_tokens` is --max-total-tokens."""
-    parser = _Parser(
-        prog=prog,
-        description=description,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"minisgl {__version__}")
-    for item in fields(config):
-        names = ["--" + item.name.replace("_", "-"), *item.metadata["aliases"]]
-        parser.add_argument(*names, dest=item.name, help=_help(item), **_value(item))
-    return parser
-
-
-def _value(item: Field[Any]) -> dict[str, Any]:
-    """How argparse reads a field: a switch, one of some words, or a value of its type."""
-    kind = item.type
-    if kind is bool:
-        return {"action": "store_true"}
-    if get_origin(kind) is Literal:
-        return {"choices": get_args(kind)}
-    if get_origin(kind) is types.UnionType:
-        (kind,) = (part for part in get_args(kind) if part is not types.NoneType)
-    return {"type": kind, "metavar": getattr(kind, "__name__", "value").upper()}
-
-
-def _help(item: Field[Any]) -> str:
-    text: str = item.metadata["help"].replace("%", "%%")
-    if item.type is bool or item.default in (None, MISSING):
-        return text
-    return f"{text} (default: {item.default})"
-
-
-def read_flags(
-    parser: argparse.ArgumentParser, config: type[C], args: Sequence[str] | None
-) -> tuple[C, dict[str, Any]]:
-    """The frozen config that the flags ask for, and the flags that are no fields of it.
-
-    Exits with status 2 where a value is wrong.
-    """
-    given = vars(parser.parse_args(args))
-    names = {item.name for item in fields(config)}
-    ours = {name: value for name, value in given.items() if name in names}
-    others = {name: value for name, value in given.items() if name not in names}
-    try:
-        return config(**ours), others
-    except ValueError as error:
-        name, _, rest = str(error).partition(" ")
-        parser.error(f"--{name.replace('_', '-')} {rest}" if name in names else str(error))
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -199,17 +123,17 @@ async def _serve(
         try:
             await client.ready()
             model = await asyncio.to_thread(_served_model, client.info, config)
-        except (EngineDeadError, FileNotFoundError, ValueError) as error:
+        except (EngineDeadError, OSError, ValueError) as error:
             return str(error)
         api.open(model)
-        print(_banner(client.info, model.name, listening), flush=True)
+        _say(_banner(client.info, model.name, listening), sys.stdout)
         return await client.failed()
 
     serving = asyncio.create_task(http.serve([listening]))
     failing = asyncio.create_task(until_failure())
     await asyncio.wait((serving, failing), return_when=asyncio.FIRST_COMPLETED)
     if failed := failing.done() and not closing:  # a stop while loading kills the engine
-        print(f"minisgl.serve: {failing.result()}", file=sys.stderr, flush=True)
+        _say(f"minisgl.serve: {failing.result()}", sys.stderr)
         http.should_exit = True
     await serving
     if not http.force_exit:
@@ -250,6 +174,16 @@ def _served_model(info: "EngineInfo", config: ServerConfig) -> "ServedModel":
         sampling_defaults=info.sampling_defaults,
         has_priorities=config.schedule_policy == "priority",
     )
+
+
+def _say(text: str, stream: TextIO) -> None:
+    """Write to a standard stream, whose file may be full or closed: that ends no server."""
+    try:
+        print(text, file=stream, flush=True)
+    except OSError as error:
+        log.warning("cannot write to %s: %s", stream.name, error.strerror)
+        # What it still holds would fail again at exit, and change the exit code.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _banner(info: "EngineInfo", name: str, listening: socket.socket) -> str:

@@ -43,6 +43,7 @@ FLOORS: dict[str, set[str]] = {
     "csrc": {"log"},
     "child": set(),
     "config": {"log"},
+    "flags": {"config", "__init__"},
     "core": BASE,
     "device": BASE,
     "kernels": BASE | {"device", "trace"},
@@ -66,7 +67,7 @@ PACKAGES: dict[str, set[str]] = {
     "triton": {"kernels", "device"},
     "nvtx": {"trace"},
 }
-STDLIB_ONLY = {"log", "csrc", "config", "child", "interrupts", "__init__"}
+STDLIB_ONLY = {"log", "csrc", "config", "flags", "child", "interrupts", "__init__"}
 LATE_ONLY = {"transformers", "nvtx", "cuda"}  # optional at run time: inside functions only
 NEVER = {"pickle", "cloudpickle", "dill", "shelve", "marshal"}  # these run what they read
 NEVER_CALLED = {"load": "torch", "send_pyobj": None, "recv_pyobj": None}  # pickle inside

@@ -1,4 +1,4 @@
-"""`python -m minisgl.serve` as a process: flags, a real engine, signals, the engine's death."""
+"""`python -m minisgl.serve` as a process: a real engine, signals, the engine's death."""
 
 import contextlib
 import json
@@ -9,14 +9,11 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import fields
 
 import httpx
 import openai
 import pytest
 
-from minisgl.config import ServerConfig
-from minisgl.serve import flags_parser, read_flags
 from tests.server import small_tokenizers
 from tests.server.calls import eventually
 from tests.server.served import PATIENCE, ROOT, Served
@@ -41,102 +38,6 @@ QWEN3 = {
     "bos_token_id": 0,
     "eos_token_id": 3,
 }
-
-
-# ---- flags --------------------------------------------------------------------------------------
-
-
-def parse(*args):
-    config, others = read_flags(flags_parser(ServerConfig, "serve", ""), ServerConfig, args)
-    assert others == {}
-    return config
-
-
-def test_no_flags_give_the_defaults():
-    assert parse() == ServerConfig()
-
-
-# A value other than the default for every field that is no switch.
-VALUES = {
-    "model": "x",
-    "dtype": "float32",
-    "device": "cpu",
-    "load_format": "dummy",
-    "tp_size": 4,
-    "dist_init_addr": "a:1",
-    "page_size": 32,
-    "schedule_policy": "lpm",
-    "batch_policy": "decode-first",
-    "attention_backend": "triton",
-    "speculative_algorithm": "ngram",
-    "speculative_draft_model": "x",
-    "speculative_ngram_min": 3,
-    "log_level": "warning",
-    "profile_dir": "profiles-here",
-    "host": "::1",
-    "served_model_name": "x",
-}
-
-
-# What a field cannot be given without.
-WITH = {
-    "nnodes": ("--tp-size=7", "--dist-init-addr=a:1"),
-    "node_rank": ("--tp-size=8", "--nnodes=8", "--dist-init-addr=a:1"),
-    "dist_init_addr": ("--tp-size=2", "--nnodes=2"),
-    "speculative_draft_model": ("--speculative-algorithm=draft",),
-    "speculative_num_draft_tokens": ("--speculative-algorithm=ngram",),
-    "speculative_ngram_min": ("--speculative-algorithm=ngram",),
-    "speculative_ngram_max": ("--speculative-algorithm=ngram",),
-}
-
-
-@pytest.mark.parametrize("item", fields(ServerConfig), ids=lambda item: item.name)
-def test_every_field_has_a_flag(item):
-    flag = "--" + item.name.replace("_", "-")
-    if item.type is bool:
-        assert getattr(parse(flag), item.name) is True
-        return
-    value = VALUES.get(item.name, 0.5 if "float" in str(item.type) else 7)
-    others = WITH.get(item.name, ())
-    assert getattr(parse(flag, str(value), *others), item.name) == value
-    assert getattr(parse(f"{flag}={value}", *others), item.name) == value
-
-
-def test_aliases():
-    assert parse("--model-path", "a").model == parse("--model", "a").model == "a"
-    assert parse("--tp", "1").tp_size == parse("--tp-size", "1").tp_size == 1
-
-
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (["--prot", "1"], "unknown argument --prot; did you mean --port?"),
-        (["--max-total-token=5"], "did you mean --max-total-tokens?"),
-        (["--port", "x"], "--port: invalid int value: 'x'"),
-        (["--port", "70000"], "--port must be at most 65535, got 70000"),
-        (["--page-size", "7"], "--page-size must be one of [1, 16, 32, 64], got 7"),
-        (["--dtype", "int4"], "invalid choice: 'int4'"),
-        (["--disable-radix-cache=1"], "ignored explicit argument '1'"),
-        (["stray"], "unknown argument stray"),
-    ],
-)
-def test_a_wrong_flag_is_named(capsys, args, words):
-    with pytest.raises(SystemExit) as caught:
-        parse(*args)
-    assert caught.value.code == 2
-    assert words in capsys.readouterr().err
-
-
-def test_help_shows_every_flag_with_its_default(capsys):
-    with pytest.raises(SystemExit):
-        parse("--help")
-    text = capsys.readouterr().out
-    for item in fields(ServerConfig):
-        assert "--" + item.name.replace("_", "-") in text
-    assert "(default: 30000)" in text
-
-
-# ---- the process --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -438,3 +339,39 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path):
     ) as server:
         assert server.wait_exit() == 1
         assert "holds no model" in server.output.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--model=/no/such/folder", "'/no/such/folder' is neither a directory here nor a model"),
+        ("--profile-dir=/dev/null", "profile_dir: cannot make /dev/null: File exists"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(flag, words):
+    with contextlib.closing(Served(flag, "--log-level=error")) as server:
+        assert server.wait_exit() == 1
+        assert words in server.output
+        assert "Traceback" not in server.output
+
+
+@pytest.mark.parametrize("where", [">/dev/full", "2>/dev/full", "2>&-"])
+def test_it_serves_though_nobody_can_hear_it(model, where):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    command = f"exec {sys.executable} -m tests.server.slow_engine --model={model} --port={url[17:]}"
+    server = subprocess.Popen(f"{command} {where}", cwd=ROOT, shell=True, stderr=subprocess.PIPE)
+    try:
+        assert eventually(lambda: health(url) == 200, PATIENCE)
+        server.send_signal(signal.SIGTERM)
+        said = server.communicate(timeout=PATIENCE)[1].decode()
+        assert server.returncode == 0, said
+        assert "Traceback" not in said
+        assert ("cannot write to <stdout>: No space left" in said) == (where == ">/dev/full")
+    finally:
+        server.kill()
+
+
+def health(url):
+    with contextlib.suppress(httpx.ConnectError):
+        return httpx.get(f"{url}/health").status_code
