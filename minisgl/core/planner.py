@@ -12,7 +12,7 @@ from minisgl.core.batch import Chunk, RowSetup
 from minisgl.core.costmodel import CostModel, Work, decode_work, prefill_work
 from minisgl.core.kvcache import Match
 from minisgl.core.plan import Plan
-from minisgl.core.policy import Fairness, TokenBudget
+from minisgl.core.policy import TokenBudget
 from minisgl.core.running import Running
 from minisgl.core.sequence import RUNNING, WAITING, Sequence
 from minisgl.core.speculation import NONE, Speculation
@@ -38,7 +38,6 @@ class Planner:
         running: Running,
         cost_model: CostModel | None,
         speculation: Speculation,
-        fairness: Fairness,
         clock: Callable[[], float],
     ) -> None:
         self.num_steps = 0
@@ -49,7 +48,7 @@ class Planner:
         self._waiting = running.waiting
         self._prefixes = running.prefixes
         self._speculation = speculation
-        self._fairness = fairness
+        self._fairness = running.waiting.fairness
         self._clock = clock
         self._chunk_size = config.chunked_prefill_size
         self._budget = TokenBudget(config, cost_model)

@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 
 import msgspec
@@ -51,7 +51,6 @@ class WaitingQueue:
         self._sequences: list[Sequence] = []
         self._times_passed: dict[int, int] = {}  # by uid, where it is not 0
         self._matched: dict[int, tuple[int, int]] = {}  # by uid: tree version, tokens matched then
-        self.num_tokens = 0  # that they hold together
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -77,11 +76,9 @@ class WaitingQueue:
 
     def add(self, sequence: Sequence) -> None:
         insort(self._sequences, sequence, key=self.key)
-        self.num_tokens += sequence.num_tokens
 
     def remove(self, sequence: Sequence) -> None:
         del self._sequences[bisect_left(self._sequences, self.key(sequence), key=self.key)]
-        self.num_tokens -= sequence.num_tokens
         self._times_passed.pop(sequence.uid, None)
         self._matched.pop(sequence.uid, None)
 
@@ -156,12 +153,15 @@ class TokenBudget:
         filled = max(DECODE_SLOWDOWN * busy, alone.overhead / FIXED_SHARE)
         limit = self._limit(max(longest, start))
 
-        def fits(count: int) -> bool:
+        def exceeds(count: int) -> bool:
             cost = model.cost(decode + prefill_work(count, start))
-            return cost.compute_seconds <= filled and cost.seconds <= limit
+            return cost.compute_seconds > filled or cost.seconds > limit
 
+        if not exceeds(self._size):
+            return self._size
         # A long prompt's token may cost more than a whole step of short ones.
-        return max(_largest(self._size, fits), min(LEAST_TOKENS, self._size))
+        least = min(LEAST_TOKENS, self._size)
+        return max(bisect_left(range(1, self._size), True, key=exceeds), least)
 
     def admits(self, num_running: int, context: int, longest: int) -> bool:
         """Whether decode for one more stream would still hold the target.
@@ -187,8 +187,3 @@ class TokenBudget:
                 f"streams are served at once, steps may take {1e3 * least:.3g} ms."
             )
         return max(target / (1.0 + 3.5 * model.deviation), least)
-
-
-def _largest(most: int, holds: Callable[[int], bool]) -> int:
-    """The largest n in [0, most] for which `holds`, which is true up to some n; 0 if none."""
-    return most if holds(most) else bisect_left(range(1, most), True, key=lambda n: not holds(n))

@@ -61,7 +61,7 @@ class Scheduler:
         self._prefixes = None if least is None else PrefixGroups(self._cache.pool.pages_for(least))
         self._waiting = WaitingQueue(config.schedule_policy, fairness)
         self._running = Running(limits, self._cache, self._waiting, self._prefixes)
-        self._planner = Planner(config, self._running, cost_model, speculation, fairness, clock)
+        self._planner = Planner(config, self._running, cost_model, speculation, clock)
         self._requests: dict[str, list[Sequence]] = {}  # unended choices
         self._plans: deque[Plan] = deque()  # their steps are in flight
         self._next_uid = 0

@@ -18,6 +18,7 @@ from minisgl.core.costmodel import (
     prefill_work,
 )
 from minisgl.core.executor import Limits
+from minisgl.core.kvcache import KVCache
 from minisgl.core.policy import FAIR, Fairness, TokenBudget
 from minisgl.core.request import Request, SamplingParams
 from minisgl.core.scheduler import Scheduler
@@ -183,6 +184,17 @@ def test_short_prompts_without_end_leave_a_long_one_half_of_each_step():
     arrivals[0].insert(0, ask("long", 100_000))
     counts = count_steps(roomy(EngineConfig()), arrivals, most=100)
     assert 90 < counts.waits["long"] <= -(-100_000 // 1024)
+
+
+def test_looking_for_short_prompts_costs_few_matches(monkeypatch):
+    """Behind a long prompt under way, no more are looked at than where pages are missing."""
+    scheduler, looked_at = roomy(EngineConfig()), list[int]()
+    match = KVCache.match
+    monkeypatch.setattr(
+        KVCache, "match", lambda cache, seq: looked_at.append(seq.uid) or match(cache, seq)
+    )
+    count_steps(scheduler, {0: [ask("long", 100_000), *many(200, 1100, 1)]}, most=10)
+    assert len(looked_at) <= 1 + 10 * FAIR.scan_limit
 
 
 def test_what_would_break_the_target_is_passed_by():

@@ -125,6 +125,14 @@ def test_a_low_prompt_under_way_goes_on_beside_endless_urgent_ones():
     assert "low" in counts.ends
 
 
+def test_what_comes_first_by_age_leaves_the_urgent_their_half():
+    scheduler = make(fairness=Fairness(max_passed=1))  # all age, beginning with the long one
+    arrivals = {step: [ask(str(step), 32, priority=5)] for step in range(3, 30)}
+    counts = count_steps(scheduler, arrivals | {0: [ask("long", 100_000)]})
+    assert {counts.waits[str(step)] for step in range(3, 30)} == {1}
+    assert counts.waits["long"] <= 51
+
+
 def serve_beside_endless_urgent_ones(seed: int) -> tuple[Counts, int]:
     """Low requests of all shapes in a machine that urgent ones alone would more than fill."""
     random = Random(seed)
