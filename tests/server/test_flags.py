@@ -31,6 +31,7 @@ VALUES = {
     "schedule_policy": "lpm",
     "batch_policy": "decode-first",
     "attention_backend": "triton",
+    "sampling_defaults": "openai",
     "speculative_algorithm": "ngram",
     "speculative_draft_model": "x",
     "speculative_ngram_min": 3,
