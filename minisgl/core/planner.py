@@ -150,9 +150,11 @@ class Planner:
                 break
             if seq.status is WAITING and admission.tries > 0:
                 self._admit(plan, seq, most, admission)
-            missing = seq.num_fed - seq.num_computed
-            if seq.status is not RUNNING or missing > most:
+            elif seq.num_fed - seq.num_computed > most:
                 continue
+            if seq.status is not RUNNING:
+                continue
+            missing = seq.num_fed - seq.num_computed
             if missing > left:
                 urgency = self._waiting.urgency
                 behind = [s for s in line[index + 1 :] if urgency(s) >= urgency(seq)]

@@ -197,7 +197,9 @@ class HashExecutor:
         self.closed = True
 
     def _run(self, batch: Batch, masks: GrammarMasks | None) -> StepOutput:
+        served = {(chunk.uid, chunk.epoch) for chunk in batch.chunks}
         for setup in batch.setups:
+            assert (setup.uid, setup.epoch) in served, "a row that the step has nothing for"
             assert (setup.uid, setup.epoch) not in self.epochs, "an epoch begins twice"
             self.epochs.add((setup.uid, setup.epoch))
             table = [POISON] * (self.limits.max_context + 1)
