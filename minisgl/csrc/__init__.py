@@ -73,7 +73,7 @@ class Unit:
             if library.exists():
                 self.module = import_extension(self.target.module.name, str(library))
                 return
-        except (BuildError, ImportError) as error:
+        except (BuildError, ImportError, OSError) as error:  # a cache that cannot be read, too
             self._report_failure(error)
             return
         log.info("building %s in the background; until then: %s", self.target, self._twin)

@@ -16,7 +16,7 @@ def report(target: Target) -> bool:
     except Unavailable as error:
         print(f"csrc: {target}: not built: {error}; {target.module.twin}")
         return True  # this machine is served by the twin: nothing has failed
-    except BuildError as error:
+    except (BuildError, OSError) as error:
         what, *compiler_lines = str(error).split("\n")
         print("\n".join([f"csrc: {what}; {target.module.twin}", *compiler_lines]), file=sys.stderr)
         return False

@@ -192,8 +192,11 @@ def find_module(name: str) -> Module:
 
 
 def cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/minisgl/csrc`, which may be deleted at any time."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """`$XDG_CACHE_HOME/minisgl/csrc`, which may be deleted at any time. Unavailable: no home."""
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        raise Unavailable("no home to keep builds in (set XDG_CACHE_HOME)") from error
     return Path(base) / "minisgl" / "csrc"
 
 

@@ -4,6 +4,7 @@ The two sides share one pair of ZeroMQ sockets in a private directory; messages 
 """
 
 import contextlib
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -36,8 +37,7 @@ class EngineProcess:
     """
 
     def __init__(self, factory: str, config: EngineConfig) -> None:
-        # Mode 0700: only this user can connect. Removed by `close`, at exit at the latest.
-        self._directory = tempfile.TemporaryDirectory(prefix="minisgl-", ignore_cleanup_errors=True)
+        self._directory = _private_directory()  # removed by `close`, at exit at the latest
         endpoint = f"ipc://{self._directory.name}/engine"
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
         self.socket.set_hwm(0)  # never block, never drop: backlogs are bounded by admission
@@ -67,6 +67,17 @@ class EngineProcess:
         self._child.close()
         self.socket.close(linger=0)
         self._directory.cleanup()
+
+
+def _private_directory() -> tempfile.TemporaryDirectory[str]:
+    """A new directory of mode 0700, so that only this user can connect to the socket in it.
+
+    In /tmp where $TMPDIR is longer than a socket's name may be.
+    """
+    parent = tempfile.gettempdir()
+    if len(os.fsencode(f"{parent}/minisgl-12345678/engine")) > zmq.IPC_PATH_MAX_LEN:
+        parent = "/tmp"
+    return tempfile.TemporaryDirectory(prefix="minisgl-", dir=parent, ignore_cleanup_errors=True)
 
 
 def main() -> int:

@@ -1,5 +1,6 @@
 """Where a model's files are: a directory as given, or one downloaded from the Hugging Face hub."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
@@ -17,7 +18,7 @@ def model_directory(model: str, *, weights: bool = True) -> Path:
     directory nor found on the hub, with the hub's reason, and for a model on the hub without
     safetensors weights.
     """
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # which leaves "~" alone where there is no home
     if path.is_dir():
         return path
     if path.exists():

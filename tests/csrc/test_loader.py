@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -64,6 +65,7 @@ def compiler_runs(tmp_path: Path) -> int:
 PROCESS = """
 import sys
 from pathlib import Path
+from typing import NoReturn
 from minisgl.csrc import Module, Target, Unit
 target = Target(Module("probe", "cpu", ("probe.cpp",), twin=""), sources=Path(sys.argv[1]))
 unit = Unit(target)
@@ -146,6 +148,24 @@ def test_without_a_compiler_one_line_says_what_it_costs(target, monkeypatch, cap
     assert [r.getMessage() for r in caplog.records] == [
         "no C++ compiler ($CXX, c++, g++ or clang++); the twin serves"
     ]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("place", "words"), [("", "no home to keep builds in"), ("/" + "x" * 300, "name too long")]
+)
+def test_a_cache_that_is_nowhere_is_told_not_raised(target, monkeypatch, caplog, place, words):
+    def nobody(*_: object) -> NoReturn:
+        raise KeyError("no passwd entry")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", place)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    unit = Unit(target)
+    with caplog.at_level(logging.WARNING, "minisgl"):
+        unit.start(wait=True)
+    assert unit.module is None
+    assert words in caplog.text
 
 
 @needs_compiler

@@ -311,6 +311,19 @@ process = EngineProcess("tests.world.engine:build", EngineConfig())
 """
 
 
+@pytest.mark.parametrize("name", ["x" * 100, "x" * 80, "é" * 45])
+def test_a_temporary_directory_may_have_a_long_name(tmp_path, monkeypatch, name):
+    """A socket's name has at most 107 bytes."""
+    (tmp_path / name).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / name))
+
+    async def scene():
+        async with open_client() as client:
+            assert await collect(client, Request("a", [1], SamplingParams(max_tokens=3)))
+
+    play(scene())
+
+
 def test_it_goes_away_though_nobody_closes_the_process(tmp_path):
     env = {**os.environ, "TMPDIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", UNCLOSED], env=env, check=True)

@@ -239,6 +239,11 @@ def test_model_directory(tmp_path: Path) -> None:
         model_directory("/nowhere/at/all")
 
 
+def test_a_home_that_is_nowhere_is_a_wrong_name_and_no_other_error() -> None:
+    with pytest.raises(ValueError, match="model '~nobody-here/x' is neither"):
+        model_directory("~nobody-here/x")
+
+
 @pytest.mark.parametrize("weights", [True, False])
 def test_hub_id_is_downloaded_without_code_and_pickles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: bool
