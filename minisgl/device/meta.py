@@ -3,6 +3,7 @@
 Steps run on it as on a GPU, but for their kernels. It is how a start finds out which ones to build.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass, field
@@ -42,8 +43,11 @@ class MetaDevice:
     """One thread uses it."""
 
     torch_device = torch.device("meta")
-    captures = True
     name = "no GPU"
+
+    def __init__(self, *, captures: bool = True) -> None:
+        self.captures = captures
+        self.allocated = 0  # bytes that `zeros` would have taken
 
     def row_multiple(self, dtype: torch.dtype) -> int:
         return 1
@@ -71,6 +75,7 @@ class MetaDevice:
         return torch.zeros(tensor.shape, dtype=tensor.dtype)  # the host may read it
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        self.allocated += math.prod(shape) * dtype.itemsize
         return torch.zeros(tuple(shape), dtype=dtype, device=self.torch_device)
 
     def capture(self, function: Callable[[], object]) -> MetaPieces:

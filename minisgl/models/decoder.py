@@ -156,7 +156,9 @@ class Decoder:
         self.head = self.embedding
         if not config.tied_embeddings:
             self.head = VocabTable("lm_head", config.vocab_size, config.hidden_size, at)
-        self.weight_bytes = sum(weight.target.nbytes for weight in self.weights())
+        held = [weight.target for weight in self.weights()] + list(tables.values())
+        storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in held}
+        self.weight_bytes = sum(t.untyped_storage().nbytes() for t in storages.values())
         # Rounded to the dtype, as the models were trained.
         self.embedding_scale = None
         if config.embedding_scale is not None:

@@ -1,7 +1,7 @@
-"""Estimates of the bytes needed beside KV: weights, activations, logits, counts, graphs.
+"""The bytes needed beside KV: weights, buffers, activations, logits, graphs.
 
-They are made before anything large is allocated and are upper bounds. What capturing graphs really
-took is measured afterwards, and logged.
+They are found before anything large is allocated. Weights and buffers, which are held, are exact;
+the others are upper bounds. What capturing graphs really took is measured afterwards, and logged.
 """
 
 from collections.abc import Sequence
@@ -9,13 +9,17 @@ from dataclasses import dataclass
 
 import torch
 
+from minisgl import csrc
+from minisgl.kernels.attention.cpu import BLOCK
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
 from minisgl.start.facts import Facts
 from minisgl.step.draft import FIRST_WIDTH, GRAPHS_PER_SIZE, Draft
-from minisgl.step.rows import RowBuffers
-from minisgl.step.sizes import GraphSizes, draft_sizes, mask_words
+from minisgl.step.sampler import scored_at_once
+from minisgl.step.sizes import GraphSizes, draft_sizes
 
+# The most tokens of a pool on a CPU, whose memory others use too, unless its size is stated.
+MODEST_TOKENS = 65_536
 # A captured kernel's launch, in the driver and on the device; a guess until it is measured.
 NODE_BYTES = 16 * 2**10
 NODES_PER_LAYER = 14
@@ -26,45 +30,43 @@ OTHER_NODES = 40  # of the passes' ends, and of the three sampling halves
 class Footprint:
     """What a rank allocates beside KV, in bytes by purpose."""
 
-    weights: int
+    weights: int  # rotary tables included
+    buffers: int  # of rows (page table, counts of tokens), and what graphs share
     workspace: int
     logits: int
-    counts: int
     graphs: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.workspace + self.logits + self.counts + self.graphs
+        return self.weights + self.buffers + self.workspace + self.logits + self.graphs
 
 
 def footprint(
-    facts: Facts, model: Decoder, draft: Draft | None, ranks: int, *, captures: bool
+    facts: Facts, model: Decoder, draft: Draft | None, ranks: int, buffers: int, *, captures: bool
 ) -> Footprint:
-    """The footprint of a rank with its share `model`. captures: whether graphs are captured."""
+    """The footprint of a rank with its share `model`. buffers: bytes that its worker allocates
+    beside KV; captures: whether graphs are captured."""
     config, sizes, vocab = facts.config, facts.graphs, facts.model.vocab_size
     rows = config.max_running_requests
     points = rows * (1 + config.num_draft_tokens)  # of every row, with its drafts
     tokens = config.chunked_prefill_size + points
     weights = model.weight_bytes
     workspace = workspace_bytes(facts.model, tokens, facts.dtype, ranks)
-    graphs = static_bytes(sizes, vocab) + pieces_bytes(sizes, facts.model, facts.dtype, ranks)
+    graphs = pieces_bytes(sizes, facts.model, facts.dtype, ranks)
     if captures:
         graphs += captured_bytes(sizes, facts.model, facts.dtype, ranks, facts.cascade)
+    elif facts.dtype != torch.bfloat16 or csrc.load("model_ops") is None:
+        longest = min(facts.max_context, config.max_total_tokens or MODEST_TOKENS)
+        workspace += attention_bytes(facts.model, longest, facts.dtype, ranks)
     if draft is not None:  # which computes before the target, never beside it
         weights += 0 if draft.model is None else draft.model.weight_bytes
         workspace = max(workspace, draft_workspace_bytes(draft, tokens))
         passes = draft_sizes(rows, any_size=not captures)
         captured = captures and bool(sizes.by_width)
-        graphs += draft_graph_bytes(draft, passes, captures=captured)
-    counts = RowBuffers.counts_bytes(rows, vocab)
-    return Footprint(weights, workspace, logits_bytes(vocab, points), counts, graphs)
-
-
-def static_bytes(sizes: GraphSizes, vocab: int) -> int:
-    """Of the buffers that all decode graphs share."""
-    masks = sizes.max_tokens * (1 + mask_words(vocab))
-    others = 6 * sizes.max_tokens + 3 * sizes.max_sequences
-    return 4 * (sizes.staging_words + masks + others) if sizes.by_width else 0
+        graphs += draft_graph_bytes(draft, passes) if captured else 0
+    scored = min(scored_at_once(vocab), config.chunked_prefill_size)
+    logits = logits_bytes(vocab, max(points, scored))
+    return Footprint(weights, buffers, workspace, logits, graphs)
 
 
 def captured_bytes(
@@ -98,7 +100,7 @@ def pieces_bytes(sizes: GraphSizes, model: ModelConfig, dtype: torch.dtype, rank
     most, heads = sizes.pieces[-1], 2 * model.num_heads * model.head_dim // ranks
     nodes = len(sizes.pieces) * (model.num_layers * NODES_PER_LAYER + OTHER_NODES)
     return (
-        most * (20 + (heads + model.hidden_size) * dtype.itemsize)
+        most * (heads + model.hidden_size) * dtype.itemsize
         + workspace_bytes(model, most, dtype, ranks)
         + nodes * NODE_BYTES
     )
@@ -115,6 +117,14 @@ def workspace_bytes(model: ModelConfig, tokens: int, dtype: torch.dtype, ranks: 
     return tokens * per_token * dtype.itemsize
 
 
+def attention_bytes(model: ModelConfig, tokens: int, dtype: torch.dtype, ranks: int) -> int:
+    """Of a CPU's attention to a prompt of so many tokens, where it is not native: a block's scores
+    twice and its mask, the slots twice, keys and values, gathered and one of them widened."""
+    scores = 2 * BLOCK * model.num_heads * 4 // ranks
+    pairs = model.num_kv_heads * model.head_dim * (2 * dtype.itemsize + 4)
+    return tokens * (scores + BLOCK + 2 * 8 + pairs)
+
+
 def logits_bytes(vocab: int, rows: int) -> int:
     """Logits in fp32 and three temporaries of the sampler of that size."""
     return 4 * rows * vocab * 4
@@ -127,15 +137,13 @@ def draft_workspace_bytes(draft: Draft, tokens: int) -> int:
     return workspace_bytes(draft.model.config, tokens, draft.shape.dtype, 1)
 
 
-def draft_graph_bytes(draft: Draft, sizes: Sequence[int], *, captures: bool) -> int:
-    """What a `DraftRunner` for these numbers of rows takes: its buffers, and where it captures,
-    activations and logits of the largest pass and the launches of all."""
-    most = sizes[-1]
-    buffers = 4 * (1 + 2 * draft.num_drafts) * most + 8
-    if draft.model is None or not captures:
-        return buffers
-    model = draft.model.config
+def draft_graph_bytes(draft: Draft, sizes: Sequence[int]) -> int:
+    """Of the graphs that a `DraftRunner` captures for these numbers of rows: activations and logits
+    of the largest pass, and the launches of all."""
+    if draft.model is None:
+        return 0
+    most, model = sizes[-1], draft.model.config
     nodes = model.num_layers * NODES_PER_LAYER + OTHER_NODES
     logits = 2 * most * model.vocab_size * 4
     launches = GRAPHS_PER_SIZE * len(sizes) * nodes * NODE_BYTES
-    return buffers + draft_workspace_bytes(draft, FIRST_WIDTH * most) + logits + launches
+    return draft_workspace_bytes(draft, FIRST_WIDTH * most) + logits + launches

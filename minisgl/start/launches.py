@@ -36,8 +36,8 @@ from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
 from minisgl.parallel import Communicator, Solo
 from minisgl.start.facts import Facts, read_facts
-from minisgl.start.load import kv_shape, ready_worker
-from minisgl.start.startup import Stages, kinds_of_steps, mixed_step
+from minisgl.start.load import kv_shape, make_worker
+from minisgl.start.startup import Stages, kinds_of_steps, make_ready, mixed_step
 from minisgl.step.draft import Draft
 from minisgl.step.inputs import pack_step
 from minisgl.step.runner import Step
@@ -107,7 +107,8 @@ def serve(
     elif facts.config.speculative_algorithm == "draft":  # which rank 0 alone has
         draft = Draft(None, None, num_drafts)
     model = made(facts.model, comm, facts.attention)
-    worker, _ = ready_worker(facts, model, draft, limits, device, comm, Stages())
+    worker = make_worker(facts, model, draft, limits, device, comm)
+    make_ready(worker, facts, Stages())
     counts = counts or range(1, limits.max_rows + 1)
     _run_steps(worker, widths or range(1, 2 + num_drafts), counts, cascade=facts.cascade)
     return worker

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from minisgl.core.executor import Limits
 from minisgl.device import Device
+from minisgl.device.meta import MetaDevice
 from minisgl.kernels.attention import attention
 from minisgl.kernels.op import Op
 from minisgl.log import get_logger
@@ -12,7 +13,7 @@ from minisgl.models.decoder import Decoder
 from minisgl.models.loader import load_model
 from minisgl.parallel import Communicator, Solo
 from minisgl.start.facts import Facts
-from minisgl.start.footprint import footprint, static_bytes
+from minisgl.start.footprint import footprint
 from minisgl.start.memory_plan import MemoryPlan, check_graphs, fewest, plan_memory, share_of_memory
 from minisgl.start.startup import Kernels, Stages, make_ready
 from minisgl.step.draft import Draft
@@ -33,21 +34,16 @@ def load_worker(facts: Facts, device: Device, comm: Communicator | None = None) 
     shape = kv_shape(facts, model)
     with stages.stage("plan memory"):
         plan = device.run(_plan, facts, model, shape, draft, device, comm)
-        limits = Limits(
-            num_pages=device.run(fewest, comm, device, plan.num_pages),
-            page_size=plan.page_size,
-            max_rows=config.max_running_requests,
-            max_context=facts.max_context,
-            vocab_size=facts.model.vocab_size,
-        )
+        limits = limits_of(facts, device.run(fewest, comm, device, plan.num_pages))
     with stages.stage("build kernels"):
         kernels.build(facts, limits, comm)
     # Nodes may log differently, but ranks take part in the same collectives or none.
     debugged = device.run(fewest, comm, device, int(config.log_level == "debug"))
     compare = bool(debugged) and comm.size > 1
-    worker, taken = ready_worker(facts, model, draft, limits, device, comm, stages, compare)
-    if taken:
-        check_graphs(plan, taken + static_bytes(facts.graphs, limits.vocab_size))
+    with stages.stage("warm up"):
+        worker = make_worker(facts, model, draft, limits, device, comm, compare)
+    if taken := make_ready(worker, facts, stages):
+        check_graphs(plan, taken)
     kernels.ready()
     worker.compilations = kernels.missed
     if comm.rank == 0:
@@ -55,37 +51,37 @@ def load_worker(facts: Facts, device: Device, comm: Communicator | None = None) 
     return worker
 
 
-def ready_worker(
+def make_worker(
     facts: Facts,
     model: Decoder,
     draft: Draft | None,
     limits: Limits,
     device: Device,
     comm: Communicator,
-    stages: Stages,
     compare: bool = False,
-) -> tuple[Worker, int]:
-    """The worker that these models make, made ready, and the bytes that capturing took."""
-    config = facts.config
-    with stages.stage("warm up"):
-        worker = Worker(
-            device,
-            FixedOrder(model, device.torch_device) if config.batch_invariant else model,
-            kv_shape(facts, model),
-            limits,
-            graphs=facts.graphs,
-            comm=comm,
-            draft=draft,
-            compare=compare,
-        )
-    taken = make_ready(
-        worker,
-        stages,
-        cascade=facts.cascade,
-        prompt_tokens=config.chunked_prefill_size,
-        num_drafts=config.num_draft_tokens,
+) -> Worker:
+    """The worker that these models make, its buffers allocated."""
+    return Worker(
+        device,
+        FixedOrder(model, device.torch_device) if facts.config.batch_invariant else model,
+        kv_shape(facts, model),
+        limits,
+        graphs=facts.graphs,
+        comm=comm,
+        draft=draft,
+        compare=compare,
     )
-    return worker, taken
+
+
+def limits_of(facts: Facts, num_pages: int) -> Limits:
+    """What requests are checked against, with a pool of so many pages."""
+    return Limits(
+        num_pages=num_pages,
+        page_size=facts.config.page_size,
+        max_rows=facts.config.max_running_requests,
+        max_context=facts.max_context,
+        vocab_size=facts.model.vocab_size,
+    )
 
 
 def kv_shape(facts: Facts, model: Decoder) -> KVShape:
@@ -135,7 +131,9 @@ def _plan(
 ) -> MemoryPlan:
     """The memory plan. Runs in the stream, once all ranks have loaded."""
     config = facts.config
-    needs = footprint(facts, model, draft, comm.size, captures=device.captures)
+    nowhere = MetaDevice(captures=device.captures)  # on which the same buffers take no memory
+    make_worker(facts, model, draft, limits_of(facts, num_pages=0), nowhere, comm)
+    needs = footprint(facts, model, draft, comm.size, nowhere.allocated, captures=device.captures)
     memory = share_of_memory(comm, device, config.tp_size // config.nnodes)
     token_bytes = shape.bytes_per_token
     if draft is not None and draft.shape is not None:

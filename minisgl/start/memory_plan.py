@@ -8,13 +8,11 @@ from minisgl.config import EngineConfig
 from minisgl.device import Device, Memory
 from minisgl.log import get_logger
 from minisgl.parallel import Communicator
-from minisgl.start.footprint import Footprint
+from minisgl.start.footprint import MODEST_TOKENS, Footprint
 
 log = get_logger(__name__)
 
-# The most a pool takes on a CPU, whose memory others use too, unless its size is stated.
-MODEST_TOKENS = 65_536
-MODEST_BYTES = 4 * 2**30
+MODEST_BYTES = 4 * 2**30  # the most a pool takes on a CPU, unless its size is stated
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,8 @@ def plan_memory(
         if num_pages < 1:
             raise ValueError(
                 f"no memory is left for KV: mem_fraction_static {fraction} gives "
-                f"{budget / 2**20:.0f} MiB, of which {needs.total / 2**20:.0f} MiB are taken "
-                f"by weights, workspace, logits, counts and graphs; a page needs {page_bytes} bytes"
+                f"{budget / 2**20:.0f} MiB, of which {needs.total / 2**20:.0f} MiB are taken by "
+                f"weights, buffers, workspace, logits and graphs; a page needs {page_bytes} bytes"
             )
     plan = MemoryPlan(needs, num_pages * page_bytes, num_pages, page_size, budget)
     log.info("%s", plan.table())

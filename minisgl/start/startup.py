@@ -97,16 +97,15 @@ class Kernels:
         self._device.run(load, variants)
 
 
-def make_ready(
-    worker: Worker, stages: Stages, *, cascade: bool, prompt_tokens: int, num_drafts: int
-) -> int:
+def make_ready(worker: Worker, facts: Facts, stages: Stages) -> int:
     """Run every kind of step once; where the device captures graphs, capture all of them.
 
-    There the largest step is run last: every row with `num_drafts` drafts, and `prompt_tokens` of
-    prompts. Returns the bytes that capturing took.
+    There the largest step is run last: every row with all its drafts, and as many tokens of prompts
+    as there can be. Returns the bytes that capturing took.
     """
     device, runner = worker.device, worker.runner
     limits, geometry = worker.limits, worker.geometry
+    cascade, num_drafts = facts.cascade, facts.config.num_draft_tokens
     widths = (1, 1 + num_drafts) if num_drafts and device.captures else (1,)
     warm = partial(warm_up, cascade=cascade, widths=widths, everything=device.captures)
     with stages.stage("warm up"):
@@ -115,7 +114,8 @@ def make_ready(
         return 0
     taken = device.run(_capture, worker, stages, cascade) if runner.graphs else 0
     with stages.stage("largest step"):
-        device.run(run_largest, runner, limits, geometry, prompt_tokens, num_drafts)
+        tokens = facts.config.chunked_prefill_size
+        device.run(run_largest, runner, limits, geometry, tokens, num_drafts)
         device.record().wait()
     return taken
 

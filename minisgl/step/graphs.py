@@ -94,11 +94,12 @@ class DecodeGraphs:
         self._views: dict[int, _Views] = {}
         self._graphs: dict[tuple[int, Forward | Shaping], Graph] = {}
         self._hidden: dict[int, torch.Tensor] = {}
-        most, on = self.sizes[-1], device.torch_device
-        self._offsets = torch.arange(most + 1, dtype=torch.int32, device=on) * width
-        nth = torch.arange(width, dtype=torch.int32, device=on)
-        every = torch.arange(most, dtype=torch.int32, device=on)
-        self._sequences = every[:, None].expand(most, width).reshape(-1)
+        most = self.sizes[-1]
+        self._offsets = device.zeros((most + 1,), torch.int32)
+        torch.arange(0, (most + 1) * width, width, out=self._offsets)
+        self._sequences = device.zeros((most * width,), torch.int32)
+        torch.arange(most * width, out=self._sequences).floor_divide_(width)
+        nth = torch.arange(width, dtype=torch.int32, device=device.torch_device)
         self._nth = nth[1:]  # [K], each draft's place
         self._earlier = nth[:-1] < nth[:, None]  # [width, K], whether a draft is before a point
 
@@ -191,6 +192,8 @@ class DecodeGraphs:
             inputs, self._rows, views.token_ids, views.sequences, views.starts, views.num_tokens
         )
         hidden = self._forward(inputs)
+        if not self._device.captures:
+            self._hidden.clear()  # of other sizes: no graph reads them
         if half is Forward.GROUPED and size in self._hidden:
             self._hidden[size].copy_(hidden)  # where captured second halves read it
         else:

@@ -58,10 +58,6 @@ class RowBuffers:
         """The row of padding."""
         return self.last.shape[0] - 1
 
-    @staticmethod
-    def counts_bytes(max_rows: int, vocab: int) -> int:
-        return (max_rows + 1) * vocab * 4
-
     @ranged("patch")
     def apply(self, sent: dict[str, torch.Tensor]) -> None:
         """Write uploaded setups and page-table patches, in the stream."""

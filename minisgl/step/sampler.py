@@ -246,8 +246,7 @@ class Sampler:
         self, request: LogprobRequest, targets: torch.Tensor, hidden: torch.Tensor
     ) -> list[Logprobs]:
         """In blocks: the logits of a whole prompt are never held at once."""
-        vocab = self._rows.counts.shape[1]
-        block = max(1, BLOCK_BYTES // (vocab * 4))
+        block = scored_at_once(self._rows.counts.shape[1])
         blocks = []
         for start in range(0, request.count, block):
             stop = min(start + block, request.count)
@@ -255,3 +254,8 @@ class Sampler:
             if self.draws:
                 blocks.append(self._score(logits, targets[start:stop], request.num_top))
         return blocks
+
+
+def scored_at_once(vocab: int) -> int:
+    """Positions of a prompt whose logits are held at once for log-probabilities, at most."""
+    return max(1, BLOCK_BYTES // (vocab * 4))

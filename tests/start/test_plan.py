@@ -21,19 +21,18 @@ from minisgl.parallel import Solo
 from minisgl.start import launches
 from minisgl.start.facts import read_facts
 from minisgl.start.footprint import (
+    MODEST_TOKENS,
     NODE_BYTES,
     NODES_PER_LAYER,
     OTHER_NODES,
     Footprint,
     captured_bytes,
-    static_bytes,
     workspace_bytes,
 )
 from minisgl.start.launches import Start
 from minisgl.start.load import load_worker
 from minisgl.start.memory_plan import (
     MODEST_BYTES,
-    MODEST_TOKENS,
     MemoryPlan,
     check_graphs,
     plan_memory,
@@ -50,7 +49,7 @@ SHAPE = KVShape(num_layers=3, num_kv_heads=2, head_dim=32, dtype=torch.bfloat16)
 
 
 NEEDS = Footprint(
-    weights=100 * MIB, workspace=20 * MIB, logits=7 * MIB, counts=3 * MIB, graphs=11 * MIB
+    weights=100 * MIB, buffers=3 * MIB, workspace=20 * MIB, logits=7 * MIB, graphs=11 * MIB
 )
 
 
@@ -216,10 +215,7 @@ def test_graphs_are_planned_by_what_they_hold():
     """Twice the graphs take more, and the parts are what they are said to be."""
     facts = ModelConfig.from_dict(LLAMA)
     few, many = (GraphSizes.of(most, (1,), False, 1) for most in (8, 256))
-    words = -(-131 // 32)
     assert many.by_width[1][-1] == many.max_tokens == many.max_sequences == 256
-    masks = 4 * 256 * (1 + words)
-    assert masks < static_bytes(many, 131) < masks + 4 * many.staging_words + 12_000
     most, least = (captured_bytes(sizes, facts, torch.bfloat16, 1) for sizes in (many, few))
     grown = most - least
     more = len(many.by_width[1]) - len(few.by_width[1])
@@ -229,10 +225,7 @@ def test_graphs_are_planned_by_what_they_hold():
     workspace -= workspace_bytes(facts, 8, torch.bfloat16, 1)
     nodes = facts.num_layers * NODES_PER_LAYER + OTHER_NODES
     assert grown == hidden + logits + workspace + more * nodes * NODE_BYTES
-    drafts = GraphSizes.of(8, (1, 5), False, 1)
-    assert drafts.max_tokens == 40
-    assert static_bytes(drafts, 131) > static_bytes(few, 131)
-    assert static_bytes(GraphSizes({}), 131) == 0
+    assert GraphSizes.of(8, (1, 5), False, 1).max_tokens == 40
 
 
 @pytest.mark.parametrize(("taken", "level"), [(10 * MIB, "INFO"), (12 * MIB, "WARNING")])

@@ -95,9 +95,10 @@ def test_groups_are_packed_as_the_op_takes_them():
     assert "cascade" not in plain.sections
 
 
-def test_captured_halves_share_what_sampling_reads(model):
+def test_captured_halves_share_what_sampling_reads(model, monkeypatch):
     """A second half reads the hidden states in one place, whichever first half wrote them."""
     executor = make_executor(model)
+    monkeypatch.setattr(executor.worker.device, "captures", True)
     graphs = executor.worker.runner.graphs[1]
     executor.worker.device.run(lambda: graphs.capture(cascade=True))
     assert {half for _, half in graphs.captured} > set(Forward)

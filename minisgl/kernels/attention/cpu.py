@@ -14,7 +14,7 @@ from minisgl.kernels.config import batch_invariant
 from minisgl.kernels.decode.native import decode_native
 from minisgl.kernels.native import address, model_ops
 
-_BLOCK = 128  # queries at a time
+BLOCK = 128  # queries at a time
 
 
 def attention_cpu(
@@ -105,8 +105,8 @@ def _blocks_of_queries(
     first = 0 if kv.window is None else max(past - kv.window + 1, 0)
     slots = sequence_slots(kv.page_table[row], first, length, kv.page_size)
     keys, values = kv.k_pool[slots], kv.v_pool[slots]
-    for start in range(0, len(q), _BLOCK):
-        block = slice(start, min(start + _BLOCK, len(q)))
+    for start in range(0, len(q), BLOCK):
+        block = slice(start, min(start + BLOCK, len(q)))
         position = past + block.start
         low = 0 if kv.window is None else max(position - kv.window + 1, 0)
         seen = slice(low - first, max(past + block.stop - first, 0))
