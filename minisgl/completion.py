@@ -8,9 +8,10 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as shown  # cut where it is long
 from typing import Any, cast
 
-from minisgl.core.request import Delta, FinishReason, Request, SamplingParams, TokenLogprobs, shown
+from minisgl.core.request import Delta, FinishReason, Request, SamplingParams, TokenLogprobs
 from minisgl.engine.messages import EngineInfo
 from minisgl.server.text import TextStream
 from minisgl.server.tokenizer import Tokenizer
@@ -148,6 +149,8 @@ class PromptReader:
         self, messages: Conversation | Sequence[Conversation], options: Mapping[str, Any]
     ) -> tuple[list[list[int]], bool]:
         """The conversations as token ids, and whether there was but one: a list of messages."""
+        if not _is_list(messages):
+            raise TypeError(f"messages must be a list of messages, got {shown(messages)}")
         single = not messages or isinstance(messages[0], Mapping)
         conversations = cast(Sequence[Conversation], [messages] if single else messages)
         return [self.tokenizer.encode_chat(each, **options) for each in conversations], single

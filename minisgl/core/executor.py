@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 
 from minisgl.core.batch import Batch, StepOutput
-from minisgl.core.request import SamplingParams, shown
+from minisgl.core.request import SamplingParams
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -30,7 +30,7 @@ class Limits(msgspec.Struct, frozen=True):
             wrong = min(ids) if min(ids) < 0 else max(ids)
             raise ValueError(
                 f"{name}: token ids must be at least 0 and below the vocabulary size "
-                f"{self.vocab_size}, got {shown(wrong)}"
+                f"{self.vocab_size}, got {wrong}"
             )
 
     def token_limit(

@@ -1,9 +1,9 @@
 """What a user asks (`Request`, `SamplingParams`) and what comes back for it (`Delta`)."""
 
-import reprlib
 import secrets
 from collections.abc import Mapping
-from typing import Literal, get_args
+from reprlib import repr as shown  # cut where it is long
+from typing import Annotated, Literal, get_args
 
 import msgspec
 
@@ -16,24 +16,6 @@ MAX_STOP_TOKEN_IDS = 256
 MAX_SEED = 2**64 - 1
 LEAST_TEMPERATURE = 1e-5  # that is not greedy: logits divided by less overflow in fp32
 MAX_INT = 2**31 - 1  # what the device keeps counts in
-# Field -> the least and the most it may be: what means something, and nothing that fp32 cannot.
-RANGES: dict[str, tuple[float, float]] = {
-    "max_tokens": (1, MAX_INT),
-    "min_tokens": (0, MAX_INT),
-    "temperature": (0.0, 100.0),
-    "top_k": (-1, MAX_INT),
-    "top_p": (0.0, 1.0),  # 0 itself would leave no token
-    "min_p": (0.0, 1.0),
-    "repetition_penalty": (0.01, 100.0),  # which logits are divided by, and multiplied
-    "presence_penalty": (-2.0, 2.0),
-    "frequency_penalty": (-2.0, 2.0),
-    "logprobs": (0, MAX_TOP_LOGPROBS),
-    "prompt_logprobs": (0, MAX_TOP_LOGPROBS),
-    "n": (1, 128),
-    "seed": (-(2**63), MAX_SEED),
-}
-
-
 # What holds where neither a request nor its model says anything: OpenAI's defaults.
 NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
@@ -49,29 +31,29 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, gc=False, array_
     strings end the text where they begin and are not part of it. `seed=None` is replaced by a
     random 64-bit seed where the request enters the engine (`with_a_seed`); negative ones are 64
     bits with a sign, as OpenAI's. One string will do for `stop`, a mapping for `logit_bias`, and
-    None for either and for `stop_token_ids`. All fields are within RANGES.
+    None for either and for `stop_token_ids`. Numbers are within the ranges beside them.
 
     Raises ValueError naming the field, its limit and the value given; TypeError where a value is
     not of the field's type.
     """
 
-    max_tokens: int | None = None
-    min_tokens: int = 0
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    max_tokens: Annotated[int | None, (1, MAX_INT)] = None
+    min_tokens: Annotated[int, (0, MAX_INT)] = 0
+    temperature: Annotated[float | None, (0.0, 100.0)] = None
+    top_k: Annotated[int | None, (-1, MAX_INT)] = None
+    top_p: Annotated[float | None, (0.0, 1.0)] = None  # but not 0, which would leave no token
+    min_p: Annotated[float | None, (0.0, 1.0)] = None
+    repetition_penalty: Annotated[float | None, (0.01, 100.0)] = None
+    presence_penalty: Annotated[float, (-2.0, 2.0)] = 0.0
+    frequency_penalty: Annotated[float, (-2.0, 2.0)] = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    n: int = 1
-    seed: int | None = None
+    logprobs: Annotated[int | None, (0, MAX_TOP_LOGPROBS)] = None
+    prompt_logprobs: Annotated[int | None, (0, MAX_TOP_LOGPROBS)] = None
+    n: Annotated[int, (1, 128)] = 1
+    seed: Annotated[int | None, (-(2**63), MAX_SEED)] = None
 
     def __post_init__(self) -> None:
         for name, kind, convert in (
@@ -185,12 +167,10 @@ def _check_types(params: SamplingParams) -> None:
         if type(value) not in (int, *types):
             kind = "a number" if float in types else "an int"
             raise TypeError(f"{name} must be {kind}, got {shown(value)}")
-    for text in params.stop:
-        if type(text) is not str:
-            raise TypeError(f"stop must hold strings, got {shown(text)}")
-    for token_id in params.stop_token_ids:
-        if type(token_id) is not int:
-            raise TypeError(f"stop_token_ids must hold ints, got {shown(token_id)}")
+    for name, item, kind in (("stop", str, "strings"), ("stop_token_ids", int, "ints")):
+        for value in getattr(params, name):
+            if type(value) is not item:
+                raise TypeError(f"{name} must hold {kind}, got {shown(value)}")
     for token_id, bias in params.logit_bias:
         if type(token_id) is not int or type(bias) not in (int, float):
             raise TypeError(
@@ -200,8 +180,11 @@ def _check_types(params: SamplingParams) -> None:
         raise TypeError(f"ignore_eos must be a bool, got {shown(params.ignore_eos)}")
 
 
-_ANNOTATIONS = SamplingParams.__annotations__
-_TYPES = {name: get_args(_ANNOTATIONS[name]) or (_ANNOTATIONS[name],) for name in RANGES}
+# Number -> the types it may have, and the least and the most it may be.
+_ANNOTATIONS = SamplingParams.__annotations__.items()
+_NUMBERS = {name: get_args(kind) for name, kind in _ANNOTATIONS if hasattr(kind, "__metadata__")}
+_TYPES = {name: get_args(kind) or (kind,) for name, (kind, _) in _NUMBERS.items()}
+RANGES: dict[str, tuple[float, float]] = {name: ends for name, (_, ends) in _NUMBERS.items()}
 
 
 def _require(
@@ -211,11 +194,3 @@ def _require(
         return
     bound = "greater than" if open_low else "at least"
     raise ValueError(f"{field} must be {bound} {low} and at most {high}, got {shown(value)}")
-
-
-def shown(value: object) -> str:
-    """A wrong value, cut where it is long."""
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # Python writes no integers of more than 4300 digits
-        return "a number that is too long to show"

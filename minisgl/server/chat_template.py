@@ -5,23 +5,31 @@ controls, `generation` blocks), filters and globals, without importing transform
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
+import msgspec
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from minisgl.server.fields import TextPart
+
 Message = Mapping[str, Any]
+_FAULTS = (TypeError, ValueError, LookupError, ArithmeticError)  # of expressions in a template
 
 
 class ChatTemplate:
     """One compiled template. `special_tokens` (`bos_token`, `eos_token`, ...) are its variables.
 
+    A message's content may be a string or a list of text parts ({"type": "text", "text": ...}).
+    Templates read the one, the other or both: each conversation is given to it as strings (parts
+    joined by newlines), or as parts where strings would be left out, as marks in their place show.
     Raises ValueError when the source is no valid template.
     """
 
@@ -46,24 +54,68 @@ class ChatTemplate:
         """The conversation as one string; `variables` are the template's own (`enable_thinking`).
 
         Keys of a message whose value is None count as absent, as OpenAI's clients send them.
-        Raises ValueError with the template's message when it refuses the conversation.
+        Raises ValueError, naming the message, where it is none or its text would be left out, and
+        with the template's own words when it refuses the conversation.
         """
         if not messages:
             raise ValueError("messages must hold at least one message, got 0")
-        present = [{k: v for k, v in message.items() if v is not None} for message in messages]
-        try:
-            return self._template.render(
-                {
-                    **self._special_tokens,
-                    **variables,
-                    "messages": present,
-                    "tools": tools,
-                    "documents": documents,
-                    "add_generation_prompt": add_generation_prompt,
-                }
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-            raise ValueError(f"the chat template refused the messages: {error}") from error
+        texts = _texts(messages)
+        marks = [
+            [f"mark-{i}-{j}-" if text.strip() else "" for j, text in enumerate(own)]
+            for i, own in enumerate(texts)
+        ]
+        variables |= {"tools": tools, "documents": documents}
+        variables["add_generation_prompt"] = add_generation_prompt
+
+        def with_texts(texts: list[list[str]], as_parts: bool) -> str:
+            given = [_with_texts(*each, as_parts) for each in zip(messages, texts, strict=True)]
+            try:
+                return self._template.render(self._special_tokens | variables, messages=given)
+            except (jinja2.TemplateError, *_FAULTS) as error:
+                raise ValueError(f"the chat template refused the messages: {error}") from error
+
+        lost: list[int] = []
+        for as_parts in (False, True):
+            try:
+                shown = with_texts(marks, as_parts).lower()
+            except ValueError:  # it refuses the conversation, or this form
+                continue
+            seen = {"", *re.findall(r"mark-\d+-\d+-", shown)}
+            missing = [i for i, own in enumerate(marks) if not seen.issuperset(own)]
+            lost = lost or missing
+            if not missing and "'type': 'text'" not in shown:  # how Python writes parts
+                return with_texts(texts, as_parts)
+        if not lost:
+            return with_texts(texts, False)
+        role = messages[lost[0]]["role"]
+        raise ValueError(f"the chat template leaves out messages[{lost[0]}], of role {role!r}")
+
+
+def _with_texts(message: Message, texts: list[str], as_parts: bool) -> dict[str, Any]:
+    """A message with these texts as its content, in one string or in parts."""
+    given = {name: value for name, value in message.items() if value is not None}
+    if texts:
+        parts = [{"type": "text", "text": text} for text in texts]
+        given["content"] = parts if as_parts else "\n".join(texts)
+    return given
+
+
+class _Said(msgspec.Struct):
+    """What must be right of a message; the rest is the template's business."""
+
+    role: str
+    content: str | list[TextPart] | None = None
+
+
+def _texts(messages: Sequence[Message]) -> list[list[str]]:
+    """The texts of each message. Raises ValueError naming what is no message of text."""
+    try:
+        said = msgspec.convert(messages, list[_Said])
+    except msgspec.ValidationError as error:
+        reason, _, place = str(error).partition(" - at `$")
+        raise ValueError(f"messages{place.rstrip('`')}: {reason}") from error
+    contents = (message.content or [] for message in said)
+    return [[c] if isinstance(c, str) else [part.text for part in c] for c in contents]
 
 
 class _Generation(Extension):

@@ -1,7 +1,7 @@
 """A prompt that is repeated before its completion, and where the tokens of such a text begin."""
 
 import codecs
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from minisgl.server.tokenizer import Tokenizer
 
@@ -13,16 +13,14 @@ class Echo(NamedTuple):
     offsets: list[int]
 
     @classmethod
-    def of(
-        cls, prompt: str | list[int], ids: list[int], tokenizer: Tokenizer, scored: bool
-    ) -> "Echo":
+    def of(cls, prompt: str | list[int], ids: list[int], tokenizer: Tokenizer, score: bool) -> Self:
         """Of the prompt as it was given, which is `ids` in tokens."""
         if isinstance(prompt, str):
-            return cls(prompt, tokenizer.offsets(prompt, ids) if scored else [])
+            return cls(prompt, tokenizer.offsets(prompt, ids) if score else [])
         text = tokenizer.decode(ids)
         cut = int(tokenizer.strips_first_space and text.startswith(" "))
         offsets = Offsets(tokenizer)
-        return cls(text[cut:], [max(offsets.advance(i) - cut, 0) for i in ids if scored])
+        return cls(text[cut:], [max(offsets.advance(i) - cut, 0) for i in ids if score])
 
 
 class Offsets:

@@ -133,7 +133,7 @@ def parse_completion(content: bytes, model: ServedModel) -> Call:
 
 
 def _message(index: int, given: dict[str, Any]) -> dict[str, Any]:
-    """A message for the chat template: its text as one string, `developer` as `system`."""
+    """A message for the chat template, `developer` as `system`."""
     path = f"messages[{index}]."
     parsed = read_object(given, fields.MessageBody, fields.NEUTRAL_MESSAGE, path)
     if parsed.role not in _ROLES:
@@ -141,17 +141,17 @@ def _message(index: int, given: dict[str, Any]) -> dict[str, Any]:
         raise ApiError(message, param=f"{path}role")
     if parsed.content is None and parsed.role != "assistant":  # which may have said nothing
         raise ApiError(f"{path}content is required", param=f"{path}content")
-    text = parsed.content or ""
-    if not isinstance(text, str):
-        text = "\n".join(_part(f"{path}content[{i}].", part) for i, part in enumerate(text))
+    content: Any = parsed.content or ""
+    if not isinstance(content, str):
+        content = [_part(f"{path}content[{i}].", part) for i, part in enumerate(content)]
     role = "system" if parsed.role == "developer" else parsed.role
     optional = {"name": parsed.name, "reasoning_content": parsed.reasoning_content}
-    return {"role": role, "content": text} | {k: v for k, v in optional.items() if v is not None}
+    return {"role": role, "content": content} | {k: v for k, v in optional.items() if v is not None}
 
 
-def _part(path: str, given: dict[str, Any]) -> str:
-    """The text of a part of a message's content."""
-    return read_object(given, fields.TextPart, fields.NEUTRAL_PART, path).text
+def _part(path: str, given: dict[str, Any]) -> dict[str, Any]:
+    """A part of a message's content: its type and its text."""
+    return msgspec.structs.asdict(read_object(given, fields.TextPart, fields.NEUTRAL_PART, path))
 
 
 def _prompts(prompt: Any) -> list[tuple[str, str | list[int]]]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import msgspec
 import tokenizers
 
 from minisgl.server.chat_template import ChatTemplate, Message
@@ -57,18 +58,10 @@ class Tokenizer:
             ids = _read_json(root / "added_tokens.json")
             config["added_tokens_decoder"] = {str(ids[text]): text for text in ids}
         path = root / "tokenizer.json"
-        if path.is_file():
-            backend = _read_tokenizer(path)
-        else:
-            backend = _convert_with_transformers(root)
+        backend = _read_tokenizer(path) if path.is_file() else _convert_with_transformers(root)
         source = _template_source(root, config)
         template = ChatTemplate(source, _named_tokens(config)) if source is not None else None
         return cls(backend, config, template)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens, added ones included; a model's own vocabulary may be padded beyond."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt; with the beginning-of-sequence token where the model wants one."""
@@ -83,8 +76,7 @@ class Tokenizer:
 
         Tokens that hold parts of one character all begin where it does.
         """
-        wanted = self._add_bos is not False
-        encoding = self._backend.encode(text, add_special_tokens=wanted)
+        encoding = self._backend.encode(text, add_special_tokens=self._add_bos is not False)
         begins, end = [0] * (len(ids) - len(encoding.ids)), 0
         for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
             if start < stop:  # spaces before a word may be left out
@@ -206,8 +198,7 @@ def _add_missing_tokens(
     special += [] if isinstance(further, dict) else further
     texts = {text for text in (*special, *named.values()) if isinstance(text, str)}
     declared = config.get("added_tokens_decoder", {})
-    ordered = [declared[index] for index in sorted(declared, key=int)]
-    backend.add_tokens([_added_token(given, texts) for given in ordered])
+    backend.add_tokens([_added_token(declared[i], texts) for i in sorted(declared, key=int)])
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
     missing = [_added_token(given, texts) for given in special]
     backend.add_tokens([token for token in missing if token.content not in added])
@@ -216,16 +207,15 @@ def _add_missing_tokens(
     return frozenset(marked | {i for i in ids if i is not None})
 
 
-def _added_token(given: Any, special: Container[str]) -> tokenizers.AddedToken:
+def _added_token(given: Any, marks: Container[str]) -> tokenizers.AddedToken:
     """A token as a config has it, a string or an object; special where it says so, or by name."""
-    is_text = isinstance(given, str)
-    fields: Any = {"content": given, "special": given in special} if is_text else given
+    fields: Any = {"content": given, "special": given in marks} if isinstance(given, str) else given
     try:
         options = {name: fields[name] for name in _TOKEN_OPTIONS if name in fields}
         token = tokenizers.AddedToken(fields["content"], **options)
     except (TypeError, LookupError) as error:
         raise ValueError(f"a token must be a string or an object, got {given!r}") from error
-    token.special = token.special or token.content in special
+    token.special = token.special or token.content in marks
     return token
 
 
@@ -257,15 +247,10 @@ def _template_source(root: Path, config: dict[str, Any]) -> str | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any]) if path.is_file() else {}
+    except msgspec.DecodeError as error:
+        raise ValueError(f"{path} must hold a JSON object: {error}") from error
 
 
 def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
@@ -289,8 +274,7 @@ def _convert_with_transformers(root: Path) -> tokenizers.Tokenizer:
         raise FileNotFoundError(
             f"{missing}, and transformers cannot convert it: {error}"
         ) from error
-    backend = getattr(slow, "backend_tokenizer", None)
-    if backend is None:
+    converted = getattr(slow, "backend_tokenizer", None)
+    if not isinstance(converted, tokenizers.Tokenizer):
         raise ValueError(f"{missing}, and {type(slow).__name__} has no fast equivalent")
-    converted: tokenizers.Tokenizer = backend
     return converted

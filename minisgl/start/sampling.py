@@ -28,6 +28,5 @@ def read_sampling_defaults(config: EngineConfig, path: Path) -> dict[str, int | 
     if stated.given("do_sample") and not stated.boolean("do_sample"):
         found["temperature"] = 0.0
     shown = ", ".join(f"{name} {value:g}" for name, value in found.items())
-    source = "recommended by the model" if recommends else "OpenAI's"
-    log.info("where a request says nothing: %s (%s)", shown, source)
+    log.info("where a request says nothing: %s (%s)", shown, file if recommends else "OpenAI's")
     return found

@@ -27,7 +27,6 @@ from minisgl.core.request import NEUTRAL, RANGES, SamplingParams
         ({"top_p": 0.0}, ValueError, "top_p must be greater than 0.0 and at most 1.0, got 0.0"),
         ({"seed": 2**64}, ValueError, "seed .* at most 18446744073709551615"),
         ({"seed": 10**400}, ValueError, r"got 10+\.\.\.0+$"),
-        ({"seed": 10**5000}, ValueError, "at most 18446744073709551615, got a number that is too"),
         ({"repetition_penalty": 1e-45}, ValueError, "repetition_penalty must be at least 0.01 .*"),
         ({"stop": ["x"] * 65}, ValueError, "number of stop strings must be .* at most 64, got 65"),
         ({"stop_token_ids": [2**31]}, ValueError, "stop_token_ids must be .* at most 2147483647"),

@@ -211,6 +211,24 @@ def test_chat_renders_the_models_template(llm):
         llm.chat([], GREEDY)
 
 
+def test_a_chat_takes_parts_and_says_what_is_no_message(llm):
+    parts = [{"type": "text", "text": text} for text in ("hel", "lo")]
+    answer = llm.chat([{"role": "user", "content": parts}], GREEDY, use_tqdm=False)
+    joined = [{"role": "user", "content": "hel\nlo"}]
+    assert answer.prompt_token_ids == llm.chat(joined, GREEDY, use_tqdm=False).prompt_token_ids
+    for wrong in ("hello", {"role": "user", "content": "x"}, None, 5):
+        with pytest.raises(TypeError, match="messages must be a list of messages, got "):
+            llm.chat(wrong, GREEDY)
+    for wrong, message in (
+        ([["hello"]], r"messages\[0\]: Expected `object`, got `str`"),
+        ([5], "messages: Expected `array`, got `int`"),
+        ([{"role": "user", "content": {"text": "x"}}], r"messages\[0\].content: .* got `object`"),
+        ([{"content": "x"}], r"messages\[0\]: Object missing required field `role`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            llm.chat(wrong, GREEDY)
+
+
 def test_a_stream_joins_to_the_text_and_lets_others_run_in_between(llm):
     whole = llm.generate("stream", GREEDY, use_tqdm=False)
     stream = llm.stream("stream", GREEDY)
@@ -343,7 +361,7 @@ def test_a_failing_engine_tells_every_stream(model_directory, first):
 
 def test_a_model_without_a_tokenizer_takes_token_ids():
     with LLM.from_engine(make_engine()) as llm:
-        output = llm.generate([1, 2, 3], SamplingParams(max_tokens=4), use_tqdm=False)
+        output = llm.generate([1, 2, 3], SamplingParams(max_tokens=4, seed=1), use_tqdm=False)
         assert len(output.token_ids) == 4
         assert output.text == ""
         with pytest.raises(ValueError, match="prompts must be token ids"):

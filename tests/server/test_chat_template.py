@@ -118,15 +118,17 @@ BUILDERS = """{% set a = dict(x=1, y='ü') %}{% set b = dict.fromkeys(['p', 'q']
 
 DATE = "{{ strftime_now('%Y') | length }}{{ strftime_now('%d %b') | length }}"
 
+EVERY_TEXT = "{{ messages | map(attribute='content') | join }}"  # a text left out is refused
+
 TEMPLATES = {
     "chatml": CHATML,
     "alternating": ALTERNATING,
     "tools": TOOLS,
     "macros": MACROS,
-    "blocks": BLOCKS,
-    "json": JSON,
-    "builders": BUILDERS,
-    "date": DATE,
+    "blocks": BLOCKS + EVERY_TEXT,
+    "json": JSON + EVERY_TEXT,
+    "builders": BUILDERS + EVERY_TEXT,
+    "date": DATE + EVERY_TEXT,
 }
 
 TOOL = {

@@ -19,7 +19,11 @@ texts = st.one_of(
     st.text("ab 🚀é界\n", max_size=30),
     st.sampled_from(small_tokenizers.CORPUS),
 )
-token_ids = st.lists(st.integers(0, min(BYTES.vocab_size, PIECES.vocab_size) - 1), max_size=40)
+SIZE = min(
+    small_tokenizers.byte_level().get_vocab_size(),
+    small_tokenizers.sentence_piece().get_vocab_size(),
+)
+token_ids = st.lists(st.integers(0, SIZE - 1), max_size=40)
 
 
 def split(ids: list[int], cuts: list[int]) -> list[list[int]]:
@@ -82,7 +86,7 @@ def test_special_tokens_are_skipped_and_added_ones_are_not():
 
 
 def test_an_id_beyond_the_vocabulary_gives_no_text():
-    assert BYTES.decode([*BYTES.encode("ab"), BYTES.vocab_size + 7]) == "ab"
+    assert BYTES.decode([*BYTES.encode("ab"), 10_000]) == "ab"
 
 
 # ---- streams ------------------------------------------------------------------------------------

@@ -143,7 +143,6 @@ def test_tokens_named_in_any_file_are_those_of_transformers(tmp_path, case, kind
     ids = theirs.encode(text, add_special_tokens=False)
     assert ours.encode(text, add_special_tokens=False) == ids
     assert ours.eos_token_id == theirs.eos_token_id
-    assert ours.vocab_size == len(theirs)
     assert ours.decode(ids).removeprefix(" ") == theirs.decode(ids, skip_special_tokens=True)
     assert ours.special_tokens == theirs.special_tokens_map
 
@@ -261,7 +260,9 @@ def test_a_malformed_tokenizer_is_refused_by_its_file_name(tmp_path, content):
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
-@pytest.mark.parametrize(("content", "reason"), [("{", "not valid JSON"), ("[]", "JSON object")])
+@pytest.mark.parametrize(
+    ("content", "reason"), [("{", "JSON object: .*truncated"), ("[]", "got `array`")]
+)
 def test_a_malformed_config_is_refused_by_its_file_name(tmp_path, name, content, reason):
     save(tmp_path, small_tokenizers.byte_level())
     (tmp_path / name).write_text(content)

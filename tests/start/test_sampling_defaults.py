@@ -61,6 +61,6 @@ def test_one_line_of_the_log_says_what_holds(tmp_path, caplog):
     model, openai = (record.getMessage() for record in caplog.records)
     assert model == (
         "where a request says nothing: temperature 0.6, top_k 20, top_p 0.95, min_p 0, "
-        "repetition_penalty 1 (recommended by the model)"
+        f"repetition_penalty 1 ({tmp_path}/generation_config.json)"
     )
     assert openai.endswith("top_p 1, min_p 0, repetition_penalty 1 (OpenAI's)")
