@@ -11,13 +11,7 @@ from pathlib import Path
 import msgspec
 
 from minisgl.config import EngineConfig
-from minisgl.core.costmodel import (
-    DEVICES,
-    CostModel,
-    DevicePeaks,
-    ModelSizes,
-    cascade_min_tokens,
-)
+from minisgl.core.costmodel import DEVICES, CostModel, DevicePeaks, ModelSizes, cascade_min_tokens
 from minisgl.core.draft_policy import DraftPolicy
 from minisgl.core.executor import Limits
 from minisgl.core.ngram import NGramProposer

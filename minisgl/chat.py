@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -115,14 +115,13 @@ class LocalPartner:
     """An engine in this process."""
 
     def __init__(self, config: EngineConfig, options: Options) -> None:
-        from minisgl.build import build_engine
         from minisgl.core.request import SamplingParams
         from minisgl.llm import LLM
 
         self._params = SamplingParams(
             temperature=options.temperature, max_tokens=options.max_tokens
         )
-        self._llm = LLM.from_engine(build_engine(config))
+        self._llm = LLM(**asdict(config))
         self._profiling = False
 
     def answer(self, messages: Conversation) -> Generator[str, None, None]:

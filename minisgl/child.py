@@ -16,6 +16,8 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 
+from minisgl.libraries import settings
+
 LAST_LINES = 20  # of the child's standard error, quoted in its exit reason
 LAST_CHARACTERS = 4000
 
@@ -29,7 +31,7 @@ class Child:
             [sys.executable, "-P", "-m", module],
             stdin=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**settings(), "PYTHONPATH": path},
             pass_fds=fds,
         )
         assert self._process.stdin is not None

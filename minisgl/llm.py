@@ -31,7 +31,10 @@ from minisgl.engine.engine import Engine
 from minisgl.engine.messages import EngineInfo, EngineStats
 from minisgl.engine.process import EngineProcess
 from minisgl.interrupts import held_back, let_through
+from minisgl.libraries import prepare
 from minisgl.server.tokenizer import Tokenizer
+
+prepare()  # here, for scripts that import torch after this and make an LLM later
 
 
 def make_config(model: str | os.PathLike[str] | None, options: Mapping[str, Any]) -> EngineConfig:
@@ -49,6 +52,9 @@ class LLM:
 
     `model` is a directory or a hub id, the bundled model when None. Use it as a context manager, or
     call `close`. Not thread-safe; for asyncio and threads there is `AsyncLLM`.
+
+    Where torch is imported before this class, it is slow on a CPU that other programs keep busy:
+    its threads then wait long for each other. Import this first, or set GOMP_SPINCOUNT=1000.
     """
 
     def __init__(self, model: str | os.PathLike[str] | None = None, **config: Any) -> None:

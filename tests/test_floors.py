@@ -31,7 +31,7 @@ BUDGETS = {"kernels/": 5_400, "all but kernels/": 11_600}
 
 # Room (a folder or file of minisgl/) -> what it may import from the package besides itself:
 # rooms, or single modules of a room.
-BASE = {"log", "config", "csrc", "child", "interrupts"}
+BASE = {"log", "config", "csrc", "child", "interrupts", "libraries"}
 DEVICE = BASE | {"device", "kernels", "trace"}
 MODELS = DEVICE | {"parallel", "layers", "models"}
 PLANS = {"core.batch", "core.request", "core.executor", "core.grammar"}  # data and protocols
@@ -41,7 +41,8 @@ FLOORS: dict[str, set[str]] = {
     "interrupts": set(),
     "trace": set(),
     "csrc": {"log"},
-    "child": set(),
+    "libraries": set(),
+    "child": {"libraries"},
     "config": {"log"},
     "flags": {"config", "__init__"},
     "core": BASE,
@@ -67,12 +68,13 @@ PACKAGES: dict[str, set[str]] = {
     "triton": {"kernels", "device"},
     "nvtx": {"trace"},
 }
-STDLIB_ONLY = {"log", "csrc", "config", "flags", "child", "interrupts", "__init__"}
+STDLIB_ONLY = {"log", "csrc", "config", "flags", "child", "interrupts", "libraries", "__init__"}
 LATE_ONLY = {"transformers", "nvtx", "cuda"}  # optional at run time: inside functions only
 NEVER = {"pickle", "cloudpickle", "dill", "shelve", "marshal"}  # these run what they read
 NEVER_CALLED = {"load": "torch", "send_pyobj": None, "recv_pyobj": None}  # pickle inside
-# Variables that say where things are. There are no feature flags in the environment.
+# Variables that say where things are, or that other libraries read. There are no feature flags.
 ENVIRONMENT = {
+    "libraries.py": {"OMP_WAIT_POLICY"},
     "device/cpu.py": {"OMP_NUM_THREADS"},
     "csrc/build.py": {"CXX", "CUDA_HOME", "XDG_CACHE_HOME"},
 }

@@ -113,9 +113,7 @@ class Target:
     def library(self) -> Path:
         """Where the finished extension is, or will be. Unavailable: no compiler."""
         compiler = find_compiler(self.module.kind)
-        status = (
-            compiler.stat()
-        )  # in place of its version, which would take a process at every start
+        status = compiler.stat()  # in place of its version: that takes a process at every start
         inputs = [
             *self.flags,
             f"{compiler.resolve()} {status.st_size} {status.st_mtime_ns}",

@@ -20,14 +20,7 @@ from minisgl.core.executor import Failed, Profiled
 from minisgl.device import Device
 from minisgl.log import get_logger
 from minisgl.parallel import Communicator, shared_memory
-from minisgl.ranks.channel import (
-    Boot,
-    Channel,
-    FromRank,
-    Loaded,
-    Stop,
-    ToRank,
-)
+from minisgl.ranks.channel import Boot, Channel, FromRank, Loaded, Stop, ToRank
 from minisgl.ranks.meeting import RENDEZVOUS_SECONDS, Listener, meet, open_store, split_address
 
 EXIT_GRACE_SECONDS = 5.0  # that a rank has to exit when told to, before it is killed

@@ -11,6 +11,7 @@ import torch
 
 from minisgl import csrc
 from minisgl.kernels.attention.cpu import BLOCK
+from minisgl.libraries import PRODUCT_BYTES, PRODUCTS_KEPT
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
 from minisgl.start.facts import Facts
@@ -55,7 +56,9 @@ def footprint(
     graphs = pieces_bytes(sizes, facts.model, facts.dtype, ranks)
     if captures:
         graphs += captured_bytes(sizes, facts.model, facts.dtype, ranks, facts.cascade)
-    elif facts.dtype != torch.bfloat16 or csrc.load("model_ops") is None:
+    else:
+        workspace += PRODUCTS_KEPT * PRODUCT_BYTES
+    if not captures and (facts.dtype != torch.bfloat16 or csrc.load("model_ops") is None):
         longest = min(facts.max_context, config.max_total_tokens or MODEST_TOKENS)
         workspace += attention_bytes(facts.model, longest, facts.dtype, ranks)
     if draft is not None:  # which computes before the target, never beside it

@@ -57,11 +57,8 @@ def plan_memory(
     Raises ValueError, with the numbers, when not even one page fits,
     or the stated pool does not.
     """
-    page_size, stated, fraction = (
-        config.page_size,
-        config.max_total_tokens,
-        config.mem_fraction_static,
-    )
+    page_size, stated = config.page_size, config.max_total_tokens
+    fraction = config.mem_fraction_static
     budget = int((memory.free + needs.weights) * fraction)
     left, page_bytes = budget - needs.total, token_bytes * page_size
     if stated is not None:

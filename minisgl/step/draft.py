@@ -32,12 +32,8 @@ from minisgl.step.proposals import FILL, resolve
 from minisgl.step.ragged import RAGGED, ragged_inputs
 from minisgl.step.rows import RowBuffers
 
-RESOLVED = (
-    "decode",
-    "token_ids",
-    "drafts",
-    "point_drafts",
-)  # sections whose numbered drafts are replaced by tokens
+# Sections whose numbered drafts are replaced by tokens.
+RESOLVED = ("decode", "token_ids", "drafts", "point_drafts")
 FIRST_WIDTH = 2
 GRAPHS_PER_SIZE = 4  # a first pass and a later one, each plain and with penalties
 

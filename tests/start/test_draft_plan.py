@@ -11,6 +11,7 @@ from minisgl.config import EngineConfig
 from minisgl.core.executor import Limits
 from minisgl.device import CpuDevice, Memory
 from minisgl.device.cpu import CallGraph
+from minisgl.libraries import PRODUCT_BYTES, PRODUCTS_KEPT
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
 from minisgl.models.loader import load_model
@@ -116,5 +117,5 @@ def test_the_draft_models_share_reaches_the_plan(monkeypatch: pytest.MonkeyPatch
     assert within.workspace == without.workspace  # the bundled draft model is smaller
     facts = ModelConfig.from_hf(BUNDLED_MODEL)
     most = 64 + 5 * (1 + DRAFTS)  # tokens: prompts', and every row's with its drafts
-    activations = workspace_bytes(facts, most, torch.float32, 1)
+    activations = workspace_bytes(facts, most, torch.float32, 1) + PRODUCTS_KEPT * PRODUCT_BYTES
     assert without.workspace == activations + attention_bytes(facts, 256, torch.float32, 1)
