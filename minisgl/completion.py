@@ -66,9 +66,9 @@ class Collector:
     def __init__(self, request: Request, prompt: str | None, tokenizer: Tokenizer) -> None:
         params = request.params
         self.request = request
-        self.output = RequestOutput(
-            prompt, request.prompt_token_ids, [CompletionOutput(i) for i in range(params.n)]
-        )
+        outputs = [CompletionOutput(i) for i in range(params.n)]
+        scored: list[TokenLogprobs] | None = None if params.prompt_logprobs is None else []
+        self.output = RequestOutput(prompt, request.prompt_token_ids, outputs, scored)
         self.fresh: deque[str] = deque()  # text of the first choice, not yielded yet
         self._streams = [TextStream(tokenizer, params) for _ in range(params.n)]
         self.running = params.n  # choices
@@ -92,12 +92,12 @@ class Collector:
         if self.request.params.logprobs is not None:
             choice.logprobs = choice.logprobs or []
             choice.logprobs += piece.logprobs
-        if delta.prompt_logprobs is not None:
-            self.output.prompt_logprobs = delta.prompt_logprobs
         if delta.choice == 0:  # the others find the prompt that the first one computed
             self.output.num_cached_tokens = delta.num_cached_tokens
-        if delta.choice == 0 and piece.text:
-            self.fresh.append(piece.text)
+            if self.output.prompt_logprobs is not None:
+                self.output.prompt_logprobs += delta.prompt_logprobs or ()
+            if piece.text:
+                self.fresh.append(piece.text)
         if piece.finish_reason is None:
             return False
         choice.finish_reason = piece.finish_reason

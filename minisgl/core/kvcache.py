@@ -59,7 +59,7 @@ class KVCache:
 
         Requests for prompt log-probabilities get none, as every position's logits are needed.
         """
-        if not self._radix or sequence.prompt_logprobs is not None:
+        if not self._radix or sequence.num_unscored:
             return NO_MATCH
         pages, source, num_copied = self.tree.match(
             sequence.request.cache_salt, sequence.tokens(sequence.num_tokens - 1)

@@ -137,9 +137,9 @@ class Delta(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """What is new of one choice of one request: tokens, and possibly its end.
 
     `finish_reason` is None while the choice runs. `stop_token_id` names the token that ended it;
-    that token is the last of `token_ids`. `prompt_logprobs` come once, with the first tokens, and
-    hold one entry per prompt token but the first. `error` says why when the reason is "error".
-    Accepted drafts are among `token_ids`, rejected ones are not.
+    that token is the last of `token_ids`. `prompt_logprobs` come in deltas without tokens, as the
+    prompt is computed: one entry for each prompt token but the first, in order. `error` says why
+    when the reason is "error". Accepted drafts are among `token_ids`, rejected ones are not.
     """
 
     request_id: str

@@ -129,8 +129,6 @@ class Running:
         if seq.status is PREEMPTED:
             seq.status = WAITING
             seq.epoch += 1
-            if seq.prompt_logprobs is not None:
-                seq.prompt_logprobs = []
             self.waiting.add(seq)
 
     def _preempt(self, seq: Sequence) -> None:

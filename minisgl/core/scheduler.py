@@ -5,7 +5,7 @@ Prefill, chunked prefill, prefix hits, decode, recompute after preemption and dr
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from time import monotonic
 
 from minisgl.config import EngineConfig
@@ -23,7 +23,7 @@ from minisgl.core.sequence import ENDED, RUNNING, Sequence, make_sequences
 from minisgl.core.speculation import Speculation, propose_on_device
 from minisgl.core.stats import SchedulerStats
 
-NO_LOGPROBS: list[TokenLogprobs] = []
+MAX_SCORED = 512  # prompt tokens in a delta with their log-probabilities: 140 kB of 20 each
 
 
 class Scheduler:
@@ -136,12 +136,12 @@ class Scheduler:
         if self.cost_model is not None:
             self.cost_model.observe(plan.work, output.seconds)
         self._speculation.observe(batch, output)
-        deltas = []
+        deltas: list[Delta] = []
         for index, (seq, chunk) in enumerate(zip(plan.sequences, batch.chunks, strict=True)):
             seq.in_flight -= 1
             if seq.status is not ENDED:
-                if seq.prompt_logprobs is not None:
-                    seq.prompt_logprobs += output.prompt_logprobs.get(index, NO_LOGPROBS)
+                if seq.num_unscored and index in output.prompt_logprobs:
+                    deltas += _scored(seq, chunk, output.prompt_logprobs[index])
                 if chunk.samples:
                     deltas.append(self._take_tokens(seq, chunk, index, output))
             if seq.status is not RUNNING:
@@ -168,7 +168,6 @@ class Scheduler:
         new, reason, stopped_by = seq.accept(new)
         num_accepted = min(num_accepted, len(new))
         logprobs = output.logprobs[index][: len(new)] if index in output.logprobs else None
-        prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, None
         if reason is not None:
             self._forget(seq)
         return Delta(
@@ -178,8 +177,7 @@ class Scheduler:
             reason,
             stopped_by,
             logprobs,
-            prompt_logprobs,
-            seq.num_cached,
+            num_cached_tokens=seq.num_cached,
             num_accepted_drafts=num_accepted,
             num_rejected_drafts=num_drafts - num_accepted if num_drafts else 0,
         )
@@ -195,3 +193,11 @@ class Scheduler:
     def check(self) -> None:
         """Compare all books with each other, exactly. For tests; RuntimeError says what differs."""
         self._running.check({seq for plan in self._plans for seq in plan.sequences})
+
+
+def _scored(seq: Sequence, chunk: Chunk, new: list[TokenLogprobs]) -> Iterator[Delta]:
+    """The log-probabilities of a chunk's prompt tokens, but for those sent before a preemption."""
+    new = new[max(len(seq.prompt) - 1 - seq.num_unscored - chunk.start, 0) :]
+    seq.num_unscored -= len(new)
+    for first in range(0, len(new), MAX_SCORED):
+        yield Delta(seq.request.id, seq.choice, [], prompt_logprobs=new[first : first + MAX_SCORED])

@@ -6,7 +6,7 @@ from enum import Enum, auto
 import numpy as np
 
 from minisgl.core.executor import Limits
-from minisgl.core.request import FinishReason, Request, TokenLogprobs
+from minisgl.core.request import FinishReason, Request
 from minisgl.core.tokens import Tokens
 
 
@@ -76,7 +76,7 @@ class Sequence:
     num_pending: int = 0
     num_slack: int = 0
     num_cached: int = 0  # prompt tokens found in the cache when it first ran
-    prompt_logprobs: list[TokenLogprobs] | None = None  # so far; None: not wanted, or sent
+    num_unscored: int = 0  # last prompt tokens whose log-probabilities are wanted, and not sent yet
 
     kv: HeldPages = field(default_factory=HeldPages)
 
@@ -142,7 +142,7 @@ def make_sequences(
             stop_ids,
             now,
             num_tokens=len(prompt),
-            prompt_logprobs=None if params.prompt_logprobs is None else [],
+            num_unscored=0 if params.prompt_logprobs is None else len(prompt) - 1,
         )
         for choice in range(params.n)
     ]

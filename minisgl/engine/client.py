@@ -303,6 +303,7 @@ class ProcessClient:
     async def _receive_all(self) -> None:
         while True:
             self._receive(self._decoder.decode(await self._socket.recv()))
+            await asyncio.sleep(0)  # where the next message is there already, `recv` does not wait
 
     async def _watch(self) -> None:
         await self._exited.wait()

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from itertools import groupby
 
 from minisgl.core.executor import Failed, Profiled
 from minisgl.engine.engine import Engine
@@ -84,8 +85,9 @@ class _Loop:
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 engine.abort_all()
             self._report(engine.has_work())  # before a step that may be long
-            if deltas := engine.step():
-                self._send(Deltas(deltas))
+            # Log-probabilities of prompts alone, or the message of a step might have megabytes.
+            for _, deltas in groupby(engine.step(), lambda d: d.prompt_logprobs and id(d)):
+                self._send(Deltas(list(deltas)))
 
     def _handle(self, message: ToEngine) -> None:
         match message:

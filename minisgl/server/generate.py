@@ -1,7 +1,7 @@
 """One API call in the engine: submits its requests, turns their deltas into text."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
@@ -103,20 +103,16 @@ class Generation:
         if stream.stop_string is not None and delta.finish_reason is None:
             self._engine.abort(delta.request_id, delta.choice)
         self.usage.add(index, delta, len(piece.token_ids))
-        text, scored = piece.text, [Scored(entry.token_id, entry) for entry in piece.logprobs]
+        entries = [*(delta.prompt_logprobs or ()), *piece.logprobs]
+        text, scored = piece.text, [Scored(entry.token_id, entry) for entry in entries]
         is_first = choice not in self._begun
         if is_first:
             self._begun.add(choice)
             if self.call.echo is not None:
                 text = self.call.echo[index].text + text
-                scored = [*self._prompt_scored(index, delta), *scored]
+                if self.call.params.prompt_logprobs is not None:
+                    scored.insert(0, Scored(self.call.requests[index].prompt_token_ids[0], None))
         return Part(choice, text, len(piece.token_ids), scored, piece.finish_reason, is_first)
-
-    def _prompt_scored(self, index: int, delta: Delta) -> Iterator[Scored]:
-        if self.call.params.prompt_logprobs is not None:
-            yield Scored(self.call.requests[index].prompt_token_ids[0], None)
-            for entry in delta.prompt_logprobs or ():
-                yield Scored(entry.token_id, entry)
 
 
 def engine_failed(reason: str, status: int = 500) -> ApiError:

@@ -48,7 +48,7 @@ FAULTS = {
     "prompt log-probabilities with a prefix hit": (
         KVCache,
         "match",
-        " or sequence.prompt_logprobs is not None",
+        " or sequence.num_unscored",
         "",
     ),
     "salts are ignored": (

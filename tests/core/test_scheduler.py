@@ -9,7 +9,7 @@ from minisgl.core.batch import Batch, CopyJob, StepOutput
 from minisgl.core.executor import Limits
 from minisgl.core.policy import Fairness
 from minisgl.core.request import Delta, Request, SamplingParams, TokenLogprobs
-from minisgl.core.scheduler import Scheduler
+from minisgl.core.scheduler import MAX_SCORED, Scheduler
 from minisgl.core.speculation import Speculation
 
 EOS = 0
@@ -187,11 +187,30 @@ def test_log_probabilities_are_passed_on():
     prompt = [TokenLogprobs(token, -1.0, [], []) for token in (2, 3)]
     batch = scheduler.plan()
     output = answer(batch, logprobs={0: [entry]}, prompt_logprobs={0: prompt})
-    (first,) = scheduler.update(batch, output)
-    assert (first.logprobs, first.prompt_logprobs) == ([entry], prompt)
+    of_prompt, first = scheduler.update(batch, output)
+    assert (of_prompt.token_ids, of_prompt.prompt_logprobs) == ([], prompt)
+    assert (first.logprobs, first.prompt_logprobs) == ([entry], None)
     batch = scheduler.plan()
     (second,) = scheduler.update(batch, answer(batch, logprobs={0: [entry]}))
     assert (second.logprobs, second.prompt_logprobs) == ([entry], None)
+
+
+def test_log_probabilities_of_a_prompt_come_as_it_is_computed_in_pieces():
+    """Each delta has few, whatever a chunk holds; a chunk's are not kept until the last."""
+    scheduler = make(num_pages=2000, max_context=8000, chunked_prefill_size=2 * MAX_SCORED + 10)
+    prompt = [token % 90 for token in range(4 * MAX_SCORED)]
+    scheduler.add(ask(prompt, prompt_logprobs=0, max_tokens=1))
+    sizes, scored = [], []
+    while scheduler.has_work:
+        batch = scheduler.plan()
+        chunk = batch.chunks[0]
+        after = prompt[chunk.start + 1 : chunk.start + chunk.length + 1]
+        entries = [TokenLogprobs(token, -1.0, [], []) for token in after]
+        deltas = scheduler.update(batch, answer(batch, prompt_logprobs={0: entries}))
+        sizes.append([len(delta.prompt_logprobs or ()) for delta in deltas])
+        scored += [lp.token_id for delta in deltas for lp in delta.prompt_logprobs or ()]
+    assert sizes == [[MAX_SCORED, MAX_SCORED, 10], [MAX_SCORED, MAX_SCORED - 11, 0]]
+    assert scored == prompt[1:]
 
 
 # ---- choices and aborts ---------------------------------------------------------------------
@@ -321,7 +340,7 @@ def test_prompt_log_probabilities_take_no_hit():
     scheduler = make()
     for name in "ab":
         scheduler.add(ask(range(1, 20), name=name, max_tokens=1, prompt_logprobs=1))
-        batch, (delta,) = step(scheduler)
+        batch, (*_, delta) = step(scheduler)
         assert delta.num_cached_tokens == 0
         assert batch.chunks[0].start == 0
         assert batch.setups[0].token_ids == list(range(1, 20))

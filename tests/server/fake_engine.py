@@ -4,7 +4,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 
 import uvicorn
 
@@ -39,6 +39,15 @@ def logprobs_at(position: int, token_id: int, top: int) -> TokenLogprobs:
     return TokenLogprobs(
         token_id, -0.5 - position, top_ids, [-0.5 - position - i for i in range(top)]
     )
+
+
+def prompt_logprobs(request: Request) -> Iterator[list[TokenLogprobs]]:
+    """Those of the prompt, three at a time."""
+    if request.params.prompt_logprobs is not None:
+        tokens = list(enumerate(request.prompt_token_ids))[1:]
+        top = request.params.prompt_logprobs
+        for first in range(0, len(tokens), 3):
+            yield [logprobs_at(100 + i, t, top) for i, t in tokens[first : first + 3]]
 
 
 class FakeEngine:
@@ -83,6 +92,9 @@ class FakeEngine:
         ids, ended_by_eos = self.ids(request)
         self.running.add(request.id)
         try:
+            for choice in sorted(open_choices):
+                for scored in prompt_logprobs(request):
+                    yield Delta(request.id, choice, [], prompt_logprobs=scored)
             for start in range(0, len(ids), self.tokens_per_delta):
                 run = ids[start : start + self.tokens_per_delta]
                 is_last = start + len(run) == len(ids)
@@ -106,12 +118,9 @@ class FakeEngine:
 
     def _delta(self, request, choice, start, run, is_last, ended_by_eos) -> Delta:
         params = request.params
-        scored = prompt_scored = None
+        scored = None
         if params.logprobs is not None:
             scored = [logprobs_at(start + i, t, params.logprobs) for i, t in enumerate(run)]
-        if params.prompt_logprobs is not None and start == 0:
-            rest = list(enumerate(request.prompt_token_ids))[1:]
-            prompt_scored = [logprobs_at(100 + i, t, params.prompt_logprobs) for i, t in rest]
         return Delta(
             request.id,
             choice,
@@ -119,8 +128,7 @@ class FakeEngine:
             ("stop" if ended_by_eos else "length") if is_last else None,
             run[-1] if is_last and ended_by_eos else None,
             scored,
-            prompt_scored,
-            CACHED + 2 * choice,
+            num_cached_tokens=CACHED + 2 * choice,
         )
 
     def abort(self, request_id: str, choice: int | None = None) -> None:

@@ -142,7 +142,8 @@ def _take(served: Served, delta: Delta) -> None:
     result = served.results.setdefault((delta.request_id, delta.choice), Result())
     result.tokens += delta.token_ids
     result.logprobs += delta.logprobs or []
-    result.prompt_logprobs = delta.prompt_logprobs or result.prompt_logprobs
+    if delta.prompt_logprobs is not None:
+        result.prompt_logprobs = (result.prompt_logprobs or []) + delta.prompt_logprobs
     result.finish_reason = delta.finish_reason
     result.num_cached = delta.num_cached_tokens
 

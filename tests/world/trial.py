@@ -128,6 +128,7 @@ class Trial:
         self.executor = HashExecutor(self.limits, random, self.salts, random.random())
         self.requests: dict[str, Request] = {}
         self.said: dict[tuple[str, int], list[int]] = {}
+        self.scored: dict[tuple[str, int], list[int]] = {}  # prompt tokens
         self.ends: dict[tuple[str, int], str] = {}
         self.in_flight: deque[Batch] = deque()
         self.bases = [
@@ -152,6 +153,7 @@ class Trial:
         for choice in range(request.params.n):
             self.salts[len(self.salts)] = request.cache_salt
             self.said[request.id, choice] = []
+            self.scored[request.id, choice] = []
         self.requests[request.id] = request
         self.scheduler.add(request)
 
@@ -183,17 +185,20 @@ class Trial:
             key = delta.request_id, delta.choice
             params = self.requests[delta.request_id].params
             assert key not in self.ends, "news after the end"
-            first = not self.said[key]
             self.said[key] += delta.token_ids
-            assert delta.token_ids or delta.finish_reason in ("abort", "error")
+            prompt_scored = delta.prompt_logprobs
+            assert delta.token_ids or prompt_scored or delta.finish_reason in ("abort", "error")
             if params.logprobs is not None and delta.token_ids:
                 assert [lp.token_id for lp in delta.logprobs] == delta.token_ids
-            if params.prompt_logprobs is not None and delta.token_ids and first:
+            if params.prompt_logprobs is None:
+                assert prompt_scored is None
+            else:  # in order, and all before the first token
+                scored = self.scored[key]
+                scored += [lp.token_id for lp in prompt_scored or ()]
                 prompt = self.requests[delta.request_id].prompt_token_ids
-                assert [lp.token_id for lp in delta.prompt_logprobs] == prompt[1:]
-                assert not delta.num_cached_tokens
-            else:
-                assert delta.prompt_logprobs is None
+                assert scored == prompt[1 : 1 + len(scored)]
+                assert not prompt_scored or not delta.token_ids
+                assert not delta.token_ids or len(scored) == len(prompt) - 1
             if delta.finish_reason is not None:
                 self.ends[key] = delta.finish_reason
                 stopped = delta.finish_reason == "stop"
