@@ -197,7 +197,7 @@ def _add_missing_tokens(
     special = [config.get(name, text) for name, text in named.items()]
     special += [] if isinstance(further, dict) else further
     texts = {text for text in (*special, *named.values()) if isinstance(text, str)}
-    declared = config.get("added_tokens_decoder", {})
+    declared = config.get("added_tokens_decoder") or {}
     backend.add_tokens([_added_token(declared[i], texts) for i in sorted(declared, key=int)])
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
     missing = [_added_token(given, texts) for given in special]

@@ -147,6 +147,19 @@ def test_tokens_named_in_any_file_are_those_of_transformers(tmp_path, case, kind
     assert ours.special_tokens == theirs.special_tokens_map
 
 
+def test_null_fields_name_nothing(tmp_path):
+    fields = [
+        "eos_token",
+        "added_tokens_decoder",
+        "extra_special_tokens",
+        "additional_special_tokens",
+    ]
+    save(tmp_path, small_tokenizers.byte_level(), **dict.fromkeys(fields))
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    assert tokenizer.eos_token_id is None
+    assert tokenizer.decode(tokenizer.encode("a<|im_end|>b")) == "ab"
+
+
 @pytest.mark.parametrize("given", [5, {"special": True}, ["x"], {"content": "x", "lstrip": 1}])
 def test_what_is_no_token_is_refused(tmp_path, given):
     save(tmp_path, small_tokenizers.byte_level(), additional_special_tokens=[given])
