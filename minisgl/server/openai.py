@@ -22,6 +22,7 @@ from minisgl.server.echo import Echo
 from minisgl.server.tokenizer import Tokenizer
 
 MAX_PROMPTS = 1024  # in one completions body
+MAX_CHOICES = 1024  # in one answer
 MAX_TEMPLATE_WORDS = 200  # characters of a template's refusal, which may repeat a message
 COMPLETION_TOKENS = 16  # max_tokens of a completions body that names none: OpenAI's
 
@@ -113,7 +114,11 @@ def parse_completion(content: bytes, model: ServedModel) -> Call:
     )
     call_id = f"cmpl-{uuid.uuid4().hex}"
     requests, echoes = [], []
-    for index, (param, prompt) in enumerate(_prompts(body.prompt)):
+    prompts = _prompts(body.prompt)
+    if (choices := len(prompts) * params.n) > MAX_CHOICES:
+        message = f"n must ask for at most {MAX_CHOICES} choices of all prompts, got {choices}"
+        raise ApiError(message, param="n")
+    for index, (param, prompt) in enumerate(prompts):
         ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         room = _check_prompt(ids, param, params, "max_tokens", model)
         limit = body.max_tokens or min(room, max(COMPLETION_TOKENS, params.min_tokens))
