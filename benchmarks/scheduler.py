@@ -5,8 +5,10 @@
 Decoding sequences run in steady state, one step ahead of their results as in serving; where they
 are grouped, all share a prompt and are one cascade group. The mix adds prompts with shared prefixes
 that arrive, prefill in chunks, finish and are replaced. Times are CPU times of the thread, so that
-a busy machine does not blur them. Last come 600 requests in a pool of 65,536 tokens, by page size:
-preemptions, and prompt tokens computed for each one asked. Prints tables, then one JSON line.
+a busy machine does not blur them. Then come plans alone, where long prompts could make them slow:
+`full_pool` decodes while prompts wait that do not fit, `prompt` computes one of 128k tokens in
+chunks. Last come 600 requests in a pool of 65,536 tokens, by page size: preemptions, and prompt
+tokens computed for each one asked. Prints tables, then one JSON line.
 """
 
 import argparse
@@ -27,13 +29,13 @@ PAGE_SIZE = 16
 VOCAB = 32_000
 
 
-def run_steps(scheduler: Scheduler, random: Random) -> Iterator[tuple[Batch, float]]:
-    """Plan one step ahead for ever; yields each batch with the seconds its step took."""
+def run_plans(scheduler: Scheduler, random: Random) -> Iterator[tuple[Batch, float, float]]:
+    """Plan one step ahead for ever; yields each batch, and the seconds of its plan and its step."""
     unread: tuple[Batch, StepOutput] | None = None
     while True:
         begin = time.thread_time()
         batch = scheduler.plan()
-        seconds = time.thread_time() - begin
+        planning = seconds = time.thread_time() - begin
         if unread is not None:
             begin = time.thread_time()
             scheduler.update(*unread)
@@ -43,11 +45,17 @@ def run_steps(scheduler: Scheduler, random: Random) -> Iterator[tuple[Batch, flo
             token = random.randrange(1, VOCAB)
             sampled = [[token] if chunk.samples else [] for chunk in batch.chunks]
             unread = batch, StepOutput(batch.step, sampled)
-            yield batch, seconds
+            yield batch, planning, seconds
 
 
-def make_scheduler(num_rows: int, num_tokens: int) -> Scheduler:
-    limits = Limits(-(-num_tokens // PAGE_SIZE), PAGE_SIZE, num_rows, 1 << 20, VOCAB)
+def run_steps(scheduler: Scheduler, random: Random) -> Iterator[tuple[Batch, float]]:
+    """The same, with the seconds of the step alone."""
+    for batch, _, seconds in run_plans(scheduler, random):
+        yield batch, seconds
+
+
+def make_scheduler(num_rows: int, num_tokens: int, page_size: int = PAGE_SIZE) -> Scheduler:
+    limits = Limits(-(-num_tokens // page_size), page_size, num_rows, 1 << 20, VOCAB)
     config = EngineConfig(chunked_prefill_size=4096, cascade_min_shared_tokens=4096)
     return Scheduler(limits, config, (0,))
 
@@ -113,6 +121,31 @@ def pressure(page_size: int, num_requests: int = 600) -> tuple[int, float]:
     return scheduler.stats().num_preemptions, num_computed / num_asked
 
 
+def full_pool(page_size: int, num_steps: int) -> list[float]:
+    """Seconds per plan: 44 sequences decode, 56 of 100k tokens, 96k of them shared, do not fit."""
+    random = Random(0)
+    shared = [random.randrange(1, VOCAB) for _ in range(96_000)]
+    scheduler = make_scheduler(256, 96_000 + 44 * 4_000 + 3_000 + 44 * num_steps, page_size)
+    for index in range(100):
+        tail = [random.randrange(1, VOCAB) for _ in range(4_000)]
+        scheduler.add(Request(str(index), shared + tail, SamplingParams(max_tokens=8 * num_steps)))
+    plans = run_plans(scheduler, random)
+    for batch, _, _ in plans:
+        if len(batch.chunks) == batch.num_decode >= 44:
+            break
+    return [next(plans)[1] for _ in range(num_steps)]
+
+
+def prompt(page_size: int, length: int = 131_072) -> list[float]:
+    """Seconds per plan of one prompt's chunks."""
+    random = Random(0)
+    scheduler = make_scheduler(1, length + 100, page_size)
+    tokens = [random.randrange(1, VOCAB) for _ in range(length)]
+    scheduler.add(Request("", tokens, SamplingParams(max_tokens=100)))
+    plans = run_plans(scheduler, random)
+    return [next(plans)[1] for _ in range(length // 4096)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=320, help="steps timed per case")
@@ -129,6 +162,15 @@ def main() -> None:
         p99 = times[int(0.99 * (len(times) - 1))]
         print(f"{name:12} {median:10.1f} {mean:10.1f} {p99:10.1f} {median / count:10.2f}")
         result[name] = round(median, 1)
+    print(f"\n{'plans':20} {'median us':>10} {'max us':>10}")
+    plans: dict[str, Callable[[], list[float]]] = {}
+    for page_size in (1, 16):
+        plans[f"full_pool_page_{page_size}"] = partial(full_pool, page_size, 64)
+        plans[f"prompt_page_{page_size}"] = partial(prompt, page_size)
+    for name, plan in plans.items():
+        times = [1e6 * t for t in plan()]
+        print(f"{name:20} {statistics.median(times):10.1f} {max(times):10.1f}")
+        result[name] = round(statistics.median(times), 1)
     print(f"\n{'page size':12} {'preempted':>10} {'computed':>10}")
     for page_size in (1, 16, 64):
         preempted, computed = pressure(page_size)

@@ -1,6 +1,7 @@
 """The page pool and the radix tree together: how sequences get pages, share and return them."""
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -42,6 +43,10 @@ class KVCache:
         self._drafted = np.zeros(num_pages, np.int32) if drafts else None
         self._fresh: set[int] = set()
         self._copies: list[CopyJob] = []
+        # What is remembered of admissions that failed; see `refused`.
+        self._num_returned = 0  # pages that became available, ever
+        # Of that, how many it must be (less the headroom); and the tokens that were matched.
+        self._refused: WeakKeyDictionary[Sequence, tuple[int, int]] = WeakKeyDictionary()
 
     def begin(self) -> None:
         """A plan begins."""
@@ -72,6 +77,18 @@ class KVCache:
             return True
         return bool(match.pages) and match.pages[-1] in self._fresh
 
+    def refused(self, sequence: Sequence, headroom: int) -> Match | None:
+        """The match, without its pages, with which `attach` failed, if it would fail again.
+
+        It fails where the sequence, the headroom and what others hold outside its match are more
+        than the pool. What others hold outside shrinks by pages that become available, which are
+        counted, and where they enter its match: `commit` then forgets that it failed.
+        """
+        missing, num_tokens = self._refused.get(sequence, (-headroom, 0))
+        if missing + headroom <= self._num_returned:
+            return None
+        return Match(NO_MATCH.pages, None, 0, num_tokens)
+
     def attach(self, sequence: Sequence, match: Match, headroom: int) -> bool:
         """Give a sequence its match and pages for all tokens it holds; False if they do not fit.
 
@@ -80,16 +97,18 @@ class KVCache:
         """
         pool = self.pool
         need = pool.pages_for(sequence.num_tokens) - len(match.pages)
+        missing = need + pool.num_idle_among(match.pages) - pool.num_available
+        if missing + headroom > 0:
+            self._refused[sequence] = missing + self._num_returned, match.num_tokens
+            return False
+        self._refused.pop(sequence, None)
         pool.hold(match.pages)
         if match.source is not None:
             pool.hold([match.source])
         if match.source is not None and need + headroom > pool.num_available:
             self._drop([match.source])
             match = Match(match.pages, None, 0, len(match.pages) * self.page_size)
-        if need + headroom > pool.num_available or not self._make_room(need):
-            held = match.pages if match.source is None else [*match.pages, match.source]
-            self._drop(held)
-            return False
+        self._make_room(need)
         sequence.kv.pages = match.pages + self._take(need)
         sequence.kv.num_drafted = self._num_drafted(sequence.kv.pages, match.num_tokens)
         sequence.kv.capacity = len(sequence.kv.pages) * self.page_size
@@ -134,6 +153,10 @@ class KVCache:
         self.tree.insert(namespace, tokens, sequence.kv.pages[:whole])
         self.version += 1
         self._fresh.update(sequence.kv.pages[len(canonical) : whole])
+        at = len(canonical) * self.page_size
+        new = sequence.token_ids(at, at + 1)
+        for waiting in [w for w in self._refused if w.token_ids(at, at + 1) == new]:
+            del self._refused[waiting]
 
     def note_drafted(self, sequence: Sequence) -> None:
         """The draft model has computed, or will before the next plan's step, what is counted."""
@@ -205,5 +228,7 @@ class KVCache:
         return True
 
     def _drop(self, pages: list[int]) -> None:
+        before = self.pool.num_available
         self.pool.drop(pages)
+        self._num_returned += self.pool.num_available - before
         self.tree.unpark(pages)

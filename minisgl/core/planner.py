@@ -218,16 +218,17 @@ class Planner:
         longest = max(admission.longest, seq.num_tokens if was_passed else 0)
         holds_target = self._budget.admits(len(running.sequences), context, longest)
         if holds_target or running.make_room(seq, 1, 0):
-            match = cache.match(seq)
+            headroom = self._headroom(seq.epoch)
+            refused = None if running.may_make_room(seq) else cache.refused(seq, headroom)
+            match = refused or cache.match(seq)
             if cache.is_fresh(match):
                 return
             if seq.num_tokens - match.num_tokens > most:
                 admission.tries -= 1
                 return
-            headroom = self._headroom(seq.epoch)
             has_room = self._make_room(seq, match, headroom, admission.num_promised)
             is_free = running.num_free_rows and not (plan.short_of_pages or admission.num_promised)
-            if is_free and cache.attach(seq, match, headroom):
+            if is_free and refused is None and cache.attach(seq, match, headroom):
                 waiting.note_passed(admission.stuck)
                 running.start(seq)
                 if not seq.epoch:

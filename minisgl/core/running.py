@@ -72,6 +72,12 @@ class Running:
             if victim.epoch < most:
                 yield victim
 
+    def may_make_room(self, seq: Sequence) -> bool:
+        """Whether others leave, or could be made to leave, for the waiting `seq`."""
+        if self.waiting.policy != "priority":
+            return False
+        return bool(self._leaving) or any(self.victims(seq))
+
     def make_room(self, seq: Sequence, num_rows: int, num_pages: int) -> bool:
         """Preempt sequences of lower priority than the waiting `seq`, as few as will do.
 

@@ -1,0 +1,89 @@
+"""Failed admissions are remembered: exactly as far as trying again would fail, and for nothing."""
+
+from random import Random
+
+import pytest
+
+from minisgl.config import EngineConfig
+from minisgl.core.batch import Batch, StepOutput
+from minisgl.core.executor import Limits
+from minisgl.core.kvcache import KVCache, Match
+from minisgl.core.request import Request, SamplingParams
+from minisgl.core.scheduler import Scheduler
+from minisgl.core.sequence import Sequence
+from tests.world.trial import run_trial
+
+
+def test_whoever_could_be_admitted_is_not_skipped(monkeypatch):
+    """Whenever the memory says no, trying says no too: in random traces, by counting pages."""
+    refused, num_skipped = KVCache.refused, 0
+
+    def compared(cache: KVCache, sequence: Sequence, headroom: int) -> Match | None:
+        nonlocal num_skipped
+        remembered = refused(cache, sequence, headroom)
+        if remembered is None:
+            return None
+        num_skipped += 1
+        match, pool = cache.match(sequence), cache.pool
+        available = pool.num_available - pool.num_idle_among(match.pages)
+        need = pool.pages_for(sequence.num_tokens) - len(match.pages)
+        assert not cache.is_fresh(match), "it is to be tried in the next plan"
+        assert need + headroom > available, "it could be admitted"
+        return remembered
+
+    monkeypatch.setattr(KVCache, "refused", compared)
+    for seed in range(400):
+        try:
+            run_trial(seed, num_requests=8)
+        except Exception as error:
+            error.add_note(f"in the trace of seed {seed}")
+            raise
+    assert num_skipped > 600, "the traces are worth running only while admissions fail"
+
+
+@pytest.fixture
+def num_matches(monkeypatch) -> list[int]:
+    """One entry, the number of prefixes looked up for admission."""
+    match, count = KVCache.match, [0]
+
+    def counted(*args):
+        count[0] += 1
+        return match(*args)
+
+    monkeypatch.setattr(KVCache, "match", counted)
+    return count
+
+
+def crowded(page_size: int) -> Scheduler:
+    """Sequences that decode in a full pool and others that wait, with a prefix in common."""
+    random = Random(0)
+    limits = Limits((1600 + 1184) // page_size, page_size, 64, 4000, 1000)
+    scheduler = Scheduler(limits, EngineConfig(chunked_prefill_size=512))
+    shared = [random.randrange(1000) for _ in range(1600)]
+    for index in range(30):
+        own = [random.randrange(1000) for _ in range(200)]
+        scheduler.add(Request(str(index), shared + own, SamplingParams(max_tokens=50)))
+    while step(scheduler).num_decode < scheduler.stats().num_running:
+        pass
+    return scheduler
+
+
+def step(scheduler: Scheduler) -> Batch:
+    batch = scheduler.plan()
+    tokens = [[1] if chunk.samples else [] for chunk in batch.chunks]
+    scheduler.update(batch, StepOutput(batch.step, tokens))
+    return batch
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_a_full_pool_costs_decode_nothing(page_size, num_matches):
+    scheduler = crowded(page_size)
+    before = scheduler.stats()
+    num_matches[0] = 0
+    for _ in range(4):
+        assert step(scheduler).num_decode == before.num_running
+    assert num_matches == [0]
+    for name in "01":
+        scheduler.abort(name)
+    assert step(scheduler).setups
+    assert 1 <= num_matches[0] <= before.num_waiting, "each is tried once when pages come back"
