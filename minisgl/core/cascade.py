@@ -11,8 +11,12 @@ whichever saves more reads.
 from heapq import nlargest
 from operator import attrgetter, itemgetter
 
+import numpy as np
+
 from minisgl.core.batch import MAX_CASCADE_GROUPS, CascadeGroup, Chunk
+from minisgl.core.pages import NO_PAGES, Pages
 from minisgl.core.sequence import Sequence
+from minisgl.core.tokens import common_prefix
 
 
 class PrefixNode:
@@ -20,7 +24,7 @@ class PrefixNode:
 
     __slots__ = ("below", "children", "count", "depth", "pages", "parent", "saved")
 
-    def __init__(self, pages: list[int], parent: "PrefixNode | None", depth: int) -> None:
+    def __init__(self, pages: Pages, parent: "PrefixNode | None", depth: int) -> None:
         self.pages = pages
         self.parent = parent
         self.depth = depth  # pages from the root to this edge's end
@@ -39,7 +43,7 @@ class PrefixGroups:
 
     def __init__(self, min_pages: int) -> None:
         self._min_pages = min_pages
-        self._root = PrefixNode([], None, 0)
+        self._root = PrefixNode(NO_PAGES, None, 0)
         self._nodes: dict[int, PrefixNode] = {}  # by uid, where its pages end
         self._joined: list[int] = []  # since the groups were chosen
         self._changed = False  # since then
@@ -51,16 +55,18 @@ class PrefixGroups:
         self.spared = 0  # page reads that these groups save
         self.num_spared = 0  # those of all steps
 
-    def join(self, uid: int, pages: list[int]) -> None:
+    def join(self, uid: int, pages: Pages) -> None:
         """A sequence begins to decode; `pages` are its first ones, filled by what it was fed."""
         node, done = self._root, 0
         while done < len(pages):
-            child = node.children.get(pages[done])
+            child = node.children.get(int(pages[done]))
             if child is None:
-                child = PrefixNode(pages[done:], node, len(pages))
-                node.children[pages[done]] = child
-            elif child.pages != pages[done : done + len(child.pages)]:
-                child = self._split(child, _common(child.pages, pages[done:]))
+                child = PrefixNode(pages[done:].copy(), node, len(pages))
+                node.children[int(pages[done])] = child
+            else:
+                shared = common_prefix(child.pages, 0, pages, done, len(child.pages))
+                if shared < len(child.pages):
+                    child = self._split(child, shared)
             node, done = child, child.depth
         self._nodes[uid] = node
         self._joined.append(uid)
@@ -74,14 +80,14 @@ class PrefixGroups:
         self._group_of.pop(uid, None)
         self._count(node, -1)
         while node.parent is not None and not node.count:
-            del node.parent.children[node.pages[0]]
+            del node.parent.children[int(node.pages[0])]
             node = node.parent
         if node.parent is not None and len(node.children) == 1:
             (child,) = node.children.values()
             if child.count == node.count:
-                child.pages = node.pages + child.pages
+                child.pages = np.concatenate((node.pages, child.pages))
                 child.parent = node.parent
-                node.parent.children[child.pages[0]] = child
+                node.parent.children[int(child.pages[0])] = child
 
     def arrange(
         self, sequences: list[Sequence], chunks: list[Chunk]
@@ -107,8 +113,8 @@ class PrefixGroups:
         upper = PrefixNode(node.pages[:length], node.parent, node.depth - len(node.pages) + length)
         upper.count, upper.below, upper.saved = node.count, node.saved, node.saved
         node.pages = node.pages[length:]
-        upper.children[node.pages[0]] = node
-        node.parent.children[upper.pages[0]] = upper
+        upper.children[int(node.pages[0])] = node
+        node.parent.children[int(upper.pages[0])] = upper
         node.parent = upper
         return upper
 
@@ -173,11 +179,3 @@ class PrefixGroups:
             else:
                 others += indices
         self._order += sorted(others)
-
-
-def _common(a: list[int], b: list[int]) -> int:
-    """The length of the common prefix of two lists that differ."""
-    for index, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return index
-    return min(len(a), len(b))

@@ -6,22 +6,24 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from minisgl.core.batch import CopyJob
-from minisgl.core.pages import PagePool
+from minisgl.core.pages import NO_PAGES, PagePool, Pages
 from minisgl.core.radix import RadixTree
-from minisgl.core.sequence import Sequence
+from minisgl.core.sequence import HeldPages, Sequence
 
 
 @dataclass(slots=True)
 class Match:
     """A cached prefix: whole pages, and the first `num_copied` tokens of page `source`."""
 
-    pages: list[int]
+    pages: Pages
     source: int | None
     num_copied: int
     num_tokens: int
 
 
-NO_MATCH = Match([], None, 0, 0)
+NO_MATCH = Match(NO_PAGES, None, 0, 0)
+
+EVICTED_AT_ONCE = 64  # pages, where they are few of those that can be: each time has its cost
 
 
 class KVCache:
@@ -41,7 +43,8 @@ class KVCache:
         self._radix = radix
         # Leading slots of each page that hold the draft model's KV, if there is one.
         self._drafted = np.zeros(num_pages, np.int32) if drafts else None
-        self._fresh: set[int] = set()
+        self._num_plans = 0
+        self._filled_in = np.zeros(num_pages, np.int64)  # by page, the plan that cached it
         self._copies: list[CopyJob] = []
         # What is remembered of admissions that failed; see `refused`.
         self._num_returned = 0  # pages that became available, ever
@@ -50,7 +53,7 @@ class KVCache:
 
     def begin(self) -> None:
         """A plan begins."""
-        self._fresh.clear()
+        self._num_plans += 1
         self._copies = []
 
     def finish(self) -> list[CopyJob]:
@@ -73,9 +76,8 @@ class KVCache:
 
     def is_fresh(self, match: Match) -> bool:
         """Whether part of `match` is being computed by the plan under way."""
-        if match.source is not None and match.source in self._fresh:
-            return True
-        return bool(match.pages) and match.pages[-1] in self._fresh
+        pages = match.pages if match.source is None else [match.source]
+        return len(pages) > 0 and bool(self._filled_in[pages[-1]] == self._num_plans)
 
     def refused(self, sequence: Sequence, headroom: int) -> Match | None:
         """The match, without its pages, with which `attach` failed, if it would fail again.
@@ -109,27 +111,27 @@ class KVCache:
             self._drop([match.source])
             match = Match(match.pages, None, 0, len(match.pages) * self.page_size)
         self._make_room(need)
-        sequence.kv.pages = match.pages + self._take(need)
-        sequence.kv.num_drafted = self._num_drafted(sequence.kv.pages, match.num_tokens)
-        sequence.kv.capacity = len(sequence.kv.pages) * self.page_size
-        sequence.kv.num_patched = 0
+        kv = sequence.kv = HeldPages()
+        kv.extend(np.concatenate((match.pages, self._take(need))))
+        kv.capacity = kv.count * self.page_size
         sequence.num_computed = match.num_tokens
         if match.source is not None:
-            target = sequence.kv.pages[len(match.pages)]
+            target = int(kv.pages[len(match.pages)])
             self._copies.append(CopyJob(match.source, target, match.num_copied))
             if self._drafted is not None:
                 self._drafted[target] = min(self._drafted[match.source], match.num_copied)
-                sequence.kv.num_drafted = self._num_drafted(sequence.kv.pages, match.num_tokens)
+        kv.num_drafted = self._num_drafted(kv.pages, match.num_tokens)
         return True
 
     def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give a running sequence pages for `num_tokens` tokens; False if there are too few."""
-        need = self.pool.pages_for(num_tokens) - len(sequence.kv.pages)
+        kv = sequence.kv
+        need = self.pool.pages_for(num_tokens) - kv.count
         if need > 0:
             if not self._make_room(need):
                 return False
-            sequence.kv.pages += self._take(need)
-            sequence.kv.capacity = len(sequence.kv.pages) * self.page_size
+            kv.extend(self._take(need))
+            kv.capacity = kv.count * self.page_size
         return True
 
     def commit(self, sequence: Sequence, start: int, stop: int) -> None:
@@ -145,14 +147,15 @@ class KVCache:
         namespace = sequence.request.cache_salt
         tokens = sequence.tokens(whole * self.page_size)
         canonical, _, _ = self.tree.match(namespace, tokens)
-        if canonical and canonical[-1] in self._fresh:
+        if len(canonical) and self._filled_in[canonical[-1]] == self._num_plans:
             return
         self._adopt(sequence, canonical[:own])
-        if canonical[own:] != sequence.kv.pages[own : len(canonical)]:
+        pages = sequence.kv.pages
+        if not np.array_equal(canonical[own:], pages[own : len(canonical)]):
             return
-        self.tree.insert(namespace, tokens, sequence.kv.pages[:whole])
+        self.tree.insert(namespace, tokens, pages[:whole])
         self.version += 1
-        self._fresh.update(sequence.kv.pages[len(canonical) : whole])
+        self._filled_in[pages[len(canonical) : whole]] = self._num_plans
         at = len(canonical) * self.page_size
         new = sequence.token_ids(at, at + 1)
         for waiting in [w for w in self._refused if w.token_ids(at, at + 1) == new]:
@@ -162,7 +165,7 @@ class KVCache:
         """The draft model has computed, or will before the next plan's step, what is counted."""
         if self._drafted is not None:
             count = sequence.kv.num_drafted
-            pages = np.array(sequence.kv.pages[: self.pool.pages_for(count)], np.intp)
+            pages = sequence.kv.pages[: self.pool.pages_for(count)]
             slots = np.minimum(count - self.page_size * np.arange(len(pages)), self.page_size)
             self._drafted[pages] = np.maximum(self._drafted[pages], slots)
 
@@ -178,8 +181,7 @@ class KVCache:
         """
         computed = min(sequence.num_computed, sequence.num_tokens)
         self.note_drafted(sequence)
-        pages, sequence.kv.pages = sequence.kv.pages, []
-        sequence.kv.capacity = 0
+        pages, sequence.kv = sequence.kv.pages, HeldPages()
         if self._radix and computed:
             filled = pages[: self.pool.pages_for(computed)]
             self.tree.insert(sequence.request.cache_salt, sequence.tokens(computed), filled)
@@ -189,26 +191,27 @@ class KVCache:
     def check(self, sequences: list[Sequence]) -> None:
         """Compare the page ledger with its holders, exactly. For tests, between plans."""
         cached = self.tree.pages()
-        held = cached + [page for sequence in sequences for page in sequence.kv.pages]
+        held = cached + [page for sequence in sequences for page in sequence.kv.pages.tolist()]
         self.pool.check(held, cached)
 
-    def _adopt(self, sequence: Sequence, canonical: list[int]) -> None:
-        old = sequence.kv.pages[: len(canonical)]
-        changed = [i for i, page in enumerate(canonical) if page != old[i]]
-        if changed:
-            self.pool.hold([canonical[i] for i in changed])
-            sequence.kv.pages[: len(canonical)] = canonical
-            sequence.kv.num_drafted = self._num_drafted(sequence.kv.pages, sequence.kv.num_drafted)
-            sequence.kv.num_patched = min(sequence.kv.num_patched, changed[0])
-            self._drop([old[i] for i in changed])
+    def _adopt(self, sequence: Sequence, canonical: Pages) -> None:
+        kv = sequence.kv
+        changed = np.flatnonzero(canonical != kv.pages[: len(canonical)])
+        if len(changed):
+            self.pool.hold(canonical[changed])
+            old = kv.pages[changed]
+            kv.pages[changed] = canonical[changed]
+            kv.num_drafted = self._num_drafted(kv.pages, kv.num_drafted)
+            kv.num_patched = min(kv.num_patched, int(changed[0]))
+            self._drop(old)
 
-    def _take(self, count: int) -> list[int]:
+    def _take(self, count: int) -> Pages:
         pages = self.pool.take(count)
         if self._drafted is not None:
             self._drafted[pages] = 0
         return pages
 
-    def _num_drafted(self, pages: list[int], most: int) -> int:
+    def _num_drafted(self, pages: Pages, most: int) -> int:
         """Of the first `most` tokens, those before the first slot that the draft model lacks."""
         if self._drafted is None:
             return 0
@@ -223,11 +226,11 @@ class KVCache:
         if missing > 0:
             if self.pool.num_idle:
                 self.version += 1
-                self.tree.evict(missing)
+                self.tree.evict(max(missing, min(self.pool.num_idle // 32, EVICTED_AT_ONCE)))
             return self.pool.num_free >= count
         return True
 
-    def _drop(self, pages: list[int]) -> None:
+    def _drop(self, pages: list[int] | Pages) -> None:
         before = self.pool.num_available
         self.pool.drop(pages)
         self._num_returned += self.pool.num_available - before

@@ -3,6 +3,10 @@
 from collections.abc import Sequence as Run
 
 import numpy as np
+import numpy.typing as npt
+
+Pages = npt.NDArray[np.int32]
+NO_PAGES: Pages = np.empty(0, np.int32)
 
 
 class PagePool:
@@ -11,6 +15,7 @@ class PagePool:
     A page is free (no holder) or held by sequences, by the radix tree (at most once: it is then
     *cached*), or both. A page held by the tree alone is *idle*: eviction frees it.
     `num_idle` is kept up to date, so that admission costs O(1). Arguments hold no page twice.
+    Pages are int32 arrays; arguments may be any run of integers.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
@@ -20,36 +25,30 @@ class PagePool:
         self.num_cached = 0
         self._refs = np.zeros(num_pages, np.int32)
         self._cached = np.zeros(num_pages, np.bool_)
-        self._free = list(range(num_pages - 1, -1, -1))  # a stack; the lowest page comes first
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
+        self.num_free = num_pages
+        # A stack whose first `num_free` entries count; the lowest page comes first.
+        self._free = np.arange(num_pages - 1, -1, -1, dtype=np.int32)
 
     @property
     def num_available(self) -> int:
         """Pages that are free or can be freed by evicting from the tree."""
-        return len(self._free) + self.num_idle
+        return self.num_free + self.num_idle
 
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
-    def take(self, count: int) -> list[int]:
+    def take(self, count: int) -> Pages:
         """`count` free pages, each with one holder. RuntimeError when there are fewer."""
-        if count > len(self._free):
-            raise RuntimeError(f"{count} pages asked of {len(self._free)} free ones")
-        if count == 1:  # a decoding sequence crosses into its next page
-            page = self._free.pop()
-            self._refs[page] = 1
-            return [page]
-        first = len(self._free) - count
-        pages = self._free[first:]
-        del self._free[first:]
-        pages.reverse()
-        self._refs[pages] = 1
+        if count > self.num_free:
+            raise RuntimeError(f"{count} pages asked of {self.num_free} free ones")
+        end = self.num_free
+        self.num_free -= count
+        pages = self._free[self.num_free : end][::-1].copy()
+        # A decoding sequence asks for one, and numpy is faster at a number than at an array.
+        self._refs[pages if count > 1 else pages[0]] = 1
         return pages
 
-    def hold(self, pages: Run[int]) -> None:
+    def hold(self, pages: Run[int] | Pages) -> None:
         """One more holder for each page; none of them may be free."""
         index = np.asarray(pages, np.intp)
         refs = self._refs[index]
@@ -58,23 +57,25 @@ class PagePool:
         self.num_idle -= int(np.count_nonzero((refs == 1) & self._cached[index]))
         self._refs[index] = refs + 1
 
-    def drop(self, pages: Run[int]) -> None:
+    def drop(self, pages: Run[int] | Pages) -> None:
         """One holder less for each page; a page without holders is free."""
         index = np.asarray(pages, np.intp)
         refs = self._refs[index] - 1
         if (refs < 0).any():
             raise RuntimeError(f"pages dropped more often than held: {index[refs < 0].tolist()}")
         self._refs[index] = refs
-        self._free.extend(index[refs == 0].tolist())
+        freed = index[refs == 0]
+        self._free[self.num_free : self.num_free + len(freed)] = freed
+        self.num_free += len(freed)
         self.num_idle += int(np.count_nonzero((refs == 1) & self._cached[index]))
 
-    def cache(self, pages: Run[int]) -> None:
+    def cache(self, pages: Run[int] | Pages) -> None:
         """The tree becomes one more holder of each page."""
         self.hold(pages)
         self._cached[pages] = True
         self.num_cached += len(pages)
 
-    def uncache(self, pages: Run[int]) -> None:
+    def uncache(self, pages: Run[int] | Pages) -> None:
         """The tree lets go of each page."""
         index = np.asarray(pages, np.intp)
         self.num_idle -= int(np.count_nonzero(self._refs[index] == 1))
@@ -85,11 +86,16 @@ class PagePool:
     def is_idle(self, page: int) -> bool:
         return bool(self._refs[page] == 1 and self._cached[page])
 
-    def num_idle_among(self, pages: Run[int]) -> int:
-        """How many of a match's pages the tree alone holds."""
-        return int(np.count_nonzero(self._refs[np.asarray(pages, np.intp)] == 1))
+    def num_idle_among(self, pages: Pages) -> int:
+        """How many of these cached pages the tree alone holds."""
+        return int(np.count_nonzero(self._refs[pages] == 1))
 
-    def num_returning(self, pages: Run[int]) -> int:
+    def num_idle_last(self, pages: Pages) -> int:
+        """How many of these cached pages come after the last one that a sequence holds."""
+        held = np.flatnonzero(self._refs[pages] != 1)
+        return len(pages) - (int(held[-1]) + 1 if len(held) else 0)
+
+    def num_returning(self, pages: Run[int] | Pages) -> int:
         """How many of a holder's pages become available once that holder drops them."""
         index = np.asarray(pages, np.intp)
         return int(np.count_nonzero(self._refs[index] - self._cached[index] == 1))
@@ -105,7 +111,7 @@ class PagePool:
         if (wrong := self._refs != expected).any():
             page = int(wrong.argmax())
             raise RuntimeError(f"page {page}: {self._refs[page]} holders, not {expected[page]}")
-        if sorted(self._free) != (expected == 0).nonzero()[0].tolist():
+        if sorted(self._free[: self.num_free].tolist()) != (expected == 0).nonzero()[0].tolist():
             raise RuntimeError("the free list is not the set of pages without holders")
         if (marks != self._cached).any() or self.num_cached != len(cached):
             raise RuntimeError("cached marks differ from the tree's pages")

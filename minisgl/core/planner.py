@@ -98,8 +98,8 @@ class Planner:
                 if drafts:
                     speculation.planned(seq, start)
             first, pages = seq.kv.num_patched, NONE
-            if first < len(seq.kv.pages):
-                pages = seq.kv.patch()
+            if first < seq.kv.count:
+                pages = seq.kv.patch(seq.kv.count)
             length = 1 + len(drafts)
             chunks.append(
                 Chunk(seq.uid, seq.epoch, seq.row, start, length, NONE, first, pages, True, drafts)
@@ -173,8 +173,9 @@ class Planner:
         self._cache.commit(seq, start, stop)
         self._speculation.follow(seq, stop)
         first, pages = seq.kv.num_patched, NONE
-        if first < len(seq.kv.pages):
-            pages = seq.kv.patch()
+        needed = self._cache.pool.pages_for(stop)
+        if first < needed:
+            pages = seq.kv.patch(needed)
         count = stop - start
         ids = seq.token_ids(start, stop)
         plan.chunks.append(

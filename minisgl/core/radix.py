@@ -10,11 +10,12 @@ page where a prompt diverges the first tokens can be copied.
 import heapq
 from bisect import bisect_left
 from collections.abc import Iterator
+from collections.abc import Sequence as Run
 from operator import attrgetter
 
 import numpy as np
 
-from minisgl.core.pages import PagePool
+from minisgl.core.pages import NO_PAGES, PagePool, Pages
 from minisgl.core.tokens import Tokens, common_prefix
 
 _label = attrgetter("label")
@@ -25,9 +26,9 @@ class Node:
 
     __slots__ = ("children", "key", "label", "namespace", "pages", "parent", "queued", "used")
 
-    def __init__(self, key: Tokens, pages: list[int], parent: "Node | None", used: int) -> None:
-        self.key = key  # int32 [n]
-        self.pages = pages  # ceil(n / page_size)
+    def __init__(self, key: Tokens, pages: Pages, parent: "Node | None", used: int) -> None:
+        self.key = key  # int32 [n]; as the pages, replaced and never changed
+        self.pages = pages  # int32 [ceil(n / page_size)]
         self.parent = parent  # None: a root, or no longer in the tree
         self.children: list[Node] = []  # sorted by label
         self.label = b""  # the first page's tokens, big-endian: sorts as the tokens do
@@ -52,8 +53,9 @@ class RadixTree:
         self._leaves: list[tuple[int, int, Node]] = []
         self._entries = 0
         self._parked: dict[int, Node] = {}
+        self._is_parked = np.zeros(pool.num_pages, np.bool_)  # the keys of `_parked`
 
-    def match(self, namespace: str, tokens: Tokens) -> tuple[list[int], int | None, int]:
+    def match(self, namespace: str, tokens: Tokens) -> tuple[Pages, int | None, int]:
         """The longest cached prefix of `tokens`, marked as used now.
 
         Returns its whole pages, the page of which only the first tokens match (None when the
@@ -62,13 +64,14 @@ class RadixTree:
         self._clock += 1
         root = self._roots.get(namespace)
         if root is None:
-            return [], None, 0
-        _, _, pages, child, inside = self._walk(root, tokens)
-        if child is None:
-            return pages, None, 0
-        whole, rest = divmod(inside, self._page_size)
-        pages += child.pages[:whole]
-        return pages, (child.pages[whole] if rest else None), rest
+            return NO_PAGES, None, 0
+        _, _, runs, child, inside = self._walk(root, tokens)
+        source, rest = None, 0
+        if child is not None:
+            whole, rest = divmod(inside, self._page_size)
+            runs.append(child.pages[:whole])
+            source = int(child.pages[whole]) if rest else None
+        return runs[0] if len(runs) == 1 else np.concatenate((NO_PAGES, *runs)), source, rest
 
     def continuation(self, namespace: str, tokens: Tokens, count: int) -> list[int]:
         """Up to `count` tokens with which a run in the tree goes on after `tokens`."""
@@ -85,7 +88,7 @@ class RadixTree:
         latest = max(node.children, key=attrgetter("used"))
         return list[int](latest.key[:count].tolist())
 
-    def insert(self, namespace: str, tokens: Tokens, pages: list[int]) -> None:
+    def insert(self, namespace: str, tokens: Tokens, pages: Pages) -> None:
         """Store `tokens` with their `pages`; what is there already stays as it is.
 
         The last page may be partly filled. A shorter run that ended inside it is replaced.
@@ -95,7 +98,7 @@ class RadixTree:
         self._clock += 1
         root = self._roots.get(namespace)
         if root is None:
-            root = self._roots[namespace] = Node(np.empty(0, np.int32), [], None, 0)
+            root = self._roots[namespace] = Node(np.empty(0, np.int32), NO_PAGES, None, 0)
             root.namespace = namespace
         node, done, _, child, inside = self._walk(root, tokens)
         if child is not None:
@@ -113,9 +116,10 @@ class RadixTree:
         rest, new = tokens[done:], pages[done // self._page_size :]
         if node.children or node.parent is None:
             self._pool.cache(new)
-            self._attach(Node(rest.copy(), new, node, self._clock))
+            self._attach(Node(rest.copy(), new.copy(), node, self._clock))
         else:
-            self._extend(node, np.concatenate((node.key, rest)), node.pages + new)
+            start = done - len(node.key)
+            self._extend(node, tokens[start:], pages[start // self._page_size :])
 
     def evict(self, count: int) -> int:
         """Free at least `count` pages, least recently used leaf first, a leaf's end first.
@@ -131,26 +135,29 @@ class RadixTree:
             if leaf.used != used:
                 self._queue(leaf)
                 continue
-            keep = len(leaf.pages)
-            while keep and freed < count and self._pool.is_idle(leaf.pages[keep - 1]):
-                keep -= 1
-                freed += 1
+            num_idle = self._pool.num_idle_last(leaf.pages[freed - count :])
+            freed += num_idle
+            keep = len(leaf.pages) - num_idle
             if not keep:
                 self._detach(leaf)
                 continue
-            if keep < len(leaf.pages):
+            if num_idle:
                 self._pool.uncache(leaf.pages[keep:])
-                del leaf.pages[keep:]
+                leaf.pages = leaf.pages[:keep]
                 leaf.key = leaf.key[: keep * self._page_size]
-            if self._pool.is_idle(leaf.pages[-1]):
+            last = int(leaf.pages[-1])
+            if self._pool.is_idle(last):
                 self._queue(leaf)
             else:
-                self._parked[leaf.pages[-1]] = leaf
+                self._parked[last] = leaf
+                self._is_parked[last] = True
         return freed
 
-    def unpark(self, pages: list[int]) -> None:
+    def unpark(self, pages: Run[int] | Pages) -> None:
         """`pages` have lost a holder: leaves that were parked under one may be evictable."""
-        for page in self._parked.keys() & pages if self._parked else ():
+        index = np.asarray(pages, np.intp)
+        for page in index[self._is_parked[index]].tolist():
+            self._is_parked[page] = False
             self._queue(self._parked.pop(page))
 
     def nodes(self) -> Iterator[tuple[str, tuple[int, ...], Node]]:
@@ -169,34 +176,37 @@ class RadixTree:
         pages, stack = list[int](), list(self._roots.values())
         while stack:
             node = stack.pop()
-            pages += node.pages
+            pages += node.pages.tolist()
             stack += node.children
         return pages
 
     def evictable(self, node: Node) -> bool:
         """Whether `node` is a leaf in the heap, or parked until a page of it is dropped."""
-        parked = self._parked.get(node.pages[-1]) is node
-        return node.queued or (parked and not self._pool.is_idle(node.pages[-1]))
+        last = int(node.pages[-1])
+        parked = self._parked.get(last) is node
+        return node.queued or (parked and not self._pool.is_idle(last))
 
-    def _walk(self, root: Node, tokens: Tokens) -> tuple[Node, int, list[int], "Node | None", int]:
+    def _walk(
+        self, root: Node, tokens: Tokens
+    ) -> tuple[Node, int, list[Pages], "Node | None", int]:
         """Follow `tokens` down from `root`.
 
-        Returns the last node passed to its end, the number of tokens and the pages up to there,
-        and the child inside whose edge (or at whose partly filled end) the run ends, if any, with
-        the number of its tokens that match.
+        Returns the last node passed to its end, the number of tokens and the runs of pages up to
+        there, and the child inside whose edge (or at whose partly filled end) the run ends, if
+        any, with the number of its tokens that match.
         """
-        node, done, pages = root, 0, list[int]()
+        node, done, runs = root, 0, list[Pages]()
         while done < len(tokens):
             child, inside = self._best_child(node, tokens, done)
             if child is None:
                 break
             child.used = self._clock
             if inside < len(child.key) or inside % self._page_size:
-                return node, done, pages, child, inside
-            pages += child.pages
+                return node, done, runs, child, inside
+            runs.append(child.pages)
             done += inside
             node = child
-        return node, done, pages, None, 0
+        return node, done, runs, None, 0
 
     def _best_child(self, node: Node, tokens: Tokens, start: int) -> tuple["Node | None", int]:
         """The child that shares most with `tokens[start:]`, and how many tokens it shares.
@@ -222,18 +232,18 @@ class RadixTree:
         siblings.insert(bisect_left(siblings, node.label, key=_label), node)
         self._queue(node)
 
-    def _extend(self, leaf: Node, key: Tokens, pages: list[int]) -> None:
+    def _extend(self, leaf: Node, key: Tokens, pages: Pages) -> None:
         """Lengthen a leaf to `key` and `pages`, which may replace its partly filled last page.
 
         Its label may grow, but stays in order: no sibling's first page begins with another's.
         """
         whole = len(leaf.key) // self._page_size
-        old, new = leaf.pages[whole:], pages[whole:]
-        self._pool.cache(new)
-        if old:
-            self._pool.uncache(old)
+        old = leaf.pages[whole:]
         leaf.key = key.copy()
-        leaf.pages[whole:] = new
+        leaf.pages = np.concatenate((leaf.pages[:whole], pages[whole:]))
+        self._pool.cache(leaf.pages[whole:])
+        if len(old):
+            self._pool.uncache(old)
         leaf.used = self._clock
         leaf.label = self._make_label(leaf.key[: self._page_size])
         self._queue(leaf)

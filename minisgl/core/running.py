@@ -105,7 +105,7 @@ class Running:
         """
         while not self.cache.reserve(seq, num_tokens):
             plan.short_of_pages = True
-            need = self.cache.pool.pages_for(num_tokens) - len(seq.kv.pages)
+            need = self.cache.pool.pages_for(num_tokens) - seq.kv.count
             if self._leaving and need <= self.room_ahead[1]:
                 return False
             victim = self.sequences[-1]
@@ -162,5 +162,5 @@ class Running:
             raise RuntimeError(f"{rows} held and {self._free_rows} free are not all rows, once")
         if self._leaving.keys() != set(leaving):
             raise RuntimeError("the sequences that leave are not those that steps in flight hold")
-        if any(seq.kv.pages or seq.row >= 0 or seq.in_flight for seq in self.waiting):
+        if any(seq.kv.count or seq.row >= 0 or seq.in_flight for seq in self.waiting):
             raise RuntimeError("a waiting sequence holds a row, pages or a step")

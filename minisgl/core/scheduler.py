@@ -159,7 +159,7 @@ class Scheduler:
         new = output.token_ids[index]
         seq.num_pending -= 1
         num_drafts, num_accepted = len(chunk.drafts), len(new) - 1
-        if not 1 <= len(new) <= chunk.length:
+        if not 1 <= len(new) <= 1 + num_drafts:
             raise ValueError(f"step {output.step}, chunk {index}: {len(new)} tokens sampled")
         if num_drafts:
             seq.num_computed += num_accepted

@@ -6,6 +6,7 @@ from enum import Enum, auto
 import numpy as np
 
 from minisgl.core.executor import Limits
+from minisgl.core.pages import NO_PAGES, Pages
 from minisgl.core.request import FinishReason, Request
 from minisgl.core.tokens import Tokens
 
@@ -27,16 +28,35 @@ WAITING, RUNNING, PREEMPTED, ENDED = Status
 class HeldPages:
     """The KV pages of a sequence. Written by `KVCache`, but for what is said of a field."""
 
-    pages: list[int] = field(default_factory=list)
+    # Its first `count` entries are the pages; the rest is room to grow.
+    buffer: Pages = field(default_factory=lambda: NO_PAGES)
+    count: int = 0
     capacity: int = 0  # tokens they can hold
     num_patched: int = 0  # leading pages that the device's page table has; `patch` takes the rest
     num_drafted: int = 0  # tokens before it have KV of the draft model; `Speculation` counts on
 
-    def patch(self) -> list[int]:
-        """The pages that the device's page table lacks; they go out with the step being planned."""
-        pages = self.pages[self.num_patched :]
-        self.num_patched = len(self.pages)
-        return pages
+    @property
+    def pages(self) -> Pages:
+        return self.buffer[: self.count]
+
+    def extend(self, pages: Pages) -> None:
+        """Add pages at the end, for which room is made ahead."""
+        end = self.count + len(pages)
+        if end > len(self.buffer):
+            room = np.empty(end // 8 + 16, np.int32)
+            self.buffer = np.concatenate((self.pages, pages, room))
+        else:
+            self.buffer[self.count : end] = pages
+        self.count = end
+
+    def patch(self, stop: int) -> list[int]:
+        """Those of the first `stop` pages that the device's page table lacks.
+
+        They go out with the step being planned.
+        """
+        pages = self.buffer[self.num_patched : stop].tolist()
+        self.num_patched = stop
+        return pages  # type: ignore[no-any-return]
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)

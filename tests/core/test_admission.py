@@ -8,6 +8,8 @@ from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch, StepOutput
 from minisgl.core.executor import Limits
 from minisgl.core.kvcache import KVCache, Match
+from minisgl.core.pages import PagePool
+from minisgl.core.radix import RadixTree
 from minisgl.core.request import Request, SamplingParams
 from minisgl.core.scheduler import Scheduler
 from minisgl.core.sequence import Sequence
@@ -87,3 +89,54 @@ def test_a_full_pool_costs_decode_nothing(page_size, num_matches):
         scheduler.abort(name)
     assert step(scheduler).setups
     assert 1 <= num_matches[0] <= before.num_waiting, "each is tried once when pages come back"
+
+
+def test_pages_for_decode_are_evicted_many_at_once(monkeypatch):
+    evict, num_calls = RadixTree.evict, 0
+
+    def counted(tree: RadixTree, count: int) -> int:
+        nonlocal num_calls
+        num_calls += 1
+        return evict(tree, count)
+
+    monkeypatch.setattr(RadixTree, "evict", counted)
+    scheduler = Scheduler(Limits(2400, 1, 8, 4000, 1000), EngineConfig())
+    scheduler.add(Request("old", [1] * 2399, SamplingParams(max_tokens=1)))
+    step(scheduler)
+    for index in range(8):
+        scheduler.add(Request(str(index), [index + 2] * 8, SamplingParams(max_tokens=100)))
+    while step(scheduler).num_decode < 8:
+        pass
+    num_calls, before = 0, scheduler.stats()
+    for _ in range(32):
+        step(scheduler)
+    assert before.num_free_pages < 64
+    assert before.num_idle_pages - scheduler.stats().num_idle_pages >= 8 * 32 - 64
+    assert 1 <= num_calls <= 8, "each costs as much for one page as for many"
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_a_chunk_touches_the_pages_that_it_fills(page_size, monkeypatch):
+    """Beside taking all that its prompt needs, once, and comparing tokens."""
+    touched = []
+    for name in ("hold", "drop"):
+        method = getattr(PagePool, name)
+
+        def counted(pool: PagePool, pages, method=method):
+            touched.append(len(pages))
+            method(pool, pages)
+
+        monkeypatch.setattr(PagePool, name, counted)
+    scheduler = Scheduler(
+        Limits(4096 // page_size, page_size, 8, 4096, 1000),
+        EngineConfig(chunked_prefill_size=256),
+    )
+    random = Random(0)
+    prompt = [random.randrange(1000) for _ in range(4000)]
+    scheduler.add(Request("long", prompt, SamplingParams(max_tokens=1)))
+    for _ in range(15):
+        touched.clear()
+        (chunk,) = step(scheduler).chunks
+        assert chunk.length == 256
+        assert len(chunk.pages) == 256 // page_size, "the pages sent to the device"
+        assert sum(touched) <= 256 // page_size

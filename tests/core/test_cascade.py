@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from types import SimpleNamespace
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,7 @@ PATHS = st.lists(st.integers(0, 2), max_size=6)
 
 def physical(path: list[int]) -> list[int]:
     """Page ids of a path: the same page wherever the path up to there is the same."""
-    return [hash(tuple(path[: i + 1])) for i in range(len(path))]
+    return [hash(tuple(path[: i + 1])) % (1 << 31) for i in range(len(path))]
 
 
 def arranged(groups: PrefixGroups, paths: dict[int, list[int]]) -> tuple[list[int], list]:
@@ -60,7 +61,7 @@ def test_groups_are_the_best_there_are_after_any_comings_and_goings(moves, least
     for uid, (joins, path) in enumerate(moves):
         if joins or not paths:
             paths[uid] = physical(path[:4])
-            groups.join(uid, paths[uid])
+            groups.join(uid, np.array(paths[uid], np.int32))
         else:
             gone = random.choice(list(paths))
             del paths[gone]
@@ -92,12 +93,12 @@ def test_pairs_beat_a_short_prefix_and_lose_to_a_long_one():
     head, tails = list(range(4)), [list(range(100 * t, 100 * t + 7)) for t in range(1, 4)]
     groups = PrefixGroups(1)
     for uid in range(6):
-        groups.join(uid, head + tails[uid % 3])
+        groups.join(uid, np.array(head + tails[uid % 3], np.int32))
     order, found = arranged(groups, dict.fromkeys(range(6)))
     assert [(g.count, g.num_pages) for g in found] == [(2, 11)] * 3  # 33 reads against 20
     assert sorted(map(tuple, (order[0:2], order[2:4], order[4:6]))) == [(0, 3), (1, 4), (2, 5)]
     for uid in range(6, 12):
-        groups.join(uid, head)
+        groups.join(uid, np.array(head, np.int32))
     _, found = arranged(groups, dict.fromkeys(range(12)))
     assert found == [CascadeGroup(0, 12, 4)]  # 44 reads against 33
 
@@ -106,7 +107,7 @@ def test_more_groups_than_a_launch_covers_leave_out_the_smallest():
     groups = PrefixGroups(1)
     for uid in range(2 * MAX_CASCADE_GROUPS + 10):
         pages = 1 + uid // 2
-        groups.join(uid, [1000 * pages + i for i in range(pages)])
+        groups.join(uid, np.arange(1000 * pages, 1001 * pages, dtype=np.int32))
     _, found = arranged(groups, dict.fromkeys(range(2 * MAX_CASCADE_GROUPS + 10)))
     assert sorted(g.num_pages for g in found) == list(range(6, MAX_CASCADE_GROUPS + 6))
 

@@ -60,7 +60,7 @@ FAULTS = {
     "a match is used in the plan that computes it": (
         KVCache,
         "is_fresh",
-        "return bool(match.pages)",
+        "return len(pages) > 0",
         "return False",
     ),
     "a running sequence shares a partly filled page": (
@@ -72,7 +72,7 @@ FAULTS = {
     "adopted pages are not sent to the device, those left are dropped": (
         KVCache,
         "_adopt",
-        "sequence.kv.num_patched = min(sequence.kv.num_patched, changed[0])",
+        "kv.num_patched = min(kv.num_patched, int(changed[0]))",
         "pass",
     ),
     "adopted pages are not held": (
@@ -90,7 +90,7 @@ FAULTS = {
     "pages stay in an ended sequence": (
         KVCache,
         "release",
-        "pages, sequence.kv.pages = sequence.kv.pages, []",
+        "pages, sequence.kv = sequence.kv.pages, HeldPages()",
         "pages = sequence.kv.pages",
     ),
     "tokens that were not computed are cached": (
@@ -108,8 +108,8 @@ FAULTS = {
     "a longer run does not replace the partly filled page": (
         RadixTree,
         "_extend",
-        "leaf.pages[whole:] = new",
-        "leaf.pages[whole + len(old) :] = new[len(old) :]",
+        "(leaf.pages[:whole], pages[whole:])",
+        "(leaf.pages, pages[whole + len(old) :])",
     ),
     "eviction forgets the mark": (
         PagePool,
@@ -204,8 +204,8 @@ FAULTS = {
     "new pages are not sent to the device": (
         Planner,
         "_plan_decode",
-        "pages = seq.kv.patch()",
-        "seq.kv.patch()",
+        "pages = seq.kv.patch(seq.kv.count)",
+        "seq.kv.patch(seq.kv.count)",
     ),
     "the end is not looked for at every token": (
         Sequence,
