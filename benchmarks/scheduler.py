@@ -7,11 +7,13 @@ are grouped, all share a prompt and are one cascade group. The mix adds prompts 
 that arrive, prefill in chunks, finish and are replaced. Times are CPU times of the thread, so that
 a busy machine does not blur them. Then come plans alone, where long prompts could make them slow:
 `full_pool` decodes while prompts wait that do not fit, `prompt` computes one of 128k tokens in
-chunks. Last come 600 requests in a pool of 65,536 tokens, by page size: preemptions, and prompt
-tokens computed for each one asked. Prints tables, then one JSON line.
+chunks, `ngram` computes prompts and drafts for them. Last come 600 requests in a pool of 65,536
+tokens, by page size: preemptions, and prompt tokens computed for each one asked. Prints tables,
+then one JSON line.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -22,8 +24,10 @@ from random import Random
 from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch, StepOutput
 from minisgl.core.executor import Limits
+from minisgl.core.ngram import NGramProposer
 from minisgl.core.request import Request, SamplingParams
 from minisgl.core.scheduler import Scheduler
+from minisgl.core.speculation import Speculation
 
 PAGE_SIZE = 16
 VOCAB = 32_000
@@ -32,6 +36,7 @@ VOCAB = 32_000
 def run_plans(scheduler: Scheduler, random: Random) -> Iterator[tuple[Batch, float, float]]:
     """Plan one step ahead for ever; yields each batch, and the seconds of its plan and its step."""
     unread: tuple[Batch, StepOutput] | None = None
+    gc.collect()  # the prompts made here, which a plan would else be charged with
     while True:
         begin = time.thread_time()
         batch = scheduler.plan()
@@ -136,6 +141,20 @@ def full_pool(page_size: int, num_steps: int) -> list[float]:
     return [next(plans)[1] for _ in range(num_steps)]
 
 
+def ngram(num_prompts: int, length: int) -> list[float]:
+    """Seconds per plan: prompts of `length` tokens are computed, then decode with n-gram drafts."""
+    random = Random(0)
+    limits = Limits(num_prompts * length, PAGE_SIZE, num_prompts, 1 << 20, VOCAB)
+    config = EngineConfig(chunked_prefill_size=4096)
+    speculation = Speculation(NGramProposer(*config.ngram_sizes), 3)
+    scheduler = Scheduler(limits, config, (0,), speculation=speculation)
+    for index in range(num_prompts):
+        tokens = [random.randrange(1, VOCAB) for _ in range(length)]
+        scheduler.add(Request(str(index), tokens, SamplingParams(max_tokens=1000)))
+    plans = run_plans(scheduler, random)
+    return [next(plans)[1] for _ in range(num_prompts * length // 4096 + 200)]
+
+
 def prompt(page_size: int, length: int = 131_072) -> list[float]:
     """Seconds per plan of one prompt's chunks."""
     random = Random(0)
@@ -167,10 +186,13 @@ def main() -> None:
     for page_size in (1, 16):
         plans[f"full_pool_page_{page_size}"] = partial(full_pool, page_size, 64)
         plans[f"prompt_page_{page_size}"] = partial(prompt, page_size)
+    plans["ngram_1x32k"] = partial(ngram, 1, 32_000)
+    plans["ngram_8x100k"] = partial(ngram, 8, 100_000)
     for name, plan in plans.items():
         times = [1e6 * t for t in plan()]
         print(f"{name:20} {statistics.median(times):10.1f} {max(times):10.1f}")
         result[name] = round(statistics.median(times), 1)
+        result[f"{name}_max"] = round(max(times), 1)
     print(f"\n{'page size':12} {'preempted':>10} {'computed':>10}")
     for page_size in (1, 16, 64):
         preempted, computed = pressure(page_size)

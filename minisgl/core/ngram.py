@@ -4,9 +4,16 @@ Prompt lookup (Saxena, "Prompt Lookup Decoding", 2023): the longest run of token
 text and occurs earlier in it, the latest occurrence first, is taken to go on as it did there.
 Where no run of the text occurs earlier, the radix tree is asked: it holds the answer of a prompt
 that was asked before.
+
+Indexing a prompt of 100k tokens takes 0.1 s, for which nobody should wait. It begins when the
+prompt is first computed and goes on from its end to its beginning, about PLAN_TOKENS in each plan.
+Until it is done, early occurrences are not found, which only costs acceptance.
 """
 
+from array import array
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 from minisgl.core.sequence import Sequence
@@ -15,70 +22,75 @@ from minisgl.core.sequence import Sequence
 Continuation = Callable[[Sequence, list[int], int], list[int]]
 
 MAX_ASK_INTERVAL = 64  # tokens until a tree without a continuation is asked again, at most
+PIECE = 512  # tokens indexed in one dictionary: rehashing a large one takes long
+PLAN_TOKENS = 768  # indexed in a plan, and up to a piece more
+COPIED = 256  # tokens that are copied or compared in the time in which one is indexed
 
 
+@dataclass(slots=True)
 class _Text:
     """One sequence's tokens, indexed, and what was predicted when it was last planned."""
 
-    __slots__ = (
-        "after",
-        "ask_interval",
-        "asks_at",
-        "drafts",
-        "lead",
-        "num_known",
-        "num_output",
-        "tokens",
-    )
+    tokens: "array[int]"
+    sizes: range
+    num_unindexed: int  # first tokens that no piece has yet
+    num_output: int = 0
+    # Pieces of the text, the latest first: a run of tokens -> the position after its latest
+    # occurrence in the piece, which holds a token of that piece. Runs are bytes: the garbage
+    # collector need not look at them, as it would at tuples.
+    pieces: deque[dict[bytes, int]] = field(default_factory=lambda: deque([{}]))
+    num_known: int = 0  # tokens then; predicted were `lead`, which is pending, then `drafts`
+    lead: list[int] = field(default_factory=list)
+    drafts: list[int] = field(default_factory=list)
+    asks_at: int = 0  # tokens from which on the tree is asked
+    ask_interval: int = 1
 
-    def __init__(self, prompt: list[int], sizes: range) -> None:
-        self.tokens = list(prompt)
-        self.num_output = 0
-        # By size: a run of tokens -> the position after its latest occurrence, which holds one.
-        self.after: dict[int, dict[tuple[int, ...], int]] = {}
-        for size in sizes:
-            last = max(len(prompt) - size, 0)
-            runs = zip(*(prompt[i : last + i] for i in range(size)), strict=True)
-            self.after[size] = dict(zip(runs, range(size, size + last), strict=True))
-        self.num_known = 0  # tokens then; predicted were `lead`, which is pending, then `drafts`
-        self.lead: list[int] = []
-        self.drafts: list[int] = []
-        self.asks_at = 0  # tokens from which on the tree is asked
-        self.ask_interval = 1
+    def index(self) -> int:
+        """Index the prompt's last piece of which nothing is indexed; returns its tokens."""
+        stop = self.num_unindexed
+        start = self.num_unindexed = max(stop - PIECE, 0)
+        begin = max(start - self.sizes[-1], 0)
+        data, width = self.tokens[begin:stop].tobytes(), self.tokens.itemsize
+        piece: dict[bytes, int] = {}
+        for size in self.sizes:
+            for position in range(max(start, size), stop):
+                end = (position - begin) * width
+                piece[data[end - size * width : end]] = position
+        self.pieces.append(piece)
+        return stop - start
 
     def extend(self, output: list[int]) -> None:
         """Take in the tokens of `output` that are new."""
         tokens = self.tokens
         for token in output[self.num_output :]:
             end = len(tokens)
-            for size, after in self.after.items():
+            for size in self.sizes:
                 if end >= size:
-                    after[tuple(tokens[end - size :])] = end
+                    self.pieces[0][tokens[end - size :].tobytes()] = end
             tokens.append(token)
+            if len(self.pieces[0]) >= PIECE * len(self.sizes):
+                self.pieces.appendleft({})
         self.num_output = len(output)
 
     def in_flight(self) -> list[int]:
         """The drafts being verified, if the tokens before them were predicted right; else []."""
         known, lead = self.num_known, self.lead
-        if self.tokens[known:] != lead:
-            return []
-        return self.drafts
+        right = len(self.tokens) - known == len(lead) and self.tokens[known:].tolist() == lead
+        return self.drafts if right else []
 
     def predict(self, path: list[int], count: int) -> list[int]:
         """The `count` tokens after the text and `path`; [] where its last tokens are new."""
         tokens = self.tokens
         known = len(tokens)
-        tokens += path  # then what is predicted, so that a period is repeated as often as needed
-        for size in sorted(self.after, reverse=True):
-            position = self.after[size].get(tuple(tokens[-size:]))
-            if position is not None:
-                start = len(tokens)
+        tokens.extend(path)  # then what is predicted: a period is repeated as often as needed
+        start = len(tokens)
+        for size in reversed(self.sizes):
+            run = tokens[-size:].tobytes()
+            if position := next((piece[run] for piece in self.pieces if run in piece), 0):
                 for index in range(position, position + count):
                     tokens.append(tokens[index])
-                found = tokens[start:]
                 break
-        else:
-            found = []
+        found = tokens[start:].tolist()
         del tokens[known:]
         return found
 
@@ -98,20 +110,37 @@ class NGramProposer:
                 f"got {min_match}"
             )
         self._sizes = range(min_match, max_match + 1)
+        self._left = PLAN_TOKENS  # that may still be indexed in this plan
         self._texts: WeakKeyDictionary[Sequence, _Text] = WeakKeyDictionary()
         self.continuation: Continuation | None = None  # set where there is a radix tree
 
-    def __call__(self, sequence: Sequence, count: int) -> list[int]:
+    def begin(self) -> None:
+        """A plan begins."""
+        self._left = PLAN_TOKENS
+
+    def follow(self, sequence: Sequence) -> _Text | None:
+        """Index more of a sequence's prompt; None: its turn has not come."""
         text = self._texts.get(sequence)
+        if text is None and self._left > 0:
+            prompt = array("i", sequence.prompt.tobytes())
+            text = self._texts[sequence] = _Text(prompt, self._sizes, len(prompt))
+            self._left -= len(prompt) // COPIED
+        while text is not None and text.num_unindexed and self._left > 0:
+            self._left -= text.index()
+        return text
+
+    def __call__(self, sequence: Sequence, count: int) -> list[int]:
+        text = self.follow(sequence)
         if text is None:
-            text = _Text(sequence.request.prompt_token_ids, self._sizes)
-            self._texts[sequence] = text
+            return []
         text.extend(sequence.output)
         pending = sequence.num_pending
         path = text.in_flight() if pending else []
         found = text.predict(path, pending + count)
         known = len(text.tokens)
-        if not found and self.continuation is not None and known >= text.asks_at:
+        asks = not found and known >= text.asks_at and self._left > 0
+        if asks and self.continuation is not None:
+            self._left -= known // COPIED
             found = self.continuation(sequence, path, pending + count)
             # Asking takes time in proportion to the text, and evicted runs seldom come back.
             text.ask_interval = 1 if found else min(2 * text.ask_interval, MAX_ASK_INTERVAL)

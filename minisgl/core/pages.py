@@ -83,7 +83,7 @@ class PagePool:
         self._cached[index] = False
         self.drop(pages)
 
-    def is_idle(self, page: int) -> bool:
+    def is_idle(self, page: int | np.int32) -> bool:
         return bool(self._refs[page] == 1 and self._cached[page])
 
     def num_idle_among(self, pages: Pages) -> int:

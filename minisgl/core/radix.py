@@ -10,7 +10,6 @@ page where a prompt diverges the first tokens can be copied.
 import heapq
 from bisect import bisect_left
 from collections.abc import Iterator
-from collections.abc import Sequence as Run
 from operator import attrgetter
 
 import numpy as np
@@ -145,15 +144,14 @@ class RadixTree:
                 self._pool.uncache(leaf.pages[keep:])
                 leaf.pages = leaf.pages[:keep]
                 leaf.key = leaf.key[: keep * self._page_size]
-            last = int(leaf.pages[-1])
-            if self._pool.is_idle(last):
+            if self._pool.is_idle(leaf.pages[-1]):
                 self._queue(leaf)
             else:
-                self._parked[last] = leaf
-                self._is_parked[last] = True
+                self._parked[int(leaf.pages[-1])] = leaf
+                self._is_parked[leaf.pages[-1]] = True
         return freed
 
-    def unpark(self, pages: Run[int] | Pages) -> None:
+    def unpark(self, pages: list[int] | Pages) -> None:
         """`pages` have lost a holder: leaves that were parked under one may be evictable."""
         index = np.asarray(pages, np.intp)
         for page in index[self._is_parked[index]].tolist():
@@ -182,9 +180,8 @@ class RadixTree:
 
     def evictable(self, node: Node) -> bool:
         """Whether `node` is a leaf in the heap, or parked until a page of it is dropped."""
-        last = int(node.pages[-1])
-        parked = self._parked.get(last) is node
-        return node.queued or (parked and not self._pool.is_idle(last))
+        parked = self._parked.get(int(node.pages[-1])) is node
+        return node.queued or (parked and not self._pool.is_idle(node.pages[-1]))
 
     def _walk(
         self, root: Node, tokens: Tokens

@@ -43,10 +43,8 @@ class HeldPages:
         """Add pages at the end, for which room is made ahead."""
         end = self.count + len(pages)
         if end > len(self.buffer):
-            room = np.empty(end // 8 + 16, np.int32)
-            self.buffer = np.concatenate((self.pages, pages, room))
-        else:
-            self.buffer[self.count : end] = pages
+            self.buffer = np.resize(self.buffer, end + end // 8 + 16)
+        self.buffer[self.count : end] = pages
         self.count = end
 
     def patch(self, stop: int) -> list[int]:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from minisgl.core.batch import PENDING, Batch, Chunk, StepOutput
 from minisgl.core.draft_policy import DraftPolicy
+from minisgl.core.ngram import NGramProposer
 from minisgl.core.sequence import Sequence
 
 NONE: list[int] = []  # shared by all chunks without ids, pages or drafts; never changed
@@ -51,6 +52,7 @@ class Speculation:
         self.num_tried = 0  # of those: up to the first of a step that was wrong
         self.num_accepted = 0
         self._proposer = proposer
+        self._ngram = proposer if isinstance(proposer, NGramProposer) else None
         self._most = num_draft_tokens
         self._chunk_size = chunk_size
         self._chunks: list[tuple[Sequence, Chunk]] = []
@@ -67,6 +69,8 @@ class Speculation:
 
         prefills: whether it may compute prompts beside them.
         """
+        if self._ngram is not None:
+            self._ngram.begin()
         # A step that holds drafts back leaves the draft model one token behind in every sequence.
         ready = self.follows and all(chunk.length == 1 for _, chunk in self._chunks)
         self._chunks, self._left = [], self._chunk_size
@@ -92,9 +96,11 @@ class Speculation:
         return self._proposer(seq, count)
 
     def follow(self, seq: Sequence, stop: int) -> None:
-        """The target computes a sequence's prompt up to `stop`: so does the draft model."""
+        """The target computes a sequence's prompt up to `stop`: so does what proposes."""
         if self.on_device and self.follows:
             self._catch_up(seq, stop)
+        if self._ngram is not None and self.follows:
+            self._ngram.follow(seq)
 
     def finish(self) -> list[tuple[Sequence, Chunk]]:
         """A plan is complete: what the draft model computes before it proposes."""

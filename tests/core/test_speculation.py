@@ -18,9 +18,10 @@ from minisgl.core.speculation import Speculation, propose_on_device
 LIMITS = Limits(8000, 4, 64, 4000, 1000)
 
 
-def sequence_of(prompt: list[int], output: tuple[int, ...] = ()) -> Sequence:
-    request = Request("r", prompt, SamplingParams(max_tokens=500))
-    (sequence,) = make_sequences(request, LIMITS, frozenset(), 0, 0.0)
+def sequence_of(prompt: list[int], output: tuple[int, ...] = (), limit: int = 4000) -> Sequence:
+    request = Request("r", prompt, SamplingParams())
+    limits = Limits(8000, 4, 64, limit, 1000)
+    (sequence,) = make_sequences(request, limits, frozenset(), 0, 0.0)
     for token in output:
         sequence.accept([token])
     return sequence
@@ -53,6 +54,54 @@ def test_the_index_finds_what_a_search_finds(smallest, alphabet):
                 sequence.accept([random.randrange(alphabet)])
             held = prompt + sequence.output
             assert proposer(sequence, 3) == brute_force(held, smallest, 4, 3)
+
+
+def test_an_index_made_in_pieces_finds_what_a_search_finds():
+    random = Random(0)
+    for alphabet in (6, 12, 30):
+        prompt = [random.randrange(alphabet) for _ in range(4000 + alphabet)]
+        sequence, proposer = sequence_of(prompt, limit=9000), NGramProposer(2, 4)
+        for _ in range(5):
+            proposer.begin()
+            proposer(sequence, 3)
+        held, found = list(prompt), 0
+        for _ in range(1500):
+            token = random.randrange(alphabet)
+            sequence.accept([token])
+            held.append(token)
+            if random.random() < 0.1:
+                expected = brute_force(held, 2, 4, 3)
+                assert proposer(sequence, 3) == expected
+                found += bool(expected)
+        assert found > 50
+
+
+def test_a_plan_indexes_a_bounded_part_of_long_prompts():
+    """Eight prompts whose last tokens stood at their beginning: the last that is indexed."""
+    proposer = NGramProposer(2, 4)
+    sequences = []
+    for index in range(8):
+        prompt = [1, 2, 3, 4, 5, *range(6, 800), *([index + 900] * 9000), 1, 2, 3]
+        sequences.append(sequence_of(prompt, limit=10_000))
+    num_plans = 0
+    while [proposer(sequence, 2) for sequence in sequences] != [[4, 5]] * 8:
+        proposer.begin()
+        num_plans += 1
+    most = 768 + 512  # tokens indexed in a plan
+    assert 8 * 9000 / most <= num_plans <= 8 * 11
+
+
+def test_a_prompt_is_indexed_while_it_is_computed():
+    proposer = NGramProposer(2, 4)
+    limits = Limits(3000, 4, 4, 12_000, 1000)
+    config = EngineConfig(chunked_prefill_size=512)
+    scheduler = Scheduler(limits, config, speculation=Speculation(proposer, 2))
+    prompt = [1, 2, 3, 4, 5, *([9] * 8000), 1, 2]
+    scheduler.add(Request("r", prompt, SamplingParams(max_tokens=9)))
+    while (batch := scheduler.plan()).num_decode == 0:
+        tokens = [[3] if chunk.samples else [] for chunk in batch.chunks]
+        scheduler.update(batch, StepOutput(batch.step, tokens))
+    assert batch.chunks[0].drafts == [4, 5]
 
 
 def test_the_unread_token_is_foreseen():
