@@ -35,7 +35,7 @@ REQUIRES = [
     "starlette>=0.40,<2",
     "uvicorn>=0.30,<1",
     "uvloop>=0.21,<1; platform_system != 'Windows'",
-    "httptools>=0.6,<1",
+    "h11>=0.14,<1",
     "prometheus-client>=0.20,<1",
     "nvtx>=0.2.10,<1",
     "cuda-python>=12.8,<14",  # 12.8 knows sm_100; 13 is what torch's CUDA 13 builds use

@@ -4,6 +4,7 @@ import logging
 import sys
 
 ROOT_LOGGER = "minisgl"
+HTTP_LOGGER = "uvicorn"  # the library that reads HTTP writes to the same log
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -25,12 +26,13 @@ def configure(level: str = "info", process: str = "") -> None:
     handler.setFormatter(
         logging.Formatter(f"%(asctime)s{who} %(levelname)s %(message)s", datefmt="%H:%M:%S")
     )
-    root = logging.getLogger(ROOT_LOGGER)
-    for old in root.handlers[:]:
-        root.removeHandler(old)
-    root.addHandler(handler)
-    root.setLevel(number)
-    root.propagate = False
+    for name in (ROOT_LOGGER, HTTP_LOGGER):
+        root = logging.getLogger(name)
+        for old in root.handlers[:]:
+            root.removeHandler(old)
+        root.addHandler(handler)
+        root.setLevel(number)
+        root.propagate = False
 
 
 def shows_progress() -> bool:

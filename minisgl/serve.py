@@ -7,13 +7,11 @@ get errors and the server exits 1 with the reason.
 """
 
 import asyncio
-import math
 import os
 import signal
 import socket
 import sys
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from minisgl.config import ServerConfig
@@ -21,9 +19,6 @@ from minisgl.flags import flags_parser, read_flags
 from minisgl.log import configure, get_logger
 
 if TYPE_CHECKING:
-    import uvicorn
-    from starlette.applications import Starlette
-
     from minisgl.engine.messages import EngineInfo
     from minisgl.engine.process import EngineProcess
     from minisgl.server.openai import ServedModel
@@ -31,8 +26,8 @@ if TYPE_CHECKING:
 FACTORY = "minisgl.build:build_engine"
 BACKLOG = 2048  # connections that wait to be accepted
 STOPS = (signal.SIGTERM, signal.SIGINT)
-KEEP_ALIVE = 60  # seconds an idle connection stays open: longer than clients keep theirs
 ENGINE_EXIT_SECONDS = 10  # after `drain_timeout`, until open connections are closed
+LEAVE_SECONDS = 1  # the same after a second signal
 
 log = get_logger(__name__)
 
@@ -95,22 +90,24 @@ async def _serve(
 ) -> int:
     from minisgl.engine.client import EngineDeadError, ProcessClient
     from minisgl.server.app import Api
+    from minisgl.server.connections import Bounds, HttpServer, connections_within_descriptors
 
     client = ProcessClient(process, watchdog_timeout=config.watchdog_timeout)
     api = Api(client)
-    http = _http_server(api.app, config)
+    bounds = Bounds(connections=connections_within_descriptors())
+    http = HttpServer(api.app, bounds, "info" if config.log_level == "debug" else "error")
     closing: list[asyncio.Task[None]] = []
 
     def stop() -> None:
         if http.should_exit:
-            http.force_exit = True
-            process.kill()
+            process.kill()  # its requests get an error
+            http.leave(LEAVE_SECONDS)
             return
         log.info(
             "finishing running requests, up to %g s, then exiting; a second signal exits now",
             config.drain_timeout,
         )
-        http.should_exit = True
+        http.leave(config.drain_timeout + ENGINE_EXIT_SECONDS)
         closing.append(asyncio.create_task(client.close(config.drain_timeout)))
 
     for number in STOPS:
@@ -134,33 +131,11 @@ async def _serve(
     await asyncio.wait((serving, failing), return_when=asyncio.FIRST_COMPLETED)
     if failed := failing.done() and not closing:  # a stop while loading kills the engine
         _say(f"minisgl.serve: {failing.result()}", sys.stderr)
-        http.should_exit = True
+        http.leave(ENGINE_EXIT_SECONDS)
     await serving
-    if not http.force_exit:
-        await asyncio.gather(client.close(), *closing)
-    for task in (failing, *closing):
-        task.cancel()
+    await asyncio.gather(client.close(), *closing)
+    failing.cancel()
     return 1 if failed else 0
-
-
-def _http_server(app: "Starlette", config: ServerConfig) -> "uvicorn.Server":
-    import uvicorn
-
-    class Http(uvicorn.Server):
-        @contextmanager
-        def capture_signals(self) -> Generator[None, None, None]:
-            yield  # `_serve` handles signals: they end the engine too
-
-    return Http(
-        uvicorn.Config(
-            app,
-            http="httptools",
-            lifespan="off",
-            timeout_keep_alive=KEEP_ALIVE,
-            log_level="info" if config.log_level == "debug" else "warning",
-            timeout_graceful_shutdown=math.ceil(config.drain_timeout) + ENGINE_EXIT_SECONDS,
-        )
-    )
 
 
 def _served_model(info: "EngineInfo", config: ServerConfig) -> "ServedModel":

@@ -60,7 +60,7 @@ FLOORS: dict[str, set[str]] = {
 }
 TOP = {"serve", "chat", "llm", "completion", "analyze"}  # what people run: may import everything
 
-HTTP = {"starlette", "uvicorn", "uvloop", "httptools", "prometheus_client"}
+HTTP = {"starlette", "uvicorn", "uvloop", "h11", "prometheus_client"}
 PURE = {"numpy", "msgspec"}
 # Packages only some rooms may import; a room not listed may not, late or not.
 PACKAGES: dict[str, set[str]] = {

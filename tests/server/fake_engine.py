@@ -6,13 +6,12 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Iterator
 
-import uvicorn
-
 from minisgl.core.executor import Limits
 from minisgl.core.request import NEUTRAL, Delta, Request, TokenLogprobs
 from minisgl.engine.client import EngineDeadError, Health
 from minisgl.server.app import Api
 from minisgl.server.chat_template import ChatTemplate
+from minisgl.server.connections import Bounds, HttpServer
 from minisgl.server.openai import ServedModel
 from minisgl.server.tokenizer import Tokenizer
 from tests.server import small_tokenizers
@@ -157,9 +156,9 @@ class FakeEngine:
 
 
 class ServerThread:
-    """uvicorn with an `Api` around a fake engine, on a port of its own."""
+    """An `Api` around a fake engine, on a port of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, bounds: Bounds | None = None) -> None:
         self.model = served_model()
         self.engine = FakeEngine(self.model)
         self.api = Api(self.engine)
@@ -167,8 +166,7 @@ class ServerThread:
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
-        config = uvicorn.Config(self.api.app, log_level="critical", lifespan="off")
-        self._server = uvicorn.Server(config)
+        self._server = HttpServer(self.api.app, bounds or Bounds(), "critical")
         run = {"target": self._server.run, "args": ([self._socket],), "daemon": True}
         self._thread = threading.Thread(**run)
         self._thread.start()

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from resource import RLIMIT_NOFILE, setrlimit
 
 import openai
 
@@ -17,7 +18,12 @@ PATIENCE = 180  # seconds, for machines that do much else
 class Served:
     """A server process on a free port, its output read as it comes."""
 
-    def __init__(self, *flags: str, module: str = "minisgl.serve") -> None:
+    def __init__(
+        self,
+        *flags: str,
+        module: str = "minisgl.serve",
+        descriptors: tuple[int, int] | None = None,  # soft and hard limit
+    ) -> None:
         self.process = subprocess.Popen(
             [
                 sys.executable,
@@ -32,6 +38,7 @@ class Served:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            preexec_fn=descriptors and (lambda: setrlimit(RLIMIT_NOFILE, descriptors)),
         )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)

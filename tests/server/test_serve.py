@@ -297,6 +297,51 @@ def test_a_second_signal_does_not_wait_for_a_stuck_engine(model):
                 os.kill(engine, signal.SIGKILL)
 
 
+def test_a_second_signal_ends_what_runs_with_errors_and_no_traceback(fresh):
+    url = fresh.wait_ready()
+    body = {"prompt": "x", "max_tokens": 60000, "ignore_eos": True}
+    content = json.dumps(body).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nHost: x\r\n"
+    head += b"Content-Length: %d\r\n\r\n" % len(content)
+    with contextlib.ExitStack() as stack:
+        whole, half = (
+            stack.enter_context(socket.create_connection(("127.0.0.1", int(url[17:]))))
+            for _ in range(2)
+        )
+        whole.sendall(head + content)
+        half.sendall(head + content[:9])  # ends with the server: there is nothing to answer
+        ask = {"url": f"{url}/v1/completions", "json": body | {"stream": True}}
+        stream = stack.enter_context(httpx.stream("POST", **ask, timeout=PATIENCE))
+        events = stream.iter_lines()
+        next(events)
+        fresh.process.send_signal(signal.SIGTERM)
+        assert eventually(lambda: "a second signal exits" in fresh.output, PATIENCE)
+        fresh.process.send_signal(signal.SIGTERM)
+        for answer in (whole.makefile().read(), [line for line in events if line][-1]):
+            assert '"code":"engine_error"' in answer
+            assert "the engine process ended" in answer
+        assert fresh.wait_exit() == 0
+    assert "Traceback" not in fresh.output
+    assert "Internal Server Error" not in fresh.output
+
+
+@pytest.mark.parametrize(("soft", "hard"), [(200, 200), (200, 400)])
+def test_connections_leave_descriptors_for_the_next_one(model, soft, hard):
+    """Of 200 descriptors, those of connections make room; where more may be had, they are."""
+    flags = {"module": "tests.server.slow_engine", "descriptors": (soft, hard)}
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(contextlib.closing(Served(f"--model={model}", **flags)))
+        url = server.wait_ready()
+        for _ in range(250):
+            idle = socket.create_connection(("127.0.0.1", int(url[17:])))
+            stack.enter_context(idle)
+        for _ in range(3):
+            assert health(url) == 200
+        told = "a connection ended with 503: there may be at most 72 connections"
+        assert (told in server.output) == (hard == 200), server.output
+        assert server.output.count("ended with 503") <= 1
+
+
 def test_the_engines_death_fails_its_requests_and_the_server(fresh):
     url = fresh.wait_ready()
     body = {"prompt": "x", "max_tokens": 60000, "ignore_eos": True, "stream": True}
@@ -355,7 +400,7 @@ def test_what_cannot_be_used_is_one_line(flag, words):
         assert "Traceback" not in server.output
 
 
-@pytest.mark.parametrize("where", [">/dev/full", "2>/dev/full", "2>&-"])
+@pytest.mark.parametrize("where", [">/dev/full", "2>/dev/full", ">&-", "2>&-"])
 def test_it_serves_though_nobody_can_hear_it(model, where):
     with socket.create_server(("127.0.0.1", 0)) as free:
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
