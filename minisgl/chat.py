@@ -12,6 +12,7 @@ import sys
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -19,7 +20,11 @@ from minisgl.config import EngineConfig
 from minisgl.flags import flags_parser, read_flags
 from minisgl.log import configure
 
-HELP = "Ctrl-C stops an answer, /reset forgets the conversation, /exit or Ctrl-D ends."
+HELP = (
+    "Ctrl-C stops an answer, /reset forgets the conversation, /save FILE keeps it in a file, "
+    "/exit or Ctrl-D ends."
+)
+OUTGROWN = "context length"  # in a server's refusal of a conversation that is too long
 HELP_PROFILE = "/profile starts a profile; the next /profile ends and writes it."
 
 Conversation = list[dict[str, str]]
@@ -145,19 +150,33 @@ class LocalPartner:
 
 
 def converse(partner: Partner, system: str | None) -> None:
-    """Read, answer, until the input ends. What could not be answered is forgotten."""
+    """Read, answer, until the input ends. What could not be answered is forgotten.
+
+    The first Ctrl-C at a prompt says what a second one does: it may have been meant for an answer
+    that has just ended.
+    """
     start: Conversation = [{"role": "system", "content": system}] if system else []
-    messages = list(start)
+    messages, file, interrupted = list(start), "", False
     while True:
         try:
             said = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             print()
             return
+        except KeyboardInterrupt:
+            kept = f"kept in {file}" if file else "not kept; /save FILE keeps it"
+            print(f"\n{'' if interrupted else 'Ctrl-C again ends. '}The conversation is {kept}.")
+            if interrupted:
+                return
+            interrupted = True
+            continue
+        interrupted = False
         if said == "/exit":
             return
         if said == "/reset":
-            messages = list(start)
+            messages, file = list(start), ""
+        elif said.startswith("/save "):
+            file = _save(messages, said.removeprefix("/save ").strip())
         elif said == "/profile":
             try:
                 print(partner.profile())
@@ -168,6 +187,17 @@ def converse(partner: Partner, system: str | None) -> None:
             if answer is not None:
                 messages.append({"role": "user", "content": said})
                 messages.append({"role": "assistant", "content": answer})
+                file = file and _save(messages, file)
+
+
+def _save(messages: Conversation, file: str) -> str:
+    """Write the conversation to `file`, as the API takes it; returns `file`, or "" if it failed."""
+    try:
+        Path(file).write_text(json.dumps(messages, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    except OSError as error:
+        print(f"minisgl.chat: the conversation is not kept: {error}", file=sys.stderr)
+        return ""
+    return file
 
 
 def _show(partner: Partner, messages: Conversation) -> str | None:
@@ -181,7 +211,8 @@ def _show(partner: Partner, messages: Conversation) -> str | None:
     except KeyboardInterrupt:
         print(" ...", end="")
     except (ValueError, RuntimeError) as error:
-        print(f"minisgl.chat: {error}", file=sys.stderr)
+        hint = "\n/reset forgets the conversation." if OUTGROWN in str(error) else ""
+        print(f"minisgl.chat: {error}{hint}", file=sys.stderr)
         return None
     print()
     return "".join(pieces)

@@ -1,6 +1,7 @@
 """`python -m minisgl.chat` against a server, fed through its standard input."""
 
 import io
+import json
 import socket
 import threading
 
@@ -48,6 +49,7 @@ def test_what_could_not_be_answered_is_forgotten(talk, engine):
     code, out, err = talk("x" * 500, "short", "/exit", "never read")
     assert code == 0
     assert "maximum context length is" in err
+    assert err.endswith("\n/reset forgets the conversation.\n")
     assert engine.text in out
     assert len(engine.requests) == 1
     assert "xxx" not in said(engine)[0]
@@ -58,6 +60,7 @@ def test_a_failure_in_the_middle_is_told(talk, engine):
     _, out, err = talk("x")
     assert out.splitlines()[1].startswith("> H")
     assert "the device is gone" in err
+    assert "/reset" not in err
 
 
 EVENT = b'data: {"choices": [{"delta": {"content": "begun"}}]}\n\n'
@@ -133,3 +136,51 @@ def test_engine_flags_do_not_go_with_a_url(capsys):
     with pytest.raises(SystemExit):
         chat.main(["--url", "http://x", "--page-size", "32"])
     assert "--url cannot be combined with flags of the engine" in capsys.readouterr().err
+
+
+@pytest.fixture
+def typed(server, monkeypatch, capsys):
+    """Runs a chat whose user types these lines; None is a Ctrl-C at the prompt."""
+
+    def run(*lines):
+        left = list(lines)
+
+        def read(prompt):
+            if not left:
+                raise EOFError
+            if (line := left.pop(0)) is None:
+                raise KeyboardInterrupt
+            return line
+
+        monkeypatch.setattr("builtins.input", read)
+        assert chat.main(["--url", server.url]) == 0
+        return capsys.readouterr(), left
+
+    return run
+
+
+def test_the_second_ctrl_c_at_a_prompt_ends_and_says_what_is_kept(typed):
+    (out, _), unread = typed("eins", None, None, "never read")
+    not_kept = "The conversation is not kept; /save FILE keeps it."
+    assert out.splitlines()[-3:] == [f"Ctrl-C again ends. {not_kept}", "", not_kept]
+    assert unread == ["never read"]
+
+
+def test_a_ctrl_c_at_a_prompt_is_forgotten_once_something_is_said(typed, engine):
+    _, unread = typed(None, "eins", None, "zwei")
+    assert unread == []
+    assert len(engine.requests) == 2
+
+
+def test_a_conversation_is_kept_in_a_file_from_then_on(typed, engine, tmp_path):
+    file, other = tmp_path / "kept.json", tmp_path / "missing" / "kept.json"
+    (out, err), _ = typed("eins", f"/save {file}", "zwei", None, "/reset", "drei", None, None)
+    kept = json.loads(file.read_text())
+    assert [message["content"] for message in kept[::2]] == ["eins", "zwei"]
+    assert [message["content"] for message in kept[1::2]] == [engine.text] * 2
+    assert f"The conversation is kept in {file}." in out
+    assert out.endswith("The conversation is not kept; /save FILE keeps it.\n")
+    assert err == ""
+    (out, err), _ = typed("eins", f"/save {other}", None, None)
+    assert "minisgl.chat: the conversation is not kept: " in err
+    assert str(other) in err
