@@ -120,10 +120,10 @@ class NoTokenizer(Tokenizer):
     def __init__(self, directory: str) -> None:
         self._directory = directory
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, **options: Any) -> list[int]:
         raise ValueError(f"{self._directory} has no tokenizer: prompts must be token ids")
 
-    def encode_chat(self, messages: Conversation, /, **options: Any) -> list[int]:
+    def encode_chat(self, messages: Any, check: Any = None, /, **options: Any) -> list[int]:
         raise ValueError(f"{self._directory} has no tokenizer: prompts must be token ids")
 
     def is_special(self, token_id: int) -> bool:
@@ -141,8 +141,9 @@ def load_tokenizer(info: EngineInfo) -> Tokenizer:
 class PromptReader:
     """Makes requests of prompts and conversations; counts their ids."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, info: EngineInfo, tokenizer: Tokenizer | None = None) -> None:
+        self.tokenizer = tokenizer or load_tokenizer(info)
+        self._check = lambda least: info.limits.check_length(least, at_least="at least ")
         self._ids = itertools.count()
 
     def chat_prompts(
@@ -152,12 +153,12 @@ class PromptReader:
         if not _is_list(messages):
             raise TypeError(f"messages must be a list of messages, got {shown(messages)}")
         single = not messages or isinstance(messages[0], Mapping)
-        conversations = cast(Sequence[Conversation], [messages] if single else messages)
-        return [self.tokenizer.encode_chat(each, **options) for each in conversations], single
+        given = cast(Sequence[Conversation], [messages] if single else messages)
+        return [self.tokenizer.encode_chat(each, self._check, **options) for each in given], single
 
     def collector(self, prompt: Prompt, params: SamplingParams) -> Collector:
         if isinstance(prompt, str):
-            text, token_ids = prompt, self.tokenizer.encode(prompt)
+            text, token_ids = prompt, self.tokenizer.encode(prompt, check=self._check)
         else:
             text, token_ids = None, _token_ids(prompt)
         if params.stop and isinstance(self.tokenizer, NoTokenizer):

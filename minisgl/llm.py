@@ -21,7 +21,6 @@ from minisgl.completion import (
     RequestOutput,
     as_list,
     each_params,
-    load_tokenizer,
     one_choice,
 )
 from minisgl.config import EngineConfig
@@ -73,7 +72,7 @@ class LLM:
     def _start(self, engine: Engine, tokenizer: Tokenizer | None = None) -> None:
         self._engine = engine
         try:
-            self._reader = PromptReader(tokenizer or load_tokenizer(engine.info))
+            self._reader = PromptReader(engine.info, tokenizer)
         except BaseException:
             engine.close()
             raise
@@ -369,5 +368,5 @@ class AsyncLLM:
             )
         await self._client.ready()
         if self._reader is None:
-            self._reader = PromptReader(load_tokenizer(self._client.info))
+            self._reader = PromptReader(self._client.info)
         return self._client, self._reader

@@ -33,6 +33,24 @@ class Limits(msgspec.Struct, frozen=True):
                 f"{self.vocab_size}, got {wrong}"
             )
 
+    def check_length(self, num_prompt: int, prompt: str = "the prompt", at_least: str = "") -> None:
+        """Raises ValueError where a sequence cannot hold a prompt of `num_prompt` tokens.
+
+        In the words by which OpenAI's clients know it; `at_least` is put before a number that is
+        only part of them, `prompt` is what the message calls it.
+        """
+        if num_prompt > self._capacity:
+            raise ValueError(f"{self._most}. However, {prompt} has {at_least}{num_prompt} tokens")
+
+    @property
+    def _capacity(self) -> int:
+        return min(self.max_context, self.pool_tokens)
+
+    @property
+    def _most(self) -> str:
+        here = " here, as many as the KV pool holds" * (self.pool_tokens < self.max_context)
+        return f"This model's maximum context length is {self._capacity} tokens{here}"
+
     def token_limit(
         self,
         num_prompt: int,
@@ -43,22 +61,18 @@ class Limits(msgspec.Struct, frozen=True):
     ) -> int:
         """How many tokens a sequence with a prompt of `num_prompt` tokens may hold in all.
 
-        Raises ValueError when that is less than it asks for, in the words by which OpenAI's clients
-        know it; `prompt` and `max_tokens` are what the message calls the two. The last token is
-        never read back, so it needs no room.
+        Raises ValueError when that is less than it asks for, in the words of `check_length`;
+        `prompt` and `max_tokens` are what the message calls the two. The last token is never read
+        back, so it needs no room.
         """
         if not num_prompt:
             raise ValueError(f"{prompt} must have at least 1 token, got 0")
-        capacity = min(self.max_context, self.pool_tokens)
-        limit = f"This model's maximum context length is {capacity} tokens"
-        if capacity < self.max_context:
-            limit += " here, as many as the KV pool holds"
-        if num_prompt > capacity:
-            raise ValueError(f"{limit}. However, {prompt} has {num_prompt} tokens")
+        self.check_length(num_prompt, prompt)
+        capacity = self._capacity
         for name, count in ((max_tokens, params.max_tokens), ("min_tokens", params.min_tokens)):
             if num_prompt + (count or 1) - 1 > capacity:
                 raise ValueError(
-                    f"{limit}. However, {prompt} has {num_prompt} tokens and {name} asks for "
+                    f"{self._most}. However, {prompt} has {num_prompt} tokens and {name} asks for "
                     f"{count}: {num_prompt + (count or 1) - 1} together"
                 )
         return num_prompt + (params.max_tokens or max(capacity - num_prompt, params.min_tokens, 1))

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
@@ -77,8 +78,9 @@ def parse_chat(content: bytes, model: ServedModel) -> Call:
     for name in sorted(_RENDER_OPTIONS & variables.keys()):
         param = f"chat_template_kwargs.{name}"
         raise ApiError(f"{param} is not supported", param=param)
+    check = partial(_check_length, "messages", model)
     try:
-        prompt = model.tokenizer.encode_chat(messages, **variables)
+        prompt = model.tokenizer.encode_chat(messages, check, **variables)
     except ValueError as error:
         raise ApiError(cut(str(error), MAX_TEMPLATE_WORDS), param="messages") from error
     limit_name, max_tokens = _max_completion_tokens(body)
@@ -119,7 +121,8 @@ def parse_completion(content: bytes, model: ServedModel) -> Call:
         message = f"n must ask for at most {MAX_CHOICES} choices of all prompts, got {choices}"
         raise ApiError(message, param="n")
     for index, (param, prompt) in enumerate(prompts):
-        ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        check = partial(_check_length, param, model)
+        ids = model.tokenizer.encode(prompt, check=check) if isinstance(prompt, str) else prompt
         room = _check_prompt(ids, param, params, "max_tokens", model)
         limit = body.max_tokens or min(room, max(COMPLETION_TOKENS, params.min_tokens))
         own = msgspec.structs.replace(params, max_tokens=limit)
@@ -273,6 +276,11 @@ def _refuse(param: str, code: str | None = None) -> Iterator[None]:
 def _check_token_ids(ids: Sequence[int], param: str, model: ServedModel) -> None:
     with _refuse(param):
         model.limits.check_token_ids(param, ids)
+
+
+def _check_length(param: str, model: ServedModel, least: int) -> None:
+    with _refuse(param, "context_length_exceeded"):
+        model.limits.check_length(least, param, "at least ")
 
 
 def _check_prompt(

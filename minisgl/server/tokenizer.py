@@ -7,6 +7,7 @@ ships no tokenizer.json, whose slow tokenizer it can convert.
 import json
 import re
 from collections.abc import Callable, Container, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +15,10 @@ import msgspec
 import tokenizers
 
 from minisgl.server.chat_template import ChatTemplate, Message
+from minisgl.server.fewest import FewestTokens
+
+Check = Callable[[int], None] | None
+LONG_TEXT = 2**14  # characters
 
 _TOKEN_OPTIONS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -63,10 +68,20 @@ class Tokenizer:
         template = ChatTemplate(source, _named_tokens(config)) if source is not None else None
         return cls(backend, config, template)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt; with the beginning-of-sequence token where the model wants one."""
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, check: Check = None
+    ) -> list[int]:
+        """Token ids of a prompt; with the beginning-of-sequence token where the model wants one.
+
+        `check` may raise where a long text has too many: it is called with a number of tokens that
+        the text has at least, before it is encoded. Other threads run meanwhile.
+        """
         wanted = add_special_tokens and self._add_bos is not False
-        ids: list[int] = self._backend.encode(text, add_special_tokens=wanted).ids
+        if check is not None and len(text) > LONG_TEXT:
+            check(self._fewest_tokens.of(text))
+        # Not `encode`, which lets no other thread run.
+        (found,) = self._backend.encode_batch_fast([text], add_special_tokens=wanted)
+        ids: list[int] = found.ids
         if wanted and self._add_bos and self.bos_token_id is not None:
             ids = ids if ids[:1] == [self.bos_token_id] else [self.bos_token_id, *ids]
         return ids
@@ -76,9 +91,9 @@ class Tokenizer:
 
         Tokens that hold parts of one character all begin where it does.
         """
-        encoding = self._backend.encode(text, add_special_tokens=self._add_bos is not False)
-        begins, end = [0] * (len(ids) - len(encoding.ids)), 0
-        for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+        (found,) = self._backend.encode_batch([text], add_special_tokens=self._add_bos is not False)
+        begins, end = [0] * (len(ids) - len(found.ids)), 0
+        for token_id, (start, stop) in zip(found.ids, found.offsets, strict=True):
             if start < stop:  # spaces before a word may be left out
                 begins.append(min(start, end))
                 end = max(end, stop)
@@ -87,14 +102,21 @@ class Tokenizer:
                 end += 0 if self.is_special(token_id) else len(self.token_bytes(token_id))
         return begins
 
-    def encode_chat(self, messages: Sequence[Message], /, **options: Any) -> list[int]:
-        """Token ids of a conversation. `options` go to `ChatTemplate.render`.
+    @cached_property
+    def _fewest_tokens(self) -> FewestTokens:
+        return FewestTokens(self._backend, self.token_bytes)
+
+    def encode_chat(
+        self, messages: Sequence[Message], check: Check = None, /, **options: Any
+    ) -> list[int]:
+        """Token ids of a conversation. `options` go to `ChatTemplate.render`, `check` to `encode`.
 
         Raises ValueError when the model has no chat template or the template refuses.
         """
         if self.chat_template is None:
             raise ValueError("this model has no chat template; use completions instead of chat")
-        return self.encode(self.chat_template.render(messages, **options), add_special_tokens=False)
+        text = self.chat_template.render(messages, **options)
+        return self.encode(text, add_special_tokens=False, check=check)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD.

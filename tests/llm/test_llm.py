@@ -310,6 +310,15 @@ def test_nothing_runs_when_one_prompt_cannot(llm):
     assert len(llm.generate("fine", GREEDY, use_tqdm=False).token_ids) == 24
 
 
+def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(llm):
+    """Encoded whole, the refusal would give the number."""
+    long = "a word or two, " * 2**16
+    for ask in (llm.generate, lambda text: llm.chat([{"role": "user", "content": text}])):
+        with pytest.raises(ValueError, match=r"maximum context .* at least \d+ tokens"):
+            ask(long)
+    assert llm.generate("a", SamplingParams(max_tokens=1)).token_ids
+
+
 def test_the_progress_bar_counts_prompts(llm, capfd):
     llm.generate(["a", "b"], GREEDY)
     assert "2/2" in capfd.readouterr().err
