@@ -67,7 +67,7 @@ def mask_all(batch: Batch) -> GrammarMasks:
 
 
 CASES = {
-    "chunks": ({}, {"config": EngineConfig(chunked_prefill_size=13)}),
+    "chunks": ({}, {"config": EngineConfig(chunked_prefill_size=20)}),
     "whole": ({"most_in_pieces": 300}, {"arrive": 4}),
     "page1": ({"page_size": 1, "num_pages": 640}, {}),
     "tight": ({"num_pages": 12}, {"overlap": False}),
