@@ -5,9 +5,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
+#include <utility>
 #include <vector>
 
 #include "model_ops.h"
+#include "tape.h"
 
 namespace py = pybind11;
 
@@ -329,11 +332,32 @@ PYBIND11_MODULE(model_ops, m) {
     m.attr("BF16_ARITHMETIC") = false;
 #endif
     const auto unlocked = py::call_guard<py::gil_scoped_release>();
-    m.def("linear", &linear, unlocked, "y [m, n] = x [m, k] w [n, k]^T + bias [n]");
-    m.def("linear_panels", &linear_panels, unlocked, "the same with w in panels of 32 rows");
-    m.def("rmsnorm", &rmsnorm, unlocked, "minisgl.kernels.rmsnorm on rows");
-    m.def("gated", &gated, unlocked, "minisgl.kernels.activation on rows");
-    m.def("qkv_prepare", &qkv_prepare, unlocked, "minisgl.kernels.qkv_prepare");
-    m.def("attention", &attention, unlocked, "minisgl.kernels.attention, in bf16");
-    m.def("decode", &decode, unlocked, "minisgl.kernels.decode");
+    m.def("linear", recorded(&linear), unlocked, "y [m, n] = x [m, k] w [n, k]^T + bias [n]");
+    m.def("linear_panels", recorded(&linear_panels), unlocked, "the same with w in panels of 32 rows");
+    m.def("rmsnorm", recorded(&rmsnorm), unlocked, "minisgl.kernels.rmsnorm on rows");
+    m.def("gated", recorded(&gated), unlocked, "minisgl.kernels.activation on rows");
+    m.def("qkv_prepare", recorded(&qkv_prepare), unlocked, "minisgl.kernels.qkv_prepare");
+    m.def("attention", recorded(&attention), unlocked, "minisgl.kernels.attention, in bf16");
+    m.def("decode", recorded(&decode), unlocked, "minisgl.kernels.decode");
+    m.def("prepare_inputs", recorded(&prepare_inputs), unlocked, "minisgl.kernels.advance");
+    m.def("accept_and_advance", recorded(&accept_and_advance), unlocked, "minisgl.kernels.advance");
+    m.def("embed_panels", recorded(&embed_panels), unlocked, "rows of a weight in panels");
+    py::class_<Tape>(m, "Tape")
+        .def(py::init<>())
+        .def("__len__", [](const Tape &tape) { return tape.size(); })
+        .def_property_readonly("address", [](Tape &tape) { return Address(&tape); })
+        .def("call",
+             [](Tape &tape, py::function call) {
+                 auto kept = std::make_shared<py::function>(std::move(call));
+                 tape.push_back([kept] {
+                     py::gil_scoped_acquire held;
+                     (*kept)();
+                 });
+             })
+        .def("replay",
+             [](const Tape &tape) {
+                 for (const auto &call : tape) call();
+             },
+             unlocked);
+    bind_recording(m);
 }

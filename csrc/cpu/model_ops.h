@@ -37,6 +37,21 @@ void prefetch(const T *base, Index offset) {
 void linear_panels(Address x, Index x_stride, Address panels, Address bias, Address y, Index m,
                    Index n, Index k, bool wide_output, int threads);
 
+void prepare_inputs(Address input_ids, Address positions, Address slot_mapping, Address seq_lens,
+                    Address token_ids, Address sequences, Address offsets, Address rows,
+                    Address starts, Address num_tokens, Address last, Address lengths,
+                    Address page_table, Index tokens, Index count, Index table_width,
+                    Index page_size);
+
+void accept_and_advance(Address tokens, Address first, Address rows, Address drafts,
+                        Address positions, Address last, Address lengths, Address counts,
+                        Address counted, Address accepted, Index num_tokens, Index sequences,
+                        Index num_drafts, Index vocab);
+
+// Raises IndexError for an id outside [0, num_rows).
+void embed_panels(Address ids, Address panels, Address out, Index tokens, Index num_rows,
+                  Index k);
+
 // Calls f with the head size as a constant. Raises ValueError for one that is not built.
 template <class F>
 void with_head_dim(Index head_dim, F f) {

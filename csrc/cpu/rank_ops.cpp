@@ -24,6 +24,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "tape.h"
 #include "vec.h"
 
 namespace py = pybind11;
@@ -92,13 +93,11 @@ class Group {
 
     // x[i] = the sum of all ranks' x[i].
     void all_reduce(Address x, Index count, bool is_bf16) {
-        py::gil_scoped_release release;
         is_bf16 ? reduce(reinterpret_cast<bf16 *>(x), count) : reduce(reinterpret_cast<float *>(x), count);
     }
 
     // On rank 0: out[r * bytes ...] = x of rank r. Elsewhere `out` is not touched.
     void gather(Address x, Address out, Index bytes) {
-        py::gil_scoped_release release;
         for (Index i = 0; i < bytes; i += slot_) {
             const Index n = std::min(slot_, bytes - i);
             std::memcpy(begin(), reinterpret_cast<const char *>(x) + i, n);
@@ -110,7 +109,6 @@ class Group {
 
     // x = x of rank 0.
     void broadcast(Address x, Index bytes) {
-        py::gil_scoped_release release;
         for (Index i = 0; i < bytes; i += slot_) {
             const Index n = std::min(slot_, bytes - i);
             char *own = begin(), *here = reinterpret_cast<char *>(x) + i;
@@ -204,11 +202,13 @@ class Group {
 }  // namespace
 
 PYBIND11_MODULE(rank_ops, m) {
+    const auto unlocked = py::call_guard<py::gil_scoped_release>();
     py::class_<Group>(m, "Group")
         .def(py::init<int, int, int, Index, double>())
         .def_static("bytes_needed", &Group::bytes_needed)
-        .def("all_reduce", &Group::all_reduce)
-        .def("gather", &Group::gather)
-        .def("broadcast", &Group::broadcast)
+        .def("all_reduce", recorded(&Group::all_reduce), unlocked)
+        .def("gather", recorded(&Group::gather), unlocked)
+        .def("broadcast", recorded(&Group::broadcast), unlocked)
         .def("abort", &Group::abort);
+    bind_recording(m);
 }

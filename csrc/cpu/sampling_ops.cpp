@@ -9,6 +9,7 @@
 #include <limits>
 #include <vector>
 
+#include "tape.h"
 #include "vec.h"
 
 namespace py = pybind11;
@@ -274,7 +275,6 @@ void sample(std::uintptr_t logits, Index count, Index vocab, std::uintptr_t rows
     const auto *position = reinterpret_cast<const Index *>(positions);
     const auto *table = reinterpret_cast<const Params *>(params);
     auto *token = reinterpret_cast<std::int32_t *>(out);
-    py::gil_scoped_release released;
 #pragma omp parallel for schedule(dynamic) if (count > 1 && count * vocab > (1 << 15))
     for (Index i = 0; i < count; ++i) {
         const Params &p = table[row[i]];
@@ -293,4 +293,7 @@ void sample(std::uintptr_t logits, Index count, Index vocab, std::uintptr_t rows
 
 }  // namespace
 
-PYBIND11_MODULE(sampling_ops, m) { m.def("sample", &sample); }
+PYBIND11_MODULE(sampling_ops, m) {
+    m.def("sample", recorded(&sample), py::call_guard<py::gil_scoped_release>());
+    bind_recording(m);
+}

@@ -14,7 +14,16 @@ from types import ModuleType
 from minisgl.csrc.build import MODULES, BuildError, Module, Target, Unavailable, find_module
 from minisgl.log import get_logger
 
-__all__ = ["MODULES", "BuildError", "Module", "Target", "Unavailable", "is_coming", "load"]
+__all__ = [
+    "MODULES",
+    "BuildError",
+    "Module",
+    "Target",
+    "Unavailable",
+    "is_coming",
+    "load",
+    "loaded",
+]
 
 log = get_logger(__name__)
 
@@ -30,6 +39,11 @@ def load(name: str, arch: str | None = None, wait: bool = False) -> ModuleType |
     if unit.module is None and (wait or not unit.started):
         unit.start(wait)
     return unit.module
+
+
+def loaded(name: str) -> ModuleType | None:
+    """The CPU module `name` if it is loaded; starts nothing."""
+    return _unit(name, None).module
 
 
 def is_coming(name: str) -> bool:

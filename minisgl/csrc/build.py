@@ -55,7 +55,13 @@ MODULES = (
     Module(
         name="model_ops",
         kind="cpu",
-        sources=("cpu/model_ops.cpp", "cpu/panels.cpp", "cpu/attention.cpp", "cpu/decode.cpp"),
+        sources=(
+            "cpu/model_ops.cpp",
+            "cpu/panels.cpp",
+            "cpu/attention.cpp",
+            "cpu/decode.cpp",
+            "cpu/rows.cpp",
+        ),
         twin="models on the CPU run on PyTorch's operators, which makes them several times slower",
         openmp=True,
     ),

@@ -1,4 +1,4 @@
-"""The CPU as a device: one worker thread is its stream, and replaying a graph calls a function."""
+"""The CPU as a device: one worker thread is its stream, and its graphs are tapes."""
 
 import atexit
 import math
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from minisgl.device.protocol import Cut, Memory, T
+from minisgl.device.tape import Arena, TapeGraph
 from minisgl.interrupts import held_back
 
 CACHE_LINE = 64  # bytes
@@ -52,16 +53,6 @@ class CpuEvent:
 
 
 @dataclass(frozen=True)
-class CallGraph:
-    """A graph on a device without graphs: replaying it calls the function."""
-
-    function: Callable[[], object]
-
-    def replay(self) -> None:
-        self.function()
-
-
-@dataclass(frozen=True)
 class CallPieces:
     """Pieces on a device without graphs: a replay calls the function and what it cuts out."""
 
@@ -89,6 +80,7 @@ class CpuDevice:
         )
         self._failure: BaseException | None = None
         self._closed = False
+        self._arena = Arena()
         self._thread = threading.Thread(target=self._work, name="minisgl-stream", daemon=True)
         self._sized = threading.Event()
         self._thread.start()
@@ -169,8 +161,8 @@ class CpuDevice:
         start = -raw.ctypes.data % CACHE_LINE
         return torch.from_numpy(raw[start : start + size]).view(dtype).view(tuple(shape))
 
-    def capture(self, function: Callable[[], object]) -> CallGraph:
-        return CallGraph(function)
+    def capture(self, function: Callable[[], object]) -> TapeGraph:
+        return TapeGraph(function, self._arena)
 
     def capture_pieces(self, function: Callable[[Cut], object]) -> CallPieces:
         return CallPieces(function)

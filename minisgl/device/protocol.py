@@ -64,7 +64,7 @@ class Device(Protocol):
 
     @property
     def captures(self) -> bool:
-        """Whether graphs of a few sizes are made ahead; else a graph is a plain call."""
+        """Whether graphs of a few sizes are made ahead; else those of any size at first use."""
 
     def row_multiple(self, dtype: torch.dtype) -> int:
         """Matrix products treat a row alike whatever others there are, if their number is half of
@@ -102,7 +102,7 @@ class Device(Protocol):
         """A zeroed tensor; on CPU its pages are committed at first touch."""
 
     def capture(self, function: Callable[[], object]) -> Graph:
-        """A graph of what `function` does to static buffers; on CPU the call itself."""
+        """A graph of what `function` does to static buffers; on CPU made at its first replay."""
 
     def capture_pieces(self, function: Callable[[Cut], object]) -> Pieces:
         """Graphs of what `function` does to static buffers, without the calls that it cuts out.

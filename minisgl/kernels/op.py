@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from minisgl.device.tape import by_call
 from minisgl.kernels.config import capability
 from minisgl.trace import detail, detailed
 
@@ -125,13 +126,13 @@ class Op:
             if implementation.supports(device):
                 return self.implementation(implementation.name)
         if device.type == "cpu":
-            return self.reference
+            return self.implementation("reference")
         raise RuntimeError(f"op {self.name} has no implementation for {device}")
 
     def implementation(self, name: str) -> Callable[..., Any]:
         """The implementation called `name` ("reference" included). Raises KeyError if unknown."""
         if name == "reference":
-            return self.reference
+            return by_call(self.reference)  # it may read its tensors on the host
         for implementation in self.implementations:
             if implementation.name == name:
                 module, function = implementation.path.split(":")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from minisgl.device.tape import by_call
 from minisgl.parallel import SumThenNorm
 from minisgl.trace import ranged
 
@@ -36,6 +37,7 @@ class TorchGroup(SumThenNorm):
         self.ordered = ordered
         self._group = _backend(store, rank, size, device, host, timeout)
 
+    @by_call
     @ranged("all_reduce", is_detail=True)
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
@@ -49,6 +51,7 @@ class TorchGroup(SumThenNorm):
             total += other
         return total.to(x.dtype)
 
+    @by_call
     @ranged("gather", is_detail=True)
     def gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         x = x.contiguous()
@@ -59,6 +62,7 @@ class TorchGroup(SumThenNorm):
         self._group.gather([everyone], [x], dist.GatherOptions()).wait()
         return torch.cat(everyone, dim)
 
+    @by_call
     @ranged("broadcast", is_detail=True)
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()

@@ -23,6 +23,7 @@ from minisgl.step.sizes import GraphSizes, draft_sizes
 MODEST_TOKENS = 65_536
 # A captured kernel's launch, in the driver and on the device; a guess until it is measured.
 NODE_BYTES = 16 * 2**10
+CALL_BYTES = 256  # a recorded call of a tape
 NODES_PER_LAYER = 14
 OTHER_NODES = 40  # of the passes' ends, and of the three sampling halves
 
@@ -58,7 +59,9 @@ def footprint(
         graphs += captured_bytes(sizes, facts.model, facts.dtype, ranks, facts.cascade)
     else:
         workspace += PRODUCTS_KEPT * PRODUCT_BYTES
-    if not captures and (facts.dtype != torch.bfloat16 or csrc.load("model_ops") is None):
+        graphs += tape_bytes(sizes, facts.model, facts.dtype, ranks)
+    native = facts.dtype == torch.bfloat16 and csrc.load("model_ops") is not None
+    if not captures and not native:
         longest = min(facts.max_context, config.max_total_tokens or MODEST_TOKENS)
         workspace += attention_bytes(facts.model, longest, facts.dtype, ranks)
     if draft is not None:  # which computes before the target, never beside it
@@ -93,6 +96,18 @@ def captured_bytes(
         + 2 * sizes.max_tokens * model.vocab_size * 4
         + tokens * model.hidden_size * dtype.itemsize
         + count * nodes * NODE_BYTES
+    )
+
+
+def tape_bytes(sizes: GraphSizes, model: ModelConfig, dtype: torch.dtype, ranks: int) -> int:
+    """Of a CPU's tapes: activations and logits of the largest in the arena of all, hidden states,
+    and the recorded calls."""
+    most, nodes = sizes.max_tokens, model.num_layers * NODES_PER_LAYER + OTHER_NODES
+    return (
+        workspace_bytes(model, most, dtype, ranks)
+        + 2 * most * model.vocab_size * 4
+        + len(sizes.by_width) * most * model.hidden_size * dtype.itemsize
+        + sum(map(len, sizes.by_width.values())) * nodes * CALL_BYTES
     )
 
 

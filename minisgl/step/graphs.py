@@ -8,7 +8,7 @@ and nothing else is needed to replay it. A sequence with fewer tokens than the w
 Steps with cascade groups have a first half of their own, whose launches cover as many groups as a
 batch may have: those that are missing are empty. So a step without groups pays nothing for them.
 
-On a device without graphs a replay calls the captured function on the same buffers.
+On a CPU a graph is a tape (`device/tape.py`), recorded at the first step of its size and width.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -94,6 +94,7 @@ class DecodeGraphs:
         self._views: dict[int, _Views] = {}
         self._graphs: dict[tuple[int, Forward | Shaping], Graph] = {}
         self._hidden: dict[int, torch.Tensor] = {}
+        self._shared: torch.Tensor | None = None
         most = self.sizes[-1]
         self._offsets = device.zeros((most + 1,), torch.int32)
         torch.arange(0, (most + 1) * width, width, out=self._offsets)
@@ -193,11 +194,18 @@ class DecodeGraphs:
         )
         hidden = self._forward(inputs)
         if not self._device.captures:
-            self._hidden.clear()  # of other sizes: no graph reads them
-        if half is Forward.GROUPED and size in self._hidden:
+            self._share_hidden(size, hidden)
+        if size in self._hidden:
             self._hidden[size].copy_(hidden)  # where captured second halves read it
         else:
             self._hidden[size] = hidden
+
+    def _share_hidden(self, size: int, like: torch.Tensor) -> None:
+        """Where sizes are many, one buffer for all: the second half of the last one reads it."""
+        if self._shared is None:
+            most = self.sizes[-1] * self.width
+            self._shared = self._device.zeros((most, like.shape[1]), like.dtype)
+        self._hidden[size] = self._shared[: len(like)]
 
     def _call_sampling(self, size: int, shaping: Shaping) -> None:
         views = self._views_of(size)

@@ -25,6 +25,8 @@ NATIVE_OPS = (
     "gelu_tanh_and_mul",
     "qkv_prepare",
     "decode",
+    "prepare_inputs",
+    "accept_and_advance",
 )
 
 

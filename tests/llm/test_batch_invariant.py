@@ -45,13 +45,13 @@ TIGHT: dict[str, Any] = {
 }
 
 
-def _folder(tmp_path: Path, family: str) -> Path:
+def folder_of(tmp_path: Path, family: str) -> Path:
     fields = TINY | {"hidden_act": "silu", "rope_theta": 1e4} | FAMILIES[family]
     (tmp_path / "config.json").write_text(json.dumps(fields))
     return tmp_path
 
 
-def _prompts() -> list[list[int]]:
+def some_prompts() -> list[list[int]]:
     """The last two share 50 tokens with the one before them."""
     generator = random.Random(0)
     lengths = (1, 16, 200, 97, 40, 90, 60)
@@ -64,15 +64,15 @@ def _run(folder: Path, together: bool, **options: Any) -> list[list[TokenLogprob
     """Per prompt its tokens and their log-probabilities; one after another, or in one batch."""
     params = [
         SamplingParams(temperature=1.0, seed=i, max_tokens=30, logprobs=2, ignore_eos=True)
-        for i, _ in enumerate(_prompts())
+        for i, _ in enumerate(some_prompts())
     ]
     options = {"device": "cpu", "load_format": "dummy", "log_level": "warning"} | options
     with LLM(folder, **options) as llm:
         if together:
-            outputs = llm.generate(_prompts(), params, use_tqdm=False)
+            outputs = llm.generate(some_prompts(), params, use_tqdm=False)
             assert bool(llm.stats().scheduler.num_preemptions) == (options.items() >= TIGHT.items())
         else:
-            pairs = zip(_prompts(), params, strict=True)
+            pairs = zip(some_prompts(), params, strict=True)
             outputs = [llm.generate(*pair, use_tqdm=False) for pair in pairs]
     return [o.outputs[0].logprobs for o in outputs]
 
@@ -87,7 +87,7 @@ def _run(folder: Path, together: bool, **options: Any) -> list[list[TokenLogprob
     ],
 )
 def test_nothing_beside_a_request_changes_a_bit_of_it(family: str, dtype: str, tmp_path: Path):
-    folder = _folder(tmp_path, family)
+    folder = folder_of(tmp_path, family)
     facts = {"dtype": dtype, "batch_invariant": True}
     alone = _run(folder, False, disable_radix_cache=True, **ROOMY, **facts)
     assert _run(folder, True, **ROOMY, **facts) == alone
@@ -98,13 +98,13 @@ def test_nothing_beside_a_request_changes_a_bit_of_it(family: str, dtype: str, t
 
 def test_without_the_mode_bits_do_differ(tmp_path: Path):
     """In fp32: in bf16 the CPU's products add in a fixed order anyway."""
-    folder = _folder(tmp_path, "qwen3")
+    folder = folder_of(tmp_path, "qwen3")
     alone = _run(folder, False, dtype="float32", **ROOMY)
     assert _run(folder, True, dtype="float32", **TIGHT) != alone
 
 
 def test_what_the_mode_cannot_serve_is_refused(tmp_path: Path):
-    folder = _folder(tmp_path, "qwen3")
+    folder = folder_of(tmp_path, "qwen3")
     options = {"device": "cpu", "load_format": "dummy", "batch_invariant": True}
     with pytest.raises(ValueError, match=r"batch_invariant on CPU needs dtype .*float16"):
         LLM(folder, dtype="float16", **options)

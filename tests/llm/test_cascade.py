@@ -8,6 +8,7 @@ from unittest.mock import patch
 import pytest
 
 from minisgl import LLM, SamplingParams
+from minisgl.device.tape import by_call
 from minisgl.kernels.cascade import cascade
 from minisgl.layers import attention
 from tests.llm.test_batch_invariant import FAMILIES
@@ -32,6 +33,7 @@ def calls():
     """How often the op was called, and how often for how many sequences of a group."""
     counted = Counter[int]()
 
+    @by_call
     def spy(q, kv, groups, shared, **facts):
         counted.update(count for _, count, _ in groups.tolist() if count)
         return cascade(q, kv, groups, shared, **facts)

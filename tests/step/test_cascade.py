@@ -9,6 +9,7 @@ import torch
 from minisgl.config import EngineConfig
 from minisgl.core.batch import MAX_CASCADE_GROUPS, Batch, CascadeGroup, Chunk
 from minisgl.core.speculation import Speculation
+from minisgl.device.tape import by_call
 from minisgl.kernels.cascade import cascade
 from minisgl.layers import attention
 from minisgl.step.graphs import Forward
@@ -31,6 +32,7 @@ def served(model, requests, config, **facts):
     """What is served, the groups of every call of the op, and the graphs."""
     facts, calls = dict(facts), []
 
+    @by_call
     def spy(q, kv, groups, shared, *, width, out):
         calls.append((groups.tolist(), shared.tolist(), width))
         return cascade(q, kv, groups, shared, width=width, out=out)

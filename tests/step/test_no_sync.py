@@ -3,6 +3,8 @@
 On a CPU nothing waits, so what would wait on a GPU is looked for among the operations.
 """
 
+from types import SimpleNamespace
+
 import msgspec
 import numpy as np
 import pytest
@@ -128,16 +130,23 @@ def run_steps(monkeypatch, fault=None, model=None, ops=OPS, batches=None, **fact
     executor = make_executor(model, **facts)
     worker = executor.worker
     runner, device = worker.runner, worker.device
-    upload, uploads = device.upload, []
+    upload, zeros, uploads = device.upload, device.zeros, []
 
     def unguarded_upload(*args):
         uploads[-1] += 1
         with _disable_current_modes():
             return upload(*args)
 
+    def unguarded_zeros(*args):  # made once
+        with _disable_current_modes():
+            return zeros(*args)
+
     def run() -> None:
         with forced(dict.fromkeys(ops, "reference")), NoHostSync(), monkeypatch.context() as patch:
             patch.setattr(device, "upload", unguarded_upload)
+            patch.setattr(device, "zeros", unguarded_zeros)
+            # What is looked at is what a graph does, not how a CPU's is made.
+            patch.setattr(device, "capture", lambda call: SimpleNamespace(replay=call))
             for name in ("tolist", "numpy", "cpu"):  # not seen by the dispatcher
                 patch.setattr(torch.Tensor, name, _reads)
             for batch, masks in batches or steps():

@@ -1,7 +1,9 @@
-"""Row state on CPU, through numpy, whose calls on such small arrays take less time than torch's."""
+"""Row state on CPU: native, or the reference until that is built."""
 
-import numpy as np
 import torch
+
+from minisgl import csrc
+from minisgl.kernels.advance import accept_and_advance_reference, prepare_inputs_reference
 
 
 def prepare_inputs_cpu(
@@ -20,19 +22,16 @@ def prepare_inputs_cpu(
     page_table: torch.Tensor,
     page_size: int,
 ) -> None:
-    s, r, ids = sequences.numpy(), rows.numpy(), token_ids.numpy()
-    begin, own, ends = starts.numpy(), num_tokens.numpy(), offsets.numpy()
-    begin = np.where(begin < 0, lengths.numpy()[r], begin)
-    index = np.arange(len(s)) - ends[s]
-    row, table = r[s], page_table.numpy()
-    np.copyto(input_ids.numpy(), np.where(ids < 0, last.numpy()[row], ids))
-    position = positions.numpy()
-    np.add(begin[s], index, out=position)
-    page = position // page_size
-    slots = table[row, np.minimum(page, table.shape[1] - 1)] * page_size
-    slots += position - page * page_size
-    np.copyto(slot_mapping.numpy(), np.where(index < own[s], slots, -1))
-    np.copyto(seq_lens.numpy(), np.where(own > 0, begin + np.diff(ends), 0))
+    """See `prepare_inputs_reference`."""
+    written = (input_ids, positions, slot_mapping, seq_lens)
+    read = (token_ids, sequences, offsets, rows, starts, num_tokens, last, lengths, page_table)
+    native = csrc.load("model_ops")
+    if native is None or not all(tensor.is_contiguous() for tensor in (*written, *read)):
+        return prepare_inputs_reference(*written, *read, page_size)
+    addresses = (tensor.data_ptr() for tensor in (*written, *read))
+    sizes = (len(sequences), len(rows), page_table.shape[1], page_size)
+    native.prepare_inputs(*addresses, *sizes)
+    return None
 
 
 def accept_and_advance_cpu(
@@ -46,16 +45,12 @@ def accept_and_advance_cpu(
     counts: torch.Tensor,
     counted: torch.Tensor,
 ) -> torch.Tensor:
-    r, begin, new = rows.numpy(), first.numpy(), tokens.numpy()
-    accepted = np.zeros(len(r), np.int32)
-    if drafts.shape[1]:
-        drafted = drafts.numpy()
-        steps = np.minimum(begin[:, None] + np.arange(drafted.shape[1]), len(new) - 1)
-        right = (new[steps] == drafted) & (drafted >= 0)
-        right.cumprod(1).sum(1, out=accepted)
-    final = begin + accepted
-    last.numpy()[r] = new[final]
-    lengths.numpy()[r] = positions.numpy()[final]
-    for m in np.flatnonzero(counted.numpy()[r]):
-        np.add.at(counts.numpy()[r[m]], new[begin[m] : final[m] + 1], 1)
-    return torch.from_numpy(accepted)
+    """See `accept_and_advance_reference`."""
+    tensors = (tokens, first, rows, drafts, positions, last, lengths, counts, counted)
+    native = csrc.load("model_ops")
+    if native is None or not all(tensor.is_contiguous() for tensor in tensors):
+        return accept_and_advance_reference(*tensors)
+    accepted = torch.empty(len(rows), dtype=torch.int32)
+    addresses = (tensor.data_ptr() for tensor in (*tensors, accepted))
+    native.accept_and_advance(*addresses, len(tokens), *drafts.shape, counts.shape[1])
+    return accepted

@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from minisgl.device.tape import by_call
 from minisgl.kernels.attention.paged import Attended, PagedKV
 from minisgl.kernels.config import batch_invariant
 from minisgl.kernels.decode.native import decode_native
@@ -35,6 +36,18 @@ def attention_cpu(
     lse = torch.empty(q.shape[:2], dtype=torch.float32) if return_lse else None
     if not batch_invariant() and _native(q, kv, cu_seqlens_q, out, lse):
         return out if lse is None else (out, lse)
+    _sequence_by_sequence(q, kv, cu_seqlens_q, out, lse)
+    return out if lse is None else (out, lse)
+
+
+@by_call
+def _sequence_by_sequence(
+    q: torch.Tensor,
+    kv: PagedKV,
+    cu_seqlens_q: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
     offsets = cu_seqlens_q.tolist()
     one_sequence = _each_query_alone if batch_invariant() else _blocks_of_queries
     for s in range(len(kv.rows)):
@@ -42,7 +55,6 @@ def attention_cpu(
         if own.start < own.stop:
             one = kv._replace(rows=kv.rows[s : s + 1], seq_lens=kv.seq_lens[s : s + 1])
             one_sequence(q[own], one, out[own], None if lse is None else lse[own])
-    return out if lse is None else (out, lse)
 
 
 def _native(

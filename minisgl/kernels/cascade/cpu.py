@@ -6,12 +6,14 @@ so the engine plans no groups there unless it is told to.
 
 import torch
 
+from minisgl.device.tape import by_call
 from minisgl.kernels.attention.cpu import attend, attention_cpu, sequence_slots
 from minisgl.kernels.attention.paged import Attended, PagedKV
 from minisgl.kernels.cascade import check_window
 from minisgl.kernels.merge import merge_reference
 
 
+@by_call
 def cascade_cpu(
     q: torch.Tensor,
     kv: PagedKV,

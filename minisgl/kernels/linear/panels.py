@@ -59,7 +59,13 @@ def unpacked(weight: Matrix) -> torch.Tensor:
 
 
 def embedding(ids: torch.Tensor, weight: Matrix) -> torch.Tensor:
-    """Rows `ids` [T] of the weight. Returns [T, K]."""
+    """Rows `ids` [T] of the weight. Returns [T, K]. Raises IndexError for an id without a row."""
     if not isinstance(weight, Panels):
         return F.embedding(ids, weight)
-    return weight.values[ids // WIDTH, :, ids % WIDTH].flatten(1)
+    native = csrc.load("model_ops")
+    if native is None:
+        return F.embedding(ids, unpacked(weight))
+    ids, (n, k) = ids.int().contiguous(), weight.shape
+    rows = torch.empty(len(ids), k, dtype=weight.values.dtype)
+    native.embed_panels(ids.data_ptr(), weight.values.data_ptr(), rows.data_ptr(), len(ids), n, k)
+    return rows

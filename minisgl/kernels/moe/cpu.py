@@ -2,12 +2,14 @@
 
 import torch
 
+from minisgl.device.tape import by_call
 from minisgl.kernels.activation.cpu import gelu_tanh_and_mul_cpu, silu_and_mul_cpu
 from minisgl.kernels.linear.cpu import linear_cpu
 
 ACTIVATIONS = {"silu": silu_and_mul_cpu, "gelu_tanh": gelu_tanh_and_mul_cpu}
 
 
+@by_call
 def moe_experts_cpu(
     x: torch.Tensor,
     gate_up: torch.Tensor,

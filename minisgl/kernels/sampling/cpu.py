@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from minisgl import csrc
+from minisgl.device.tape import by_call
 from minisgl.kernels.sampling import (
     PARAMS,
     SEEN_IN_PROMPT,
@@ -24,6 +25,7 @@ FEW = 256  # values looked at first for a top-p threshold
 BLOCK = 1 << 16  # elements of noise at once, so that they stay in cache
 
 
+@by_call
 def adjust_logits_cpu(
     logits: torch.Tensor,
     rows: torch.Tensor,
@@ -73,6 +75,7 @@ def sample_cpu(
     return tokens
 
 
+@by_call
 def sample_twin(
     logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, params: torch.Tensor
 ) -> torch.Tensor:

@@ -1,0 +1,252 @@
+"""Graphs of a CPU: what a function does to static buffers, recorded once and replayed as a tape.
+
+The first replay runs the function and records it: native ops by themselves (`csrc/cpu/tape.h`),
+with the addresses and sizes that they were given; PyTorch's operators as calls of the same operator
+that end in the same memory. A later replay makes these calls, the native ones without Python. What
+it allocates lies in an arena that all tapes of a device share, for they run one after another; like
+a CUDA graph's pool it is reused within a tape as soon as nothing refers to it.
+
+A function that decides by the values of its tensors cannot be recorded call by call: `by_call` has
+a tape call the whole of it again.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
+from functools import partial, wraps
+from types import ModuleType
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from minisgl import csrc
+from minisgl.trace import detailed
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+MODULES = ("model_ops", "sampling_ops")  # without which nothing is recorded
+ALIGNMENT = 64  # bytes
+BLOCK_BYTES = 64 * 2**20  # of an arena, at least; what is not touched takes no memory
+
+aten = torch.ops.aten
+EMPTY = (aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided)
+READS = ("tolist", "numpy", "item", "__bool__", "__int__", "__float__", "__index__")
+
+_recording: ContextVar["_Recording | None"] = ContextVar("recording", default=None)
+
+
+class Arena:
+    """Memory for what tapes allocate. A piece is free again when no tensor refers to it."""
+
+    def __init__(self) -> None:
+        self._blocks: list[np.ndarray] = []
+        self._free: list[tuple[int, int]] = []  # addresses, from byte to byte
+        self._bytes = self.most_bytes = 0  # in use, now and at most
+
+    def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A dense tensor of this shape and dtype."""
+        if not tensor.nbytes:
+            return tensor
+        size = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        place = next((i for i, (a, b) in enumerate(self._free) if b - a >= size), None)
+        if place is None:
+            place = len(self._free)
+            self._free.append(self._grow(max(size, BLOCK_BYTES)))
+        start, stop = self._free.pop(place)
+        if stop - start > size:
+            self._free.insert(place, (start + size, stop))
+        self._bytes += size
+        self.most_bytes = max(self.most_bytes, self._bytes)
+        memory = self._at(start, tensor.nbytes)
+        weakref.finalize(memory, self._give_back, start, start + size)
+        return torch.from_numpy(memory).view(tensor.dtype).view(tensor.shape)
+
+    def alias(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same memory without keeping it: what a recorded call refers to is free to reuse."""
+        storage = tensor.untyped_storage()
+        if not any(self._holds(block, storage.data_ptr()) for block in self._blocks):
+            return tensor
+        memory = torch.from_numpy(self._at(storage.data_ptr(), storage.nbytes()))
+        dense = memory.view(tensor.dtype)
+        return dense.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def _grow(self, size: int) -> tuple[int, int]:
+        block = np.zeros(size + ALIGNMENT, np.uint8)
+        self._blocks.append(block)
+        start = block.ctypes.data + -block.ctypes.data % ALIGNMENT
+        return start, start + size
+
+    def _at(self, address: int, size: int) -> np.ndarray:
+        block = next(block for block in self._blocks if self._holds(block, address))
+        first = address - block.ctypes.data
+        return block[first : first + size]
+
+    @staticmethod
+    def _holds(block: np.ndarray, address: int) -> bool:
+        return 0 <= address - block.ctypes.data < block.nbytes
+
+    def _give_back(self, start: int, stop: int) -> None:
+        self._bytes -= stop - start
+        free = []
+        for a, b in self._free:
+            if b == start:
+                start = a
+            elif a == stop:
+                stop = b
+            else:
+                free.append((a, b))
+        self._free = [*free, (start, stop)]
+
+
+class TapeGraph:
+    """What `function` does to static buffers. Used by one thread."""
+
+    def __init__(self, function: Callable[[], object], arena: Arena) -> None:
+        self._function = function
+        self._arena = arena
+        self._tape: Any = None  # of the native module
+
+    def replay(self) -> None:
+        """Until the native modules are built, and while details are traced, runs the function."""
+        if detailed():
+            self._function()
+        elif self._tape is not None:
+            self._tape.replay()
+        elif any(csrc.load(name) is None for name in MODULES):
+            self._function()
+        else:
+            self._tape = _record(self._function, self._arena)
+
+
+def by_call(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorates what reads its tensors' values on the host: a tape calls it as a whole."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        recording = _recording.get()
+        if recording is None:
+            return function(*args, **kwargs)
+        with recording.paused():
+            context = copy_context()
+            result = function(*args, **kwargs)
+            again = partial(context.run, function)
+            return recording.note(again, args, kwargs, result)  # type: ignore[no-any-return]
+
+    return call
+
+
+def _record(function: Callable[[], object], arena: Arena) -> Any:
+    """Run `function`; its tape."""
+    modules = [module for name in (*MODULES, "rank_ops") if (module := csrc.loaded(name))]
+    tape = modules[0].Tape()
+    recording = _Recording(tape, arena, modules)
+    token = _recording.set(recording)
+    try:
+        with _NoReads(recording), recording, recording.natively():
+            function()
+    finally:
+        _recording.reset(token)
+    return tape
+
+
+class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds what PyTorch is asked for to a tape."""
+
+    def __init__(self, tape: Any, arena: Arena, modules: Sequence[ModuleType]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.is_paused = False
+        self._tape = tape
+        self._arena = arena
+        self._modules = modules
+
+    @contextmanager
+    def natively(self) -> Iterator[None]:
+        """Within the context, native ops add themselves."""
+        try:
+            for module in self._modules:
+                module.record(self._tape.address)
+            yield
+        finally:
+            for module in self._modules:
+                module.record(0)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        token, self.is_paused = _recording.set(None), True
+        for module in self._modules:
+            module.record(0)
+        try:
+            yield
+        finally:
+            for module in self._modules:
+                module.record(self._tape.address)
+            self.is_paused = False
+            _recording.reset(token)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.is_paused:
+            return result
+        if func.overloadpacket in EMPTY and result.is_contiguous():
+            return self._arena.empty_like(result)
+        return self.note(func, args, kwargs or {}, result, func._schema.is_mutable)
+
+    def note(
+        self,
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        result: Any,
+        writes: bool = True,
+    ) -> Any:
+        """Have the tape call `function` again, unless it made a view. writes: to its arguments.
+
+        Returns the result as the calls to come are to see it: where later calls will put theirs.
+        """
+        known = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
+        fresh: dict[int, torch.Tensor] = {}  # by the place in the result
+        leaves = tree_leaves(result)
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() not in known:
+                fresh[i] = self._arena.empty_like(leaf.contiguous()).copy_(leaf)
+        if not (fresh or writes):
+            return result
+        alias = partial(tree_map_only, torch.Tensor, self._arena.alias)
+        own_args, own_kwargs = alias(tuple(args)), alias(dict(kwargs))
+        outputs = {i: self._arena.alias(tensor) for i, tensor in fresh.items()}
+
+        def again() -> None:
+            new = tree_leaves(function(*own_args, **own_kwargs))
+            for i, output in outputs.items():
+                output.copy_(new[i])
+
+        self._tape.call(again)
+        order = iter(range(len(leaves)))
+        return tree_map_only(object, lambda leaf: fresh.get(next(order), leaf), result)
+
+
+class _NoReads(TorchFunctionMode):
+    """Refuses to read values while a tape is recorded: a replay would not read them again."""
+
+    def __init__(self, recording: _Recording) -> None:
+        super().__init__()
+        self._recording = recording
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func.__name__ in READS and not self._recording.is_paused:
+            raise RuntimeError(f"{func.__name__} reads a value while a tape is recorded")
+        return func(*args, **(kwargs or {}))
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    return (leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))
