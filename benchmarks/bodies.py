@@ -3,8 +3,8 @@
     python -m benchmarks.bodies                     # the bundled model, with a context of 131,072
     python -m benchmarks.bodies --url http://127.0.0.1:30000 --pid PID
 
-Each body is sent by one client, then by four at once. All are refused, as too long or for
-what they ask. "health" is the longest
+Each body is sent by one client, then by four at once. All are refused: as too long, before they
+are encoded or on the way, for what they ask, or for their number of values. "health" is the longest
 that a request for it took, asked for again every 5 ms; "kept" is what the server's memory has grown
 by three seconds after the answer. The last line is JSON.
 """

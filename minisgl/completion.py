@@ -7,14 +7,16 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from reprlib import repr as shown  # cut where it is long
 from typing import Any, cast
 
+from minisgl.core.executor import Limits
 from minisgl.core.request import Delta, FinishReason, Request, SamplingParams, TokenLogprobs
 from minisgl.engine.messages import EngineInfo
 from minisgl.server.text import TextStream
-from minisgl.server.tokenizer import Tokenizer
+from minisgl.server.tokenizer import Check, Tokenizer
 
 Prompt = str | Sequence[int]
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -120,10 +122,12 @@ class NoTokenizer(Tokenizer):
     def __init__(self, directory: str) -> None:
         self._directory = directory
 
-    def encode(self, text: str, **options: Any) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, check: Check | None = None
+    ) -> list[int]:
         raise ValueError(f"{self._directory} has no tokenizer: prompts must be token ids")
 
-    def encode_chat(self, messages: Any, check: Any = None, /, **options: Any) -> list[int]:
+    def render_chat(self, messages: Conversation, /, **options: Any) -> str:
         raise ValueError(f"{self._directory} has no tokenizer: prompts must be token ids")
 
     def is_special(self, token_id: int) -> bool:
@@ -141,9 +145,9 @@ def load_tokenizer(info: EngineInfo) -> Tokenizer:
 class PromptReader:
     """Makes requests of prompts and conversations; counts their ids."""
 
-    def __init__(self, info: EngineInfo, tokenizer: Tokenizer | None = None) -> None:
-        self.tokenizer = tokenizer or load_tokenizer(info)
-        self._check = lambda least: info.limits.check_length(least, at_least="at least ")
+    def __init__(self, tokenizer: Tokenizer, limits: Limits) -> None:
+        self.tokenizer = tokenizer
+        self._check = partial(limits.check_length, at_least="at least ")
         self._ids = itertools.count()
 
     def chat_prompts(
@@ -153,8 +157,10 @@ class PromptReader:
         if not _is_list(messages):
             raise TypeError(f"messages must be a list of messages, got {shown(messages)}")
         single = not messages or isinstance(messages[0], Mapping)
-        given = cast(Sequence[Conversation], [messages] if single else messages)
-        return [self.tokenizer.encode_chat(each, self._check, **options) for each in given], single
+        conversations = cast(Sequence[Conversation], [messages] if single else messages)
+        texts = [self.tokenizer.render_chat(each, **options) for each in conversations]
+        encode = partial(self.tokenizer.encode, add_special_tokens=False, check=self._check)
+        return [encode(text) for text in texts], single
 
     def collector(self, prompt: Prompt, params: SamplingParams) -> Collector:
         if isinstance(prompt, str):

@@ -21,6 +21,7 @@ from minisgl.completion import (
     RequestOutput,
     as_list,
     each_params,
+    load_tokenizer,
     one_choice,
 )
 from minisgl.config import EngineConfig
@@ -31,6 +32,7 @@ from minisgl.engine.messages import EngineInfo, EngineStats
 from minisgl.engine.process import EngineProcess
 from minisgl.interrupts import held_back, let_through
 from minisgl.libraries import prepare
+from minisgl.server.pieces import PIECE
 from minisgl.server.tokenizer import Tokenizer
 
 prepare()  # here, for scripts that import torch after this and make an LLM later
@@ -72,7 +74,9 @@ class LLM:
     def _start(self, engine: Engine, tokenizer: Tokenizer | None = None) -> None:
         self._engine = engine
         try:
-            self._reader = PromptReader(engine.info, tokenizer)
+            self._reader = PromptReader(
+                tokenizer or load_tokenizer(engine.info), engine.info.limits
+            )
         except BaseException:
             engine.close()
             raise
@@ -296,7 +300,7 @@ class AsyncLLM:
     ) -> RequestOutput | list[RequestOutput]:
         """As `LLM.chat`."""
         _, reader = await self._connected()
-        prompts, single = reader.chat_prompts(messages, template_options)
+        prompts, single = await asyncio.to_thread(reader.chat_prompts, messages, template_options)
         outputs = await self.generate(prompts, sampling_params)
         return outputs[0] if single else outputs
 
@@ -347,7 +351,10 @@ class AsyncLLM:
     ) -> AsyncGenerator[Collector, None]:
         """Yield the collector of one request each time it has news."""
         client, reader = await self._connected()
-        collector = reader.collector(prompt, params)
+        if isinstance(prompt, str) and len(prompt) > PIECE:  # other calls go on meanwhile
+            collector = await asyncio.to_thread(reader.collector, prompt, params)
+        else:
+            collector = reader.collector(prompt, params)
         async with aclosing(client.submit(collector.request)) as deltas:
             async for delta in deltas:
                 if collector.take(delta):
@@ -368,5 +375,6 @@ class AsyncLLM:
             )
         await self._client.ready()
         if self._reader is None:
-            self._reader = PromptReader(self._client.info)
+            info = self._client.info
+            self._reader = PromptReader(load_tokenizer(info), info.limits)
         return self._client, self._reader

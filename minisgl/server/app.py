@@ -1,7 +1,9 @@
 """The HTTP server: OpenAI's endpoints, health, metrics. A client that hangs up aborts its call."""
 
 import asyncio
+import ctypes
 import re
+import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextlib import aclosing, contextmanager, suppress
 from typing import Any, TypeVar
@@ -18,11 +20,21 @@ from minisgl.log import get_logger
 from minisgl.server.body import ApiError, cut, read, shown
 from minisgl.server.generate import Generation, Part, engine_failed
 from minisgl.server.metrics import CallClock, Metrics
-from minisgl.server.openai import Call, ServedModel, parse_chat, parse_completion, unknown_model
+from minisgl.server.openai import (
+    Call,
+    ServedModel,
+    check_answer,
+    parse_chat,
+    parse_completion,
+    unknown_model,
+)
 from minisgl.server.replies import Reply
 
 MAX_BODY_BYTES = 16 * 2**20
 LONG_BODY_BYTES = 8192  # longer ones are parsed and tokenized off the event loop
+
+LONG_ANSWER = 256  # tokens with log-probabilities; more are written off the event loop
+HUGE_BODY_BYTES = 2**18  # these one at a time, and the memory they took is given back
 
 T = TypeVar("T")
 Parse = Callable[[bytes, ServedModel], Call]
@@ -48,6 +60,7 @@ class Api:
         self.metrics = Metrics(engine)
         self._engine = engine
         self._model: ServedModel | None = None
+        self._huge = asyncio.Lock()  # held for a huge body
         self.app = Starlette()
         self.app.add_route("/v1/chat/completions", self.chat, ["POST"])
         self.app.add_route("/v1/completions", self.completions, ["POST"])
@@ -113,11 +126,7 @@ class Api:
         outcome = self.metrics.requests.labels
         try:
             model, clock = self._served(), self.metrics.clock()
-            body = await _read_body(request)
-            if len(body) > LONG_BODY_BYTES:
-                call = await asyncio.to_thread(parse, body, model)
-            else:
-                call = parse(body, model)
+            call = await self._parse(await _read_body(request), parse, model)
             generation = Generation(call, self._engine, model.tokenizer)
             reply = Reply(call, model.tokenizer)
             if call.stream:
@@ -126,10 +135,11 @@ class Api:
                 first = await unless_disconnected(request.receive, _next(parts))
                 events = self._events(endpoint, first, parts, generation, reply, clock)
                 return _EventStream(events, parts)
-            whole = await unless_disconnected(request.receive, _collect(generation, clock))
+            work = _collect(generation, reply, clock)
+            whole = await unless_disconnected(request.receive, work)
             clock.end(generation.usage)
             outcome(endpoint, "ok").inc()
-            return _json(reply.whole(whole, generation.usage))
+            return _json(whole)
         except ApiError as error:
             outcome(endpoint, "refused" if error.status < 500 else "failed").inc()
             raise
@@ -140,6 +150,18 @@ class Api:
             outcome(endpoint, "failed").inc()
             logger.exception("a %s call failed with an unexpected error", endpoint)
             raise _internal_error() from error
+
+    async def _parse(self, body: bytes, parse: Parse, model: ServedModel) -> Call:
+        if len(body) <= LONG_BODY_BYTES:
+            return parse(body, model)
+        if len(body) <= HUGE_BODY_BYTES:
+            return await asyncio.to_thread(parse, body, model)
+        async with self._huge:
+            try:
+                return await asyncio.to_thread(parse, body, model)
+            finally:
+                trim = threading.Thread(target=_give_back_memory, daemon=True)
+                asyncio.get_running_loop().call_later(1, trim.start)  # once it has been answered
 
     async def _events(
         self,
@@ -218,13 +240,25 @@ class _EventStream(StreamingResponse):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _collect(generation: Generation, clock: CallClock) -> list[Part]:
-    found = []
-    async with aclosing(generation.parts()) as parts:
-        async for part in parts:
+async def _collect(generation: Generation, reply: Reply, clock: CallClock) -> dict[str, Any]:
+    """The body of an answer that is not streamed. Each choice is written as soon as it is whole."""
+    parts: dict[int, list[Part]] = {}
+    written: dict[int, msgspec.Raw] = {}
+    num_scored = 0
+    async with aclosing(generation.parts()) as news:
+        async for part in news:
             clock.part(part)
-            found.append(part)
-    return found
+            num_scored += len(part.scored)
+            check_answer(num_scored, generation.call.params.logprobs)
+            parts.setdefault(part.choice, []).append(part)
+            if part.finish_reason is None:
+                continue
+            found = parts.pop(part.choice)
+            if sum(len(each.scored) for each in found) < LONG_ANSWER:
+                written[part.choice] = reply.choice(found)
+            else:
+                written[part.choice] = await asyncio.to_thread(reply.choice, found)
+    return reply.whole((written[choice] for choice in sorted(written)), generation.usage)
 
 
 async def _next(parts: AsyncGenerator[Part, None]) -> Part | None:
@@ -252,6 +286,12 @@ async def _read_body(request: Request) -> bytes:
         message = f"Content-Type must be application/json, got {shown(kind)}"
         raise ApiError(message, status=415, code="unsupported_media_type")
     return body
+
+
+def _give_back_memory() -> None:
+    """Return freed memory to the system, where the C library would keep it for later (glibc)."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 @contextmanager

@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 
+MAX_COMMAS = 1_200_000  # between values of a body: a prompt of a million token ids has fewer
+MAX_CONTAINERS = 20_000  # arrays and objects in a body
+CHUNK = 2**16  # bytes looked at before other threads may run
 MAX_SHOWN = 80  # characters of anything a client sent that an error repeats
 
 T = TypeVar("T")
@@ -43,6 +47,7 @@ def read(content: bytes, kind: type[T], neutral: Neutral) -> T:
 
 def decode(content: bytes) -> dict[str, Any]:
     """The fields of a body."""
+    _check_work(content)
     try:
         body = msgspec.json.decode(content)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -52,6 +57,29 @@ def decode(content: bytes) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise ApiError(f"the body must be a JSON object, got {shown(body)}")
     return body
+
+
+def _check_work(content: bytes) -> None:
+    """Refuses a body of so many values that parsing it, in one go, would hold up other calls."""
+    for name, signs, most in (
+        ("commas between values", b",", MAX_COMMAS),
+        ("arrays and objects", b"[{", MAX_CONTAINERS),
+    ):
+        found = sum(map(content.count, signs))
+        if found > most and (found := _outside_strings(content, signs)) > most:
+            raise ApiError(f"the body must hold at most {most} {name}, got {found}")
+
+
+def _outside_strings(content: bytes, signs: bytes) -> int:
+    """How often one of `signs` stands in JSON, strings left out."""
+    plain = content.replace(rb"\\", b"").replace(rb"\"", b"")  # other quotes enclose strings
+    found = inside = 0
+    for start in range(0, len(plain), CHUNK):
+        characters = np.frombuffer(plain[start : start + CHUNK], np.uint8)
+        quoted = (np.cumsum(characters == ord('"')) + inside) % 2
+        found += int(np.isin(characters[quoted == 0], list(signs)).sum())
+        inside = quoted[-1]
+    return found
 
 
 def read_object(given: dict[str, Any], kind: type[T], neutral: Neutral, path: str = "") -> T:
@@ -66,7 +94,7 @@ def only_known(
 
     null asks for nothing, whatever the field.
     """
-    known = {item.name for item in msgspec.structs.fields(kind)}
+    known = kind.__struct_fields__
     kept = {}
     for name, value in given.items():
         param = path + name[:MAX_SHOWN]
@@ -106,11 +134,15 @@ def convert(given: Any, kind: type[T], path: str = "") -> T:
 
 def shown(value: Any) -> str:
     """A wrong value as JSON, cut when it is long."""
+    text = ""
     try:
-        text = json.dumps(value, ensure_ascii=False)
+        for piece in json.JSONEncoder(ensure_ascii=False).iterencode(value):
+            text += piece
+            if len(text) > MAX_SHOWN:  # what follows would be written in vain
+                return cut(text) if isinstance(value, str) else f"{text[:MAX_SHOWN]}..."
     except RecursionError:
         return "a value nested too deeply to show"
-    return cut(text)
+    return text
 
 
 def cut(text: str, most: int = MAX_SHOWN) -> str:

@@ -24,6 +24,7 @@ from minisgl.server.tokenizer import Tokenizer
 
 MAX_PROMPTS = 1024  # in one completions body
 MAX_CHOICES = 1024  # in one answer
+MAX_LOGPROBS = 2**20  # in one answer that is not streamed, or echoed: 30 MB, of a chat 80 MB
 MAX_TEMPLATE_WORDS = 200  # characters of a template's refusal, which may repeat a message
 COMPLETION_TOKENS = 16  # max_tokens of a completions body that names none: OpenAI's
 
@@ -78,11 +79,11 @@ def parse_chat(content: bytes, model: ServedModel) -> Call:
     for name in sorted(_RENDER_OPTIONS & variables.keys()):
         param = f"chat_template_kwargs.{name}"
         raise ApiError(f"{param} is not supported", param=param)
-    check = partial(_check_length, "messages", model)
     try:
-        prompt = model.tokenizer.encode_chat(messages, check, **variables)
+        text = model.tokenizer.render_chat(messages, **variables)
     except ValueError as error:
         raise ApiError(cut(str(error), MAX_TEMPLATE_WORDS), param="messages") from error
+    prompt = _encode(text, "messages", model, add_special_tokens=False)
     limit_name, max_tokens = _max_completion_tokens(body)
     params = _params(body, model, max_tokens=max_tokens, logprobs=_chat_logprobs(body))
     _check_prompt(prompt, "messages", params, limit_name, model)
@@ -115,18 +116,20 @@ def parse_completion(content: bytes, model: ServedModel) -> Call:
         prompt_logprobs=echo_logprobs,
     )
     call_id = f"cmpl-{uuid.uuid4().hex}"
-    requests, echoes = [], []
+    requests, echoes, num_echoed = [], [], 0
     prompts = _prompts(body.prompt)
     if (choices := len(prompts) * params.n) > MAX_CHOICES:
         message = f"n must ask for at most {MAX_CHOICES} choices of all prompts, got {choices}"
         raise ApiError(message, param="n")
     for index, (param, prompt) in enumerate(prompts):
-        check = partial(_check_length, param, model)
-        ids = model.tokenizer.encode(prompt, check=check) if isinstance(prompt, str) else prompt
+        ids = _encode(prompt, param, model) if isinstance(prompt, str) else prompt
         room = _check_prompt(ids, param, params, "max_tokens", model)
         limit = body.max_tokens or min(room, max(COMPLETION_TOKENS, params.min_tokens))
         own = msgspec.structs.replace(params, max_tokens=limit)
         requests.append(_request(f"{call_id}-{index}", ids, own, body, model))
+        if echo_logprobs is not None:
+            num_echoed += len(ids)
+            check_answer(num_echoed, echo_logprobs)
         if body.echo:
             echoes.append(Echo.of(prompt, ids, model.tokenizer, echo_logprobs is not None))
     return Call(
@@ -138,6 +141,16 @@ def parse_completion(content: bytes, model: ServedModel) -> Call:
         stream_options=_stream_options(body),
         echo=echoes or None,
     )
+
+
+def check_answer(num_tokens: int, top: int | None) -> None:
+    """Refuses an answer with more log-probabilities than one may hold."""
+    if (found := num_tokens * (1 + (top or 0))) > MAX_LOGPROBS:
+        message = (
+            f"logprobs must ask for at most {MAX_LOGPROBS} log-probabilities in all (each token of "
+            f"the answer has 1, and those of the likeliest), got at least {found}"
+        )
+        raise ApiError(message, param="logprobs")
 
 
 def _message(index: int, given: dict[str, Any]) -> dict[str, Any]:
@@ -278,18 +291,22 @@ def _check_token_ids(ids: Sequence[int], param: str, model: ServedModel) -> None
         model.limits.check_token_ids(param, ids)
 
 
-def _check_length(param: str, model: ServedModel, least: int) -> None:
+def _encode(
+    text: str, param: str, model: ServedModel, *, add_special_tokens: bool = True
+) -> list[int]:
+    """Token ids of a prompt; one that is too long is refused before most of it is encoded."""
+    check = partial(model.limits.check_length, prompt=param, at_least="at least ")
     with _refuse(param, "context_length_exceeded"):
-        model.limits.check_length(least, param, "at least ")
+        return model.tokenizer.encode(text, add_special_tokens=add_special_tokens, check=check)
 
 
 def _check_prompt(
     ids: list[int], param: str, params: SamplingParams, limit_name: str, model: ServedModel
 ) -> int:
     """How many tokens the output may have."""
-    _check_token_ids(ids, param, model)
     with _refuse(param, "context_length_exceeded" if ids else None):
         limit = model.limits.token_limit(len(ids), params, prompt=param, max_tokens=limit_name)
+    _check_token_ids(ids, param, model)
     return limit - len(ids)
 
 

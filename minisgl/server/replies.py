@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import msgspec
+
 from minisgl import __version__
 from minisgl.core.request import FinishReason
 from minisgl.server.echo import Offsets
@@ -67,7 +69,8 @@ class ChatShape:
             if entry is not None:
                 top = zip(entry.top_ids, entry.top_logprobs, strict=True)
                 own = self._token(entry.token_id, entry.logprob)
-                content.append(own | {"top_logprobs": [self._token(*pair) for pair in top]})
+                entry_json = own | {"top_logprobs": [self._token(*pair) for pair in top]}
+                content.append(_written(entry_json))
         return {"content": content, "refusal": None}
 
     def _token(self, token_id: int, logprob: float) -> Json:
@@ -116,13 +119,15 @@ class CompletionShape:
             "token_logprobs": [e and max(e.logprob, LOWEST_LOGPROB) for e in entries],
             "top_logprobs": [
                 e
-                and {
-                    self._spelled(token_id): max(logprob, LOWEST_LOGPROB)
-                    for token_id, logprob in (
-                        *zip(e.top_ids, e.top_logprobs, strict=True),
-                        (e.token_id, e.logprob),
-                    )
-                }
+                and _written(
+                    {
+                        self._spelled(token_id): max(logprob, LOWEST_LOGPROB)
+                        for token_id, logprob in (
+                            *zip(e.top_ids, e.top_logprobs, strict=True),
+                            (e.token_id, e.logprob),
+                        )
+                    }
+                )
                 for e in entries
             ],
             "text_offset": [offsets.advance(token_id) for token_id, _ in scored],
@@ -145,21 +150,15 @@ class Reply:
         self._shape = shape(call, tokenizer)
         self._call = call
 
-    def whole(self, parts: Iterable[Part], usage: Usage) -> Json:
-        """The body of an answer that is not streamed."""
-        by_choice: dict[int, list[Part]] = {}
-        for part in parts:
-            by_choice.setdefault(part.choice, []).append(part)
-        choices = [
-            self._shape.whole(
-                choice,
-                "".join(part.text for part in found),
-                [entry for part in found for entry in part.scored],
-                found[-1].finish_reason,
-            )
-            for choice, found in sorted(by_choice.items())
-        ]
-        return self._object(self._shape.whole_object, choices) | {"usage": usage_json(usage)}
+    def choice(self, parts: list[Part]) -> msgspec.Raw:
+        """All parts of one choice as JSON, in an answer that is not streamed."""
+        scored = [entry for part in parts for entry in part.scored]
+        text, last = "".join(part.text for part in parts), parts[-1]
+        return _written(self._shape.whole(last.choice, text, scored, last.finish_reason))
+
+    def whole(self, choices: Iterable[msgspec.Raw], usage: Usage) -> Json:
+        """The body of an answer that is not streamed, of its choices in order."""
+        return self._object(self._shape.whole_object, [*choices]) | {"usage": usage_json(usage)}
 
     def chunks(self, part: Part, usage: Usage) -> Iterator[Json]:
         """The chunks of a stream that a part gives; `usage` is the call's up to here."""
@@ -177,7 +176,7 @@ class Reply:
             return None
         return self._object(self._shape.chunk_object, []) | {"usage": usage_json(usage)}
 
-    def _object(self, name: str, choices: list[Json]) -> Json:
+    def _object(self, name: str, choices: list[Json] | list[msgspec.Raw]) -> Json:
         return {
             "id": self._call.id,
             "object": name,
@@ -186,6 +185,11 @@ class Reply:
             "system_fingerprint": f"minisgl-{__version__}",
             "choices": choices,
         }
+
+
+def _written(value: Json) -> msgspec.Raw:
+    """As JSON already: a tenth of the memory, where there are many."""
+    return msgspec.Raw(msgspec.json.encode(value))
 
 
 def usage_json(usage: Usage) -> Json:

@@ -15,10 +15,9 @@ import msgspec
 import tokenizers
 
 from minisgl.server.chat_template import ChatTemplate, Message
-from minisgl.server.fewest import FewestTokens
+from minisgl.server.pieces import PIECE, LongTexts
 
-Check = Callable[[int], None] | None
-LONG_TEXT = 2**14  # characters
+Check = Callable[[int], None]
 
 _TOKEN_OPTIONS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -69,19 +68,19 @@ class Tokenizer:
         return cls(backend, config, template)
 
     def encode(
-        self, text: str, *, add_special_tokens: bool = True, check: Check = None
+        self, text: str, *, add_special_tokens: bool = True, check: Check | None = None
     ) -> list[int]:
         """Token ids of a prompt; with the beginning-of-sequence token where the model wants one.
 
-        `check` may raise where a long text has too many: it is called with a number of tokens that
-        the text has at least, before it is encoded. Other threads run meanwhile.
+        `check` may raise where a long text has too many. It is called with numbers of tokens that
+        the text has at least, first before any of it is encoded. Other threads run meanwhile.
         """
         wanted = add_special_tokens and self._add_bos is not False
-        if check is not None and len(text) > LONG_TEXT:
-            check(self._fewest_tokens.of(text))
-        # Not `encode`, which lets no other thread run.
-        (found,) = self._backend.encode_batch_fast([text], add_special_tokens=wanted)
-        ids: list[int] = found.ids
+        if len(text) <= PIECE:
+            (found,) = self._backend.encode_batch_fast([text], add_special_tokens=wanted)
+            ids: list[int] = found.ids
+        else:
+            ids = self._encode_long(text, wanted, check or (lambda least: None))
         if wanted and self._add_bos and self.bos_token_id is not None:
             ids = ids if ids[:1] == [self.bos_token_id] else [self.bos_token_id, *ids]
         return ids
@@ -91,9 +90,11 @@ class Tokenizer:
 
         Tokens that hold parts of one character all begin where it does.
         """
-        (found,) = self._backend.encode_batch([text], add_special_tokens=self._add_bos is not False)
-        begins, end = [0] * (len(ids) - len(found.ids)), 0
-        for token_id, (start, stop) in zip(found.ids, found.offsets, strict=True):
+        # Not `encode`, which lets no other thread run.
+        wanted = self._add_bos is not False
+        (encoding,) = self._backend.encode_batch([text], add_special_tokens=wanted)
+        begins, end = [0] * (len(ids) - len(encoding.ids)), 0
+        for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
             if start < stop:  # spaces before a word may be left out
                 begins.append(min(start, end))
                 end = max(end, stop)
@@ -102,21 +103,37 @@ class Tokenizer:
                 end += 0 if self.is_special(token_id) else len(self.token_bytes(token_id))
         return begins
 
-    @cached_property
-    def _fewest_tokens(self) -> FewestTokens:
-        return FewestTokens(self._backend, self.token_bytes)
+    def _encode_long(self, text: str, add_special_tokens: bool, check: Check) -> list[int]:
+        long = self._long_texts
+        check(long.fewest_tokens(text))
+        ids: list[int] = []
+        for piece in long.pieces(text):
+            (found,) = self._backend.encode_batch_fast([piece], add_special_tokens=False)
+            ids += found.ids
+            check(len(ids))
+        if not add_special_tokens:
+            return ids
+        around = self._backend.encode("a")
+        is_own = [not mark for mark in around.special_tokens_mask]
+        first, last = is_own.index(True), len(is_own) - is_own[::-1].index(True)
+        return [*around.ids[:first], *ids, *around.ids[last:]]
 
-    def encode_chat(
-        self, messages: Sequence[Message], check: Check = None, /, **options: Any
-    ) -> list[int]:
-        """Token ids of a conversation. `options` go to `ChatTemplate.render`, `check` to `encode`.
+    @cached_property
+    def _long_texts(self) -> LongTexts:
+        return LongTexts(self._backend, self._to_bytes)
+
+    def encode_chat(self, messages: Sequence[Message], /, **options: Any) -> list[int]:
+        """Token ids of a conversation, as `render_chat` gives it."""
+        return self.encode(self.render_chat(messages, **options), add_special_tokens=False)
+
+    def render_chat(self, messages: Sequence[Message], /, **options: Any) -> str:
+        """A conversation as a prompt. `options` go to `ChatTemplate.render`.
 
         Raises ValueError when the model has no chat template or the template refuses.
         """
         if self.chat_template is None:
             raise ValueError("this model has no chat template; use completions instead of chat")
-        text = self.chat_template.render(messages, **options)
-        return self.encode(text, add_special_tokens=False, check=check)
+        return self.chat_template.render(messages, **options)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD.

@@ -3,9 +3,12 @@
 import json
 
 import httpx
+import openai
 import pytest
 
 from minisgl.core.request import SamplingParams
+from minisgl.server import app
+from minisgl.server import openai as openai_bodies
 from tests.server.calls import MODEL, USER, chat, complete, sse
 from tests.server.fake_engine import CACHED, CONTEXT
 
@@ -319,6 +322,32 @@ def test_echo_repeats_the_prompt_with_its_logprobs(client, engine, stream):
     assert offsets[-2] == len("Once")
     tops = [top for entry in found for top in entry.top_logprobs]
     assert tops[0] is None
+
+
+def test_an_answer_is_the_same_where_it_is_written(client, engine, monkeypatch):
+    """A long one is written choice by choice, off the event loop."""
+    fields = {"echo": True, "logprobs": 2, "max_tokens": 4, "seed": 1}
+    written = []
+    for least in (1, 10**6):
+        monkeypatch.setattr(app, "LONG_ANSWER", least)
+        answer = complete(client, ["Once", "größer", "a"], **fields)
+        written.append([choice.model_dump() for choice in answer.choices])
+    assert written[0] == written[1]
+    assert [choice["index"] for choice in written[0]] == [0, 1, 2]
+
+
+def test_an_answer_that_outgrows_its_limit_is_refused_unless_it_is_streamed(
+    client, engine, monkeypatch
+):
+    monkeypatch.setattr(openai_bodies, "MAX_LOGPROBS", 12)  # 4 tokens with 2 likeliest
+    fields = {"logprobs": True, "top_logprobs": 2}
+    assert chat(client, **fields, max_tokens=4).choices[0].finish_reason == "length"
+    with pytest.raises(
+        openai.BadRequestError, match=r"at most 12 log-probabilities.*got at least 15"
+    ):
+        chat(client, **fields)
+    assert engine.aborted
+    assert [*chat(client, **fields, stream=True)]
 
 
 def test_echo_of_token_ids(client, engine):

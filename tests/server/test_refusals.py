@@ -125,7 +125,7 @@ def test_template_arguments_cannot_name_the_method_itself():
 
 def test_deep_nesting_is_refused():
     with pytest.raises(ApiError, match="nested too deeply"):
-        parse_chat(b"[" * 200_000, MODEL)
+        parse_chat(b"[" * 20_000, MODEL)
     for depth in range(900, 1000):  # what can just be read can hardly be shown
         tools = b"[" * depth + b"]" * depth
         with pytest.raises(ApiError, match=r"tools is not supported|nested too deeply"):

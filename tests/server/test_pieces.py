@@ -1,4 +1,4 @@
-"""A text that cannot fit is refused before it is encoded; none has fewer tokens than is said."""
+"""Long texts: pieces have the ids of the whole, and no text has fewer tokens than is said."""
 
 import json
 import random
@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import minisgl
 from minisgl.core.executor import Limits
+from minisgl.server import pieces, tokenizer
 from minisgl.server.body import ApiError
 from minisgl.server.chat_template import ChatTemplate
-from minisgl.server.fewest import FewestTokens
 from minisgl.server.openai import ServedModel, parse_chat, parse_completion
 from minisgl.server.tokenizer import Tokenizer
 from tests.server.small_tokenizers import CORPUS, byte_level, sentence_piece
@@ -35,6 +35,13 @@ REGEXES = {
     r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "two words": r"\p{L}+ \p{L}+|\s+|\S",
     "lines": r"[^\n]+|\n",
+}
+WHOLE = {  # a cut could change ids, or it is not known that it could not
+    "cl100k": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\s++$|\s+(?!\S)|\s",
+    "gaps": r"\p{L}+|\p{N}+",
+    "lookbehind": r"(?<=a) x|\s+|\S+",
+    "optional": r" ?\p{L}*|\s|\S",
+    "only before space": r"\S+|\s+(?!\S)",
 }
 ALPHABET = [
     *" \n\n  ,.，。'’-_!?<>|aAbeéßя0159缓存中ス한ㄱ\u0301\u0308🚀\t\r▁",
@@ -118,14 +125,19 @@ KINDS = {
     "bundled": lambda: tokenizers.Tokenizer.from_file(str(BUNDLED / "tokenizer.json")),
 }
 WHOLE_KINDS = {
+    **{name: (lambda regex=regex: trained(regex)) for name, regex in WHOLE.items()},
     "lower case": lambda: trained(REGEXES["qwen"], normalizers.Lowercase()),
     "a token of two words": byte_level,
     "a token across a space": joined_words,
     "unigram of whole texts": lambda: metaspace(split=False, unigram=True),
 }
 
-# Where a token may spell any number of bytes, or a normalizer is not known.
-UNKNOWN = {"unigram", "unigram of whole texts", "stripping", "no bytes", "lower case"}
+
+@pytest.fixture(autouse=True)
+def short_pieces(monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE", 20)
+    monkeypatch.setattr(tokenizer, "PIECE", 20)
+    monkeypatch.setattr(pieces, "WINDOW", 64)
 
 
 def texts(seed: int, count: int = 500):
@@ -134,14 +146,29 @@ def texts(seed: int, count: int = 500):
         yield "".join(rng.choices(ALPHABET, k=rng.randint(1, 120)))
 
 
+def compare(backend: tokenizers.Tokenizer, seed: int) -> int:
+    """Checks both promises over many texts; returns how many pieces there were."""
+    ours = Tokenizer(backend, {})
+    spell = {token: ours.token_bytes(i) for token, i in backend.get_vocab().items()}
+    long, count = pieces.LongTexts(backend, spell.__getitem__), 0
+    for text in texts(seed):
+        whole = backend.encode(text, add_special_tokens=False).ids
+        found = list(long.pieces(text))
+        ids = [backend.encode(piece, add_special_tokens=False).ids for piece in found]
+        assert [i for each in ids for i in each] == whole, (text, found)
+        assert long.fewest_tokens(text) <= len(whole), text
+        count += len(found)
+    return count
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_text_has_fewer_tokens_than_is_said(kind):
-    backend = KINDS[kind]()
-    fewest = FewestTokens(backend, Tokenizer(backend, {}).token_bytes)
-    for text in texts(seed=1):
-        least = len(backend.encode(text, add_special_tokens=False).ids)
-        assert fewest.of(text) <= least, text
-    assert (fewest.of("the scheduler" * 100) > 0) == (kind not in UNKNOWN)
+def test_pieces_have_the_ids_of_the_whole(kind):
+    assert compare(KINDS[kind](), seed=1) > 750
+
+
+@pytest.mark.parametrize("kind", WHOLE_KINDS)
+def test_where_a_cut_is_not_proved_safe_a_text_stays_whole(kind):
+    assert compare(WHOLE_KINDS[kind](), seed=2) == 500
 
 
 class Counted:
@@ -187,3 +214,24 @@ def user(text: str) -> dict[str, str]:
 def test_what_cannot_fit_is_refused_before_it_is_encoded(counted, text, parse):
     refused(counted, text * (2**20 // len(text.encode())), parse)
     assert counted.sizes == []
+
+
+def test_what_does_not_fit_is_encoded_up_to_there(counted):
+    text = CORPUS[0] * 160  # 10 KB: too long, which no count of bytes can tell
+    least = refused(counted, text)
+    assert 1024 < least < 1024 + 20
+    assert sum(counted.sizes) < 0.6 * len(text)
+    assert max(counted.sizes) < 40
+
+
+@pytest.mark.parametrize("kind", ["bundled", "sentencepiece"])
+def test_what_a_tokenizer_puts_around_a_text_is_put_around_the_pieces(kind):
+    backend = tokenizers.Tokenizer.from_str(KINDS[kind]().to_str())
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    ours = Tokenizer(backend, {})
+    for text in texts(seed=3, count=50):
+        for special in (True, False):
+            expected = backend.encode(text, add_special_tokens=special).ids
+            assert ours.encode(text, add_special_tokens=special) == expected
