@@ -165,6 +165,10 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._arena = arena
         self._modules = modules
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else PyTorch loads its compiler for the first operator
+
     @contextmanager
     def natively(self) -> Iterator[None]:
         """Within the context, native ops add themselves."""

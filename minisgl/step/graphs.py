@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from enum import Enum, auto
 from functools import partial
 
+import numpy as np
 import torch
 
 from minisgl.core.batch import PENDING
@@ -95,14 +96,16 @@ class DecodeGraphs:
         self._graphs: dict[tuple[int, Forward | Shaping], Graph] = {}
         self._hidden: dict[int, torch.Tensor] = {}
         self._shared: torch.Tensor | None = None
-        most = self.sizes[-1]
-        self._offsets = device.zeros((most + 1,), torch.int32)
-        torch.arange(0, (most + 1) * width, width, out=self._offsets)
-        self._sequences = device.zeros((most * width,), torch.int32)
-        torch.arange(most * width, out=self._sequences).floor_divide_(width)
-        nth = torch.arange(width, dtype=torch.int32, device=device.torch_device)
-        self._nth = nth[1:]  # [K], each draft's place
-        self._earlier = nth[:-1] < nth[:, None]  # [width, K], whether a draft is before a point
+        # Made on the host: where there is no memory, PyTorch would load its compiler for an arange.
+        every = np.arange(self.sizes[-1] + 1, dtype=np.int32)
+        self._offsets = device.zeros((len(every),), torch.int32)
+        device.upload(every * width, self._offsets)
+        self._sequences = device.zeros((len(every[1:]) * width,), torch.int32)
+        device.upload(every[:-1].repeat(width), self._sequences)
+        nth = np.arange(width, dtype=np.int32)
+        self._nth = device.upload(nth[1:])  # [K], each draft's place
+        # [width, K], whether a draft is before a point
+        self._earlier = device.upload(nth[:-1] < nth[:, None])
 
     @property
     def captured(self) -> set[tuple[int, Forward | Shaping]]:

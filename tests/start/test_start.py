@@ -4,6 +4,8 @@ operations left when they are replayed.
 Played on a CPU, whose own starts capture nothing: what runs on a GPU alone is run here.
 """
 
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import zip_longest
 from typing import Any
@@ -166,3 +168,16 @@ def test_a_start_as_on_a_gpu_serves_as_one_without_graphs(monkeypatch, options):
     assert device.captured == captured  # none while serving
     if speculation is not None:
         assert speculation.num_drafts > 50
+
+
+def test_no_start_loads_a_compiler() -> None:
+    """torch's own, and the algebra that it needs: seconds and a hundred megabytes on a CPU."""
+    script = """
+import sys
+from minisgl import LLM, SamplingParams
+with LLM(device="cpu", speculative_algorithm="ngram", max_total_tokens=2048) as llm:
+    llm.generate(["Hello"] * 3, SamplingParams(max_tokens=8), use_tqdm=False)
+print(sorted({"torch._dynamo", "torch._inductor", "sympy", "triton"} & {*sys.modules}))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
