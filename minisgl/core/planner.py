@@ -218,7 +218,7 @@ class Planner:
         context = admission.context + seq.num_tokens
         longest = max(admission.longest, seq.num_tokens if was_passed else 0)
         holds_target = self._budget.admits(len(running.sequences), context, longest)
-        if holds_target or running.make_room(seq, 1, 0):
+        if holds_target or any(running.victims(seq)):
             headroom = self._headroom(seq.epoch)
             refused = None if running.may_make_room(seq) else cache.refused(seq, headroom)
             match = refused or cache.match(seq)
@@ -227,9 +227,11 @@ class Planner:
             if seq.num_tokens - match.num_tokens > most:
                 admission.tries -= 1
                 return
-            has_room = self._make_room(seq, match, headroom, admission.num_promised)
-            is_free = running.num_free_rows and not (plan.short_of_pages or admission.num_promised)
-            if is_free and refused is None and cache.attach(seq, match, headroom):
+            promised = admission.num_promised
+            has_room = self._make_room(seq, match, headroom, promised, int(not holds_target))
+            is_free = running.num_free_rows and not (plan.short_of_pages or promised)
+            may_start = is_free and refused is None and (holds_target or has_room)
+            if may_start and cache.attach(seq, match, headroom):
                 waiting.note_passed(admission.stuck)
                 running.start(seq)
                 if not seq.epoch:
@@ -246,14 +248,20 @@ class Planner:
         is_last = was_passed or admission.num_promised or not running.num_free_rows
         admission.tries = 0 if is_last else admission.tries - 1
 
-    def _make_room(self, seq: Sequence, match: Match, headroom: int, num_promised: int) -> bool:
-        """Under `priority`, have others leave if there is no room; False if that would not do."""
+    def _make_room(
+        self, seq: Sequence, match: Match, headroom: int, num_promised: int, num_leaving: int
+    ) -> bool:
+        """Under `priority`, have others leave if there is no room; False if that would not do.
+
+        At least `num_leaving` leave, whatever room there is.
+        """
         if self._waiting.policy != "priority":
             return False
         pool, (rows, pages) = self._cache.pool, self._running.room_ahead
         need = pool.pages_for(seq.num_tokens) - len(match.pages)
         need += pool.num_idle_among(match.pages) + headroom
-        return self._running.make_room(seq, num_promised + 1 - rows, need - pages)
+        num_rows = max(num_promised + 1 - rows, num_leaving)
+        return self._running.make_room(seq, num_rows, need - pages)
 
 
 def _row_setup(seq: Sequence) -> RowSetup:

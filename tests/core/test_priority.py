@@ -118,6 +118,23 @@ def test_under_a_target_the_urgent_take_the_place_of_others():
     assert preempted(scheduler) == 1
 
 
+@pytest.mark.parametrize("obstacle", ["pages", "prefix"])
+def test_under_a_target_nobody_leaves_for_one_that_cannot_come_yet(obstacle):
+    """It lacks pages that no lower one holds, or waits for a prefix that another computes."""
+    limits = Limits(1500, 16, 64, 1 << 20, VOCAB)
+    config = EngineConfig(schedule_policy="priority", itl_target_ms=1.5, chunked_prefill_size=512)
+    scheduler = Scheduler(limits, config, cost_model=CostModel(MODEL, MEMORY_BOUND))
+    low = [ask(str(index), 1000, 400) for index in range(8)]
+    first = ask("first", 12_000, 600, priority=5)
+    shared = [*first.prompt_token_ids[:11_900], 1] if obstacle == "prefix" else [1] * 20_000
+    second = Request("second", shared, SamplingParams(max_tokens=1), priority=5)
+    arrivals = {0: low, 200: [first, second]}
+    counts = count_steps(scheduler, arrivals, seconds=seconds_on(MEMORY_BOUND), most=215)
+    assert "first" not in counts.ends
+    assert scheduler.stats().num_running > 1
+    assert preempted(scheduler) <= 1, "for the first"
+
+
 def test_a_low_prompt_under_way_goes_on_beside_endless_urgent_ones():
     arrivals = {step: [ask(str(step), 40, priority=1)] for step in range(1, 300)}
     arrivals[0] = [ask("low", 100)]
