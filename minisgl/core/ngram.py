@@ -7,7 +7,8 @@ that was asked before.
 
 Indexing a prompt of 100k tokens takes 0.1 s, for which nobody should wait. It begins when the
 prompt is first computed and goes on from its end to its beginning, about PLAN_TOKENS in each plan.
-Until it is done, early occurrences are not found, which only costs acceptance.
+Until it is done, early occurrences are not found, which only costs acceptance. An answer that
+grew while nothing was proposed is caught up with likewise, before anything is proposed again.
 """
 
 from array import array
@@ -24,6 +25,7 @@ Continuation = Callable[[Sequence, list[int], int], list[int]]
 MAX_ASK_INTERVAL = 64  # tokens until a tree without a continuation is asked again, at most
 PIECE = 512  # tokens indexed in one dictionary: rehashing a large one takes long
 PLAN_TOKENS = 768  # indexed in a plan, and up to a piece more
+STEP_TOKENS = 32  # of an answer, indexed beyond that: more than come between two proposals
 COPIED = 256  # tokens that are copied or compared in the time in which one is indexed
 
 
@@ -59,10 +61,10 @@ class _Text:
         self.pieces.append(piece)
         return stop - start
 
-    def extend(self, output: list[int]) -> None:
-        """Take in the tokens of `output` that are new."""
-        tokens = self.tokens
-        for token in output[self.num_output :]:
+    def extend(self, output: list[int], most: int) -> int:
+        """Take in the next tokens of `output`, `most` of them; returns how many."""
+        tokens, new = self.tokens, output[self.num_output : self.num_output + most]
+        for token in new:
             end = len(tokens)
             for size in self.sizes:
                 if end >= size:
@@ -70,7 +72,8 @@ class _Text:
             tokens.append(token)
             if len(self.pieces[0]) >= PIECE * len(self.sizes):
                 self.pieces.appendleft({})
-        self.num_output = len(output)
+        self.num_output += len(new)
+        return len(new)
 
     def in_flight(self) -> list[int]:
         """The drafts being verified, if the tokens before them were predicted right; else []."""
@@ -133,7 +136,11 @@ class NGramProposer:
         text = self.follow(sequence)
         if text is None:
             return []
-        text.extend(sequence.output)
+        # What came while nothing was proposed may be long too.
+        taken = text.extend(sequence.output, max(self._left, STEP_TOKENS))
+        self._left -= max(taken - STEP_TOKENS, 0)
+        if text.num_output < len(sequence.output):
+            return []
         pending = sequence.num_pending
         path = text.in_flight() if pending else []
         found = text.predict(path, pending + count)

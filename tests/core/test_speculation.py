@@ -91,6 +91,22 @@ def test_a_plan_indexes_a_bounded_part_of_long_prompts():
     assert 8 * 9000 / most <= num_plans <= 8 * 11
 
 
+def test_a_plan_indexes_a_bounded_part_of_answers_that_grew_without_drafts():
+    """Eight of them; a draft proves that the whole answer is known."""
+    proposer = NGramProposer(2, 4)
+    sequences = [sequence_of([1], limit=10_000) for _ in range(8)]
+    proposer.begin()
+    assert not any(proposer(sequence, 2) for sequence in sequences)
+    for index, sequence in enumerate(sequences):
+        sequence.accept([1, 2, 3, 4, 5, *([index + 900] * 3000), 1, 2, 3])
+    num_plans = 0
+    while [proposer(sequence, 2) for sequence in sequences] != [[4, 5]] * 8:
+        proposer.begin()
+        num_plans += 1
+    most = 768 + 8 * 32  # tokens indexed in a plan
+    assert 8 * 3000 / most - 1 <= num_plans <= 40
+
+
 def test_a_prompt_is_indexed_while_it_is_computed():
     proposer = NGramProposer(2, 4)
     limits = Limits(3000, 4, 4, 12_000, 1000)
