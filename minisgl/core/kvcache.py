@@ -50,6 +50,8 @@ class KVCache:
         self._num_returned = 0  # pages that became available, ever
         # Of that, how many it must be (less the headroom); and the tokens that were matched.
         self._refused: WeakKeyDictionary[Sequence, tuple[int, int]] = WeakKeyDictionary()
+        # Tokens found when a sequence was last looked up; pages that the tree had taken in then.
+        self._found: WeakKeyDictionary[Sequence, tuple[int, int]] = WeakKeyDictionary()
 
     def begin(self) -> None:
         """A plan begins."""
@@ -72,7 +74,17 @@ class KVCache:
         pages, source, num_copied = self.tree.match(
             sequence.request.cache_salt, sequence.tokens(sequence.num_tokens - 1)
         )
-        return Match(pages, source, num_copied, len(pages) * self.page_size + num_copied)
+        num_tokens = len(pages) * self.page_size + num_copied
+        self._found[sequence] = num_tokens, self.pool.num_ever_cached
+        return Match(pages, source, num_copied, num_tokens)
+
+    def most_matched(self, sequence: Sequence) -> int:
+        """Tokens that a waiting sequence's match may have, at most, without looking it up.
+
+        It grows by no more than the tree has taken in since it was last looked up.
+        """
+        num_tokens, num_pages = self._found.get(sequence, (sequence.num_tokens, 0))
+        return num_tokens + (self.pool.num_ever_cached - num_pages) * self.page_size
 
     def is_fresh(self, match: Match) -> bool:
         """Whether part of `match` is being computed by the plan under way."""
@@ -104,6 +116,7 @@ class KVCache:
             self._refused[sequence] = missing + self._num_returned, match.num_tokens
             return False
         self._refused.pop(sequence, None)
+        self._found.pop(sequence, None)
         pool.hold(match.pages)
         if match.source is not None:
             pool.hold([match.source])

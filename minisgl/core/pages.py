@@ -23,6 +23,7 @@ class PagePool:
         self.page_size = page_size
         self.num_idle = 0
         self.num_cached = 0
+        self.num_ever_cached = 0  # each as often as it was
         self._refs = np.zeros(num_pages, np.int32)
         self._cached = np.zeros(num_pages, np.bool_)
         self.num_free = num_pages
@@ -45,7 +46,7 @@ class PagePool:
         self.num_free -= count
         pages = self._free[self.num_free : end][::-1].copy()
         # A decoding sequence asks for one, and numpy is faster at a number than at an array.
-        self._refs[pages if count > 1 else pages[0]] = 1
+        self._refs[pages if count != 1 else pages[0]] = 1
         return pages
 
     def hold(self, pages: Run[int] | Pages) -> None:
@@ -74,6 +75,7 @@ class PagePool:
         self.hold(pages)
         self._cached[pages] = True
         self.num_cached += len(pages)
+        self.num_ever_cached += len(pages)
 
     def uncache(self, pages: Run[int] | Pages) -> None:
         """The tree lets go of each page."""

@@ -33,7 +33,17 @@ def test_whoever_could_be_admitted_is_not_skipped(monkeypatch):
         assert need + headroom > available, "it could be admitted"
         return remembered
 
+    most_matched = KVCache.most_matched
+
+    def bounded(cache: KVCache, sequence: Sequence) -> int:
+        most = most_matched(cache, sequence)
+        tokens = sequence.tokens(sequence.num_tokens - 1)
+        pages, _, num_copied = cache.tree.match(sequence.request.cache_salt, tokens)
+        assert len(pages) * cache.page_size + num_copied <= most
+        return most
+
     monkeypatch.setattr(KVCache, "refused", compared)
+    monkeypatch.setattr(KVCache, "most_matched", bounded)
     for seed in range(400):
         try:
             run_trial(seed, num_requests=8)

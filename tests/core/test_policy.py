@@ -197,6 +197,25 @@ def test_looking_for_short_prompts_costs_few_matches(monkeypatch):
     assert len(looked_at) <= 1 + 10 * FAIR.scan_limit
 
 
+@pytest.mark.parametrize("page_size", [1, 64])
+def test_who_shares_a_prefix_being_computed_is_not_looked_up_in_every_plan(page_size, monkeypatch):
+    """Only when it may be so far that little is left of each: here, when it is done."""
+    scheduler = Scheduler(Limits(320_000 // page_size, page_size, 64, 200_000, MODEL.vocab))
+    looked_at, match = list[int](), KVCache.match
+    monkeypatch.setattr(
+        KVCache, "match", lambda cache, seq: looked_at.append(seq.uid) or match(cache, seq)
+    )
+    for index in range(40):
+        prompt = [*([1] * 40_000), *([index + 2] * 400)]
+        scheduler.add(Request(str(index), prompt, SamplingParams(max_tokens=1)))
+    while scheduler.stats().num_waiting in (40, 39):
+        batch = scheduler.plan()
+        output = [[1] if chunk.samples else [] for chunk in batch.chunks]
+        scheduler.update(batch, StepOutput(batch.step, output))
+    assert batch.step == 40_400 // 2048 + 1
+    assert len(looked_at) <= 4 * FAIR.scan_limit, "not 20 times as many"
+
+
 def test_what_would_break_the_target_is_passed_by():
     """A stream runs, and one of 100,000 tokens would slow it down too much: a short one would not.
 
