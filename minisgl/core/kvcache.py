@@ -39,7 +39,6 @@ class KVCache:
         self.pool = PagePool(num_pages, page_size)
         self.tree = RadixTree(self.pool)
         self.page_size = page_size
-        self.version = 0  # of the tree; matches of an older one may be stale
         self._radix = radix
         # Leading slots of each page that hold the draft model's KV, if there is one.
         self._drafted = np.zeros(num_pages, np.int32) if drafts else None
@@ -77,6 +76,15 @@ class KVCache:
         num_tokens = len(pages) * self.page_size + num_copied
         self._found[sequence] = num_tokens, self.pool.num_ever_cached
         return Match(pages, source, num_copied, num_tokens)
+
+    def num_matched(self, sequence: Sequence) -> int:
+        """Tokens of its match, looked up again only once the tree has taken in more.
+
+        What has been evicted since still counts.
+        """
+        num_tokens, num_pages = self._found.get(sequence, (0, -1))
+        is_known = num_pages == self.pool.num_ever_cached
+        return num_tokens if is_known else self.match(sequence).num_tokens
 
     def most_matched(self, sequence: Sequence) -> int:
         """Tokens that a waiting sequence's match may have, at most, without looking it up.
@@ -167,7 +175,6 @@ class KVCache:
         if not np.array_equal(canonical[own:], pages[own : len(canonical)]):
             return
         self.tree.insert(namespace, tokens, pages[:whole])
-        self.version += 1
         self._filled_in[pages[len(canonical) : whole]] = self._num_plans
         at = len(canonical) * self.page_size
         new = sequence.token_ids(at, at + 1)
@@ -198,7 +205,6 @@ class KVCache:
         if self._radix and computed:
             filled = pages[: self.pool.pages_for(computed)]
             self.tree.insert(sequence.request.cache_salt, sequence.tokens(computed), filled)
-            self.version += 1
         self._drop(pages)
 
     def check(self, sequences: list[Sequence]) -> None:
@@ -238,7 +244,6 @@ class KVCache:
         missing = count - self.pool.num_free
         if missing > 0:
             if self.pool.num_idle:
-                self.version += 1
                 self.tree.evict(max(missing, min(self.pool.num_idle // 32, EVICTED_AT_ONCE)))
             return self.pool.num_free >= count
         return True

@@ -50,7 +50,6 @@ class WaitingQueue:
         self.policy = policy
         self._sequences: list[Sequence] = []
         self._times_passed: dict[int, int] = {}  # by uid, where it is not 0
-        self._matched: dict[int, tuple[int, int]] = {}  # by uid: tree version, tokens matched then
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -80,7 +79,6 @@ class WaitingQueue:
     def remove(self, sequence: Sequence) -> None:
         del self._sequences[bisect_left(self._sequences, self.key(sequence), key=self.key)]
         self._times_passed.pop(sequence.uid, None)
-        self._matched.pop(sequence.uid, None)
 
     def times_passed(self, sequence: Sequence) -> int:
         """How many admissions of others have passed it since it began to wait."""
@@ -97,19 +95,11 @@ class WaitingQueue:
             return list(islice(self._sequences, count))
         window = list(islice(self._sequences, MATCH_WINDOW))
         score = {
-            s.uid: self._num_matched(s, cache) + self.fairness.lpm_ageing * (now - s.queued_at)
+            s.uid: cache.num_matched(s) + self.fairness.lpm_ageing * (now - s.queued_at)
             for s in window
         }
         window.sort(key=lambda s: (-score[s.uid], s.uid))
         return (window + list(islice(self._sequences, MATCH_WINDOW, count)))[:count]
-
-    def _num_matched(self, sequence: Sequence, cache: KVCache) -> int:
-        """Cached prefix length, looked up again only after the tree has changed."""
-        version, num_tokens = self._matched.get(sequence.uid, (-1, 0))
-        if version != cache.version:
-            num_tokens = cache.match(sequence).num_tokens
-            self._matched[sequence.uid] = cache.version, num_tokens
-        return num_tokens
 
 
 class TokenBudget:

@@ -101,6 +101,22 @@ def test_a_full_pool_costs_decode_nothing(page_size, num_matches):
     assert 1 <= num_matches[0] <= before.num_waiting, "each is tried once when pages come back"
 
 
+def test_evicting_for_decode_does_not_make_lpm_compare_again(num_matches):
+    scheduler = Scheduler(Limits(2400, 1, 8, 4000, 1000), EngineConfig(schedule_policy="lpm"))
+    scheduler.add(Request("old", [1] * 1200, SamplingParams(max_tokens=1)))
+    step(scheduler)
+    for index in range(9):
+        length = 8 if index < 5 else 1500  # of which one fits
+        scheduler.add(Request(str(index), [index + 2] * length, SamplingParams(max_tokens=500)))
+    while step(scheduler).num_decode < 6:
+        pass
+    num_matches[0], before = 0, scheduler.stats()
+    for _ in range(100):
+        assert step(scheduler).num_decode == 6
+    assert scheduler.stats().num_idle_pages < before.num_idle_pages - 100
+    assert num_matches == [0]
+
+
 def test_pages_for_decode_are_evicted_many_at_once(monkeypatch):
     evict, num_calls = RadixTree.evict, 0
 
