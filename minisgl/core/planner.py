@@ -221,12 +221,13 @@ class Planner:
         if holds_target or any(running.victims(seq)):
             headroom = self._headroom(seq.epoch)
             refused = None if running.may_make_room(seq) else cache.refused(seq, headroom)
-            match, least = refused, seq.num_tokens - most
-            if cache.most_matched(seq) >= least:
-                match = match or cache.match(seq)
-                if cache.is_fresh(match):
-                    return
-            if match is None or match.num_tokens < least:
+            least = seq.num_tokens - most
+            if cache.most_matched(seq) < least:
+                return
+            match = refused or cache.match(seq)
+            if cache.is_fresh(match):
+                return
+            if match.num_tokens < least:
                 admission.tries -= 1
                 return
             promised = admission.num_promised

@@ -179,6 +179,14 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(schedule_policy, batch_poli
     assert counts.waits["long"] == -(-(100_000 + 64) // 2048)
 
 
+def test_a_short_prompt_is_found_behind_many_long_ones():
+    """More than are looked up in a plan: those known to be long are passed over for nothing."""
+    longs = [ask("long", 100_000), *many(2 * FAIR.scan_limit, 5000, 1)]
+    config = EngineConfig(chunked_prefill_size=512)
+    counts = count_steps(roomy(config), {0: longs, 5: [ask("short", 64)]}, most=20)
+    assert counts.waits == {"short": 1}
+
+
 def test_short_prompts_without_end_leave_a_long_one_half_of_each_step():
     arrivals = {step: [ask(chr(9 * step + i), 500) for i in range(9)] for step in range(100)}
     arrivals[0].insert(0, ask("long", 100_000))
