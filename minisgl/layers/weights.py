@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from minisgl.device.cpu import lazy_zeros
 from minisgl.kernels.attention import attention
 from minisgl.kernels.op import Op
 from minisgl.parallel import Communicator
@@ -23,6 +24,8 @@ class Placement:
     attention: Op = attention
 
     def empty(self, *shape: int) -> torch.Tensor:
+        if self.device.type == "cpu":
+            return lazy_zeros(shape, self.dtype)  # in huge pages: a step reads all of them
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
 
