@@ -81,16 +81,18 @@ class Running:
     def make_room(self, seq: Sequence, num_rows: int, num_pages: int) -> bool:
         """Preempt sequences of lower priority than the waiting `seq`, as few as will do.
 
-        That makes so many rows and pages more available when the steps in flight are read. False:
-        they do not have that much, so none is preempted.
+        That makes so many rows and pages more available when the steps in flight are read. Pages
+        kept free for those that leave (`Fairness.headroom`) count as theirs. False: they do not
+        have that much, so none is preempted.
         """
         chosen = []
+        kept_free = self.waiting.fairness.headroom // self.cache.page_size
         for victim in self.victims(seq):
             if num_rows <= 0 and num_pages <= 0:
                 break
             chosen.append(victim)
             num_rows -= 1
-            num_pages -= self.cache.pool.num_returning(victim.kv.pages)
+            num_pages -= self.cache.pool.num_returning(victim.kv.pages) + kept_free
         if num_rows > 0 or num_pages > 0:
             return False
         for victim in chosen:

@@ -65,6 +65,17 @@ def test_the_urgent_do_not_wait_for_pages(depth):
 
 
 @DEPTHS
+def test_an_urgent_prompt_as_large_as_the_pool_does_not_wait_for_what_is_kept_free(depth):
+    """For those that must go, no tokens need be kept free."""
+    scheduler = make(num_pages=400)
+    low = [ask(str(index), 400, 300) for index in range(12)]
+    arrivals = {0: low, 6: [ask("urgent", 6300, priority=5)]}
+    counts = count_steps(scheduler, arrivals, depth=depth)
+    assert counts.waits["urgent"] <= 7  # three to begin, and four steps of prompt
+    assert len(counts.ends) == 13
+
+
+@DEPTHS
 def test_several_urgent_ones_take_their_rows_at_once(depth):
     scheduler = make()
     low = [ask(str(index), 32, 300) for index in range(16)]
