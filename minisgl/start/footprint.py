@@ -20,7 +20,7 @@ from minisgl.step.sampler import scored_at_once
 from minisgl.step.sizes import GraphSizes, draft_sizes
 
 # The most tokens of a pool on a CPU, whose memory others use too, unless its size is stated.
-MODEST_TOKENS = 65_536
+MODEST_TOKENS = 262_144
 # A captured kernel's launch, in the driver and on the device; a guess until it is measured.
 NODE_BYTES = 16 * 2**10
 CALL_BYTES = 256  # a recorded call of a tape
