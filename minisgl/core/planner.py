@@ -234,6 +234,8 @@ class Planner:
             has_room = self._make_room(seq, match, headroom, promised, int(not holds_target))
             is_free = running.num_free_rows and not (plan.short_of_pages or promised)
             may_start = is_free and refused is None and (holds_target or has_room)
+            if has_room and may_start:  # what a sequence leaves may replace a page of the match
+                match = cache.match(seq)
             headroom = self._headroom(seq.epoch)  # others may have left
             if may_start and cache.attach(seq, match, headroom):
                 waiting.note_passed(admission.stuck)
