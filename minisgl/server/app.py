@@ -31,6 +31,7 @@ from minisgl.server.openai import (
 from minisgl.server.replies import Reply
 
 MAX_BODY_BYTES = 16 * 2**20
+AMBIGUOUS = "ambiguous_length"
 LONG_BODY_BYTES = 8192  # longer ones are parsed and tokenized off the event loop
 
 LONG_ANSWER = 256  # tokens with log-probabilities; more are written off the event loop
@@ -270,6 +271,9 @@ async def _read_body(request: Request) -> bytes:
 
     It must say that it is JSON: any web page may make its reader's browser send other bodies.
     """
+    if {"content-length", "transfer-encoding"} <= {*request.headers}:
+        message = "a request must have Content-Length or Transfer-Encoding, got both"
+        raise ApiError(message, code=AMBIGUOUS)
     chunks: list[bytes] = []
     length = 0
     async for chunk in request.stream():
@@ -332,7 +336,10 @@ def _internal_error() -> ApiError:
 
 async def _api_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return _json(error.body, error.status)
+    response = _json(error.body, error.status)
+    if error.body["error"]["code"] == AMBIGUOUS:  # a proxy may see another end of the request
+        response.headers["connection"] = "close"
+    return response
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -1,6 +1,7 @@
 """HTTP itself: kinds of bodies, their lengths, paths; refusals reach the client as such."""
 
 import re
+import socket
 
 import httpx
 import pytest
@@ -62,6 +63,18 @@ def test_a_body_that_is_too_long_is_refused_with_both_numbers(server):
     message = response.json()["error"]["message"]
     assert str(MAX_BODY_BYTES) in message
     assert str(MAX_BODY_BYTES + 1) in message
+
+
+def test_a_body_with_two_lengths_is_refused_and_nothing_behind_it_is_read(server):
+    url = httpx.URL(server.url)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    both = b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
+    with socket.create_connection((url.host, url.port), timeout=20) as raw:
+        raw.sendall(head + both + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer = b"".join(iter(lambda: raw.recv(4096), b""))
+    assert answer.count(b"HTTP/1.1 ") == answer.count(b"HTTP/1.1 400 ") == 1
+    assert b"ambiguous_length" in answer
+    assert b"connection: close" in answer.lower()
 
 
 def test_a_long_body_is_served_like_a_short_one(server):
