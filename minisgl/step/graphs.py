@@ -102,10 +102,11 @@ class DecodeGraphs:
         device.upload(every * width, self._offsets)
         self._sequences = device.zeros((len(every[1:]) * width,), torch.int32)
         device.upload(every[:-1].repeat(width), self._sequences)
-        nth = np.arange(width, dtype=np.int32)
-        self._nth = device.upload(nth[1:])  # [K], each draft's place
-        # [width, K], whether a draft is before a point
-        self._earlier = device.upload(nth[:-1] < nth[:, None])
+        if width > 1:
+            nth = np.arange(width, dtype=np.int32)
+            self._nth = device.upload(nth[1:])  # [K], each draft's place
+            # [width, K], whether a draft is before a point
+            self._earlier = device.upload(nth[:-1] < nth[:, None])
 
     @property
     def captured(self) -> set[tuple[int, Forward | Shaping]]:
@@ -198,17 +199,17 @@ class DecodeGraphs:
         hidden = self._forward(inputs)
         if not self._device.captures:
             self._share_hidden(size, hidden)
-        if size in self._hidden:
+        elif half is Forward.GROUPED and size in self._hidden:
             self._hidden[size].copy_(hidden)  # where captured second halves read it
         else:
             self._hidden[size] = hidden
 
-    def _share_hidden(self, size: int, like: torch.Tensor) -> None:
-        """Where sizes are many, one buffer for all: the second half of the last one reads it."""
+    def _share_hidden(self, size: int, hidden: torch.Tensor) -> None:
+        """Where sizes are many, in one buffer for all: the second half of the last one reads it."""
         if self._shared is None:
             most = self.sizes[-1] * self.width
-            self._shared = self._device.zeros((most, like.shape[1]), like.dtype)
-        self._hidden[size] = self._shared[: len(like)]
+            self._shared = self._device.zeros((most, hidden.shape[1]), hidden.dtype)
+        self._hidden[size] = self._shared[: len(hidden)].copy_(hidden)
 
     def _call_sampling(self, size: int, shaping: Shaping) -> None:
         views = self._views_of(size)
