@@ -17,7 +17,7 @@ from minisgl.config import EngineConfig
 SIMILARITY = 0.8  # of a flag's spelling to one that exists, at least, for a hint
 
 # Our flag -> what does the same in other engines.
-TWINS = {
+ELSEWHERE = {
     "--model": "-m --model-id",
     "--served-model-name": "-a --alias",
     "--tp-size": "--tensor-parallel-size -tp",
@@ -40,7 +40,7 @@ TWINS = {
     "--speculative-ngram-max": "--speculative-ngram-max-match-window-size",
     "--log-level": "--uvicorn-log-level",
 }
-OTHER_NAMES = {name: [ours] for ours, names in TWINS.items() for name in names.split()}
+OTHER_NAMES = {name: [ours] for ours, names in ELSEWHERE.items() for name in names.split()}
 # Flags of other engines for what needs none here.
 ALWAYS = {
     "--enable-prefix-caching": "prefixes are always cached, without --disable-radix-cache",
@@ -63,7 +63,7 @@ class _Parser(argparse.ArgumentParser):
         if unknown:
             name = unknown[0].split("=")[0].replace("_", "-")
             known = [option for action in self._actions for option in action.option_strings]
-            near = [twin for twin in OTHER_NAMES.get(name, ()) if twin in known]
+            near = [ours for ours in OTHER_NAMES.get(name, ()) if ours in known]
             near = near or difflib.get_close_matches(name, known, 1, SIMILARITY)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             hint = f"; {ALWAYS[name]}" if name in ALWAYS else hint

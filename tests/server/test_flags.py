@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 
 from minisgl.config import EngineConfig, ServerConfig
-from minisgl.flags import ALWAYS, OTHER_NAMES, TWINS, flags_parser, read_flags
+from minisgl.flags import ALWAYS, ELSEWHERE, OTHER_NAMES, flags_parser, read_flags
 
 
 def parse(*args):
@@ -113,9 +113,9 @@ def test_names_of_other_engines_are_not_ours_and_lead_to_flags_that_exist(capsys
         parse("--help")
     ours = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", capsys.readouterr().out))
     assert "--tp" in ours
-    assert set(TWINS) <= ours
+    assert set(ELSEWHERE) <= ours
     assert not ours & (set(OTHER_NAMES) | set(ALWAYS))
-    assert len(OTHER_NAMES) == sum(len(names.split()) for names in TWINS.values())  # each once
+    assert len(OTHER_NAMES) == sum(len(names.split()) for names in ELSEWHERE.values())  # each once
     for text in ALWAYS.values():
         assert set(re.findall(r"--[a-z-]+", text)) <= ours
     for other, (twin,) in OTHER_NAMES.items():
