@@ -8,7 +8,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncGenerator
-from typing import Literal, Protocol
+from typing import Literal
 
 import msgspec
 import zmq
@@ -58,56 +58,6 @@ class Health(msgspec.Struct, frozen=True):
         return self.state == "ready"
 
 
-class EngineClient(Protocol):
-    """What a server needs of an engine. Methods are called from one asyncio loop."""
-
-    @property
-    def info(self) -> EngineInfo:
-        """What is served. Raises EngineDeadError before `ready()` has returned."""
-
-    async def ready(self) -> None:
-        """Wait until the engine is loaded and warm. Raises EngineDeadError if it never will be."""
-
-    def submit(self, request: Request) -> AsyncGenerator[Delta, None]:
-        """Send `request` at the first iteration; yield the deltas of all its choices as they come.
-
-        Its id must be new: late deltas of an earlier request would be taken for this one's.
-        Ends when every choice has finished or been aborted. Closing the generator early (or
-        cancelling its consumer) aborts the request. Raises ValueError when the engine refuses the
-        request, EngineDeadError when there is no engine to take it or it is stuck; an engine that
-        fails or gets stuck later yields a delta with `finish_reason="error"` for every choice that
-        was running.
-        """
-
-    def abort(self, request_id: str, choice: int | None = None) -> None:
-        """End a choice, or the whole request; nothing more is yielded for it. Unknown: no-op."""
-
-    def health(self) -> Health: ...
-
-    def stats(self) -> EngineStats | None:
-        """The counters last reported, at most about a second old; None before the first."""
-
-    async def start_profile(self, num_steps: int | None = None, *, traces: bool = True) -> str:
-        """Profile the next `num_steps` steps, or all until `stop_profile`; returns the directory
-        that the files will be in. Without `traces` there is the step timeline alone.
-
-        Raises ValueError, naming the field, where there is no profile_dir, a profile is running
-        already or `num_steps` is below 1; EngineDeadError when there is no engine to do it.
-        """
-
-    async def stop_profile(self) -> list[str]:
-        """End the profile; returns its files: the step timeline, then a trace of each rank.
-
-        Raises ValueError where none is running or its files cannot be written.
-        """
-
-    async def failed(self) -> str:
-        """Wait until the engine has died without being asked to; return why."""
-
-    async def close(self, drain_timeout: float = 0.0) -> None:
-        """Finish what runs within `drain_timeout` seconds, abort the rest, stop. Idempotent."""
-
-
 class _Stream:
     """The deltas of one request on their way to its consumer."""
 
@@ -117,7 +67,7 @@ class _Stream:
 
 
 class ProcessClient:
-    """Speaks ZeroMQ to `process`. Create it inside the asyncio loop it lives in."""
+    """Speaks ZeroMQ to `process`. Create it inside the asyncio loop it lives in, which calls it."""
 
     def __init__(self, process: EngineProcess, *, watchdog_timeout: float = 60.0) -> None:
         self._watchdog_timeout = watchdog_timeout
@@ -141,17 +91,21 @@ class ProcessClient:
 
     @property
     def info(self) -> EngineInfo:
+        """What is served. Raises EngineDeadError before `ready()` has returned."""
         if not self._started.done():
             raise EngineDeadError("the engine has not started yet")
         return self._started.result()
 
     async def ready(self) -> None:
+        """Wait until the engine is loaded and warm. Raises EngineDeadError if it never will be."""
         await asyncio.shield(self._started)
 
     async def failed(self) -> str:
+        """Wait until the engine has died without being asked to; return why."""
         return await asyncio.shield(self._died)
 
     def stats(self) -> EngineStats | None:
+        """The counters last reported, at most about a second old; None before the first."""
         return self._last.stats if self._last else None
 
     def health(self) -> Health:
@@ -176,6 +130,15 @@ class ProcessClient:
             raise EngineDeadError(health.reason)
 
     async def submit(self, request: Request) -> AsyncGenerator[Delta, None]:
+        """Send `request` at the first iteration; yield the deltas of all its choices as they come.
+
+        Its id must be new: late deltas of an earlier request would be taken for this one's.
+        Ends when every choice has finished or been aborted. Closing the generator early (or
+        cancelling its consumer) aborts the request. Raises ValueError when the engine refuses the
+        request, EngineDeadError when there is no engine to take it or it is stuck; an engine that
+        fails or gets stuck later yields a delta with `finish_reason="error"` for every choice that
+        was running.
+        """
         if request.id in self._streams:
             raise ValueError(f"request id {request.id!r} is already in use")
         self._require_engine()
@@ -198,10 +161,20 @@ class ProcessClient:
                 self._send(Abort(request.id, None))
 
     async def start_profile(self, num_steps: int | None = None, *, traces: bool = True) -> str:
+        """Profile the next `num_steps` steps, or all until `stop_profile`; returns the directory
+        that the files will be in. Without `traces` there is the step timeline alone.
+
+        Raises ValueError, naming the field, where there is no profile_dir, a profile is running
+        already or `num_steps` is below 1; EngineDeadError when there is no engine to do it.
+        """
         (directory,) = await self._profile(StartProfile(num_steps, traces))
         return directory
 
     async def stop_profile(self) -> list[str]:
+        """End the profile; returns its files: the step timeline, then a trace of each rank.
+
+        Raises ValueError where none is running or its files cannot be written.
+        """
         return await self._profile(StopProfile())
 
     async def _profile(self, question: StartProfile | StopProfile) -> list[str]:
@@ -212,6 +185,7 @@ class ProcessClient:
         return await answer
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
+        """End a choice, or the whole request; nothing more is yielded for it. Unknown: no-op."""
         stream = self._streams.get(request_id)
         ended = {choice} if choice is not None else set(stream.open if stream else ())
         if stream is None or not ended & stream.open:
@@ -311,9 +285,10 @@ class ProcessClient:
             await asyncio.sleep(0)
         self._receiving.cancel()
         self._looking.cancel()
-        self._fail(self._process.exit_reason())
+        self._fail(self._process.exit_reason("the engine process"))
 
     async def close(self, drain_timeout: float = 0.0) -> None:
+        """Finish what runs within `drain_timeout` seconds, abort the rest, stop. Idempotent."""
         if not self._closing:
             self._closing = True
             if self._started.done() and not self._exited.is_set():

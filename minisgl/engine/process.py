@@ -29,7 +29,7 @@ class _Boot(msgspec.Struct, frozen=True):
     endpoint: str
 
 
-class EngineProcess:
+class EngineProcess(Child):
     """A child process that runs the engine which `factory(config)` builds.
 
     `factory` is an import path, "module:function", of a function from EngineConfig to Engine. The
@@ -44,27 +44,11 @@ class EngineProcess:
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.bind(endpoint)
         boot = msgspec.msgpack.encode(_Boot(factory, config, endpoint))
-        self._child = Child("minisgl.engine.process", boot)
-
-    @property
-    def pid(self) -> int:
-        return self._child.pid
-
-    def on_exit(self, callback: Callable[[], object]) -> None:
-        """Call `callback` from another thread once the child has ended (at once if it has)."""
-        self._child.on_exit(callback)
-
-    def exit_reason(self) -> str:
-        """How the ended child ended, with the last lines it wrote to standard error."""
-        return self._child.exit_reason("the engine process")
-
-    def kill(self) -> None:
-        """End the child now, if it still runs."""
-        self._child.kill()
+        super().__init__("minisgl.engine.process", boot)
 
     def close(self) -> None:
         """Kill the child and remove its directory. Idempotent."""
-        self._child.close()
+        super().close()
         self.socket.close(linger=0)
         self._directory.cleanup()
 

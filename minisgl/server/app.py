@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from minisgl.engine.client import EngineClient, EngineDeadError
+from minisgl.engine.client import EngineDeadError, ProcessClient
 from minisgl.log import get_logger
 from minisgl.server.body import ApiError, cut, read, shown
 from minisgl.server.generate import Generation, Part, engine_failed
@@ -57,7 +57,7 @@ class NoBody(msgspec.Struct):
 class Api:
     """The endpoints of one engine. `app` may listen at once; it answers 503 until `open`."""
 
-    def __init__(self, engine: EngineClient) -> None:
+    def __init__(self, engine: ProcessClient) -> None:
         self.metrics = Metrics(engine)
         self._engine = engine
         self._model: ServedModel | None = None

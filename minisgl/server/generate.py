@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 from minisgl.core.request import Delta, FinishReason, Request, TokenLogprobs
-from minisgl.engine.client import EngineClient, EngineDeadError
+from minisgl.engine.client import EngineDeadError, ProcessClient
 from minisgl.server.body import ApiError
 from minisgl.server.openai import Call
 from minisgl.server.text import TextStream
@@ -60,7 +60,7 @@ class Usage:
 class Generation:
     """Runs a call. Iterate `parts()` once, inside `aclosing`: leaving early aborts the requests."""
 
-    def __init__(self, call: Call, engine: EngineClient, tokenizer: Tokenizer) -> None:
+    def __init__(self, call: Call, engine: ProcessClient, tokenizer: Tokenizer) -> None:
         self.call = call
         self.usage = Usage(sum(len(request.prompt_token_ids) for request in call.requests))
         self._engine = engine

@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from minisgl.engine.client import EngineClient
+from minisgl.engine.client import ProcessClient
 from minisgl.server.generate import Part, Usage
 
 _TTFT_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
@@ -42,7 +42,7 @@ _COUNTERS = {
 class Metrics:
     """The figures of one server, in a registry of its own."""
 
-    def __init__(self, engine: EngineClient) -> None:
+    def __init__(self, engine: ProcessClient) -> None:
         registry = self._registry = CollectorRegistry()
         self.requests = Counter(
             "minisgl_requests",
@@ -117,7 +117,7 @@ class CallClock:
 class _EngineFigures(Collector):
     """The scheduler's own figures, read at every scrape."""
 
-    def __init__(self, engine: EngineClient) -> None:
+    def __init__(self, engine: ProcessClient) -> None:
         self._engine = engine
 
     def describe(self) -> list[Metric]:
