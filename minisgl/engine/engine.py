@@ -43,11 +43,10 @@ class Engine:
         self._depth = 1 if overlap else 0  # steps in flight between two calls of `step`
         self._in_flight: deque[Batch] = deque()
         self._unsampled: Batch | None = None  # dispatched, waits for its masks
-        self._open: dict[str, set[int]] = {}  # choices that have not ended, by request
+        self._open: dict[str, dict[int, int]] = {}  # request -> choice that runs -> its uid
         self._deltas: list[Delta] = []  # not returned by `step` yet
         self._grammar_backend = grammar_backend
         self._grammars: dict[int, Grammar] = {}  # by uid, of constrained sequences
-        self._uids: dict[tuple[str, int], int] = {}  # of the same, by request and choice
         self._steps = self._tokens = self._output_tokens = 0
         self._longest_step = 0.0
         self._next_step = 0
@@ -61,10 +60,8 @@ class Engine:
         request = msgspec.structs.replace(request, params=params)
         grammars = self._compile(request)
         uids = self._scheduler.add(request)
-        self._open[request.id] = set(range(request.params.n))
-        for choice, grammar in enumerate(grammars):
-            self._grammars[uids[choice]] = grammar
-            self._uids[request.id, choice] = uids[choice]
+        self._open[request.id] = dict(enumerate(uids))
+        self._grammars.update(zip(uids, grammars, strict=False))  # all of them or none
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
         """End a choice, or all of a request's; unknown ones are ignored, for they have ended."""
@@ -232,12 +229,9 @@ class Engine:
 
     def _close(self, delta: Delta) -> None:
         choices = self._open[delta.request_id]
-        choices.discard(delta.choice)
+        self._grammars.pop(choices.pop(delta.choice), None)
         if not choices:
             del self._open[delta.request_id]
-        uid = self._uids.pop((delta.request_id, delta.choice), None)
-        if uid is not None:
-            del self._grammars[uid]
 
     def _fail(self, error: Exception) -> None:
         """A step failed: no later one can rely on its KV, so every request ends with the error."""
@@ -246,7 +240,7 @@ class Engine:
         )
         self.failure = f"{type(error).__name__}: {error}"
         for request_id, choices in self._open.items():
-            for choice in sorted(choices):
+            for choice in choices:
                 delta = Delta(request_id, choice, [], "error", error=self.failure)
                 self._deltas.append(delta)
         self._open.clear()
@@ -296,10 +290,10 @@ class Engine:
 
     def _advance_grammar(self, delta: Delta) -> Delta:
         """Feed a sequence's grammar. If it refuses a token that its mask allowed, both end."""
-        uid = self._uids.get((delta.request_id, delta.choice))
-        if uid is None or delta.finish_reason is not None:
+        grammar = self._grammars.get(self._open[delta.request_id][delta.choice])
+        if grammar is None or delta.finish_reason is not None:
             return delta
-        if all(map(self._grammars[uid].accept, delta.token_ids)):
+        if all(map(grammar.accept, delta.token_ids)):
             return delta
         self._scheduler.abort(delta.request_id, delta.choice)
         reason = f"the grammar refuses tokens that its own mask allowed: {delta.token_ids}"
