@@ -10,10 +10,10 @@ import http.client
 import json
 import sys
 from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager, closing
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 from minisgl.config import EngineConfig
@@ -28,54 +28,23 @@ OUTGROWN = "context length"  # in a server's refusal of a conversation that is t
 HELP_PROFILE = "/profile starts a profile; the next /profile ends and writes it."
 
 Conversation = list[dict[str, str]]
-
-
-@dataclass(frozen=True)
-class Options:
-    """The flags of a chat besides the engine's."""
-
-    url: str | None = None
-    system: str | None = None
-    temperature: float | None = None
-    max_tokens: int | None = None
-
-
-class Partner(Protocol):
-    """What answers: a server or an engine."""
-
-    def answer(self, messages: Conversation) -> Generator[str, None, None]:
-        """The pieces of an answer. Raises ValueError or RuntimeError saying why there is none."""
-
-    def profile(self) -> str:
-        """Start a profile or end the one that runs; what came of it. ValueError: why not."""
+Sampling = dict[str, Any]  # the flags of a chat that are fields of a request
 
 
 class RemotePartner:
     """A server at `url`, with or without /v1 at its end."""
 
-    def __init__(self, options: Options) -> None:
-        url = urlsplit(options.url or "")
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise ValueError(f"--url must be like http://127.0.0.1:30000, got {options.url!r}")
-        self._url = url
-        self._path = url.path.rstrip("/").removesuffix("/v1") + "/v1"
-        self._options = options
-        with closing(self._request("GET", "/models", None)) as response, _plain_errors(url.netloc):
+    def __init__(self, url: str, sampling: Sampling) -> None:
+        self._url = urlsplit(url)
+        if self._url.scheme not in ("http", "https") or not self._url.hostname:
+            raise ValueError(f"--url must be like http://127.0.0.1:30000, got {url!r}")
+        self._sampling = sampling
+        with self._asked("GET", "/models") as response:
             self._model: str = json.load(response)["data"][0]["id"]
 
     def answer(self, messages: Conversation) -> Generator[str, None, None]:
-        body: dict[str, Any] = {
-            "model": self._model,
-            "messages": messages,
-            "stream": True,
-        }
-        for name in ("temperature", "max_tokens"):
-            if (value := getattr(self._options, name)) is not None:
-                body[name] = value
-        with (
-            closing(self._request("POST", "/chat/completions", body)) as response,
-            _plain_errors(self._url.netloc),
-        ):
+        body = {"model": self._model, "messages": messages, "stream": True, **self._sampling}
+        with self._asked("POST", "/chat/completions", json.dumps(body)) as response:
             for line in response:
                 data = line.decode().strip().removeprefix("data: ")
                 if data == "[DONE]":
@@ -90,42 +59,40 @@ class RemotePartner:
     def profile(self) -> str:
         raise ValueError("profile a server by POST /profile/start and /profile/stop")
 
-    def _request(self, method: str, path: str, body: Any) -> http.client.HTTPResponse:
-        secure = self._url.scheme == "https"
-        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        content = None if body is None else json.dumps(body)
+    @contextlib.contextmanager
+    def _asked(
+        self, method: str, path: str, body: str | None = None
+    ) -> Generator[http.client.HTTPResponse, None, None]:
+        """The answer to a request. RuntimeError for a refusal, and for whatever keeps the server
+        from answering or is no answer of OpenAI's API, until the end of the context."""
+        server, secure = self._url.netloc, self._url.scheme == "https"
+        path = self._url.path.rstrip("/").removesuffix("/v1") + "/v1" + path
         headers = {"Content-Type": "application/json", "Connection": "close"}
-        with _plain_errors(self._url.netloc):
-            connection = kind(self._url.netloc)
-            connection.request(method, self._path + path, content, headers)
-            response = connection.getresponse()
-            if response.status == 200:
-                return response
-            said = response.read().decode(errors="replace")
-        with contextlib.suppress(ValueError, LookupError, TypeError):
-            said = json.loads(said)["error"]["message"]
-        raise RuntimeError(f"{self._url.netloc} answered {response.status}: {said}")
-
-
-@contextlib.contextmanager
-def _plain_errors(server: str) -> Generator[None, None, None]:
-    """RuntimeError for whatever keeps `server` from answering, or is no answer of OpenAI's API."""
-    try:
-        yield
-    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
-        raise RuntimeError(f"no answer from {server}: {error or type(error).__name__}") from error
+        try:
+            kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+            with closing(kind(server)) as connection:
+                connection.request(method, path, body, headers)
+                response = connection.getresponse()
+                if response.status != 200:
+                    said = response.read().decode(errors="replace")
+                    with contextlib.suppress(ValueError, LookupError, TypeError):
+                        said = json.loads(said)["error"]["message"]
+                    raise RuntimeError(f"{server} answered {response.status}: {said}")
+                yield response
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+            raise RuntimeError(
+                f"no answer from {server}: {error or type(error).__name__}"
+            ) from error
 
 
 class LocalPartner:
-    """An engine in this process."""
+    """An engine in this process, which ends with it."""
 
-    def __init__(self, config: EngineConfig, options: Options) -> None:
+    def __init__(self, config: EngineConfig, sampling: Sampling) -> None:
         from minisgl.core.request import SamplingParams
         from minisgl.llm import LLM
 
-        self._params = SamplingParams(
-            temperature=options.temperature, max_tokens=options.max_tokens
-        )
+        self._params = SamplingParams(**sampling)
         self._llm = LLM(**asdict(config))
         self._profiling = False
 
@@ -142,14 +109,8 @@ class LocalPartner:
         self._profiling = True
         return f"profiling into {directory} until the next /profile"
 
-    def __enter__(self) -> "LocalPartner":
-        return self
 
-    def __exit__(self, *error: object) -> None:
-        self._llm.close()
-
-
-def converse(partner: Partner, system: str | None) -> None:
+def converse(partner: RemotePartner | LocalPartner, system: str | None) -> None:
     """Read, answer, until the input ends. What could not be answered is forgotten.
 
     The first Ctrl-C at a prompt says what a second one does: it may have been meant for an answer
@@ -200,7 +161,7 @@ def _save(messages: Conversation, file: str) -> str:
     return file
 
 
-def _show(partner: Partner, messages: Conversation) -> str | None:
+def _show(partner: RemotePartner | LocalPartner, messages: Conversation) -> str | None:
     """Print an answer as it comes and return it: up to a Ctrl-C, or None where there is none."""
     pieces: list[str] = []
     try:
@@ -225,29 +186,22 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--temperature", type=float, help="absent: the model's own")
     parser.add_argument("--max-tokens", type=int, help="longest answer")
     config, others = read_flags(parser, EngineConfig, args)
-    options = Options(**others)
-    if options.url is not None and config != EngineConfig():
+    url, system = others.pop("url", None), others.pop("system", None)
+    if url is not None and config != EngineConfig():
         parser.error("--url cannot be combined with flags of the engine: give those to the server")
     configure("warning" if config.log_level == "info" else config.log_level)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() its line editing)
     try:
-        partner = _partner(config, options)
+        partner = LocalPartner(config, others) if url is None else RemotePartner(url, others)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"minisgl.chat: {error}", file=sys.stderr)
         return 1
     print(HELP)
     if config.profile_dir is not None:
         print(HELP_PROFILE)
-    with partner as ready:
-        converse(ready, options.system)
+    converse(partner, system)
     return 0
-
-
-def _partner(config: EngineConfig, options: Options) -> AbstractContextManager[Partner]:
-    if options.url is not None:
-        return contextlib.nullcontext(RemotePartner(options))
-    return LocalPartner(config, options)
 
 
 if __name__ == "__main__":

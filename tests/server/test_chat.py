@@ -100,7 +100,7 @@ def test_an_answer_that_breaks_off_or_is_none_is_told(monkeypatch, capsys, model
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(server, engine, monkeypatch, capsys):
-    partner = chat.RemotePartner(chat.Options(url=server.url + "/v1/"))
+    partner = chat.RemotePartner(server.url + "/v1/", {})
 
     class Interrupted:
         def answer(self, messages):

@@ -68,8 +68,8 @@ def test_a_chat_is_in_time_for_torch():
 import os, sys
 from minisgl import chat
 from minisgl.config import EngineConfig
-with chat.LocalPartner(EngineConfig(max_total_tokens=1024, device="cpu"), chat.Options()):
-    print(os.environ["GOMP_SPINCOUNT"])
+chat.LocalPartner(EngineConfig(max_total_tokens=1024, device="cpu"), {})
+print(os.environ["GOMP_SPINCOUNT"])
 """
     assert run(code).stdout == "1000\n"
 
