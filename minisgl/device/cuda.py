@@ -1,4 +1,4 @@
-"""One CUDA device: a stream that computes, one that copies results, events, graphs, pinned rings.
+"""One CUDA device: a stream that computes, one that copies results, events, graphs, pinned memory.
 
 The host waits for the device at events only. Uploads run in the stream of the computation, whose
 order they need; downloads in one of their own, so that the next step does not wait for them.
@@ -6,7 +6,6 @@ order they need; downloads in one of their own, so that the next step does not w
 
 import atexit
 import contextlib
-import weakref
 from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass, field
@@ -16,14 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from minisgl.device.pinned import PinnedRing
 from minisgl.device.protocol import Cut, Graph, Memory, T
 from minisgl.log import get_logger
 
 log = get_logger(__name__)
-
-UPLOAD_BYTES = 32 * 2**20
-DOWNLOAD_BYTES = 16 * 2**20
 
 
 class CudaEvent:
@@ -76,8 +71,6 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", index)
         self.stream: Any = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
         self._copies: Any = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
-        self._uploads = _pinned(UPLOAD_BYTES)
-        self._downloads = _pinned(DOWNLOAD_BYTES)
         self._graph_pool = torch.cuda.graph_pool_handle()
         self._failure: BaseException | None = None
         self._closed = False
@@ -119,27 +112,14 @@ class CudaDevice:
         self.stream.wait_stream(self._copies)
 
     def upload(self, array: np.ndarray, out: torch.Tensor | None = None) -> torch.Tensor:
-        source = torch.from_numpy(array)
-        pinned = self._uploads.take(tuple(source.shape), source.dtype)
-        held = pinned is not None
-        if pinned is None:
-            # More than the ring has room for. torch keeps such a block until the copy has passed.
-            pinned = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+        pinned = _pinned(torch.from_numpy(array))
         np.copyto(pinned.numpy(), array)
         if out is None:
-            out = torch.empty(source.shape, dtype=source.dtype, device=self.torch_device)
-        target = out[: len(array)].copy_(pinned, non_blocking=True)
-        if held:
-            self._uploads.hold(self.record().query)
-        return target
+            out = torch.empty(pinned.shape, dtype=pinned.dtype, device=self.torch_device)
+        return out[: len(array)].copy_(pinned, non_blocking=True)
 
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
-        pinned = self._downloads.take(tuple(tensor.shape), tensor.dtype)
-        if pinned is None:
-            pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        else:
-            reader = weakref.ref(pinned)
-            self._downloads.hold(lambda: reader() is None)
+        pinned = _pinned(tensor)
         self.record().hold(self._copies)
         with torch.cuda.stream(self._copies):
             pinned.copy_(tensor, non_blocking=True)
@@ -196,5 +176,7 @@ class CudaDevice:
                 log.warning("%s had failed when it was closed: %s", self.torch_device, error)
 
 
-def _pinned(size: int) -> PinnedRing:
-    return PinnedRing(torch.empty(size, dtype=torch.uint8, pin_memory=True))
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """Page-locked host memory for a tensor's content. torch gives it out again once its reader and
+    the copies with it are done, so little is locked anew: that stops the device."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

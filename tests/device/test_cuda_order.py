@@ -111,8 +111,6 @@ class World:
 def world(monkeypatch):
     made = World()
     made.patch(monkeypatch)
-    for name in ("UPLOAD_BYTES", "DOWNLOAD_BYTES"):
-        monkeypatch.setattr(cuda, name, 1024)
     return made
 
 
@@ -121,27 +119,17 @@ def device(world):
     made = cuda.CudaDevice()
     made.torch_device = torch.device("cpu")
     world.take()
-    world.pinned = 0
     return made
 
 
 def test_an_upload_runs_in_the_computing_stream(world, device):
     place = torch.zeros(5, dtype=torch.int32)
     sent = device.run(device.upload, np.array([4, 5], np.int32), place)
-    assert world.take() == ["copy on stream0", "stream0 records event0"]
+    assert world.take() == ["copy on stream0"]
+    assert world.pinned == 1
     assert place.tolist() == [4, 5, 0, 0, 0]
     assert sent.tolist() == [4, 5]
     assert device.run(device.upload, np.array([7], np.int32)).tolist() == [7]
-
-
-def test_a_pinned_span_is_held_until_its_upload_has_passed(world, device):
-    array = np.zeros(100, np.int32)
-    for more in (0, 0, 1):  # the ring has room for two: the third takes memory of its own
-        device.run(device.upload, array)
-        assert world.pinned == more
-    world.passed.add("event0")
-    device.run(device.upload, array)
-    assert world.pinned == 1
 
 
 def test_a_download_follows_the_work_and_holds_nobody(world, device):
@@ -152,6 +140,7 @@ def test_a_download_follows_the_work_and_holds_nobody(world, device):
         "copy on stream1",
     ]
     assert got.tolist() == [0, 1, 2]
+    assert world.pinned == 1
     event = device.landed()
     assert world.take() == [
         "stream0 records event1",
@@ -162,15 +151,6 @@ def test_a_download_follows_the_work_and_holds_nobody(world, device):
     assert world.take() == ["host waits for event2"]
     device.run(device.await_downloads)
     assert world.take() == ["stream0 waits for stream1"]
-
-
-def test_a_download_is_kept_as_long_as_its_reader(world, device):
-    kept = [device.run(device.download, torch.full((100,), n).int()) for n in range(3)]
-    assert world.pinned == 1  # for the third, for which the ring has no room
-    assert [tensor.tolist() for tensor in kept] == [[n] * 100 for n in range(3)]
-    del kept[0]
-    device.run(device.download, torch.zeros(100).int())
-    assert world.pinned == 1
 
 
 def test_work_is_run_once_before_it_is_captured(world, device):

@@ -9,12 +9,9 @@ import traceback
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from minisgl.device import CpuDevice, pick_device
 from minisgl.device.cpu import default_num_threads
-from minisgl.device.pinned import ALIGNMENT, PinnedRing
 
 
 def streams() -> set[threading.Thread]:
@@ -186,8 +183,6 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
 def test_planning_on_one_thread_leaves_the_stream_its_own():
     code = """
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from minisgl.device import CpuDevice
 from minisgl.step.executor import plan_on_one_thread
 device = CpuDevice(num_threads=2)
@@ -200,43 +195,6 @@ print(found[0], torch.get_num_threads())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["2", "1"]
-
-
-@settings(max_examples=100)
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), max_size=60), st.integers(1, 6))
-def test_a_ring_never_gives_out_what_is_held(actions: list[tuple[int, int]], capacity: int):
-    """Spans in use are disjoint, whatever is released when; and there is room when all is free."""
-    memory = torch.zeros(capacity * ALIGNMENT, dtype=torch.uint8)
-    ring = PinnedRing(memory)
-    held: dict[int, torch.Tensor] = {}
-    for number, (size, release) in enumerate(actions):
-        for old in list(held)[:release]:
-            del held[old]
-        span = ring.take((size, 8), torch.int64)
-        if span is None:
-            assert held or size > capacity
-            continue
-        assert (span.shape, span.dtype) == ((size, 8), torch.int64)
-        ring.hold(lambda number=number: number not in held)
-        span.fill_(number)
-        held[number] = span
-        for other, content in held.items():
-            assert (content == other).all()
-
-
-def test_a_ring_comes_round():
-    ring = PinnedRing(torch.zeros(4 * ALIGNMENT, dtype=torch.uint8))
-    places = []
-    for _ in range(6):
-        span = ring.take((3, ALIGNMENT), torch.uint8)
-        assert span is not None
-        ring.hold(lambda: True)
-        places.append(span.data_ptr())
-    held = ring.take((1,), torch.uint8)
-    ring.hold(lambda: False)
-    assert held is not None
-    assert ring.take((4, ALIGNMENT), torch.uint8) is None
-    assert ring.take((2, ALIGNMENT), torch.uint8) is not None
 
 
 def test_uploads_go_where_they_are_told_and_downloads_are_copies(device: CpuDevice):
