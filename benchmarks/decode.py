@@ -54,7 +54,7 @@ from minisgl.device import Device
 from minisgl.engine.engine import Engine
 from minisgl.layers.weights import Placement
 from minisgl.models.decoder import Decoder
-from minisgl.parallel import Solo
+from minisgl.parallel import Communicator
 from minisgl.step.executor import LocalExecutor
 from minisgl.step.kv_pool import KVShape
 
@@ -144,7 +144,7 @@ class Bench:
         self.kv_bytes = kv.bytes_per_token
         # A step looks up a few rows of an embedding that is not the head, too.
         unread = () if self.facts.tied_embeddings else ("model.embed_tokens.weight",)
-        nowhere = Placement(torch.float32, torch.device("meta"), Solo())
+        nowhere = Placement(torch.float32, torch.device("meta"), Communicator())
         self.weight_bytes = sum(
             math.prod(weight.shape) * dtype.itemsize
             for weight in Decoder(self.facts, nowhere).weights()

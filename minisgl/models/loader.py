@@ -17,7 +17,7 @@ from minisgl.models.config import ModelConfig, read_json
 from minisgl.models.decoder import Decoder
 from minisgl.models.families import Family
 from minisgl.models.hub import refuse_pickles
-from minisgl.parallel import Communicator, Solo
+from minisgl.parallel import Communicator
 
 log = get_logger(__name__)
 
@@ -49,7 +49,7 @@ def load_model(
     stored = {} if load_format == "dummy" else _find_weights(config.family, find_files(Path(path)))
     if config.tied_embeddings and HEAD in stored:
         config = _settle_head(config, stored)
-    decoder = Decoder(config, Placement(dtype, device, comm or Solo(), attention))
+    decoder = Decoder(config, Placement(dtype, device, comm or Communicator(), attention))
     if load_format == "dummy":
         weights = _RandomWeights(seed, device)
         for weight in decoder.weights():
@@ -198,6 +198,6 @@ def _some(names: list[str]) -> str:
 def check_shares(config: ModelConfig, ranks: int) -> None:
     """Raises ValueError where `ranks` ranks cannot share the model. Allocates nothing."""
     try:
-        Decoder(config, Placement(torch.float32, torch.device("meta"), Solo(0, ranks)))
+        Decoder(config, Placement(torch.float32, torch.device("meta"), Communicator(0, ranks)))
     except ValueError as error:
         raise ValueError(f"tp_size must divide what ranks share, got {ranks}: {error}") from error

@@ -1,39 +1,32 @@
-"""Collectives between the ranks of one model. A process alone has a `Solo`.
+"""Collectives between the ranks of one model. A process alone has a plain `Communicator`.
 
 Layers take a `Communicator` and hold the shard that their rank computes; which dimension of which
 weight is split is declared with the weight, so a block's code is the same for any number of ranks.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from minisgl.kernels.rmsnorm import rmsnorm
 
 
-class Communicator(Protocol):
-    """Collectives over `size` ranks, inside the device's stream.
+@dataclass(eq=False)
+class Communicator:
+    """Collectives over `size` ranks, inside the device's stream; this one knows no other rank.
 
     Every rank calls the same ones in the same order. They raise RuntimeError when a rank is gone.
+    With `ordered`, sums are taken in rank order at every size: an element's sum is then a function
+    of its addends alone, as batch invariance needs, and not of the shape they travel in.
     """
 
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def ordered(self) -> bool:
-        """Whether sums are taken in rank order at every size.
-
-        An element's sum is then a function of its addends alone, as batch invariance needs, and
-        not of the shape they travel in.
-        """
+    rank: int = 0
+    size: int = 1
+    ordered: bool = True
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of every rank's `x`, the same to the bit on all of them; may reuse `x`."""
+        return x
 
     def all_reduce_norm(
         self,
@@ -47,12 +40,15 @@ class Communicator(Protocol):
 
         x, residual: [T, H]; weight: [H]. Returns (normalised sum, sum); may reuse `x`.
         """
+        return rmsnorm(self.all_reduce(x), weight, eps, residual, unit_offset)  # type: ignore[no-any-return]
 
     def gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """On rank 0 every rank's `x`, joined along `dim` in rank order; elsewhere `x` itself."""
+        return x
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """Rank 0's `x`; may be written into `x`."""
+        return x
 
     def check(self) -> None:
         """RuntimeError if a collective that has ended went wrong without raising (on a GPU)."""
@@ -62,47 +58,6 @@ class Communicator(Protocol):
 
     def close(self) -> None:
         """Idempotent."""
-
-
-class SumThenNorm:
-    """`all_reduce_norm` of a communicator that has no kernel for both at once."""
-
-    def all_reduce_norm(
-        self: Communicator,
-        x: torch.Tensor,
-        residual: torch.Tensor,
-        weight: torch.Tensor,
-        eps: float,
-        unit_offset: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return rmsnorm(self.all_reduce(x), weight, eps, residual, unit_offset)  # type: ignore[no-any-return]
-
-
-@dataclass(frozen=True)
-class Solo(SumThenNorm):
-    """The communicator of one rank: every collective returns what it is given."""
-
-    rank: int = 0
-    size: int = 1
-    ordered: bool = True
-
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-    def gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        return x
-
-    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-    def check(self) -> None:
-        pass
-
-    def abort(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def share(what: str, units: int, comm: Communicator, *, repeated: bool = False) -> tuple[int, int]:

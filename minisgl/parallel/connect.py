@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from minisgl.parallel import Communicator, Solo
+from minisgl.parallel import Communicator
 from minisgl.parallel.peer_memory import connect_peers
 from minisgl.parallel.shared_memory import SharedMemory
 from minisgl.parallel.torch_group import TorchGroup
@@ -27,7 +27,7 @@ def connect(
     machine's address for the others. ordered: sums must be taken in rank order at every size.
     """
     if size == 1:
-        return Solo()
+        return Communicator()
     if shared is not None:
         return SharedMemory(shared, rank, size)
     if store is None:

@@ -27,7 +27,6 @@ from minisgl.kernels.all_reduce.multicast import (
     supports_multicast,
 )
 from minisgl.kernels.all_reduce.peers import BLOCKS, Peers, Segment, native_module
-from minisgl.kernels.rmsnorm import rmsnorm
 from minisgl.log import get_logger
 from minisgl.parallel import Communicator
 from minisgl.parallel.torch_group import TorchGroup
@@ -39,13 +38,11 @@ CLOSE_WAIT = timedelta(seconds=0.3)  # that a closing rank waits for the others
 TIMEOUT = 1800.0  # seconds a kernel waits for a peer that lives: loading may take one far longer
 
 
-class PeerMemory:
+class PeerMemory(Communicator):
     """One rank of several GPUs. `close` gives back `resources`; all ranks are to call it."""
 
     def __init__(self, group: Communicator, peers: Peers, resources: ExitStack) -> None:
-        self.rank = group.rank
-        self.size = group.size
-        self.ordered = group.ordered
+        super().__init__(group.rank, group.size, group.ordered)
         self._group = group
         self._peers = peers
         self._resources = resources
@@ -66,7 +63,7 @@ class PeerMemory:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         both = self._peers.all_reduce_norm(x, residual, weight, eps, unit_offset)
         if both is None:
-            return rmsnorm(self.all_reduce(x), weight, eps, residual, unit_offset)  # type: ignore[no-any-return]
+            return super().all_reduce_norm(x, residual, weight, eps, unit_offset)
         return both
 
     def gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:

@@ -8,7 +8,7 @@ import os
 import torch
 
 from minisgl import csrc
-from minisgl.parallel import SumThenNorm
+from minisgl.parallel import Communicator
 from minisgl.trace import ranged
 
 SLOT_BYTES = 1 << 18  # what a rank publishes at once; twice this is kept per rank
@@ -30,17 +30,14 @@ def create(size: int) -> int:
     return fd
 
 
-class SharedMemory(SumThenNorm):
+class SharedMemory(Communicator):
     """Sums in rank order at every size, in fp32. The caller keeps and closes `fd`."""
-
-    ordered = True
 
     def __init__(self, fd: int, rank: int, size: int, timeout: float = TIMEOUT) -> None:
         native = csrc.load("rank_ops", wait=True)
         if native is None:
             raise RuntimeError("ranks that share memory need the native module rank_ops")
-        self.rank = rank
-        self.size = size
+        super().__init__(rank, size)
         self._group = native.Group(fd, rank, size, SLOT_BYTES, timeout)
 
     @ranged("all_reduce", is_detail=True)
@@ -64,11 +61,5 @@ class SharedMemory(SumThenNorm):
         self._group.broadcast(x.data_ptr(), x.numel() * x.element_size())
         return x
 
-    def check(self) -> None:
-        pass
-
     def abort(self) -> None:
         self._group.abort()
-
-    def close(self) -> None:
-        pass

@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 
 from minisgl.device.tape import by_call
-from minisgl.parallel import SumThenNorm
+from minisgl.parallel import Communicator
 from minisgl.trace import ranged
 
 TIMEOUT = timedelta(minutes=30)  # as torch's own: a rank may load far longer than another
 
 
-class TorchGroup(SumThenNorm):
+class TorchGroup(Communicator):
     """Ranks that connect through `store`, which holds no keys of others.
 
     With `ordered`, sums are taken in rank order from what all ranks send each other; without, by
@@ -32,9 +32,7 @@ class TorchGroup(SumThenNorm):
         timeout: timedelta = TIMEOUT,
     ) -> None:
         """host: the address of this machine that the others reach; found by its name when None."""
-        self.rank = rank
-        self.size = size
-        self.ordered = ordered
+        super().__init__(rank, size, ordered)
         self._group = _backend(store, rank, size, device, host, timeout)
 
     @by_call
@@ -68,9 +66,6 @@ class TorchGroup(SumThenNorm):
         x = x.contiguous()
         self._group.broadcast([x], dist.BroadcastOptions()).wait()
         return x
-
-    def check(self) -> None:
-        pass
 
     def abort(self) -> None:
         """Aborts NCCL. gloo cannot be aborted, but fails once the others' sockets close."""

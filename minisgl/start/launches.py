@@ -34,7 +34,7 @@ from minisgl.kernels.warmup import CompileCounter
 from minisgl.layers.weights import Placement
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
-from minisgl.parallel import Communicator, Solo
+from minisgl.parallel import Communicator
 from minisgl.start.facts import Facts, read_facts
 from minisgl.start.load import kv_shape, make_worker
 from minisgl.start.startup import Stages, kinds_of_steps, make_ready, mixed_step
@@ -65,7 +65,7 @@ class Start:
         return cls(config, str(facts.path.absolute()), limits, arch, rank)
 
 
-class OneOfMany(Solo):
+class OneOfMany(Communicator):
     """One rank's communicator without the others: results have the right shape, no content."""
 
     def gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
@@ -102,7 +102,7 @@ def serve(
         return Decoder(model, Placement(facts.dtype, device.torch_device, comm, attention))
 
     if facts.draft is not None:
-        drafting = made(facts.draft.model, Solo(), attention)
+        drafting = made(facts.draft.model, Communicator(), attention)
         draft = Draft(drafting, kv_shape(facts, drafting), num_drafts)
     elif facts.config.speculative_algorithm == "draft":  # which rank 0 alone has
         draft = Draft(None, None, num_drafts)

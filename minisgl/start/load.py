@@ -11,7 +11,7 @@ from minisgl.log import get_logger
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
 from minisgl.models.loader import load_model
-from minisgl.parallel import Communicator, Solo
+from minisgl.parallel import Communicator
 from minisgl.start.facts import Facts
 from minisgl.start.footprint import footprint
 from minisgl.start.memory_plan import MemoryPlan, check_graphs, fewest, plan_memory, share_of_memory
@@ -29,7 +29,7 @@ def load_worker(facts: Facts, device: Device, comm: Communicator | None = None) 
 
     Raises ValueError naming the field when the KV pool does not fit.
     """
-    comm, stages, kernels, config = comm or Solo(), Stages(), Kernels(device), facts.config
+    comm, stages, kernels, config = comm or Communicator(), Stages(), Kernels(device), facts.config
     model, draft = load_models(facts, device, comm, stages)
     shape = kv_shape(facts, model)
     with stages.stage("plan memory"):
@@ -117,7 +117,7 @@ def load_models(
     if facts.draft is None:
         return model, Draft(None, None, config.num_draft_tokens)
     with stages.stage("load the draft model"):
-        drafting = device.run(load, facts.draft.model, facts.draft.path, Solo(), attention)
+        drafting = device.run(load, facts.draft.model, facts.draft.path, Communicator(), attention)
     return model, Draft(drafting, kv_shape(facts, drafting), config.num_draft_tokens)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from minisgl.core.executor import Limits
 from minisgl.device import Device
-from minisgl.parallel import Communicator, Solo
+from minisgl.parallel import Communicator
 from minisgl.step.draft import Draft, DraftRunner
 from minisgl.step.graphs import DecodeGraphs, StaticBuffers
 from minisgl.step.kv_pool import KVPool, KVShape
@@ -51,7 +51,9 @@ class Worker:
             piece_sizes=graphs.pieces,
         )
         self.host_rows = HostRows(limits.max_rows, limits.vocab_size)
-        self.runner = device.run(self._build, model, shape, graphs, comm or Solo(), draft, compare)
+        self.runner = device.run(
+            self._build, model, shape, graphs, comm or Communicator(), draft, compare
+        )
 
     def _build(
         self,

@@ -11,13 +11,13 @@ import torch
 
 from minisgl.models.config import ModelConfig
 from minisgl.models.loader import load_model
-from minisgl.parallel import Solo, share
+from minisgl.parallel import Communicator, share
 from tests.models.driver import Paged
 from tests.world.checkpoints import CHECKPOINTS, make
 
 
-@dataclass(frozen=True)
-class Thread(Solo):
+@dataclass(eq=False)
+class Thread(Communicator):
     """One of `size` ranks that meet in shared memory; it counts what is asked of it."""
 
     desk: list[torch.Tensor | None] = field(default_factory=list)
@@ -65,7 +65,7 @@ def test_ranks_equal_one(name: str, size: int, tmp_path: Path, monkeypatch) -> N
     comms = [Thread(rank, size, True, desk, barrier) for rank in range(size)]
     prompt = {0: torch.randint(3, 211, (30,), generator=torch.manual_seed(3)).tolist()}
 
-    def logits(comm: Solo) -> torch.Tensor:
+    def logits(comm: Communicator) -> torch.Tensor:
         decoder = load_model(
             config, tmp_path, dtype=torch.float32, device=torch.device("cpu"), comm=comm
         )
@@ -73,7 +73,7 @@ def test_ranks_equal_one(name: str, size: int, tmp_path: Path, monkeypatch) -> N
 
     with ThreadPoolExecutor(size) as pool:
         parts = list(pool.map(logits, comms))
-    torch.testing.assert_close(parts[0], logits(Solo()), atol=1e-4, rtol=0)
+    torch.testing.assert_close(parts[0], logits(Communicator()), atol=1e-4, rtol=0)
     steps = 3  # 30 tokens, 11 at a time
     for comm in comms:
         assert comm.calls["sums"] == steps * (2 * config.num_layers + 1)  # 1: the embedding
@@ -81,11 +81,11 @@ def test_ranks_equal_one(name: str, size: int, tmp_path: Path, monkeypatch) -> N
 
 
 def test_what_cannot_be_shared_is_named() -> None:
-    assert share("heads", 6, Solo(1, 2)) == (3, 3)
-    assert [share("key heads", 2, Solo(r, 6), repeated=True) for r in range(6)] == [
+    assert share("heads", 6, Communicator(1, 2)) == (3, 3)
+    assert [share("key heads", 2, Communicator(r, 6), repeated=True) for r in range(6)] == [
         (0, 1), (0, 1), (0, 1), (1, 1), (1, 1), (1, 1),
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"heads \(6\) cannot be shared equally by 4 ranks"):
-        share("heads", 6, Solo(0, 4))
+        share("heads", 6, Communicator(0, 4))
     with pytest.raises(ValueError, match=r"key heads \(4\) cannot be shared equally by 6 ranks"):
-        share("key heads", 4, Solo(0, 6), repeated=True)
+        share("key heads", 4, Communicator(0, 6), repeated=True)

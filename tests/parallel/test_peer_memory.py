@@ -25,7 +25,7 @@ from minisgl.kernels.all_reduce import (
 from minisgl.kernels.all_reduce.memory import HostWord, PeerBuffer
 from minisgl.kernels.all_reduce.peers import STOPPED, Peers, Segment
 from minisgl.kernels.rmsnorm import rmsnorm_reference
-from minisgl.parallel import SumThenNorm, peer_memory
+from minisgl.parallel import Communicator, peer_memory
 from minisgl.parallel.peer_memory import Consensus, PeerMemory, Refused, open_peers
 
 SIZES = [16, 1 << 16, 1 << 19, (1 << 19) + 16, CAPACITY, CAPACITY + 16, 1 << 30]
@@ -206,12 +206,11 @@ def test_a_fault_is_raised_by_name():
         peers.check()
 
 
-class Nccl(SumThenNorm):
+class Nccl(Communicator):
     """Stands in for the group beside: counts what it is given."""
 
-    rank, size, ordered = 0, 2, False
-
     def __init__(self) -> None:
+        super().__init__(0, 2, ordered=False)
         self.sums = 0
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:

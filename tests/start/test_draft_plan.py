@@ -15,7 +15,7 @@ from minisgl.libraries import PRODUCT_BYTES, PRODUCTS_KEPT
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
 from minisgl.models.loader import load_model
-from minisgl.parallel import Solo
+from minisgl.parallel import Communicator
 from minisgl.start import load
 from minisgl.start.facts import read_facts
 from minisgl.start.footprint import (
@@ -74,7 +74,7 @@ def test_graphs_of_the_draft_model_are_planned(draft: Draft) -> None:
     def count() -> tuple[int, int]:
         """Graphs, and the most bytes alive in one."""
         rows = RowBuffers.allocate(device, ROWS, 8, VOCAB)
-        DraftRunner(device, draft, LIMITS, rows, Solo(), sizes, graphs=True).capture()
+        DraftRunner(device, draft, LIMITS, rows, Communicator(), sizes, graphs=True).capture()
         return len(device.functions), max(map(most_live, device.functions))
 
     try:

@@ -17,7 +17,7 @@ from minisgl.core.request import SamplingParams
 from minisgl.device import CpuDevice, Memory
 from minisgl.kernels import warmup
 from minisgl.models.config import ModelConfig
-from minisgl.parallel import Solo
+from minisgl.parallel import Communicator
 from minisgl.start import launches
 from minisgl.start.facts import read_facts
 from minisgl.start.footprint import (
@@ -274,7 +274,7 @@ def test_one_rank_compiles_and_all_load_what_is_on_disk(model: Path, monkeypatch
         def zeros(self, shape, dtype):
             return torch.zeros(shape, dtype=dtype)
 
-    class Second(Solo):
+    class Second(Communicator):
         def broadcast(self, x):
             log.append("wait")
             return x
@@ -300,6 +300,6 @@ def test_one_rank_compiles_and_all_load_what_is_on_disk(model: Path, monkeypatch
         assert kernels.missed() == 1
     cpu = CpuDevice(num_threads=1)
     kernels = Kernels(cpu)
-    kernels.build(facts, limits, Solo())
+    kernels.build(facts, limits, Communicator())
     assert (kernels.missed(), log) == (0, [])
     cpu.close()
