@@ -12,7 +12,6 @@ from pathlib import Path
 from reprlib import repr as shown  # cut where it is long
 from typing import Any, cast
 
-from minisgl.core.executor import Limits
 from minisgl.core.request import Delta, FinishReason, Request, SamplingParams, TokenLogprobs
 from minisgl.engine.messages import EngineInfo
 from minisgl.server.text import TextStream
@@ -145,9 +144,9 @@ def load_tokenizer(info: EngineInfo) -> Tokenizer:
 class PromptReader:
     """Makes requests of prompts and conversations; counts their ids."""
 
-    def __init__(self, tokenizer: Tokenizer, limits: Limits) -> None:
-        self.tokenizer = tokenizer
-        self._check = partial(limits.check_length, at_least="at least ")
+    def __init__(self, info: EngineInfo) -> None:
+        self.tokenizer = load_tokenizer(info)
+        self._check = partial(info.limits.check_length, at_least="at least ")
         self._ids = itertools.count()
 
     def chat_prompts(

@@ -21,13 +21,11 @@ from minisgl.completion import (
     RequestOutput,
     as_list,
     each_params,
-    load_tokenizer,
     one_choice,
 )
 from minisgl.config import EngineConfig
 from minisgl.core.request import SamplingParams
 from minisgl.engine.client import ProcessClient
-from minisgl.engine.engine import Engine
 from minisgl.engine.messages import EngineInfo, EngineStats
 from minisgl.engine.process import EngineProcess
 from minisgl.interrupts import held_back, let_through
@@ -62,23 +60,11 @@ class LLM:
         made = make_config(model, config)
         from minisgl.build import build_engine  # here, for AsyncLLM does without torch
 
-        self._start(build_engine(made))
-
-    @classmethod
-    def from_engine(cls, engine: Engine, tokenizer: Tokenizer | None = None) -> Self:
-        """An LLM around an engine built elsewhere, which it owns from now on."""
-        self = cls.__new__(cls)
-        self._start(engine, tokenizer)
-        return self
-
-    def _start(self, engine: Engine, tokenizer: Tokenizer | None = None) -> None:
-        self._engine = engine
+        self._engine = build_engine(made)
         try:
-            self._reader = PromptReader(
-                tokenizer or load_tokenizer(engine.info), engine.info.limits
-            )
+            self._reader = PromptReader(self._engine.info)
         except BaseException:
-            engine.close()
+            self._engine.close()
             raise
         self._running: dict[str, Collector] = {}
         self._closed = False
@@ -375,6 +361,5 @@ class AsyncLLM:
             )
         await self._client.ready()
         if self._reader is None:
-            info = self._client.info
-            self._reader = PromptReader(load_tokenizer(info), info.limits)
+            self._reader = PromptReader(self._client.info)
         return self._client, self._reader

@@ -18,7 +18,7 @@ import minisgl
 from minisgl import LLM, SamplingParams
 from minisgl.core.request import Request
 from minisgl.interrupts import held_back, let_through
-from tests.world.engine import expected, make_engine
+from tests.world.engine import expected, make_engine, make_llm
 
 PACKAGE = str(Path(minisgl.__file__).parent)
 PROMPTS = [[1, 2, 3], list(range(60))]
@@ -81,7 +81,7 @@ def try_moments(llm: LLM, prompts: list[list[int]], answers: list[list[int]], co
 def test_an_interrupt_at_any_moment_leaves_the_engine_as_good_as_new(overlap):
     engine = make_engine(overlap=overlap)
     answers = [expected(Request("a", prompt, PARAMS)) for prompt in PROMPTS]
-    assert try_moments(LLM.from_engine(engine), PROMPTS, answers, 250) > 240
+    assert try_moments(make_llm(engine), PROMPTS, answers, 250) > 240
     engine.scheduler.check()
 
 

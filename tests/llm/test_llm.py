@@ -17,9 +17,8 @@ from minisgl import LLM, RequestOutput, SamplingParams
 from minisgl.config import EngineConfig
 from minisgl.core.request import NEUTRAL, RANGES
 from minisgl.llm import make_config
-from minisgl.server.tokenizer import Tokenizer
 from tests.server.small_tokenizers import CORPUS
-from tests.world.engine import make_engine
+from tests.world.engine import make_engine, make_llm
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 OPTIONS = {
@@ -328,7 +327,7 @@ def test_the_progress_bar_counts_prompts(llm, capfd):
 
 def test_an_interrupted_call_leaves_a_usable_engine():
     engine, calls = make_engine(), 0
-    llm = LLM.from_engine(engine, tokenizer=None)
+    llm = make_llm(engine)
     step = engine.step
 
     def interrupted():
@@ -347,7 +346,7 @@ def test_an_interrupted_call_leaves_a_usable_engine():
 
 
 def test_a_failing_engine_raises_with_its_reason():
-    with LLM.from_engine(make_engine(fail_at=3)) as llm:
+    with make_llm(make_engine(fail_at=3)) as llm:
         params = SamplingParams(max_tokens=20, ignore_eos=True)
         with pytest.raises(RuntimeError, match="planted fault"):
             llm.generate([[1, 2], [3]], params, use_tqdm=False)
@@ -358,7 +357,9 @@ def test_a_failing_engine_raises_with_its_reason():
 @pytest.mark.parametrize("first", ["one", "two"])
 def test_a_failing_engine_tells_every_stream(model_directory, first):
     """The step that fails ends them all: none may wait for news that another one has taken."""
-    with LLM.from_engine(make_engine(fail_at=6), Tokenizer.from_directory(model_directory)) as llm:
+    engine = make_engine(fail_at=6)
+    engine.info = replace(engine.info, model_path=str(model_directory))
+    with make_llm(engine) as llm:
         params = SamplingParams(max_tokens=200, ignore_eos=True)
         streams = {name: llm.stream([1, 2, 3], params) for name in ("one", "two")}
         for stream in streams.values():
@@ -369,7 +370,7 @@ def test_a_failing_engine_tells_every_stream(model_directory, first):
 
 
 def test_a_model_without_a_tokenizer_takes_token_ids():
-    with LLM.from_engine(make_engine()) as llm:
+    with make_llm(make_engine()) as llm:
         output = llm.generate([1, 2, 3], SamplingParams(max_tokens=4, seed=1), use_tqdm=False)
         assert len(output.token_ids) == 4
         assert output.text == ""
@@ -380,7 +381,7 @@ def test_a_model_without_a_tokenizer_takes_token_ids():
 
 
 def test_a_closed_llm_says_so():
-    llm = LLM.from_engine(make_engine())
+    llm = make_llm(make_engine())
     llm.close()
     llm.close()
     with pytest.raises(RuntimeError, match="closed"):
@@ -394,7 +395,7 @@ def test_a_broken_tokenizer_lets_the_engine_go(monkeypatch, tmp_path):
     engine.info = replace(engine.info, model_path=str(tmp_path))
     (tmp_path / "tokenizer.json").write_text("no JSON")
     with pytest.raises(ValueError, match="tokenizer"):
-        LLM.from_engine(engine)
+        make_llm(engine)
     assert closed == [True]
 
 
@@ -410,7 +411,7 @@ def test_ctrl_c_waits_until_a_close_is_done(monkeypatch):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            LLM.from_engine(engine).close()
+            make_llm(engine).close()
     finally:
         signal.signal(signal.SIGINT, before)
     assert done == [True]

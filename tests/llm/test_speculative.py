@@ -27,7 +27,7 @@ some_or_many = pytest.mark.parametrize("count", [80, pytest.param(500, marks=pyt
 def open_llm(side: str, **options: Any) -> LLM:
     """An engine that drafts whether it pays or not."""
     with patch("minisgl.build.DraftPolicy", lambda *_, **__: None):
-        return LLM.from_engine(build_engine(EngineConfig(**BASE | SIDES[side] | options)))
+        return LLM(**BASE | SIDES[side] | options)
 
 
 @pytest.fixture(scope="module")

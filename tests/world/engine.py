@@ -3,6 +3,8 @@
 import os
 import signal
 import sys
+from typing import Any
+from unittest.mock import patch
 
 from minisgl.config import EngineConfig
 from minisgl.core.executor import Limits
@@ -46,6 +48,14 @@ def make_engine(
     engine.executor = executor  # type: ignore[attr-defined]
     engine.scheduler = scheduler  # type: ignore[attr-defined]
     return engine
+
+
+def make_llm(engine: Engine) -> Any:
+    """An `LLM` around an engine, which it owns from now on."""
+    from minisgl import LLM  # here: the engine's process needs none of it
+
+    with patch("minisgl.build.build_engine", lambda config: engine):
+        return LLM()
 
 
 def build(config: EngineConfig) -> Engine:
