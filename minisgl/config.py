@@ -6,8 +6,17 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 
-def _option(default: Any, help: str, *, aliases: tuple[str, ...] = ()) -> Any:
-    return field(default=default, metadata={"help": help, "aliases": aliases})
+def _option(
+    default: Any,
+    help: str,
+    *,
+    aliases: tuple[str, ...] = (),
+    least: int | None = 1,
+    most: int | None = None,
+) -> Any:
+    """A field and its flag. A number is at least `least`, or above 0 where that is None."""
+    limits = {"least": least, "most": most}
+    return field(default=default, metadata={"help": help, "aliases": aliases, **limits})
 
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
@@ -35,10 +44,12 @@ class EngineConfig:
     load_format: LoadFormat = _option("auto", "auto reads safetensors, dummy fills random weights")
     tp_size: int = _option(1, "tensor-parallel ranks", aliases=("--tp",))
     nnodes: int = _option(1, "machines that share the ranks equally")
-    node_rank: int = _option(0, "which of them this is; 0 serves, the others run their ranks")
+    node_rank: int = _option(0, "which of them this is; 0 serves, the others run theirs", least=0)
     dist_init_addr: str | None = _option(None, "host:port of node 0, where the nodes meet")
     page_size: int = _option(16, "tokens per KV page: 1, 16, 32 or 64")
-    mem_fraction_static: float = _option(0.9, "share of free device memory for weights and KV")
+    mem_fraction_static: float = _option(
+        0.9, "share of free device memory for weights and KV", least=None, most=1
+    )
     max_total_tokens: int | None = _option(None, "KV pool size in tokens; measured when absent")
     max_running_requests: int = _option(256, "sequences running at once")
     chunked_prefill_size: int = _option(2048, "prompt tokens computed per step, at most")
@@ -49,7 +60,9 @@ class EngineConfig:
         "balanced", "prompt tokens beside decode: by cost, all there are, or what decode leaves"
     )
     itl_target_ms: float | None = _option(
-        None, "inter-token latency that balanced holds, but not below 1.5 times that of one stream"
+        None,
+        "inter-token latency that balanced holds, but not below 1.5 times that of one stream",
+        least=None,
     )
     disable_radix_cache: bool = _option(False, "share no prefixes between requests")
     disable_cascade: bool = _option(False, "read shared prefixes once per sequence when decoding")
@@ -78,7 +91,7 @@ class EngineConfig:
         None, "HF directory or hub id of the draft model; tiny-draft is the bundled model's"
     )
     speculative_num_draft_tokens: int | None = _option(
-        None, "tokens drafted before a verification, at most; 4 when absent"
+        None, "tokens drafted before a verification, at most; 4 when absent", most=MAX_DRAFT_TOKENS
     )
     speculative_ngram_min: int | None = _option(
         None, "shortest run of tokens that ngram looks up; 2 when absent"
@@ -89,30 +102,27 @@ class EngineConfig:
     sampling_defaults: SamplingSource = _option(
         "model", "what a request leaves open: as its generation_config.json recommends, or OpenAI's"
     )
-    random_seed: int = _option(0, "seed of dummy weights")
+    random_seed: int = _option(0, "seed of dummy weights", least=0)
     profile_dir: str | None = _option(None, "folder of profiler traces; start and stop by request")
     log_level: LogLevel = _option("info", "what is logged to stderr")
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            _check_type(item.name, item.type, getattr(self, item.name))
+            value = getattr(self, item.name)
+            _check_type(item.name, item.type, value)
+            if type(value) in (int, float):
+                _check_range(item.name, value, item.metadata["least"], item.metadata["most"])
         if self.page_size not in PAGE_SIZES:
             raise ValueError(f"page_size must be one of {list(PAGE_SIZES)}, got {self.page_size}")
         if self.device not in ("auto", "cpu", "cuda") and not self.device.startswith("cuda:"):
             raise ValueError(f"device must be auto, cpu, cuda or cuda:<index>, got {self.device!r}")
         _check_nodes(self)
-        _require_at_least(self, 1, "max_running_requests", "chunked_prefill_size")
-        _require_at_least(self, 1, "max_total_tokens", "context_length", "cuda_graph_max_bs")
-        _require_at_least(self, 1, "cascade_min_shared_tokens")
         if self.profile_dir == "":
             raise ValueError("profile_dir must name a folder, got ''")
-        _require_at_least(self, 0, "random_seed")
-        _require_above_zero(self, "mem_fraction_static", "itl_target_ms")
         if self.itl_target_ms is not None and self.batch_policy != "balanced":
             raise ValueError(f"itl_target_ms needs batch_policy balanced, got {self.batch_policy}")
         if self.schedule_policy == "lpm" and self.disable_radix_cache:
             raise ValueError("schedule_policy lpm needs the radix cache, got disable_radix_cache")
-        _require_at_least(self, 1, "piecewise_cuda_graph_max_tokens")
         for name in ("cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens"):
             if self.disable_cuda_graph and getattr(self, name) is not None:
                 raise ValueError(f"{name} needs CUDA graphs, got disable_cuda_graph")
@@ -122,10 +132,6 @@ class EngineConfig:
                     raise ValueError(f"cascade_min_shared_tokens needs cascade groups, got {name}")
         if self.attention_backend == "gluon" and self.batch_invariant:
             raise ValueError("attention_backend gluon cannot be used with batch_invariant")
-        if self.mem_fraction_static > 1:
-            raise ValueError(
-                f"mem_fraction_static must be at most 1, got {self.mem_fraction_static}"
-            )
         _check_speculation(self)
 
     @property
@@ -147,17 +153,12 @@ class ServerConfig(EngineConfig):
     """The engine's configuration and where it is served."""
 
     host: str = _option("127.0.0.1", "address to listen on")
-    port: int = _option(30000, "TCP port to listen on")
+    port: int = _option(30000, "TCP port to listen on", least=0, most=65535)
     served_model_name: str | None = _option(None, "name in /v1/models; the model's when absent")
-    watchdog_timeout: float = _option(60.0, "seconds a step may take before /health says 503")
-    drain_timeout: float = _option(30.0, "seconds a shutdown waits for running requests")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require_at_least(self, 0, "port", "drain_timeout")
-        _require_above_zero(self, "watchdog_timeout")
-        if self.port > 65535:
-            raise ValueError(f"port must be at most 65535, got {self.port}")
+    watchdog_timeout: float = _option(
+        60.0, "seconds a step may take before /health says 503", least=None
+    )
+    drain_timeout: float = _option(30.0, "seconds a shutdown waits for running requests", least=0)
 
 
 def _check_type(name: str, annotation: Any, value: object) -> None:
@@ -176,6 +177,15 @@ def _check_type(name: str, annotation: Any, value: object) -> None:
     raise TypeError(f"{name} must be {kinds}, got {value!r} ({type(value).__name__})")
 
 
+def _check_range(name: str, value: float, least: int | None, most: int | None) -> None:
+    if least is None and not value > 0:
+        raise ValueError(f"{name} must be greater than 0, got {value}")
+    if least is not None and not value >= least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
+
+
 def _check_speculation(config: EngineConfig) -> None:
     algorithm, draft = config.speculative_algorithm, config.speculative_draft_model
     if (algorithm == "draft") != (draft is not None):
@@ -183,18 +193,11 @@ def _check_speculation(config: EngineConfig) -> None:
             "speculative_draft_model must be given with speculative_algorithm draft, and only "
             f"then; got {draft!r} with {algorithm!r}"
         )
-    lengths = ("speculative_ngram_min", "speculative_ngram_max")
-    _require_at_least(config, 1, "speculative_num_draft_tokens", *lengths)
-    most = config.speculative_num_draft_tokens
-    if most is not None and most > MAX_DRAFT_TOKENS:
-        raise ValueError(
-            f"speculative_num_draft_tokens must be at most {MAX_DRAFT_TOKENS}, got {most}"
-        )
-    if most is not None and algorithm == "none":
+    if config.speculative_num_draft_tokens is not None and algorithm == "none":
         raise ValueError(
             "speculative_num_draft_tokens needs speculative_algorithm draft or ngram, got 'none'"
         )
-    for name in lengths:
+    for name in ("speculative_ngram_min", "speculative_ngram_max"):
         if getattr(config, name) is not None and algorithm != "ngram":
             raise ValueError(f"{name} needs speculative_algorithm ngram, got {algorithm!r}")
     shortest, longest = config.ngram_sizes
@@ -207,8 +210,6 @@ def _check_speculation(config: EngineConfig) -> None:
 
 def _check_nodes(config: EngineConfig) -> None:
     """Raises ValueError where the ranks cannot be laid out as asked."""
-    _require_at_least(config, 1, "tp_size", "nnodes")
-    _require_at_least(config, 0, "node_rank")
     size, nodes, address = config.tp_size, config.nnodes, config.dist_init_addr
     if size % nodes:
         raise ValueError(f"tp_size must be a multiple of nnodes ({nodes}), got {size}")
@@ -226,17 +227,3 @@ def _check_nodes(config: EngineConfig) -> None:
             f"device must be auto, cpu or cuda where tp_size is above 1 (each rank takes a GPU of "
             f"its own), got {config.device!r}"
         )
-
-
-def _require_at_least(config: EngineConfig, limit: int, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value >= limit:
-            raise ValueError(f"{name} must be at least {limit}, got {value}")
-
-
-def _require_above_zero(config: EngineConfig, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be greater than 0, got {value}")
