@@ -1,0 +1,344 @@
+"""How models write tool calls: one row for each form, and a reading for each syntax.
+
+A reading stands behind the mark that opens calls. It begins a call once its name is certain and
+says its arguments as JSON, as they come. It returns False where something else than calls follows,
+what it has read of that being still held: it is text.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+
+from minisgl.server.reading import Reader, Reading
+
+Schemas = Mapping[str, Any]  # the parameters of each tool
+
+TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_NAME_CHARS = re.compile(r"[A-Za-z0-9_.-]")
+_UP_TO_ANGLE = re.compile(r"[^>\n]")
+_IDENTIFIER = re.compile(r"\w")
+_PYTHON_WORD = re.compile(r"[\w.+-]")
+_HEX = re.compile(r"[0-9A-Fa-f]")
+_NOT_IN = {quote: re.compile(rf"[^{quote}\\]+") for quote in "'\""}
+_NO_END = re.compile(r"[^<\n]+")
+
+_WORDS = {"True": "true", "False": "false", "None": "null"}
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "0": "\0"}
+_ESCAPES |= {"\\": "\\", "'": "'", '"': '"', "\n": ""}
+_HEX_DIGITS = {"x": 2, "u": 4, "U": 8}
+_KINDS = {str: "string", bool: "boolean", int: "integer", float: "number", dict: "object"}
+
+
+def _json_calls(reader: Reader, tools: Schemas, known: bool) -> Reading[bool]:
+    """`{"name": ..., "arguments": {...}}`: one, several behind commas or semicolons, or a list."""
+    called = False
+    while (char := (yield from reader.space())) in "[{,;":
+        if char == "{":
+            if not (yield from _json_call(reader, tools, known)):
+                return False
+            called = True
+    if char != "]":
+        reader.give_back()
+    return called
+
+
+def _json_call(reader: Reader, tools: Schemas, known: bool) -> Reading[bool]:
+    begun = said = False
+    early = ""  # arguments that came before the name
+    while (char := (yield from reader.space())) != "}":
+        if char == ",":
+            continue
+        reader.give_back()
+        if char != '"':
+            break
+        key: list[str] = []
+        yield from reader.json_value((yield from reader.read()), key.append)
+        name, value = "".join(key)[1:-1], list[str]()
+        if (yield from reader.space()) != ":":
+            reader.give_back()
+            break
+        if known and not begun and name not in ("name", "type"):
+            return False
+        char = yield from reader.space()
+        is_arguments = name in ("arguments", "parameters")
+        if is_arguments and begun and not said and char == "{":
+            yield from reader.json_value(char, reader.say)
+            said = True
+            continue
+        yield from reader.json_value(char, value.append)
+        if name == "name" and not begun:
+            called = _decoded("".join(value))
+            if not _is_tool(called, tools, known):
+                return False
+            reader.begin_call(called)
+            begun, said = True, bool(early)
+            reader.say(early)
+        elif is_arguments and not said:
+            early = _as_object("".join(value))
+            if begun:
+                reader.say(early)
+                said = True
+    else:
+        if begun:
+            reader.say("" if said else "{}")
+            reader.end_call()
+        return begun
+    if said:  # the object is not closed, but all that matters of it is there
+        reader.give_back(len(reader.held))
+        reader.end_call()
+    return begun
+
+
+def _is_tool(name: object, tools: Schemas, known: bool) -> bool:
+    return isinstance(name, str) and bool(name in tools if known else TOOL_NAME.fullmatch(name))
+
+
+def _decoded(text: str) -> Any:
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return msgspec.UNSET
+
+
+def _as_object(text: str) -> str:
+    """Arguments that are no object: none, or an object within a string."""
+    value = _decoded(text)
+    return "{}" if value is None else value if isinstance(value, str) else text
+
+
+def _mistral_calls(reader: Reader, tools: Schemas, known: bool) -> Reading[bool]:
+    """A list in JSON, or `name[ARGS]{...}`, with `[CALL_ID]...` between them or without marks."""
+    char = yield from reader.space()
+    reader.give_back()
+    if char in "[{":
+        return (yield from _json_calls(reader, tools, known))
+    name = yield from reader.word(_NAME_CHARS)
+    if not TOOL_NAME.fullmatch(name):
+        return False
+    if (yield from reader.literal("[CALL_ID]")):
+        yield from reader.word(_NAME_CHARS)
+    yield from reader.literal("[ARGS]")
+    if (yield from reader.space()) != "{":
+        reader.give_back()
+        return False
+    reader.begin_call(name)
+    yield from reader.json_value("{", reader.say)
+    reader.end_call()
+    return True
+
+
+def _xml_calls(reader: Reader, tools: Schemas, known: bool) -> Reading[bool]:
+    """`<function=name>` with a `<parameter=key>` for each, whose values are plain text."""
+    yield from reader.skip_space()
+    if not (yield from reader.literal("<function=")):
+        return False
+    name = (yield from reader.word(_UP_TO_ANGLE)).strip()
+    if not TOOL_NAME.fullmatch(name) or not (yield from reader.literal(">")):
+        return False
+    reader.begin_call(name)
+    properties, lead = _mapping(_mapping(tools.get(name)).get("properties")), "{"
+    while True:
+        yield from reader.skip_space()
+        if not (yield from reader.literal("<parameter=")):
+            break
+        key = yield from reader.word(_UP_TO_ANGLE)
+        if not (yield from reader.literal(">")):
+            return True
+        reader.say(f"{lead}{json.dumps(key, ensure_ascii=False)}: ")
+        lead = ", "
+        yield from _xml_value(reader, _types(properties.get(key)))
+    if (yield from reader.literal("</function>")):
+        reader.say("{}" if lead == "{" else "}")
+        reader.end_call()
+    return True
+
+
+def _xml_value(reader: Reader, types: set[str]) -> Reading[None]:
+    """A text as it comes where it is a string, else whole: it may be a number or an object."""
+    value: list[str] = []
+    streams = types == {"string"}
+    take: Callable[[str], object] = value.append
+    if streams:
+        reader.say('"')
+        take = lambda text: reader.say(_escaped(text))  # noqa: E731
+    yield from reader.literal("\n")
+    while not (yield from _xml_end(reader)):
+        take((yield from reader.read()))
+        take(reader.run(_NO_END))
+    reader.say('"' if streams else _typed("".join(value), types))
+
+
+def _xml_end(reader: Reader) -> Reading[bool]:
+    """Whether a value ends here: another parameter or the call's end follows its closing mark."""
+    before = len(reader.held)
+    yield from reader.literal("\n")
+    if (yield from reader.literal("</parameter>")):
+        yield from reader.skip_space()
+        for mark in ("<parameter=", "</function>"):
+            if (yield from reader.literal(mark)):
+                reader.give_back(len(mark))
+                return True
+    reader.give_back(len(reader.held) - before)
+    return False
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _types(schema: Any) -> set[str]:
+    """Those that a schema names; none where it might be anything."""
+    schema, found = _mapping(schema), set[str]()
+    for branch in (schema, *_list(schema.get("anyOf")), *_list(schema.get("oneOf"))):
+        kinds = _mapping(branch).get("type")
+        found |= {kind for kind in (*_list(kinds), kinds) if isinstance(kind, str)}
+    return found
+
+
+def _typed(text: str, types: set[str]) -> str:
+    """A value written as plain text, as JSON of one of the types."""
+    plain = _WORDS.get(text.strip(), text.strip())
+    value = _decoded(plain)
+    kind = _KINDS.get(type(value), "null" if value is None else "array")
+    fits = not types or kind in types or (kind == "integer" and "number" in types)
+    if value is msgspec.UNSET or not (fits or "string" not in types):
+        return json.dumps(text, ensure_ascii=False)
+    return plain
+
+
+def _escaped(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def _python_calls(reader: Reader, tools: Schemas, known: bool) -> Reading[bool]:
+    """`[f(a=1, b="x"), g()]`, whose values are Python's literals."""
+    if (yield from reader.space()) != "[":
+        reader.give_back()
+        return False
+    while (char := (yield from reader.space())) != "]":
+        if char == ",":
+            continue
+        reader.give_back()
+        name, lead = (yield from reader.word(_NAME_CHARS)), "{"
+        if not _is_tool(name, tools, known) or not (yield from reader.literal("(")):
+            return False
+        while (char := (yield from reader.space())) != ")":
+            if char == ",":
+                continue
+            reader.give_back()
+            key = yield from reader.word(_IDENTIFIER)
+            if not key.isidentifier() or (yield from reader.space()) != "=":
+                reader.give_back()
+                return lead != "{"
+            if lead == "{":
+                reader.begin_call(name)
+            reader.say(f"{lead}{json.dumps(key)}: ")
+            lead = ", "
+            yield from _python_value(reader)
+        if lead == "{":
+            reader.begin_call(name)
+        reader.say("{}" if lead == "{" else "}")
+        reader.end_call()
+    return True
+
+
+def _python_value(reader: Reader) -> Reading[None]:
+    closers: list[str] = []
+    comma = ""  # said before what follows it: a last one stands for nothing
+    while True:
+        char = yield from reader.space()
+        if not closers and char in ",)]}":
+            reader.give_back()
+            return
+        if char in ")]}":
+            reader.say(closers.pop())
+            comma = ""
+        elif char in ",:":
+            comma = ", " if char == "," else ""
+            reader.say("" if comma else ": ")
+        elif char in "([{":
+            closers.append("}" if char == "{" else "]")
+            reader.say(comma + ("{" if char == "{" else "["))
+            comma = ""
+        elif char in "'\"":
+            reader.say(comma + '"')
+            comma = ""
+            yield from _python_string(reader, char)
+        else:
+            word = char + (yield from reader.word(_PYTHON_WORD))
+            is_key = closers[-1:] == ["}"] and (yield from reader.space()) == ":"
+            if closers[-1:] == ["}"]:
+                reader.give_back()
+            reader.say(comma + (json.dumps(word) if is_key else _python_word(word)))
+            comma = ""
+
+
+def _python_word(word: str) -> str:
+    if _decoded(word) is not msgspec.UNSET:
+        return word
+    try:
+        number = float(word)
+        return repr(number) if math.isfinite(number) else json.dumps(word)
+    except ValueError:
+        return _WORDS.get(word) or json.dumps(word, ensure_ascii=False)
+
+
+def _python_string(reader: Reader, quote: str) -> Reading[None]:
+    while True:
+        reader.say(_escaped(reader.run(_NOT_IN[quote])))
+        char = yield from reader.read()
+        if char == quote:
+            return reader.say('"')
+        if char == "\\":
+            kind = yield from reader.read()
+            digits = ""
+            while len(digits) < _HEX_DIGITS.get(kind, 0):
+                if not _HEX.match(digit := (yield from reader.read())):
+                    reader.give_back()
+                    break
+                digits += digit
+            char = _ESCAPES.get(kind, char + kind + digits)
+            if len(digits) == _HEX_DIGITS.get(kind) and int(digits, 16) < 0x110000:
+                char = chr(int(digits, 16))
+        # Half of a surrogate pair can only be written as an escape.
+        is_half = "\ud800" <= char[:1] <= "\udfff"
+        reader.say(json.dumps(char)[1:-1] if is_half else _escaped(char))
+
+
+class ToolFormat(NamedTuple):
+    """One form. `sign` is what a chat template that teaches it holds."""
+
+    sign: str
+    opens: tuple[str, ...]  # marks before calls
+    closes: str  # the mark behind them, which may be missing
+    read: Callable[[Reader, Schemas, bool], Reading[bool]]
+    bare: str = ""  # begins calls of known tools without a mark, where an answer begins
+    inner: tuple[str, ...] = ()  # further marks
+    id_length: int | None = None  # of a call's id, where a template wants one
+
+
+# Where signs of several stand in a template, the first counts.
+TOOL_FORMATS = {
+    "qwen3_coder": ToolFormat("<function=", ("<tool_call>",), "</tool_call>", _xml_calls),
+    "hermes": ToolFormat("<tool_call>", ("<tool_call>",), "</tool_call>", _json_calls),
+    "mistral": ToolFormat(
+        "[TOOL_CALLS]",
+        ("[TOOL_CALLS]",),
+        "",
+        _mistral_calls,
+        inner=("[ARGS]", "[CALL_ID]"),
+        id_length=9,
+    ),
+    "pythonic": ToolFormat(
+        "func_name1(", ("<|python_start|>",), "<|python_end|>", _python_calls, "["
+    ),
+    "llama3_json": ToolFormat("<|python_tag|>", ("<|python_tag|>",), "", _json_calls, "{"),
+}
