@@ -14,6 +14,7 @@
 
 #include "model_ops.h"
 #include "pairs.h"
+#include "pool.h"
 
 namespace {
 
@@ -235,14 +236,11 @@ void run_chunks(const Chunks &op, Index sequences, const bf16 *q, const bf16 *k_
                 items.push_back({s, head, begin, std::min(begin + span, count)});
     }
     const Index most = (span * groups + ROWS - 1) / ROWS * ROWS;
-    if (items.size() < 2) threads = 1;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
+    share_blocks(Index(items.size()), threads, [&](Blocks &blocks) {
         Scratch<D> scratch(most);
-#pragma omp for schedule(dynamic, 1)
-        for (std::size_t i = 0; i < items.size(); ++i)
+        for (Index i; blocks.next(i);)
             run_item<D>(op, items[i], q, k_pool, v_pool, out, lse, scratch);
-    }
+    });
 }
 
 }  // namespace

@@ -6,8 +6,11 @@
 #include <vector>
 
 #include "model_ops.h"
+#include "pool.h"
 
 namespace {
+
+constexpr Index WORTH_SHARING = 20000;  // vectors of keys: waking a thread for fewer costs more
 
 struct Decode {
     const std::int32_t *page_table, *rows, *lengths;
@@ -122,16 +125,13 @@ void run_decode(const Decode &decode, const T *q, const T *k_pool, const T *v_po
                 float *lse, Index sequences, int threads) {
     Index keys = 0;
     for (Index s = 0; s < sequences; ++s) keys += decode.lengths[s];
-    if (keys * decode.q_heads * DV < 20000) threads = 1;
-    const Index items = sequences * decode.kv_heads;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
+    if (keys * decode.q_heads * DV < WORTH_SHARING) threads = 1;
+    share_blocks(sequences * decode.kv_heads, threads, [&](Blocks &blocks) {
         std::vector<float> scores;
-#pragma omp for schedule(dynamic, 1)
-        for (Index i = 0; i < items; ++i)
-            decode.item<T, DV>(i / decode.kv_heads, i % decode.kv_heads, q, k_pool, v_pool, out,
-                               lse, scores);
-    }
+        for (Index i; blocks.next(i);)
+            decode.template item<T, DV>(i / decode.kv_heads, i % decode.kv_heads, q, k_pool, v_pool,
+                                        out, lse, scores);
+    });
 }
 
 }  // namespace

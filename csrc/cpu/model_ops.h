@@ -1,4 +1,4 @@
-// Shared by the files of the module model_ops: tensors as addresses, and the ops of other files.
+// The ops of the module model_ops, and what their files share: tensors as addresses.
 
 #pragma once
 
@@ -34,6 +34,27 @@ void prefetch(const T *base, Index offset) {
     __builtin_prefetch(reinterpret_cast<const void *>(address));
 }
 
+// Calls f with the head size as a constant. Raises ValueError for one that is not built.
+template <class F>
+void with_head_dim(Index head_dim, F f) {
+    switch (head_dim) {
+        case 16: return f(std::integral_constant<int, 16>{});
+        case 32: return f(std::integral_constant<int, 32>{});
+        case 64: return f(std::integral_constant<int, 64>{});
+        case 80: return f(std::integral_constant<int, 80>{});
+        case 96: return f(std::integral_constant<int, 96>{});
+        case 128: return f(std::integral_constant<int, 128>{});
+        case 256: return f(std::integral_constant<int, 256>{});
+        default:
+            throw pybind11::value_error("head_dim " + std::to_string(head_dim) + " is not built");
+    }
+}
+
+// The ops, each in the file of its name; those of advance.cpp and panels.cpp are two.
+
+void linear(Address x, Index x_stride, Address w, Address bias, Address y, Index m, Index n,
+            Index k, bool is_bf16, bool wide_output, int threads);
+
 void linear_panels(Address x, Index x_stride, Address panels, Address bias, Address y, Index m,
                    Index n, Index k, bool wide_output, int threads);
 
@@ -52,21 +73,17 @@ void accept_and_advance(Address tokens, Address first, Address rows, Address dra
 void embed_panels(Address ids, Address panels, Address out, Index tokens, Index num_rows,
                   Index k);
 
-// Calls f with the head size as a constant. Raises ValueError for one that is not built.
-template <class F>
-void with_head_dim(Index head_dim, F f) {
-    switch (head_dim) {
-        case 16: return f(std::integral_constant<int, 16>{});
-        case 32: return f(std::integral_constant<int, 32>{});
-        case 64: return f(std::integral_constant<int, 64>{});
-        case 80: return f(std::integral_constant<int, 80>{});
-        case 96: return f(std::integral_constant<int, 96>{});
-        case 128: return f(std::integral_constant<int, 128>{});
-        case 256: return f(std::integral_constant<int, 256>{});
-        default:
-            throw pybind11::value_error("head_dim " + std::to_string(head_dim) + " is not built");
-    }
-}
+void rmsnorm(Address x, Index x_stride, Address weight, Address residual, Index residual_stride,
+             Address y, Address total, Index rows, Index n, float eps, bool unit_offset, bool is_bf16,
+             int threads);
+
+void gated(Address x, Index x_stride, Address y, Index rows, Index n, bool gelu, bool is_bf16,
+           int threads);
+
+void qkv_prepare(Address qkv, Address positions, Address cos_sin, Address k_pool, Address v_pool,
+                 Address slots, Address q_weight, Address k_weight, Address q, Index tokens,
+                 Index q_heads, Index kv_heads, Index head_dim, Index rotary_dim, float eps,
+                 bool unit_offset, bool interleaved, bool is_bf16, int threads);
 
 // bf16 only. Both raise ValueError for a head size that is not built.
 void attention(Address q, Index q_stride, Address k_pool, Address v_pool, Address page_table,
@@ -79,3 +96,7 @@ void decode(Address q, Index q_stride, Address k_pool, Address v_pool, Address p
             Index sequences, Index width, Index q_heads, Index kv_heads, Index head_dim,
             Index page_size, float scale, Index window, float softcap, bool is_bf16,
             int threads);
+
+// logits [count, vocab] fp32, rows [count] int32 of params, positions [count] int64, out [count] int32.
+void sample(Address logits, Index count, Index vocab, Address rows, Address positions,
+            Address params, Address out, int threads);

@@ -1,18 +1,21 @@
 // y = x W^T + b with W in panels: 32 of its rows, which are columns of y, side by side in pairs of k,
 // [N / 32, K / 2, 32, 2]. A panel is one stream in memory, read at the speed of memory by few rows
 // of x; many find it in the second cache. A sum lies in one lane from the first k to the last: it
-// needs no horizontal additions, and its order depends on nothing but k.
+// needs no horizontal additions, and its order depends on nothing but k. And rows out of panels.
 
 #include <algorithm>
+#include <string>
 #include <type_traits>
 
 #include "model_ops.h"
 #include "pairs.h"
+#include "pool.h"
 
 namespace {
 
 constexpr Index WIDTH = 32;  // columns of a panel
 constexpr int TILE_PANELS = TILE_VECTORS / 2;
+constexpr Index WORTH_SHARING = 500000;  // products: waking a thread for fewer costs more
 
 template <class Y>
 struct Product {
@@ -81,11 +84,12 @@ struct Product {
 
     void run(int threads) const {
         const Index all = (n + WIDTH - 1) / WIDTH;
-        if (m * n * k < 500000) threads = 1;  // waking a thread costs more
-        const Index share = all / (4 * threads) / TILE_PANELS * TILE_PANELS;
-        const Index size = std::clamp<Index>(share, TILE_PANELS, 32);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
-        for (Index begin = 0; begin < all; begin += size) block(begin, std::min(begin + size, all));
+        if (m * n * k < WORTH_SHARING) threads = 1;
+        const Index part = all / (4 * threads) / TILE_PANELS * TILE_PANELS;
+        const Index size = std::clamp<Index>(part, TILE_PANELS, 32);
+        share((all + size - 1) / size, threads, [&](Index b) {
+            block(b * size, std::min((b + 1) * size, all));
+        });
     }
 };
 
@@ -103,4 +107,17 @@ void linear_panels(Address x, Index x_stride, Address panels, Address bias, Addr
         run(at<float>(y));
     else
         run(at<bf16>(y));
+}
+
+void embed_panels(Address ids, Address panels, Address out, Index tokens, Index num_rows,
+                  Index k) {
+    const auto *pairs = at<const std::uint32_t>(panels);
+    for (Index t = 0; t < tokens; ++t) {
+        const Index id = at<const std::int32_t>(ids)[t];
+        if (id < 0 || id >= num_rows)
+            throw pybind11::index_error("token id " + std::to_string(id) + " has no embedding");
+        const std::uint32_t *from = pairs + id / 32 * 16 * k + id % 32;
+        auto *to = at<std::uint32_t>(out) + t * k / 2;
+        for (Index i = 0; i < k / 2; ++i) to[i] = from[i * 32];
+    }
 }

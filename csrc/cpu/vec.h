@@ -103,3 +103,16 @@ inline f32x16 exp16(f32x16 x) {
     y = (f32x16)((i32x16)y + exponent);
     return x < -87.0f ? f32x16{} : y;
 }
+
+template <class T>
+inline float mean_square(const T *x, int64_t n) {
+    f32x16 sums = {};
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const f32x16 v = load16(x + i);
+        sums += v * v;
+    }
+    float total = sum(sums);
+    for (; i < n; ++i) total += to_float(x[i]) * to_float(x[i]);
+    return total / float(n);
+}

@@ -11,15 +11,26 @@ import threading
 import time
 from types import ModuleType
 
-from minisgl.csrc.build import MODULES, BuildError, Module, Target, Unavailable, find_module
+from minisgl.csrc.build import (
+    LEVELS,
+    MODULES,
+    BuildError,
+    Module,
+    Target,
+    Unavailable,
+    cpu_level,
+    find_module,
+)
 from minisgl.log import get_logger
 
 __all__ = [
+    "LEVELS",
     "MODULES",
     "BuildError",
     "Module",
     "Target",
     "Unavailable",
+    "cpu_level",
     "is_coming",
     "load",
     "loaded",
@@ -31,9 +42,10 @@ log = get_logger(__name__)
 def load(name: str, arch: str | None = None, wait: bool = False) -> ModuleType | None:
     """The native module `name`, or None when it is not built yet or cannot be built (logged once).
 
-    arch: for CUDA modules, as nvcc spells it ("80", "90a", "100"). The first call imports a
-    finished build at once, else starts one in a thread; later calls cost a dictionary look-up.
-    wait=True blocks until the build has ended. KeyError: no such module.
+    arch: for CUDA modules, as nvcc spells it ("80", "90a", "100"); for CPU modules one of LEVELS,
+    by default the best that this CPU has. The first call imports a finished build at once, else
+    starts one in a thread; later calls cost a dictionary look-up. wait=True blocks until the build
+    has ended. KeyError: no such module.
     """
     unit = _unit(name, arch)
     if unit.module is None and (wait or not unit.started):
@@ -54,7 +66,10 @@ def is_coming(name: str) -> bool:
 
 @functools.cache
 def _unit(name: str, arch: str | None) -> "Unit":
-    return Unit(Target(find_module(name), arch))
+    module = find_module(name)
+    if arch is None and module.kind == "cuda":
+        raise ValueError(f"{name} is a cuda module: it needs an arch")
+    return Unit(Target(module, arch or cpu_level()))
 
 
 class Unit:

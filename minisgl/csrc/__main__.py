@@ -5,7 +5,14 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from minisgl.csrc.build import MODULES, BuildError, Target, Unavailable, present_archs
+from minisgl.csrc.build import (
+    MODULES,
+    BuildError,
+    Target,
+    Unavailable,
+    cpu_level,
+    present_archs,
+)
 
 
 def report(target: Target) -> bool:
@@ -38,7 +45,7 @@ def main() -> int:
     targets = [
         Target(module, arch)
         for module in MODULES
-        for arch in (archs if module.kind == "cuda" else [None])
+        for arch in (archs if module.kind == "cuda" else [cpu_level()])
     ]
     with ThreadPoolExecutor() as pool:
         results = list(pool.map(report, targets))

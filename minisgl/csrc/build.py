@@ -1,8 +1,10 @@
 """Building csrc/: what is built, from what, with which flags, and where it is kept.
 
-A *module* is one importable extension; a *target* is a module for one GPU architecture (none for
-CPU modules). Each target has a directory in the cache, named by a hash of everything that decides
-its machine code, so a finished library is never stale and never overwritten.
+A *module* is one importable extension; a *target* is a module for one GPU architecture or one level
+of a CPU's instructions. A level is a library of its own: within one, the linker would keep a single
+copy of each inline function, and it could be that of another level. Each target has a directory in
+the cache, named by a hash of everything that decides its machine code, so a finished library is
+never stale and never overwritten.
 """
 
 import fcntl
@@ -10,11 +12,11 @@ import functools
 import hashlib
 import importlib.util
 import os
-import platform
 import shlex
 import shutil
 import subprocess
 import sysconfig
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -42,7 +44,6 @@ class Module:
     kind: Literal["cpu", "cuda"]
     sources: tuple[str, ...]  # relative to csrc/
     twin: str
-    openmp: bool = False  # the same runtime as torch's, whose threads are then shared
 
 
 MODULES = (
@@ -57,20 +58,19 @@ MODULES = (
         kind="cpu",
         sources=(
             "cpu/model_ops.cpp",
+            "cpu/pool.cpp",
+            "cpu/linear.cpp",
             "cpu/panels.cpp",
+            "cpu/rmsnorm.cpp",
+            "cpu/activation.cpp",
+            "cpu/qkv_prepare.cpp",
             "cpu/attention.cpp",
             "cpu/decode.cpp",
-            "cpu/rows.cpp",
+            "cpu/sampling.cpp",
+            "cpu/advance.cpp",
         ),
-        twin="models on the CPU run on PyTorch's operators, which makes them several times slower",
-        openmp=True,
-    ),
-    Module(
-        name="sampling_ops",
-        kind="cpu",
-        sources=("cpu/sampling_ops.cpp",),
-        twin="tokens are drawn in PyTorch and numpy, which takes ten times longer",
-        openmp=True,
+        twin="models on the CPU run on PyTorch's operators and tokens are drawn in numpy, which "
+        "makes them several times slower",
     ),
     Module(
         name="rank_ops",
@@ -88,32 +88,47 @@ MODULES = (
 
 
 @dataclass(frozen=True)
+class Level:
+    """An instruction set: the compiler's flags for it, and what /proc/cpuinfo must list."""
+
+    flags: tuple[str, ...] = ()
+    needs: frozenset[str] = frozenset()
+
+
+_V3 = frozenset(["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"])
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+
+# What CPU modules are compiled for, best first. The last runs anywhere; on Arm it has NEON.
+LEVELS = {
+    "avx512_bf16": Level(("-march=x86-64-v4", "-mavx512bf16"), _V4 | {"avx512_bf16"}),
+    "avx512": Level(("-march=x86-64-v4",), _V4),
+    "avx2": Level(("-march=x86-64-v3",), _V3),
+    "portable": Level(),
+}
+
+
+@dataclass(frozen=True)
 class Target:
-    """A module, and for CUDA modules the architecture it is compiled for ("80", "90a", "100")."""
+    """A module and what it is compiled for: one of LEVELS, or a GPU ("80", "90a", "100")."""
 
     module: Module
-    arch: str | None = None
+    arch: str
     sources: Path = SOURCES
 
     def __post_init__(self) -> None:
-        if (self.arch is not None) != (self.module.kind == "cuda"):
-            needs = "needs an arch" if self.module.kind == "cuda" else "takes no arch"
-            raise ValueError(f"{self.module.name} is a {self.module.kind} module: it {needs}")
+        if self.module.kind == "cpu" and self.arch not in LEVELS:
+            raise ValueError(f"{self.module.name} is built for {list(LEVELS)}, got {self.arch!r}")
 
     def __str__(self) -> str:
-        return self.module.name + (f" (sm_{self.arch})" if self.arch else "")
+        return f"{self.module.name} ({'sm_' * (self.module.kind == 'cuda')}{self.arch})"
 
     @property
     def flags(self) -> list[str]:
         if self.module.kind == "cpu":
-            extra = ["-fPIC", "-fvisibility=hidden", *self.link_flags]
-            return ["-std=c++20", "-O3", "-march=native", "-Wall", "-Wextra", *extra]
+            extra = ["-Wall", "-Wextra", "-fPIC", "-fvisibility=hidden", "-pthread"]
+            return ["-std=c++20", "-O3", *LEVELS[self.arch].flags, *extra]
         gencode = f"-gencode=arch=compute_{self.arch},code=sm_{self.arch}"
         return ["-std=c++20", "-O3", gencode, "-Xcompiler=-fPIC,-fvisibility=hidden"]
-
-    @property
-    def link_flags(self) -> list[str]:
-        return ["-fopenmp"] if self.module.openmp else []
 
     @property
     def library(self) -> Path:
@@ -124,13 +139,12 @@ class Target:
             *self.flags,
             f"{compiler.resolve()} {status.st_size} {status.st_mtime_ns}",
             EXTENSION,
-            _cpu_identity(),
         ]
         digest = hashlib.sha256("\n".join(inputs).encode())
         headers = [p for p in self.sources.rglob("*") if p.suffix in (".h", ".cuh")]
         for path in [*sorted(headers), *(self.sources / s for s in self.module.sources)]:
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
-        name = f"{self.module.name}-{self.arch or 'cpu'}-{digest.hexdigest()[:16]}"
+        name = f"{self.module.name}-{self.arch}-{digest.hexdigest()[:16]}"
         return cache_dir() / name / (self.module.name + EXTENSION)
 
     def build(self) -> Path:
@@ -169,11 +183,12 @@ class Target:
         includes = ["-I", str(self.sources)]
         for path in find_headers():
             includes += ["-isystem", path]
+        threads = ["-pthread"] if self.module.kind == "cpu" else []
         objects = [f"{index}.o" for index in range(len(self.module.sources))]
         # The library appears under its name in one step, whatever interrupts the link.
         lines = [
             f"compile = {_ninja_words([compiler, *self.flags, *includes])}",
-            f"link = {_ninja_words([compiler, '-shared', *self.link_flags])}",
+            f"link = {_ninja_words([compiler, '-shared', *threads])}",
             "rule compile",
             "  command = $compile -c $in -o $out",
             "rule link",
@@ -249,16 +264,12 @@ def find_headers() -> list[str]:
 
 
 @functools.cache
-def _cpu_identity() -> str:
-    """The processor, as -march=native sees it: a cache in a shared home serves several machines."""
-    try:
-        with open("/proc/cpuinfo") as lines:
-            for line in lines:
-                if line.startswith(("flags", "Features")):
-                    return f"{platform.machine()} {line}"
-    except OSError:
-        pass  # not Linux: the machine's name is used
-    return f"{platform.machine()} {platform.processor()}"
+def cpu_level() -> str:
+    """The best of LEVELS that this CPU has."""
+    present: set[str] = set()
+    with suppress(OSError), open("/proc/cpuinfo") as lines:  # elsewhere than on Linux: the last
+        present.update(next((line.split() for line in lines if line.startswith("flags")), ()))
+    return next(name for name, level in LEVELS.items() if level.needs <= present)
 
 
 def _ninja_path(path: Path) -> str:

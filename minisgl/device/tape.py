@@ -30,7 +30,6 @@ from minisgl.trace import detailed
 P = ParamSpec("P")
 R = TypeVar("R")
 
-MODULES = ("model_ops", "sampling_ops")  # without which nothing is recorded
 ALIGNMENT = 64  # bytes
 BLOCK_BYTES = 64 * 2**20  # of an arena, at least; what is not touched takes no memory
 
@@ -113,12 +112,12 @@ class TapeGraph:
         self._tape: Any = None  # of the native module
 
     def replay(self) -> None:
-        """Until the native modules are built, and while details are traced, runs the function."""
+        """Until the native module is built, and while details are traced, runs the function."""
         if detailed():
             self._function()
         elif self._tape is not None:
             self._tape.replay()
-        elif any(csrc.load(name) is None for name in MODULES):
+        elif csrc.load("model_ops") is None:
             self._function()
         else:
             self._tape = _record(self._function, self._arena)
@@ -143,7 +142,7 @@ def by_call(function: Callable[P, R]) -> Callable[P, R]:
 
 def _record(function: Callable[[], object], arena: Arena) -> Any:
     """Run `function`; its tape."""
-    modules = [module for name in (*MODULES, "rank_ops") if (module := csrc.loaded(name))]
+    modules = [module for name in ("model_ops", "rank_ops") if (module := csrc.loaded(name))]
     tape = modules[0].Tape()
     recording = _Recording(tape, arena, modules)
     token = _recording.set(recording)

@@ -1,4 +1,4 @@
-"""When the CPU's native ops, csrc/cpu/model_ops.cpp, can be used.
+"""When the CPU's native ops, csrc/cpu, can be used.
 
 They take bf16 and fp32 and compute in fp32. A call that they do not take, or that comes before
 they are built, is computed by the reference instead.

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+import torch
 
-from minisgl.csrc import Module, Target, Unavailable, Unit, load
+from minisgl.csrc import Module, Target, Unavailable, Unit, cpu_level, load
 from minisgl.csrc.build import find_compiler, find_headers, find_module, find_ninja
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +55,7 @@ def target(tmp_path, monkeypatch) -> Target:
         compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
         monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return Target(PROBE, sources=sources)
+    return Target(PROBE, cpu_level(), sources)
 
 
 def compiler_runs(tmp_path: Path) -> int:
@@ -66,8 +67,8 @@ PROCESS = """
 import sys
 from pathlib import Path
 from typing import NoReturn
-from minisgl.csrc import Module, Target, Unit
-target = Target(Module("probe", "cpu", ("probe.cpp",), twin=""), sources=Path(sys.argv[1]))
+from minisgl.csrc import Module, Target, Unit, cpu_level
+target = Target(Module("probe", "cpu", ("probe.cpp",), twin=""), cpu_level(), Path(sys.argv[1]))
 unit = Unit(target)
 unit.start(wait=sys.argv[2] == "wait")
 print(unit.module.answer() if unit.module else None, flush=True)
@@ -199,10 +200,18 @@ def test_the_cache_key_holds_everything_that_decides_the_code(target, monkeypatc
 def test_names_and_archs_are_checked():
     with pytest.raises(KeyError, match=r"no native module 'nothing'; there are .*core_ops"):
         load("nothing")
-    with pytest.raises(ValueError, match="core_ops is a cpu module: it takes no arch"):
+    with pytest.raises(ValueError, match=r"core_ops is built for \['avx512_bf16', .*got '90a'"):
         Target(find_module("core_ops"), "90a")
-    with pytest.raises(ValueError, match="probe is a cuda module: it needs an arch"):
-        Target(Module("probe", "cuda", ("probe.cu",), twin=""))
+    with pytest.raises(ValueError, match="all_reduce is a cuda module: it needs an arch"):
+        load("all_reduce")
+
+
+def test_the_best_level_that_the_cpu_has_is_chosen():
+    """By what /proc/cpuinfo lists, beside a program that asks the CPU itself."""
+    ask = torch.backends.cpu.get_cpu_capability()
+    level = cpu_level()
+    assert level == {"AVX512": level, "AVX2": "avx2"}.get(ask, "portable")
+    assert level.startswith("avx512") == (ask == "AVX512")
 
 
 CUDA_SOURCE = """
@@ -232,7 +241,7 @@ def test_the_command_line_without_a_compiler(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "core_ops: not built: no C++ compiler" in done.stdout
+    assert f"core_ops ({cpu_level()}): not built: no C++ compiler" in done.stdout
 
 
 @needs_compiler

@@ -12,7 +12,7 @@ from minisgl.kernels.activation import silu_and_mul
 from minisgl.kernels.linear import linear
 from minisgl.kernels.rmsnorm import rmsnorm
 
-NATIVE = all(csrc.load(name, wait=True) for name in ("model_ops", "sampling_ops"))
+NATIVE = csrc.load("model_ops", wait=True) is not None
 pytestmark = pytest.mark.skipif(not NATIVE, reason="no compiler: nothing is recorded")
 
 

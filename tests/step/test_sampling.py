@@ -24,7 +24,7 @@ INT = torch.int32
 
 
 CPU = torch.device("cpu")
-NATIVE = csrc.load("sampling_ops", wait=True)
+NATIVE = csrc.load("model_ops", wait=True)
 DRAWS = [pytest.param(sample.reference, id="reference"), pytest.param(sample_twin, id="twin")]
 if NATIVE is not None:
     DRAWS.append(pytest.param(sample_cpu, id="native"))

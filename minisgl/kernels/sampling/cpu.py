@@ -1,4 +1,4 @@
-"""Sampling on CPU: csrc/cpu/sampling_ops.cpp, and the same in PyTorch and numpy.
+"""Sampling on CPU: csrc/cpu/sampling.cpp, and the same in PyTorch and numpy.
 
 Filters that are off cost nothing, and noise is computed only for tokens that can win. A CPU
 implementation may look at its data: the one here reads parameters through numpy, splits rows into
@@ -65,13 +65,14 @@ def _penalize(x: np.ndarray, counts: np.ndarray, drafts: np.ndarray, p: np.void)
 def sample_cpu(
     logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, params: torch.Tensor
 ) -> torch.Tensor:
-    native = csrc.load("sampling_ops")
+    native = csrc.load("model_ops")
     if native is None:
         return sample_twin(logits, rows, positions, params)
     logits, positions = logits.contiguous(), positions.contiguous()
     tokens = torch.empty(logits.shape[0], dtype=torch.int32)
     tensors = (rows, positions, params, tokens)
-    native.sample(logits.data_ptr(), *logits.shape, *(tensor.data_ptr() for tensor in tensors))
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    native.sample(logits.data_ptr(), *logits.shape, *addresses, torch.get_num_threads())
     return tokens
 
 

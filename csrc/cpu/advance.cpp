@@ -1,8 +1,6 @@
-// What stands around a model's forward pass: inputs from the state of rows, that state moved on by
-// what was sampled, and embeddings out of packed weights.
+// The state of rows: a step's inputs from it, and it moved on by what was sampled.
 
 #include <algorithm>
-#include <cstring>
 
 #include "model_ops.h"
 
@@ -50,18 +48,5 @@ void accept_and_advance(Address tokens, Address first, Address rows, Address dra
         if (at<const Int>(counted)[row])
             for (Index i = begin; i <= begin + right; ++i)
                 ++at<Int>(counts)[row * vocab + token[i]];
-    }
-}
-
-void embed_panels(Address ids, Address panels, Address out, Index tokens, Index num_rows,
-                  Index k) {
-    const auto *pairs = at<const std::uint32_t>(panels);
-    for (Index t = 0; t < tokens; ++t) {
-        const Index id = at<const std::int32_t>(ids)[t];
-        if (id < 0 || id >= num_rows)
-            throw pybind11::index_error("token id " + std::to_string(id) + " has no embedding");
-        const std::uint32_t *from = pairs + id / 32 * 16 * k + id % 32;
-        auto *to = at<std::uint32_t>(out) + t * k / 2;
-        for (Index i = 0; i < k / 2; ++i) to[i] = from[i * 32];
     }
 }

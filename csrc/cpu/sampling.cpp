@@ -1,24 +1,19 @@
 // Drawing tokens on a CPU. The Python twin and the specification are in minisgl/kernels/sampling:
 // same thresholds, same noise, so the same tokens up to the rounding of exp and log.
 
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
 #include <cmath>
 #include <functional>
 #include <limits>
 #include <vector>
 
-#include "tape.h"
-#include "vec.h"
-
-namespace py = pybind11;
+#include "model_ops.h"
+#include "pool.h"
 
 namespace {
 
-using Index = std::int64_t;
-
 constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr Index WORTH_SHARING = 1 << 15;  // logits: waking a thread for fewer costs more
 
 // One row's record; minisgl.kernels.sampling.PARAMS.
 struct Params {
@@ -266,34 +261,23 @@ class Filter {
     std::vector<float> z_;
 };
 
-// logits [count, vocab] fp32, rows [count] int32 of params, positions [count] int64, out [count]
-// int32.
-void sample(std::uintptr_t logits, Index count, Index vocab, std::uintptr_t rows,
-            std::uintptr_t positions, std::uintptr_t params, std::uintptr_t out) {
-    const auto *x = reinterpret_cast<const float *>(logits);
-    const auto *row = reinterpret_cast<const std::int32_t *>(rows);
-    const auto *position = reinterpret_cast<const Index *>(positions);
-    const auto *table = reinterpret_cast<const Params *>(params);
-    auto *token = reinterpret_cast<std::int32_t *>(out);
-#pragma omp parallel for schedule(dynamic) if (count > 1 && count * vocab > (1 << 15))
-    for (Index i = 0; i < count; ++i) {
-        const Params &p = table[row[i]];
-        const float *values = x + i * vocab;
-        const bool filtered =
-            (p.top_k > 0 && p.top_k < vocab) || p.top_p < 1.0f || p.min_p > 0.0f;
-        const Noise noise(p.key, position[i]);
-        if (p.temperature == 0.0f)
-            token[i] = std::int32_t(greedy(values, vocab));
-        else if (filtered)
-            token[i] = std::int32_t(Filter(values, vocab, p).draw(noise));
-        else
-            token[i] = std::int32_t(draw_from_all(values, vocab, p.temperature, noise));
-    }
-}
-
 }  // namespace
 
-PYBIND11_MODULE(sampling_ops, m) {
-    m.def("sample", recorded(&sample), py::call_guard<py::gil_scoped_release>());
-    bind_recording(m);
+void sample(Address logits, Index count, Index vocab, Address rows, Address positions,
+            Address params, Address out, int threads) {
+    share(count, count * vocab < WORTH_SHARING ? 1 : threads, [&](Index i) {
+        const Params &p = at<const Params>(params)[at<const std::int32_t>(rows)[i]];
+        const float *values = at<const float>(logits) + i * vocab;
+        const bool filtered =
+            (p.top_k > 0 && p.top_k < vocab) || p.top_p < 1.0f || p.min_p > 0.0f;
+        const Noise noise(p.key, at<const Index>(positions)[i]);
+        Index token;
+        if (p.temperature == 0.0f)
+            token = greedy(values, vocab);
+        else if (filtered)
+            token = Filter(values, vocab, p).draw(noise);
+        else
+            token = draw_from_all(values, vocab, p.temperature, noise);
+        at<std::int32_t>(out)[i] = std::int32_t(token);
+    });
 }
