@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 
 from minisgl.libraries import settings
 
@@ -38,13 +39,10 @@ class Child:
         self._process.stdin.write(struct.pack("<I", len(boot)) + boot)
         self._process.stdin.flush()
         self._last_output = ""  # of its standard error
-        self._exit_callbacks: list[Callable[[], object]] = []
-        self._lock = threading.Lock()
-        self._exited = False
+        self._ended: Future[None] = Future()
         self._relay = threading.Thread(target=self._pass_on_stderr, daemon=True)
         self._relay.start()
-        self._waiting = threading.Thread(target=self._wait, daemon=True)
-        self._waiting.start()
+        threading.Thread(target=self._wait, daemon=True).start()
 
     @property
     def pid(self) -> int:
@@ -52,16 +50,11 @@ class Child:
 
     def on_exit(self, callback: Callable[[], object]) -> None:
         """Call `callback` from another thread once the child has ended (at once if it has)."""
-        with self._lock:
-            if not self._exited:
-                self._exit_callbacks.append(callback)
-                return
-        callback()
+        self._ended.add_done_callback(lambda _: callback())
 
     def wait(self, timeout: float | None = None) -> bool:
         """Whether the child has ended, waiting up to `timeout` seconds for it."""
-        self._waiting.join(timeout)
-        return self._exited
+        return bool(wait([self._ended], timeout).done)
 
     def exit_reason(self, name: str) -> str:
         """How the ended child ended, with the last lines it wrote to standard error."""
@@ -103,10 +96,7 @@ class Child:
     def _wait(self) -> None:
         self._process.wait()
         self._relay.join(timeout=0.5)  # grandchildren may hold standard error open for longer
-        with self._lock:
-            self._exited = True
-        for callback in self._exit_callbacks:
-            callback()
+        self._ended.set_result(None)
 
 
 def read_boot() -> bytes:
