@@ -126,7 +126,7 @@ class Api:
     async def _answer(self, request: Request, endpoint: str, parse: Parse) -> Response:
         outcome = self.metrics.requests.labels
         try:
-            model, clock = self._served(), self.metrics.clock()
+            model, clock = self._served(), CallClock(self.metrics)
             call = await self._parse(await _read_body(request), parse, model)
             generation = Generation(call, self._engine, model.tokenizer)
             reply = Reply(call, model.tokenizer)
@@ -231,14 +231,7 @@ class _EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._source), aclosing(self._events):
             with suppress(ClientDisconnect):
-                await unless_disconnected(receive, self._send_all(send))
-
-    async def _send_all(self, send: Send) -> None:
-        start = {"status": 200, "headers": self.raw_headers}
-        await send({"type": "http.response.start", **start})
-        async for event in self._events:
-            await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+                await unless_disconnected(receive, self.stream_response(send))
 
 
 async def _collect(generation: Generation, reply: Reply, clock: CallClock) -> dict[str, Any]:

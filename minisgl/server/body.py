@@ -83,18 +83,12 @@ def _outside_strings(content: bytes, signs: bytes) -> int:
 
 
 def read_object(given: dict[str, Any], kind: type[T], neutral: Neutral, path: str = "") -> T:
-    """An object within a body, at `path` ("messages[0]."), as `kind`."""
-    return convert(only_known(given, kind, neutral, path), kind, path)
+    """An object within a body, at `path` ("messages[0]."), as `kind`.
 
-
-def only_known(
-    given: dict[str, Any], kind: type[Any], neutral: Neutral, path: str = ""
-) -> dict[str, Any]:
-    """The fields of `kind` in `given`; refuses the first that is no such field and not neutral.
-
-    null asks for nothing, whatever the field.
+    The first field that is none of `kind`'s and not neutral is refused. null asks for nothing,
+    whatever the field.
     """
-    known = kind.__struct_fields__
+    known: tuple[str, ...] = kind.__struct_fields__  # type: ignore[attr-defined]
     kept = {}
     for name, value in given.items():
         param = path + name[:MAX_SHOWN]
@@ -110,7 +104,7 @@ def only_known(
         elif not _asks_for_nothing(value, neutral[name]):
             message = f"{param} is not supported, got {shown(value)}"
             raise ApiError(message, param=param, code="unsupported_parameter")
-    return kept
+    return convert(kept, kind, path)
 
 
 def convert(given: Any, kind: type[T], path: str = "") -> T:

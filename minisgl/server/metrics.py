@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -44,38 +45,29 @@ class Metrics:
 
     def __init__(self, engine: ProcessClient) -> None:
         registry = self._registry = CollectorRegistry()
-        self.requests = Counter(
+        count, seconds = partial(Counter, registry=registry), partial(Histogram, registry=registry)
+        self.requests = count(
             "minisgl_requests",
             "API calls by their end: ok, refused (4xx), failed (5xx), disconnected",
             ["endpoint", "outcome"],
-            registry=registry,
         )
-        self._finishes = Counter(
-            "minisgl_finished_choices", "Choices by finish reason", ["reason"], registry=registry
-        )
-        self._prompt_tokens = Counter(
-            "minisgl_prompt_tokens", "Prompt tokens of answered calls", registry=registry
-        )
-        self._output_tokens = Counter(
-            "minisgl_output_tokens", "Tokens generated", registry=registry
-        )
-        self._ttft = Histogram(
+        self.finishes = count("minisgl_finished_choices", "Choices by finish reason", ["reason"])
+        self.prompt_tokens = count("minisgl_prompt_tokens", "Prompt tokens of answered calls")
+        self.output_tokens = count("minisgl_output_tokens", "Tokens generated")
+        self.ttft = seconds(
             "minisgl_time_to_first_token_seconds",
             "From the call's arrival to its first token",
             buckets=_TTFT_BUCKETS,
-            registry=registry,
         )
-        self._itl = Histogram(
+        self.itl = seconds(
             "minisgl_inter_token_latency_seconds",
             "Between consecutive outputs of one choice, divided by their tokens",
             buckets=_ITL_BUCKETS,
-            registry=registry,
         )
-        self._e2e = Histogram(
+        self.e2e = seconds(
             "minisgl_request_seconds",
             "From a call's arrival to its last token",
             buckets=_E2E_BUCKETS,
-            registry=registry,
         )
         registry.register(_EngineFigures(engine))
 
@@ -83,13 +75,9 @@ class Metrics:
         """All figures in Prometheus' text format."""
         return generate_latest(self._registry)
 
-    def clock(self) -> "CallClock":
-        """Times one call; its arrival is now."""
-        return CallClock(self)
-
 
 class CallClock:
-    """Observes the parts of one call as they come."""
+    """Observes the parts of one call, which arrives now, as they come."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
@@ -100,18 +88,18 @@ class CallClock:
         if not part.num_tokens:
             return
         now, m = time.perf_counter(), self._metrics
-        m._output_tokens.inc(part.num_tokens)
+        m.output_tokens.inc(part.num_tokens)
         if not self._last:
-            m._ttft.observe(now - self._start)
+            m.ttft.observe(now - self._start)
         elif part.choice in self._last:
-            m._itl.observe((now - self._last[part.choice]) / part.num_tokens)
+            m.itl.observe((now - self._last[part.choice]) / part.num_tokens)
         self._last[part.choice] = now
         if part.finish_reason is not None:
-            m._finishes.labels(part.finish_reason).inc()
+            m.finishes.labels(part.finish_reason).inc()
 
     def end(self, usage: Usage) -> None:
-        self._metrics._prompt_tokens.inc(usage.prompt_tokens)
-        self._metrics._e2e.observe(time.perf_counter() - self._start)
+        self._metrics.prompt_tokens.inc(usage.prompt_tokens)
+        self._metrics.e2e.observe(time.perf_counter() - self._start)
 
 
 class _EngineFigures(Collector):
