@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from minisgl.kernels.op import Op
-from minisgl.models.config import ModelConfig, MoeConfig
+from minisgl.layers.mlp import MoeConfig
+from minisgl.models.config import ModelConfig
 from minisgl.models.presets import PRESETS
 
 Arguments = dict[str, Any]

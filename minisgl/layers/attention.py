@@ -1,6 +1,6 @@
 """Self-attention over paged KV, and `ForwardInputs`, a `Batch` as tensors."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,10 +8,11 @@ import torch
 from minisgl.kernels.attention.paged import PagedKV
 from minisgl.kernels.cascade import cascade
 from minisgl.kernels.decode import decode
+from minisgl.kernels.op import Op
 from minisgl.kernels.qkv_prepare import qkv_prepare
-from minisgl.layers.linear import ColumnLinear, Part, RowLinear
+from minisgl.layers.linear import ColumnLinear, RowLinear
 from minisgl.layers.norm import RMSNorm
-from minisgl.layers.weights import Placement, Weight
+from minisgl.layers.weights import Block
 
 KV = tuple[torch.Tensor, torch.Tensor]  # a layer's pools of keys and values [slots, Hkv, D]
 # (layer, x, inputs, kv) -> [T, Hq, D]: queries and attention, in place of the layer's own.
@@ -69,53 +70,21 @@ class AttentionSlices:
         )
 
 
-class Attention:
+@dataclass(eq=False)
+class Attention(Block):
     """Self-attention over the paged KV of one layer: project, prepare, attend, project."""
 
-    def __init__(
-        self,
-        prefix: str,
-        hidden_size: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        qkv_bias: bool,
-        out_bias: bool,
-        qk_norm: tuple[RMSNorm, RMSNorm] | None,
-        cos_sin: torch.Tensor,
-        at: Placement,
-    ) -> None:
-        """cos_sin: the rotary table, shared by layers with the same `Rope`."""
-        heads = [
-            Part("q_proj", num_heads, head_dim),
-            Part("k_proj", num_kv_heads, head_dim, repeated=True),
-            Part("v_proj", num_kv_heads, head_dim, repeated=True),
-        ]
-        self.qkv = ColumnLinear(prefix, hidden_size, heads, bias=qkv_bias, at=at)
-        self.out = RowLinear(
-            f"{prefix}.o_proj", num_heads, head_dim, hidden_size, bias=out_bias, at=at
-        )
+    qkv: ColumnLinear
+    out: RowLinear
+    qk_norm: tuple[RMSNorm, RMSNorm] | None
+    cos_sin: torch.Tensor  # the rotary table, shared by layers with the same `Rope`
+    scale: float
+    window: int | None
+    softcap: float | None
+    attention: Op  # of prompts
+
+    def __post_init__(self) -> None:
         self.num_heads, self.num_kv_heads, _ = (count for _, count in self.qkv.shares)
-        self.attention = at.attention
-        self.scale = scale
-        self.window = window
-        self.softcap = softcap
-        self.qk_norm = qk_norm
-        self.cos_sin = cos_sin
-
-    def pack(self) -> None:
-        self.qkv.pack()
-        self.out.pack()
-
-    def weights(self) -> Iterator[Weight]:
-        yield from self.qkv.weights()
-        yield from self.out.weights()
-        for norm in self.qk_norm or ():
-            yield from norm.weights()
 
     def __call__(
         self, x: torch.Tensor, inputs: ForwardInputs, slices: AttentionSlices, kv: KV

@@ -6,10 +6,10 @@ import torch
 
 from minisgl.kernels.linear import linear
 from minisgl.kernels.linear.panels import Matrix, embedding, packed
-from minisgl.layers.weights import Placement, Weight
+from minisgl.layers.weights import Block, Placement, Weight
 
 
-class VocabTable:
+class VocabTable(Block):
     """Rows of a [vocab, hidden] matrix held by one rank; the last rank's may be fewer."""
 
     def __init__(

@@ -7,7 +7,7 @@ import torch
 
 from minisgl.kernels.linear import linear
 from minisgl.kernels.linear.panels import Matrix, packed
-from minisgl.layers.weights import Placement, Weight
+from minisgl.layers.weights import Block, Placement, Weight
 from minisgl.parallel import share
 
 
@@ -24,7 +24,7 @@ class Part:
     repeated: bool = False  # ranks beyond the units hold copies
 
 
-class ColumnLinear:
+class ColumnLinear(Block):
     """y = x W^T + b. The outputs are shared over ranks, so no communication is needed.
 
     W [out, in] stacks the parts: queries, keys and values in one product, gate and up in one.
@@ -67,7 +67,7 @@ class ColumnLinear:
         return linear(x, self.weight, self.bias)  # type: ignore[no-any-return]
 
 
-class RowLinear:
+class RowLinear(Block):
     """y = x W^T + b. The inputs are shared over ranks, whose outputs add up to y."""
 
     def __init__(

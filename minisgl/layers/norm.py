@@ -1,33 +1,24 @@
 """RMS normalisation with a learned scale."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
 from minisgl.kernels.rmsnorm import rmsnorm
-from minisgl.layers.weights import Placement, Weight
+from minisgl.layers.weights import Block, Weight
+from minisgl.parallel import Communicator
 
 
-class RMSNorm:
+@dataclass(eq=False)
+class RMSNorm(Block):
     """`minisgl.kernels.rmsnorm` over the last dimension, with its weight."""
 
-    def __init__(
-        self,
-        name: str,
-        size: int,
-        eps: float,
-        unit_offset: bool,
-        at: Placement,
-        *,
-        of_parts: bool = False,
-    ) -> None:
-        """With `of_parts`, `add` takes this rank's part of what it adds, and sums all ranks'."""
-        self.name = name
-        self.eps = eps
-        self.unit_offset = unit_offset
-        self.weight = at.empty(size)
-        self.of_parts = of_parts
-        self.comm = at.comm
+    name: str
+    weight: torch.Tensor
+    eps: float
+    unit_offset: bool
+    comm: Communicator | None = None  # then `add` takes this rank's part of x, and sums all ranks'
 
     def weights(self) -> Iterator[Weight]:
         yield Weight(f"{self.name}.weight", self.weight, tuple(self.weight.shape))
@@ -37,6 +28,6 @@ class RMSNorm:
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (normalised sum, sum); may reuse `x`."""
-        if self.of_parts:
+        if self.comm is not None:
             return self.comm.all_reduce_norm(x, residual, self.weight, self.eps, self.unit_offset)
         return rmsnorm(x, self.weight, self.eps, residual, self.unit_offset)  # type: ignore[no-any-return]

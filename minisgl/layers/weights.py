@@ -3,6 +3,7 @@
 Every layer lists its own `Weight`s; the loader fills them.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -50,3 +51,24 @@ class Weight:
         slices = [slice(None)] * len(self.shape)
         slices[self.dim] = slice(self.start, self.start + self.target.shape[self.dim])
         return tuple(slices)
+
+
+class Block:
+    """What is made of blocks, which are its attributes, or in tuples there; those without any have
+    weights of their own."""
+
+    def blocks(self) -> list["Block"]:
+        """Each once, though a head may be the embedding too."""
+        values = (v if isinstance(v, tuple) else (v,) for v in vars(self).values())
+        return [*dict.fromkeys(part for v in values for part in v if isinstance(part, Block))]
+
+    def weights(self) -> Iterator[Weight]:
+        """Every weight of this rank, by its name in a checkpoint of the Llama convention."""
+        for block in self.blocks():
+            yield from block.weights()
+
+    def pack(self) -> None:
+        """Put the weights of products into the form that their device reads fastest, once all are
+        filled; `weights` has nothing to fill any more."""
+        for block in self.blocks():
+            block.pack()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from minisgl.layers.mlp import MoeConfig
 from minisgl.layers.rotary import LinearScaling, Llama3Scaling, Rope, YarnScaling
 from minisgl.log import get_logger
 from minisgl.models.families import FAMILIES, LACKING, REQUIRED, Family, find_family
@@ -49,16 +50,6 @@ _WITHOUT_EFFECT = """
     router_aux_loss_coef sep_token_id temperature tokenizer_class top_k top_p torchscript
     transformers_version unsloth_fixed unsloth_version use_cache
 """
-
-
-@dataclass(frozen=True)
-class MoeConfig:
-    """A mixture-of-experts feed-forward block."""
-
-    num_experts: int
-    top_k: int
-    inner_size: int
-    renormalize: bool  # the weights of the chosen experts sum to 1
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,15 @@
 What families differ in are fields of `ModelConfig`, read when layers are built.
 """
 
-from collections.abc import Iterator
-
 import torch
 
 from minisgl.layers.attention import KV, Attention, AttentionSlices, ForwardInputs
 from minisgl.layers.embedding import VocabTable
-from minisgl.layers.mlp import Mlp, Moe
+from minisgl.layers.linear import ColumnLinear, Part, RowLinear
+from minisgl.layers.mlp import ACTIVATIONS, Mlp, Moe
 from minisgl.layers.norm import RMSNorm
 from minisgl.layers.rotary import Rope
-from minisgl.layers.weights import Placement, Weight
+from minisgl.layers.weights import Block, Placement
 from minisgl.models.config import ModelConfig
 from minisgl.trace import detail
 
@@ -20,7 +19,7 @@ from minisgl.trace import detail
 ROPE_SLACK = 256
 
 
-class DecoderLayer:
+class DecoderLayer(Block):
     """x + attention(norm x), then x + feed_forward(norm x), each normalised after too in Gemma.
 
     The norm that follows a sum computes it too, so a layer takes and returns what has been added up
@@ -32,57 +31,18 @@ class DecoderLayer:
         self, config: ModelConfig, index: int, cos_sin: torch.Tensor, at: Placement
     ) -> None:
         self.name = f"layer {index}"
-        layer = config.layers[index]
-        prefix = f"model.layers.{index}"
-        names = config.family.norms
-
-        def norm(name: str, size: int, of_parts: bool = False) -> RMSNorm:
-            unit_offset, eps = config.family.norm_unit_offset, config.norm_eps
-            return RMSNorm(f"{prefix}.{name}", size, eps, unit_offset, at, of_parts=of_parts)
-
-        def hidden_norm(name: str | None) -> RMSNorm | None:
-            return None if name is None else norm(name, config.hidden_size)
-
-        qk_norm = None
-        if config.family.qk_norm:
-            qk_norm = (
-                norm("self_attn.q_norm", config.head_dim),
-                norm("self_attn.k_norm", config.head_dim),
-            )
         self.comm = at.comm
-        self.attention_norm = norm(names.attention, config.hidden_size, names.mlp_out is None)
-        self.attention = Attention(
-            f"{prefix}.self_attn",
-            config.hidden_size,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            scale=config.attention_scale,
-            window=layer.window,
-            softcap=config.attention_softcap,
-            qkv_bias=config.qkv_bias,
-            out_bias=config.out_bias,
-            qk_norm=qk_norm,
-            cos_sin=cos_sin,
-            at=at,
-        )
-        self.attention_out_norm = hidden_norm(names.attention_out)
-        self.mlp_norm = norm(names.mlp, config.hidden_size, names.attention_out is None)
-        self.mlp = _feed_forward(config, index, f"{prefix}.mlp", at)
-        self.mlp_out_norm = hidden_norm(names.mlp_out)
+        prefix, names = f"model.layers.{index}", config.family.norms
 
-    def weights(self) -> Iterator[Weight]:
-        parts = (
-            self.attention_norm,
-            self.attention,
-            self.attention_out_norm,
-            self.mlp_norm,
-            self.mlp,
-            self.mlp_out_norm,
-        )
-        for part in parts:
-            if part is not None:
-                yield from part.weights()
+        def norm(name: str, of_parts: bool = False) -> RMSNorm:
+            return make_norm(config, f"{prefix}.{name}", at, of_parts)
+
+        self.attention_norm = norm(names.attention, names.mlp_out is None)
+        self.attention = _attention(config, index, f"{prefix}.self_attn", cos_sin, at)
+        self.attention_out_norm = norm(names.attention_out) if names.attention_out else None
+        self.mlp_norm = norm(names.mlp, names.attention_out is None)
+        self.mlp = _feed_forward(config, index, f"{prefix}.mlp", at)
+        self.mlp_out_norm = norm(names.mlp_out) if names.mlp_out else None
 
     def __call__(
         self,
@@ -106,30 +66,55 @@ class DecoderLayer:
         return x, residual
 
 
-def _feed_forward(config: ModelConfig, index: int, prefix: str, at: Placement) -> Mlp | Moe:
-    moe = config.layers[index].moe
-    if moe is None:
-        return Mlp(
-            prefix,
-            config.hidden_size,
-            config.inner_size,
-            config.activation,
-            bias=config.mlp_bias,
-            at=at,
-        )
-    return Moe(
-        prefix,
-        config.hidden_size,
-        moe.inner_size,
-        moe.num_experts,
-        moe.top_k,
-        moe.renormalize,
-        config.activation,
-        at=at,
+def make_norm(
+    config: ModelConfig, name: str, at: Placement, of_parts: bool = False, size: int | None = None
+) -> RMSNorm:
+    """With `of_parts` the norm follows a block whose parts are to be added up."""
+    weight = at.empty(size or config.hidden_size)
+    unit_offset, comm = config.family.norm_unit_offset, at.comm if of_parts else None
+    return RMSNorm(name, weight, config.norm_eps, unit_offset, comm)
+
+
+def _attention(
+    config: ModelConfig, index: int, prefix: str, cos_sin: torch.Tensor, at: Placement
+) -> Attention:
+    heads, size, hidden = config.num_heads, config.head_dim, config.hidden_size
+    parts = [
+        Part("q_proj", heads, size),
+        Part("k_proj", config.num_kv_heads, size, repeated=True),
+        Part("v_proj", config.num_kv_heads, size, repeated=True),
+    ]
+    qk_norm = None
+    if config.family.qk_norm:
+        names = (f"{prefix}.q_norm", f"{prefix}.k_norm")
+        q_norm, k_norm = (make_norm(config, name, at, size=size) for name in names)
+        qk_norm = q_norm, k_norm
+    return Attention(
+        ColumnLinear(prefix, hidden, parts, bias=config.qkv_bias, at=at),
+        RowLinear(f"{prefix}.o_proj", heads, size, hidden, bias=config.out_bias, at=at),
+        qk_norm,
+        cos_sin,
+        config.attention_scale,
+        config.layers[index].window,
+        config.attention_softcap,
+        at.attention,
     )
 
 
-class Decoder:
+def _feed_forward(config: ModelConfig, index: int, prefix: str, at: Placement) -> Mlp | Moe:
+    moe, hidden, inner = config.layers[index].moe, config.hidden_size, config.inner_size
+    bias = config.mlp_bias
+    if moe is not None:
+        return Moe(prefix, hidden, moe, config.activation, at)
+    parts = [Part("gate_proj", inner), Part("up_proj", inner)]
+    return Mlp(
+        ColumnLinear(prefix, hidden, parts, bias=bias, at=at),
+        RowLinear(f"{prefix}.down_proj", inner, 1, hidden, bias=bias, at=at),
+        ACTIVATIONS[config.activation],
+    )
+
+
+class Decoder(Block):
     """A decoder-only language model on one rank."""
 
     def __init__(self, config: ModelConfig, at: Placement) -> None:
@@ -141,18 +126,11 @@ class Decoder:
             if layer.rope not in tables:
                 positions = config.max_context + ROPE_SLACK
                 tables[layer.rope] = layer.rope.table(positions, at.device)
-        self.layers = [
+        self.layers = tuple(
             DecoderLayer(config, index, tables[layer.rope], at)
             for index, layer in enumerate(config.layers)
-        ]
-        self.norm = RMSNorm(
-            "model.norm",
-            config.hidden_size,
-            config.norm_eps,
-            config.family.norm_unit_offset,
-            at,
-            of_parts=config.family.norms.mlp_out is None,
         )
+        self.norm = make_norm(config, "model.norm", at, config.family.norms.mlp_out is None)
         self.head = self.embedding
         if not config.tied_embeddings:
             self.head = VocabTable("lm_head", config.vocab_size, config.hidden_size, at)
@@ -169,22 +147,9 @@ class Decoder:
         """Key heads of this rank: what its KV pool holds."""
         return self.layers[0].attention.num_kv_heads
 
-    def weights(self) -> Iterator[Weight]:
-        """Every weight of this rank, by its name in a checkpoint of the Llama convention."""
-        yield from self.embedding.weights()
-        for layer in self.layers:
-            yield from layer.weights()
-        yield from self.norm.weights()
-        if self.head is not self.embedding:
-            yield from self.head.weights()
-
     def pack(self) -> None:
-        """Put the weights of products into the form that their device reads fastest, once all are
-        filled; `weights` has nothing to fill any more."""
-        for layer in self.layers:
-            layer.attention.pack()
-            layer.mlp.pack()
-        self.head.pack()
+        for block in (*self.layers, self.head):  # an embedding that is no head is looked up only
+            block.pack()
 
     @torch.inference_mode()
     def forward(self, inputs: ForwardInputs) -> torch.Tensor:
