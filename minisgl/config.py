@@ -27,6 +27,10 @@ BatchPolicy = Literal["balanced", "prefill-first", "decode-first"]
 SamplingSource = Literal["model", "openai"]
 AttentionBackend = Literal["auto", "triton", "gluon"]
 SpeculativeAlgorithm = Literal["none", "draft", "ngram"]
+ToolCallParser = Literal[
+    "auto", "none", "qwen3_coder", "hermes", "mistral", "pythonic", "llama3_json"
+]
+ReasoningParser = Literal["auto", "none", "think", "mistral", "cohere", "seed"]
 PAGE_SIZES = (1, 16, 32, 64)
 CUDA_GRAPH_MAX_BS = 256  # beyond, a step's kernels take longer than launching them
 MAX_DRAFT_TOKENS = 16
@@ -155,6 +159,12 @@ class ServerConfig(EngineConfig):
     host: str = _option("127.0.0.1", "address to listen on")
     port: int = _option(30000, "TCP port to listen on", least=0, most=65535)
     served_model_name: str | None = _option(None, "name in /v1/models; the model's when absent")
+    tool_call_parser: ToolCallParser = _option(
+        "auto", "how the model writes tool calls; auto is what its chat template shows"
+    )
+    reasoning_parser: ReasoningParser = _option(
+        "auto", "which marks stand around reasoning; auto is what the chat template shows"
+    )
     watchdog_timeout: float = _option(
         60.0, "seconds a step may take before /health says 503", least=None
     )

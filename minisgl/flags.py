@@ -39,6 +39,7 @@ ELSEWHERE = {
     "--speculative-ngram-min": "--speculative-ngram-min-match-window-size",
     "--speculative-ngram-max": "--speculative-ngram-max-match-window-size",
     "--log-level": "--uvicorn-log-level",
+    "--reasoning-parser": "--reasoning-format",
 }
 OTHER_NAMES = {name: [ours] for ours, names in ELSEWHERE.items() for name in names.split()}
 # Flags of other engines for what needs none here.
@@ -48,6 +49,7 @@ ALWAYS = {
     "--async-scheduling": "steps always overlap, without --disable-overlap-schedule",
     "--enable-metrics": "/metrics always answers",
     "--metrics": "/metrics always answers",
+    "--enable-auto-tool-choice": "tools may always be given, where --tool-call-parser finds a form",
     "--cont-batching": "requests are always batched continuously",
     "--seed": "each request has a seed of its own, in its body",
 }

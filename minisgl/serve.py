@@ -139,15 +139,21 @@ async def _serve(
 
 
 def _served_model(info: "EngineInfo", config: ServerConfig) -> "ServedModel":
+    from minisgl.server.answer import REASONING_FORMATS, chosen
     from minisgl.server.openai import ServedModel
     from minisgl.server.tokenizer import Tokenizer
+    from minisgl.server.tool_formats import TOOL_FORMATS
 
+    tokenizer = Tokenizer.from_directory(info.model_path)
+    template = tokenizer.chat_template.source if tokenizer.chat_template else ""
     return ServedModel(
         name=config.served_model_name or info.model,
-        tokenizer=Tokenizer.from_directory(info.model_path),
+        tokenizer=tokenizer,
         limits=info.limits,
         sampling_defaults=info.sampling_defaults,
         has_priorities=config.schedule_policy == "priority",
+        tool_format=chosen(config.tool_call_parser, TOOL_FORMATS, template),
+        reasoning=chosen(config.reasoning_parser, REASONING_FORMATS, template),
     )
 
 

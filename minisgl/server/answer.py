@@ -123,6 +123,7 @@ class AnswerParser(Reader):
 F = TypeVar("F", ReasoningFormat, ToolFormat)
 
 
-def found_in(template: str, formats: Mapping[str, F]) -> F | None:
-    """The form that a chat template shows."""
-    return next((form for form in formats.values() if form.sign in template), None)
+def chosen(name: str, formats: Mapping[str, F], template: str) -> F | None:
+    """The form of this name; where it is "auto", the one that the chat template shows."""
+    shown = (form for form in formats.values() if form.sign in template)
+    return next(shown, None) if name == "auto" else formats.get(name)

@@ -21,7 +21,8 @@ from jinja2.utils import Namespace
 from minisgl.server.fields import TextPart
 
 Message = Mapping[str, Any]
-_FAULTS = (TypeError, ValueError, LookupError, ArithmeticError)  # of expressions in a template
+# Of expressions in a template.
+_FAULTS = (TypeError, ValueError, LookupError, ArithmeticError, RecursionError)
 
 
 class ChatTemplate:
@@ -41,7 +42,11 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"chat template, line {error.lineno}: {error.message}") from error
 
-    def render(
+    def render(self, messages: Sequence[Message], /, **options: Any) -> str:
+        """The conversation as one string: the first of what `render_both` returns."""
+        return self.render_both(messages, **options)[0]
+
+    def render_both(
         self,
         messages: Sequence[Message],
         /,
@@ -50,9 +55,10 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         **variables: Any,
-    ) -> str:
-        """The conversation as one string; `variables` are the template's own (`enable_thinking`).
+    ) -> tuple[str, str]:
+        """The conversation as one string, and the same with a mark in place of each text.
 
+        `variables` are the template's own (`enable_thinking`).
         Keys of a message whose value is None count as absent, as OpenAI's clients send them.
         Raises ValueError, naming the message, where it is none or its text would be left out, and
         with the template's own words when it refuses the conversation.
@@ -77,16 +83,20 @@ class ChatTemplate:
         lost: list[int] = []
         for as_parts in (False, True):
             try:
-                shown = with_texts(marks, as_parts).lower()
+                frame = with_texts(marks, as_parts)
             except ValueError:  # it refuses the conversation, or this form
                 continue
-            seen = {"", *re.findall(r"mark-\d+-\d+-", shown)}
-            missing = [i for i, own in enumerate(marks) if not seen.issuperset(own)]
+            seen = {"", *re.findall(r"mark-\d+-\d+-", shown := frame.lower())}
+            missing = [
+                i
+                for i, own in enumerate(marks)  # a text beside calls is the template's business
+                if not (messages[i].get("tool_calls") or seen.issuperset(own))
+            ]
             lost = lost or missing
             if not missing and "'type': 'text'" not in shown:  # how Python writes parts
-                return with_texts(texts, as_parts)
+                return with_texts(texts, as_parts), frame
         if not lost:
-            return with_texts(texts, False)
+            return with_texts(texts, False), ""
         role = messages[lost[0]]["role"]
         raise ValueError(f"the chat template leaves out messages[{lost[0]}], of role {role!r}")
 

@@ -5,9 +5,12 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from minisgl.server.body import Neutral
+from minisgl.server.tool_formats import TOOL_NAME
 
 # What the engine keeps in 32 bits; beyond it no value could mean anything.
 Int = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
+
+ToolName = Annotated[str, msgspec.Meta(pattern=rf"\A{TOOL_NAME.pattern}\Z")]
 
 
 class StreamOptions(msgspec.Struct):
@@ -47,6 +50,9 @@ class ChatBody(Sampling, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class CompletionBody(Sampling, kw_only=True):
@@ -66,6 +72,31 @@ class MessageBody(msgspec.Struct):
     content: str | list[dict[str, Any]] | None = None
     name: str | None = None
     reasoning_content: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+
+class Tool(msgspec.Struct):
+    type: Literal["function"]
+    function: dict[str, Any]
+
+
+class Function(msgspec.Struct):
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolCall(msgspec.Struct):
+    id: str
+    type: Literal["function"]
+    function: dict[str, Any]
+
+
+class CalledFunction(msgspec.Struct):
+    name: ToolName
+    arguments: str
 
 
 # Labels for the caller's own bookkeeping; they could not change the answer.
@@ -78,18 +109,15 @@ NEUTRAL_CHAT: Neutral = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
-    "parallel_tool_calls": None,
     "prediction": (),
     "reasoning_effort": (),
     "response_format": ({"type": "text"},),
     "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
 # With a `tool_choice` (or the older `function_call`) of "none" nothing is called.
-NEUTRAL_UNCALLED: Neutral = {**NEUTRAL_CHAT, "functions": None, "tools": None}
+NEUTRAL_UNCALLED: Neutral = {**NEUTRAL_CHAT, "functions": None}
 NEUTRAL_STREAM: Neutral = {"include_obfuscation": (False,)}
 # What `cache_control` asks for is done for every prompt: its beginning is cached.
 NEUTRAL_PART: Neutral = {"annotations": ([],), "cache_control": None}
@@ -98,6 +126,6 @@ NEUTRAL_MESSAGE: Neutral = {
     "audio": (),
     "function_call": (),
     "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
 }
+NEUTRAL_TOOL: Neutral = {"cache_control": None}
+NEUTRAL_TOOL_CALL: Neutral = {"index": None}  # a streamed call has one

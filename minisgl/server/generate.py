@@ -65,8 +65,9 @@ class Generation:
         self.usage = Usage(sum(len(request.prompt_token_ids) for request in call.requests))
         self._engine = engine
         self._n = call.params.n
+        shown = tokenizer.special_ids(call.form.marks)
         self._streams = [
-            TextStream(tokenizer, r.params) for r in call.requests for _ in range(self._n)
+            TextStream(tokenizer, r.params, shown) for r in call.requests for _ in range(self._n)
         ]
         self._begun: set[int] = set()
 

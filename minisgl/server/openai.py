@@ -18,9 +18,12 @@ import msgspec
 from minisgl.core.executor import Limits
 from minisgl.core.request import MAX_TOP_LOGPROBS, Request, SamplingParams
 from minisgl.server import fields
+from minisgl.server.answer import AnswerForm, ReasoningFormat
 from minisgl.server.body import ApiError, convert, cut, decode, read, read_object, shown
 from minisgl.server.echo import Echo
 from minisgl.server.tokenizer import Tokenizer
+from minisgl.server.tool_formats import ToolFormat
+from minisgl.server.tools import answer_form, read_messages, read_tools
 
 MAX_PROMPTS = 1024  # in one completions body
 MAX_CHOICES = 1024  # in one answer
@@ -38,6 +41,8 @@ class ServedModel:
     limits: Limits
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)
     has_priorities: bool = True  # whether requests run in order of priority
+    tool_format: ToolFormat | None = None
+    reasoning: ReasoningFormat | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -52,6 +57,7 @@ class Call:
     stream: bool
     stream_options: fields.StreamOptions
     echo: list[Echo] | None = None  # per request, where it is wanted
+    form: AnswerForm = field(default_factory=AnswerForm)
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -63,7 +69,6 @@ class Call:
 # Fields that a body and `SamplingParams` have alike; the others need converting.
 _SHARED = {*fields.Sampling.__struct_fields__} & {*SamplingParams.__struct_fields__}
 _SHARED -= {"logit_bias"}
-_ROLES = ("system", "developer", "user", "assistant")
 _RENDER_OPTIONS = {"messages", "tools", "documents", "add_generation_prompt"}
 
 
@@ -74,15 +79,20 @@ def parse_chat(content: bytes, model: ServedModel) -> Call:
     neutral = fields.NEUTRAL_UNCALLED if uncalled else fields.NEUTRAL_CHAT
     body = read_object(given, fields.ChatBody, neutral)
     _check_model(body, model)
-    messages = [_message(index, message) for index, message in enumerate(body.messages)]
+    messages, tools = read_messages(body.messages), read_tools(body)
     variables = body.chat_template_kwargs or {}
     for name in sorted(_RENDER_OPTIONS & variables.keys()):
         param = f"chat_template_kwargs.{name}"
         raise ApiError(f"{param} is not supported", param=param)
     try:
-        text = model.tokenizer.render_chat(messages, **variables)
+        text, frame = model.tokenizer.render_both(messages, tools=tools or None, **variables)
     except ValueError as error:
         raise ApiError(cut(str(error), MAX_TEMPLATE_WORDS), param="messages") from error
+    calls = (call for each in messages for call in each.get("tool_calls", ()))
+    if (first := next(calls, None)) and first["function"]["name"] not in frame:
+        message = "messages hold tool_calls, which this model's chat template leaves out"
+        raise ApiError(message, param="messages")
+    form = answer_form(tools, frame, body, model.tool_format, model.reasoning)
     prompt = _encode(text, "messages", model, add_special_tokens=False)
     limit_name, max_tokens = _max_completion_tokens(body)
     params = _params(body, model, max_tokens=max_tokens, logprobs=_chat_logprobs(body))
@@ -95,6 +105,7 @@ def parse_chat(content: bytes, model: ServedModel) -> Call:
         requests=[_request(call_id, prompt, params, body, model)],
         stream=bool(body.stream),
         stream_options=_stream_options(body),
+        form=form,
     )
 
 
@@ -151,28 +162,6 @@ def check_answer(num_tokens: int, top: int | None) -> None:
             f"the answer has 1, and those of the likeliest), got at least {found}"
         )
         raise ApiError(message, param="logprobs")
-
-
-def _message(index: int, given: dict[str, Any]) -> dict[str, Any]:
-    """A message for the chat template, `developer` as `system`."""
-    path = f"messages[{index}]."
-    parsed = read_object(given, fields.MessageBody, fields.NEUTRAL_MESSAGE, path)
-    if parsed.role not in _ROLES:
-        message = f"{path}role must be one of {list(_ROLES)}, got {shown(parsed.role)}"
-        raise ApiError(message, param=f"{path}role")
-    if parsed.content is None and parsed.role != "assistant":  # which may have said nothing
-        raise ApiError(f"{path}content is required", param=f"{path}content")
-    content: Any = parsed.content or ""
-    if not isinstance(content, str):
-        content = [_part(f"{path}content[{i}].", part) for i, part in enumerate(content)]
-    role = "system" if parsed.role == "developer" else parsed.role
-    optional = {"name": parsed.name, "reasoning_content": parsed.reasoning_content}
-    return {"role": role, "content": content} | {k: v for k, v in optional.items() if v is not None}
-
-
-def _part(path: str, given: dict[str, Any]) -> dict[str, Any]:
-    """A part of a message's content: its type and its text."""
-    return msgspec.structs.asdict(read_object(given, fields.TextPart, fields.NEUTRAL_PART, path))
 
 
 def _prompts(prompt: Any) -> list[tuple[str, str | list[int]]]:

@@ -36,13 +36,13 @@ class Reader:
         self._again: list[str] = []  # given back, the next one last
 
     def feed(self, text: str, reading: Reading[None]) -> list[News]:
-        """Lets `reading` go on with more text; what it says, in as few pieces as may be."""
+        """Lets `reading` go on with more text."""
         self._text, self._at = text, 0
         next(reading)
         return self.news()
 
     def news(self) -> list[News]:
-        """What was said since the last time."""
+        """What was said since the last time, in as few pieces as may be."""
         said, self._news = self._news, []
         groups = groupby(said, lambda news: (news.kind, news.call))
         return [News(kind, "".join(n.text for n in g), call) for (kind, call), g in groups]
@@ -152,7 +152,7 @@ class Reader:
                 return
             while tail and not any(mark.startswith(tail) for mark in marks):
                 char, tail = tail[0], tail[1:]
-                if not char.isspace():
+                if not (marks and char.isspace()):
                     end = len(self.held) - len(tail)
                     settled, self.held[:end] = "".join(self.held[:end]), []
                     kept = [*self.held]

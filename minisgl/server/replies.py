@@ -7,10 +7,13 @@ import msgspec
 
 from minisgl import __version__
 from minisgl.core.request import FinishReason
+from minisgl.server.answer import AnswerParser
 from minisgl.server.echo import Offsets
 from minisgl.server.generate import Part, Scored, Usage
 from minisgl.server.openai import Call
+from minisgl.server.reading import News
 from minisgl.server.tokenizer import Tokenizer
+from minisgl.server.tools import new_call
 
 LOWEST_LOGPROB = -9999.0  # OpenAI's for a probability of zero; JSON has no infinity
 
@@ -26,33 +29,67 @@ class ChatShape:
     def __init__(self, call: Call, tokenizer: Tokenizer) -> None:
         self._with_logprobs = call.params.logprobs is not None
         self._tokenizer = tokenizer
+        self._form = call.form
+        self._parsers: dict[int, AnswerParser] = {}  # of streamed choices
 
     def whole(
         self, choice: int, text: str, scored: list[Scored], finish_reason: FinishReason | None
     ) -> Json:
         """A choice of a whole answer."""
+        parser = AnswerParser(self._form)
+        said: dict[str, str] = {"text": "", "reasoning": ""}
+        calls: list[Json] = []
+        for news in (*parser.push(text), *parser.end()):
+            if news.kind == "name":
+                calls.append(new_call(self._form.tools, news.text))
+            elif news.kind == "arguments":
+                calls[-1]["function"]["arguments"] += news.text
+            else:
+                said[news.kind] += news.text
+        is_other = bool(calls or said["reasoning"])
+        message = {"role": "assistant", "content": said["text"] or (None if is_other else "")}
+        message |= {"refusal": None}
+        message |= {"reasoning_content": said["reasoning"]} if said["reasoning"] else {}
         return {
             "index": choice,
-            "message": {"role": "assistant", "content": text, "refusal": None},
+            "message": message | ({"tool_calls": calls} if calls else {}),
             "logprobs": self._logprobs(scored),
-            "finish_reason": finish_reason,
+            "finish_reason": self._finish_reason(finish_reason, parser),
         }
 
     def chunks(self, part: Part) -> Iterator[Json]:
         """A part as choices of chunks: none while it shows nothing."""
+        choice, ended = part.choice, part.finish_reason
         if part.is_first:
-            yield self._chunk(part.choice, {"role": "assistant", "content": "", "refusal": None})
-        if part.text or part.scored:
-            yield self._chunk(part.choice, {"content": part.text}, self._logprobs(part.scored))
-        if part.finish_reason is not None:
-            yield self._chunk(part.choice, {}, None, part.finish_reason)
+            self._parsers[choice] = AnswerParser(self._form)
+            content = "" if self._form.tools is None else None
+            yield self._chunk(choice, {"role": "assistant", "content": content, "refusal": None})
+        parser = self._parsers[choice]
+        deltas = [*map(self._delta, (*parser.push(part.text), *(parser.end() if ended else ())))]
+        for index, delta in enumerate(deltas or [{"content": ""}] * bool(part.scored)):
+            yield self._chunk(choice, delta, None if index else self._logprobs(part.scored))
+        if ended is not None:
+            yield self._chunk(choice, {}, None, self._finish_reason(ended, parser))
+
+    def _delta(self, news: News) -> Json:
+        if news.kind == "name":
+            call = {"index": news.call} | new_call(self._form.tools, news.text)
+            return {"tool_calls": [call]}
+        if news.kind == "arguments":
+            return {"tool_calls": [{"index": news.call, "function": {"arguments": news.text}}]}
+        return {"content" if news.kind == "text" else "reasoning_content": news.text}
+
+    @staticmethod
+    def _finish_reason(ended: FinishReason | None, parser: AnswerParser) -> str | None:
+        """A call that broke off is none to be answered, whatever else there is."""
+        return "tool_calls" if ended == "stop" and parser.has_calls else ended
 
     def _chunk(
         self,
         choice: int,
         delta: Json,
         logprobs: Json | None = None,
-        finish_reason: FinishReason | None = None,
+        finish_reason: str | None = None,
     ) -> Json:
         return {
             "index": choice,

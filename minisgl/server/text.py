@@ -1,7 +1,7 @@
 """Tokens of one choice -> its text as they arrive: whole characters, cut at stop strings."""
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 from minisgl.core.request import Delta, FinishReason, SamplingParams, TokenLogprobs
@@ -63,12 +63,16 @@ class StopMatcher:
 class TextStream:
     """The text of one choice, fed with its deltas. Joined pieces equal the text of one big delta.
 
-    A character whose bytes are spread over tokens appears when it is complete. Special tokens and
-    the token that ended the choice give no text. Stop strings count from `min_tokens` on.
+    A character whose bytes are spread over tokens appears when it is complete. Special tokens,
+    but for those that are `shown`, and the token that ended the choice give no text. Stop strings
+    count from `min_tokens` on.
     """
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, params: SamplingParams, shown: Container[int] = ()
+    ) -> None:
         self._tokenizer = tokenizer
+        self._shown = shown
         self._min_tokens = params.min_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._matcher = StopMatcher(params.stop)
@@ -101,7 +105,8 @@ class TextStream:
     def _push(self, token_id: int, *, is_last: bool, delta: Delta) -> str:
         self.num_tokens += 1
         ended_by = delta.stop_token_id if is_last else None
-        if token_id == ended_by or self._tokenizer.is_special(token_id):
+        is_mark = self._tokenizer.is_special(token_id) and token_id not in self._shown
+        if token_id == ended_by or is_mark:
             return ""
         return self._match(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
 

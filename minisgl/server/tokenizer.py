@@ -127,13 +127,17 @@ class Tokenizer:
         return self.encode(self.render_chat(messages, **options), add_special_tokens=False)
 
     def render_chat(self, messages: Sequence[Message], /, **options: Any) -> str:
-        """A conversation as a prompt. `options` go to `ChatTemplate.render`.
+        """A conversation as a prompt: the first of what `render_both` returns."""
+        return self.render_both(messages, **options)[0]
+
+    def render_both(self, messages: Sequence[Message], /, **options: Any) -> tuple[str, str]:
+        """A conversation as a prompt, and its frame. `options` go to `ChatTemplate.render_both`.
 
         Raises ValueError when the model has no chat template or the template refuses.
         """
         if self.chat_template is None:
             raise ValueError("this model has no chat template; use completions instead of chat")
-        return self.chat_template.render(messages, **options)
+        return self.chat_template.render_both(messages, **options)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD.
@@ -146,6 +150,10 @@ class Tokenizer:
     def is_special(self, token_id: int) -> bool:
         """Whether the token is a mark (end of turn, ...) that is no part of the text."""
         return token_id in self._special_ids
+
+    def special_ids(self, texts: Container[str]) -> frozenset[int]:
+        """Those of the special tokens that are spelled like one of these."""
+        return frozenset(i for i in self._special_ids if self._backend.id_to_token(i) in texts)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token adds to the text; nothing for an id beyond the tokenizer's vocabulary."""

@@ -158,8 +158,8 @@ class FakeEngine:
 class ServerThread:
     """An `Api` around a fake engine, on a port of its own."""
 
-    def __init__(self, bounds: Bounds | None = None) -> None:
-        self.model = served_model()
+    def __init__(self, bounds: Bounds | None = None, model: ServedModel | None = None) -> None:
+        self.model = model or served_model()
         self.engine = FakeEngine(self.model)
         self.api = Api(self.engine)
         self.api.open(self.model)

@@ -2,13 +2,15 @@
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisgl.server.answer import REASONING_FORMATS, AnswerForm, AnswerParser, found_in
+from minisgl.config import ServerConfig
+from minisgl.server.answer import REASONING_FORMATS, AnswerForm, AnswerParser, chosen
 from minisgl.server.tool_formats import TOOL_FORMATS
 
 FORMATS = sorted(TOOL_FORMATS)
@@ -294,12 +296,23 @@ def test_reasoning_stands_at_the_beginning(text, is_open, reasoning, said):
 
 
 def test_a_form_is_known_by_its_templates_words():
-    for name, tools in TOOL_FORMATS.items():
-        assert found_in(f"{{% if tools %}}{tools.sign}", TOOL_FORMATS) is TOOL_FORMATS[name]
+    for tools in TOOL_FORMATS.values():
+        assert chosen("auto", TOOL_FORMATS, f"{{% if tools %}}{tools.sign}") is tools
     both = "<tool_call>\n<function=name>"
-    assert found_in(both, TOOL_FORMATS) is TOOL_FORMATS["qwen3_coder"]
-    assert found_in("plain", TOOL_FORMATS) is None
-    assert found_in("<think>", REASONING_FORMATS) is REASONING_FORMATS["think"]
+    assert chosen("auto", TOOL_FORMATS, both) is TOOL_FORMATS["qwen3_coder"]
+    assert chosen("hermes", TOOL_FORMATS, both) is TOOL_FORMATS["hermes"]
+    assert chosen("none", TOOL_FORMATS, both) is None
+    assert chosen("auto", TOOL_FORMATS, "plain") is None
+    assert chosen("auto", REASONING_FORMATS, "<think>") is REASONING_FORMATS["think"]
+
+
+def test_the_flags_name_every_form():
+    for flag, formats in (
+        ("tool_call_parser", TOOL_FORMATS),
+        ("reasoning_parser", REASONING_FORMATS),
+    ):
+        (kind,) = (item.type for item in fields(ServerConfig) if item.name == flag)
+        assert get_args(kind) == ("auto", "none", *formats)
 
 
 # ---- long answers ----------------------------------------------------------------------------

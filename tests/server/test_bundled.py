@@ -2,6 +2,7 @@
 
 import json
 
+import openai
 import pytest
 
 from minisgl.server.tokenizer import Tokenizer
@@ -99,6 +100,14 @@ def test_without_a_limit_the_context_ends_a_chat_and_16_tokens_a_completion(clie
     answer = client.completions.create(prompt="Once upon a time", **options)
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage.completion_tokens == 16
+
+
+def test_tools_are_refused_for_a_model_that_cannot_call_them(client):
+    tool = {"type": "function", "function": {"name": "f"}}
+    with pytest.raises(openai.BadRequestError, match="--tool-call-parser, one of") as caught:
+        ask(client, "Hello", tools=[tool])
+    assert caught.value.param == "tools"
+    assert text(ask(client, "What is 17 + 25?", tools=[tool], tool_choice="none"))
 
 
 def test_the_wire_is_json_line_by_line(served):

@@ -37,6 +37,8 @@ VALUES = {
     "speculative_ngram_min": 3,
     "log_level": "warning",
     "profile_dir": "profiles-here",
+    "tool_call_parser": "hermes",
+    "reasoning_parser": "none",
     "host": "::1",
     "served_model_name": "x",
 }

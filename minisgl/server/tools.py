@@ -1,0 +1,147 @@
+"""Tools of a chat body, and the calls of its messages -> what a chat template and a parser get."""
+
+import uuid
+from typing import Any
+
+import msgspec
+
+from minisgl.server import fields
+from minisgl.server.answer import AnswerForm, ReasoningFormat
+from minisgl.server.body import ApiError, read_object, shown
+from minisgl.server.tool_formats import TOOL_FORMATS, ToolFormat
+
+MAX_TOOLS = 1024  # of one body
+MAX_CALLS = 1024  # of one message
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def read_tools(body: fields.ChatBody) -> list[dict[str, Any]]:
+    """The tools as a chat template shows them; none where none may be called. Raises ApiError."""
+    tools, names = body.tools or [], set[str]()
+    _at_most(MAX_TOOLS, len(tools), "tools")
+    for index, given in enumerate(tools):
+        path = f"tools[{index}]."
+        tool = read_object(given, fields.Tool, fields.NEUTRAL_TOOL, path)
+        path += "function."
+        function = read_object(tool.function, fields.Function, fields.NEUTRAL_TOOL, path)
+        if function.strict:
+            raise _not_supported(f"{path}strict", True)
+        if function.name in names:
+            message = f"{path}name must be another for each tool, got {shown(function.name)} twice"
+            raise ApiError(message, param=f"{path}name")
+        names.add(function.name)
+    if body.tool_choice not in (None, "none", "auto"):
+        raise _not_supported("tool_choice", body.tool_choice)
+    return [_for_template(tool) for tool in tools if body.tool_choice != "none"]
+
+
+def _for_template(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool without what is no business of the model's."""
+    kept = {name: value for name, value in tool["function"].items() if value is not None}
+    kept.pop("strict", None)
+    return {"type": "function", "function": kept}
+
+
+def answer_form(
+    tools: list[dict[str, Any]],
+    frame: str,
+    body: fields.ChatBody,
+    tool_format: ToolFormat | None,
+    reasoning: ReasoningFormat | None,
+) -> AnswerForm:
+    """How the answer is read. `frame` is the prompt without the texts of its messages."""
+    is_open = reasoning is not None and frame.rstrip().endswith(reasoning.opens)
+    if not tools:
+        return AnswerForm(reasoning, is_open=is_open)
+    if tool_format is None:
+        message = (
+            "tools need a model whose chat template shows how it calls them, or a server with "
+            f"--tool-call-parser, one of {list(TOOL_FORMATS)}; got {len(tools)} tools"
+        )
+        raise ApiError(message, param="tools", code="unsupported_parameter")
+    schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
+    if next(iter(schemas)) not in frame:
+        raise ApiError("tools are left out by the chat template of this model", param="tools")
+    most = 1 if body.parallel_tool_calls is False else float("inf")
+    return AnswerForm(reasoning, tool_format, schemas, most, is_open)
+
+
+def read_messages(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages for a chat template, `developer` as `system`. Raises ApiError."""
+    messages, calls = [], set[str]()
+    for index, each in enumerate(given):
+        path = f"messages[{index}]."
+        message = _message(path, each)
+        messages.append(message)
+        if message["role"] != "tool":
+            calls = {call["id"] for call in message.get("tool_calls", ())}
+        elif (answered := message.get("tool_call_id")) not in calls:
+            wrong = (
+                f"{path}tool_call_id must be an id of the tool_calls of the assistant's message "
+                f"before it, of which there are {len(calls)}; got {shown(answered)}"
+            )
+            raise ApiError(wrong, param=f"{path}tool_call_id")
+    return messages
+
+
+def _message(path: str, given: dict[str, Any]) -> dict[str, Any]:
+    parsed = read_object(given, fields.MessageBody, fields.NEUTRAL_MESSAGE, path)
+    if parsed.role not in _ROLES:
+        message = f"{path}role must be one of {list(_ROLES)}, got {shown(parsed.role)}"
+        raise ApiError(message, param=f"{path}role")
+    for name, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+        if getattr(parsed, name) and parsed.role != role:
+            message = f"{path}{name} needs the role {role}, got {shown(parsed.role)}"
+            raise ApiError(message, param=f"{path}{name}")
+    if parsed.content is None and parsed.role != "assistant":  # which may have said nothing
+        raise ApiError(f"{path}content is required", param=f"{path}content")
+    content: Any = parsed.content or ""
+    if not isinstance(content, str):
+        content = [_part(f"{path}content[{i}].", part) for i, part in enumerate(content)]
+    calls = parsed.tool_calls or []
+    _at_most(MAX_CALLS, len(calls), f"{path}tool_calls")
+    optional = {
+        "name": parsed.name,
+        "reasoning_content": parsed.reasoning_content,
+        "tool_calls": [_call(f"{path}tool_calls[{i}].", call) for i, call in enumerate(calls)],
+        "tool_call_id": parsed.tool_call_id,
+    }
+    role = "system" if parsed.role == "developer" else parsed.role
+    kept = {name: value for name, value in optional.items() if value not in (None, [])}
+    return {"role": role, "content": content} | kept
+
+
+def _part(path: str, given: dict[str, Any]) -> dict[str, Any]:
+    """A part of a message's content: its type and its text."""
+    return msgspec.structs.asdict(read_object(given, fields.TextPart, fields.NEUTRAL_PART, path))
+
+
+def _call(path: str, given: dict[str, Any]) -> dict[str, Any]:
+    """A call with its arguments as an object, which is what templates write as JSON."""
+    call = read_object(given, fields.ToolCall, fields.NEUTRAL_TOOL_CALL, path)
+    path += "function."
+    function = read_object(call.function, fields.CalledFunction, {}, path)
+    try:
+        arguments = msgspec.json.decode(function.arguments or "{}", type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        message = f"{path}arguments must be a JSON object, got {shown(function.arguments)}"
+        raise ApiError(message, param=f"{path}arguments") from error
+    called = {"name": function.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": called}
+
+
+def new_call(form: ToolFormat | None, name: str) -> dict[str, Any]:
+    """A call of the answer's that begins."""
+    made = uuid.uuid4().hex
+    call_id = made[: form.id_length] if form and form.id_length else f"call_{made}"
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": ""}}
+
+
+def _at_most(limit: int, found: int, param: str) -> None:
+    if found > limit:
+        raise ApiError(f"{param} must hold at most {limit}, got {found}", param=param)
+
+
+def _not_supported(param: str, value: Any) -> ApiError:
+    message = f"{param} is not supported, got {shown(value)}"
+    return ApiError(message, param=param, code="unsupported_parameter")
