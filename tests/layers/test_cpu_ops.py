@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from minisgl.kernels.linear import linear
 from minisgl.kernels.linear.panels import Panels, embedding, packed, unpacked
 from minisgl.kernels.op import Case, Op, all_ops
 from tests.kernels.cards import check
+from tests.world.levels import at, levels
 
 NATIVE = csrc.load("model_ops", wait=True)
 NATIVE_OPS = (
@@ -35,26 +35,26 @@ def _parameters() -> Iterator[object]:
         for implementation in op.implementations:
             if implementation.device != "cpu" or "kernels.sampling" in implementation.path:
                 continue
-            both = NATIVE is not None and op.name in NATIVE_OPS
+            native = levels() if op.name in NATIVE_OPS else []
             for case in op.cases:
                 for dtype in (torch.float32, torch.bfloat16):
-                    for native in (True, False) if both else (False,):
-                        which = "native" if native else implementation.name
-                        label = f"{op.name}-{which}-{case.label}-{str(dtype)[6:]}"
-                        yield pytest.param(op, implementation.name, case, dtype, native, id=label)
+                    for level in (*native, pytest.param(None, id=implementation.name)):
+                        label = f"{op.name}-{level.id}-{case.label}-{str(dtype)[6:]}"
+                        values = (op, implementation.name, case, dtype, *level.values)
+                        yield pytest.param(*values, id=label, marks=level.marks)
 
 
-@pytest.mark.parametrize(("op", "name", "case", "dtype", "native"), list(_parameters()))
-def test_case(op: Op, name: str, case: Case, dtype: torch.dtype, native: bool) -> None:
+@pytest.mark.parametrize(("op", "name", "case", "dtype", "level"), list(_parameters()))
+def test_case(op: Op, name: str, case: Case, dtype: torch.dtype, level: str | None) -> None:
     arguments = case.make(torch.device("cpu"), dtype, torch.Generator().manual_seed(0))
-    with patch.object(csrc, "load", lambda _: NATIVE if native else None):
+    with at(level):
         check(op, name, arguments)
 
 
 @pytest.mark.skipif(NATIVE is None, reason="no compiler: weights are not packed")
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("level", [*levels(), None])
 @pytest.mark.parametrize("case", linear.cases, ids=lambda case: case.label)
-def test_packed_weights(case: Case, native: bool) -> None:
+def test_packed_weights(case: Case, level: str | None) -> None:
     arguments = case.make(torch.device("cpu"), torch.bfloat16, torch.Generator().manual_seed(0))
     weight = arguments["weight"]
     arguments["weight"] = panels = packed(weight.clone())
@@ -62,8 +62,8 @@ def test_packed_weights(case: Case, native: bool) -> None:
     assert panels.shape == weight.shape
     assert torch.equal(unpacked(panels), weight)
     ids = torch.randint(len(weight), (5,))
-    assert torch.equal(embedding(ids, panels), weight[ids])
-    with patch.object(csrc, "load", lambda _: NATIVE if native else None):
+    with at(level):
+        assert torch.equal(embedding(ids, panels), weight[ids])
         check(linear, "cpu", arguments)
 
 
@@ -76,19 +76,21 @@ def test_packing_takes_the_place_of_the_weight() -> None:
 
 
 @pytest.mark.skipif(NATIVE is None, reason="no compiler: there is no native attention to test")
+@pytest.mark.parametrize("level", levels())
 @pytest.mark.parametrize("facts", [{}, {"window": 300}, {"softcap": 20.0}], ids=str)
-def test_a_query_has_one_result_in_any_chunk(facts: dict[str, Any]) -> None:
+def test_a_query_has_one_result_in_any_chunk(facts: dict[str, Any], level: str) -> None:
     """Over three blocks of keys and two spans of queries."""
     generator = torch.Generator().manual_seed(0)
     facts = {"head_dim": 64, "q_heads": 4, "kv_heads": 2} | facts
     case = paged_case(700, [700], torch.device("cpu"), torch.bfloat16, generator, **facts)
     q, kv, offsets = case["q"], case["kv"], torch.tensor([0, 700], dtype=torch.int32)
-    check(attention, "cpu", case | {"cu_seqlens_q": offsets})
-    whole = attention(q, kv, offsets)
-    for start, end in ((0, 1), (0, 256), (5, 290), (255, 258), (511, 699), (699, 700)):
-        own = kv._replace(seq_lens=torch.tensor([end], dtype=torch.int32))
-        chunk = torch.tensor([0, end - start], dtype=torch.int32)
-        assert torch.equal(attention(q[start:end], own, chunk), whole[start:end])
+    with at(level):
+        check(attention, "cpu", case | {"cu_seqlens_q": offsets})
+        whole = attention(q, kv, offsets)
+        for start, end in ((0, 1), (0, 256), (5, 290), (255, 258), (511, 699), (699, 700)):
+            own = kv._replace(seq_lens=torch.tensor([end], dtype=torch.int32))
+            chunk = torch.tensor([0, end - start], dtype=torch.int32)
+            assert torch.equal(attention(q[start:end], own, chunk), whole[start:end])
 
 
 def test_cascade_refuses_a_window() -> None:
@@ -103,11 +105,13 @@ def test_cascade_refuses_a_window() -> None:
 @pytest.mark.parametrize(
     ("dtype", "pack"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
 )
-def test_a_token_has_one_result_in_any_batch(dtype: torch.dtype, pack: bool) -> None:
+@pytest.mark.parametrize("level", levels())
+def test_a_token_has_one_result_in_any_batch(dtype: torch.dtype, pack: bool, level: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(350 if pack else 150, 300, generator=generator).to(dtype)
     weight = torch.randn(501, 300, generator=generator).to(dtype)
     weight = packed(weight) if pack else weight
-    whole = linear(x, weight)
-    for start, end in ((0, 1), (3, 5), (7, 23), (100, 150)):
-        assert torch.equal(linear(x[start:end], weight), whole[start:end])
+    with at(level):
+        whole = linear(x, weight)
+        for start, end in ((0, 1), (3, 5), (7, 23), (100, 150)):
+            assert torch.equal(linear(x[start:end], weight), whole[start:end])

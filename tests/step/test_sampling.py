@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisgl import csrc
 from minisgl.core.batch import RowSetup
 from minisgl.core.request import SamplingParams
 from minisgl.device import CpuDevice
@@ -17,6 +16,7 @@ from minisgl.kernels.sampling.cpu import sample_cpu, sample_twin
 from minisgl.kernels.sampling.noise import gumbel, hash_ids, position_keys, row_key
 from minisgl.step.rows import HostRows, RowBuffers
 from tests.world import sampling
+from tests.world.levels import at, levels
 
 VOCAB = 67
 EOS = (2, 5)
@@ -24,10 +24,14 @@ INT = torch.int32
 
 
 CPU = torch.device("cpu")
-NATIVE = csrc.load("model_ops", wait=True)
 DRAWS = [pytest.param(sample.reference, id="reference"), pytest.param(sample_twin, id="twin")]
-if NATIVE is not None:
-    DRAWS.append(pytest.param(sample_cpu, id="native"))
+for level in levels():
+
+    def draw_at(*tensors: torch.Tensor, level: str = level.values[0]) -> torch.Tensor:
+        with at(level):
+            return sample_cpu(*tensors)
+
+    DRAWS.append(pytest.param(draw_at, id=level.id, marks=level.marks))
 
 
 def bans(params: SamplingParams) -> list[int]:
