@@ -42,6 +42,7 @@ REQUIRES = [
     "pybind11>=2.13,<4",  # headers only, at the first build of csrc/
     "ninja>=1.11,<2",
     "tqdm>=4.66,<5",
+    "llguidance>=1.9.1,<1.10",  # what it makes of a schema is tested case by case, and may change
 ]
 
 HF = ["transformers>=4.57,<6"]  # only for models that ship no tokenizer.json

@@ -20,6 +20,7 @@ from minisgl.core.speculation import Speculation, propose_on_device
 from minisgl.device import Device, pick_device
 from minisgl.engine.engine import Engine
 from minisgl.engine.messages import EngineInfo
+from minisgl.grammar.backend import LlgBackend
 from minisgl.log import get_logger
 from minisgl.models.hub import model_directory
 from minisgl.ranks.executor import ParallelExecutor, load_ranks
@@ -70,10 +71,19 @@ def build_engine(config: EngineConfig) -> Engine:
         sampling_defaults=sampling,
     )
     overlap = not config.disable_overlap_schedule
+    grammars = _grammar_backend(config, info)
     try:
         scheduler = _scheduler(facts, device, executor.limits)
-        return Engine(scheduler, executor, info, overlap=overlap, profile_dir=config.profile_dir)
+        return Engine(
+            scheduler,
+            executor,
+            info,
+            overlap=overlap,
+            grammar_backend=grammars,
+            profile_dir=config.profile_dir,
+        )
     except BaseException:
+        grammars.close()
         executor.close()
         raise
 
@@ -119,6 +129,17 @@ def _scheduler(facts: Facts, device: Device, limits: Limits) -> Scheduler:
     scheduler = Scheduler(limits, planned, eos, cost, speculation=speculation)
     ngram.continuation = scheduler.continuation
     return scheduler
+
+
+def _grammar_backend(config: EngineConfig, info: EngineInfo) -> LlgBackend:
+    return LlgBackend(
+        Path(info.model_path) / "tokenizer.json",
+        info.limits.vocab_size,
+        info.eos_token_ids,
+        timeout=config.grammar_timeout,
+        max_bytes=config.grammar_max_bytes,
+        cache_bytes=config.grammar_cache_bytes,
+    )
 
 
 def _log_device(config: EngineConfig, device: Device) -> None:

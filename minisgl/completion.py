@@ -47,6 +47,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     prompt_logprobs: list[TokenLogprobs] | None = None  # for every prompt token but the first
     num_cached_tokens: int = 0  # of the prompt, found in the radix cache
+    warnings: list[str] = field(default_factory=list)  # of structured_outputs that are not strict
     ttft: float = 0.0  # until the first token of any choice
     e2e: float = 0.0  # until the last token of the last choice
 
@@ -73,14 +74,17 @@ class Collector:
         self.fresh: deque[str] = deque()  # text of the first choice, not yielded yet
         self._streams = [TextStream(tokenizer, params) for _ in range(params.n)]
         self.running = params.n  # choices
-        self._error: str | None = None
+        self._error: Exception | None = None
         self._start = time.perf_counter()
 
     def take(self, delta: Delta) -> bool:
         """Add a delta. True when a stop string ended a choice that the engine still runs."""
         if delta.error is not None:
-            self._error, self.running = delta.error, 0
+            kind = ValueError if delta.refused else RuntimeError
+            self._error = kind(f"request {self.request.id} failed: {delta.error}")
+            self.running = 0
             return False
+        self.output.warnings += delta.warnings or ()
         stream, choice = self._streams[delta.choice], self.output.outputs[delta.choice]
         if stream.finish_reason is not None:
             return False
@@ -107,9 +111,10 @@ class Collector:
         return delta.finish_reason is None
 
     def result(self) -> RequestOutput:
-        """What came of the request. Raises RuntimeError, saying why, when it failed."""
+        """What came of the request. Raises RuntimeError, saying why, when it failed, or ValueError
+        where that was by its own fault."""
         if self._error is not None:
-            raise RuntimeError(f"request {self.request.id} failed: {self._error}")
+            raise self._error
         return self.output
 
 

@@ -34,6 +34,7 @@ ReasoningParser = Literal["auto", "none", "think", "mistral", "cohere", "seed"]
 PAGE_SIZES = (1, 16, 32, 64)
 CUDA_GRAPH_MAX_BS = 256  # beyond, a step's kernels take longer than launching them
 MAX_DRAFT_TOKENS = 16
+MAX_GRAMMAR_BYTES = 2**20  # of `SamplingParams.structured_outputs` as JSON
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +107,13 @@ class EngineConfig:
     sampling_defaults: SamplingSource = _option(
         "model", "what a request leaves open: as its generation_config.json recommends, or OpenAI's"
     )
+    grammar_timeout: float = _option(
+        10.0, "seconds that a schema or grammar may take to compile", least=None
+    )
+    grammar_max_bytes: int = _option(
+        2**17, "bytes of a schema or grammar as JSON, at most", most=MAX_GRAMMAR_BYTES
+    )
+    grammar_cache_bytes: int = _option(2**28, "bytes of compiled grammars that are kept")
     random_seed: int = _option(0, "seed of dummy weights", least=0)
     profile_dir: str | None = _option(None, "folder of profiler traces; start and stop by request")
     log_level: LogLevel = _option("info", "what is logged to stderr")

@@ -27,7 +27,7 @@ MAX_FUNCTION_LINES = 60  # in the package; jitted kernels and what launches them
 ALLOWED: dict[str, int] = {}
 # Lines of code (blank lines, comments and docstrings are free). The kernels have a budget of their
 # own, because a kernel's room holds its specification, cases and cost formulas too.
-BUDGETS = {"kernels/": 5_400, "all but kernels/": 12_910}
+BUDGETS = {"kernels/": 5_400, "all but kernels/": 13_510}
 
 # Room (a folder or file of minisgl/) -> what it may import from the package besides itself:
 # rooms, or single modules of a room.
@@ -55,8 +55,9 @@ FLOORS: dict[str, set[str]] = {
     "start": MODELS | PLANS | {"step"},
     "ranks": MODELS | PLANS | {"step", "start"},
     "engine": BASE | {"core", "trace"},
+    "grammar": BASE | {"core.grammar"},
     "server": BASE | {"engine.client", "core.executor", "core.request"},
-    "build": MODELS | {"step", "start", "ranks", "engine", "core"},
+    "build": MODELS | {"step", "start", "ranks", "engine", "core", "grammar"},
 }
 TOP = {"serve", "chat", "llm", "completion", "analyze"}  # what people run: may import everything
 
@@ -67,6 +68,7 @@ PACKAGES: dict[str, set[str]] = {
     **{package: {"server", "serve"} for package in HTTP},
     "triton": {"kernels", "device"},
     "nvtx": {"trace"},
+    "llguidance": {"grammar"},
 }
 STDLIB_ONLY = {"log", "csrc", "config", "flags", "child", "interrupts", "libraries", "__init__"}
 LATE_ONLY = {"transformers", "nvtx", "cuda"}  # optional at run time: inside functions only

@@ -1,6 +1,11 @@
-"""A grammar is three verbs: accept a token, fill a mask, roll back."""
+"""A grammar says which tokens may come next. A backend compiles it, and fills the masks of a step.
 
-from typing import Protocol
+Nothing here raises once a grammar is compiled: what fails ends one sequence, with the reason given.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -8,18 +13,42 @@ import numpy as np
 class Grammar(Protocol):
     """The state of one constrained sequence."""
 
-    def accept(self, token_id: int) -> bool:
-        """Advance by one token; False (and no change) when the grammar does not allow it."""
+    @property
+    def warnings(self) -> list[str]:
+        """What of its specification is not kept, and why, where that was allowed."""
 
-    def fill_mask(self, bits: np.ndarray) -> None:
-        """Write the allowed next tokens into `bits`, uint32 [ceil(vocab / 32)], set = allowed."""
+    def accept(self, token_id: int) -> str | None:
+        """Advance by one token, an end of text included; why it cannot, or None: it has."""
 
-    def roll_back(self, count: int) -> None:
-        """Undo the last `count` accepted tokens."""
+    def copy(self) -> Self:
+        """The same state, for another sequence."""
+
+
+class Wanted(NamedTuple):
+    """Masks of one sequence: what may come next, and what may come after each of its drafts."""
+
+    grammar: Grammar
+    first: int  # row of the first mask; the others are in the rows after it
+    drafts: list[int]
 
 
 class GrammarBackend(Protocol):
-    """Compiles grammar specifications."""
+    """Compiles specifications, on threads of its own."""
 
-    def compile(self, spec: str) -> Grammar:
-        """Raises ValueError when `spec` is not a valid grammar."""
+    @property
+    def timeout(self) -> float:
+        """Seconds that a request waits for its grammar, at most."""
+
+    def compile(self, spec: str) -> Future[Grammar]:
+        """`spec` is `SamplingParams.structured_outputs`. Returns at once; a ValueError of the
+        future says what of it cannot be kept."""
+
+    def fill_masks(self, wanted: Sequence[Wanted], bits: np.ndarray) -> dict[int, str]:
+        """Write allowed tokens into `bits`, uint32 [rows, ceil(vocab / 32)], set = allowed.
+
+        Rows come with every bit set, and what follows a draft that is not allowed may stay so: it
+        is discarded. Returns why masks could not be computed, by index in `wanted`.
+        """
+
+    def close(self) -> None:
+        """End its threads. Idempotent."""

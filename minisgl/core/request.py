@@ -7,6 +7,8 @@ from typing import Annotated, Literal, get_args
 
 import msgspec
 
+from minisgl.config import MAX_GRAMMAR_BYTES
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 MAX_TOP_LOGPROBS = 20
@@ -33,6 +35,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, gc=False, array_
     bits with a sign, as OpenAI's. One string will do for `stop`, a mapping for `logit_bias`, and
     None for either and for `stop_token_ids`. Numbers are within the ranges beside them.
 
+    `structured_outputs` holds the text to a form: {"json": schema}, {"json_object": True},
+    {"regex": ...}, {"grammar": ...} or {"choice": [...]}, kept as JSON. A "strict": False beside
+    "json" allows what of the schema is not supported to be left out, with a warning.
+
     Raises ValueError naming the field, its limit and the value given; TypeError where a value is
     not of the field's type.
     """
@@ -53,6 +59,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, gc=False, array_
     logprobs: Annotated[int | None, (0, MAX_TOP_LOGPROBS)] = None
     prompt_logprobs: Annotated[int | None, (0, MAX_TOP_LOGPROBS)] = None
     n: Annotated[int, (1, 128)] = 1
+    structured_outputs: str | None = None
     seed: Annotated[int | None, (-(2**63), MAX_SEED)] = None
 
     def __post_init__(self) -> None:
@@ -68,6 +75,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, gc=False, array_
                 raise TypeError(f"{name} must be {kind}, got {shown(given)}") from error
             msgspec.structs.force_setattr(self, name, value)
         _check_types(self)
+        if self.structured_outputs is not None:
+            text = _structured_outputs(self)
+            msgspec.structs.force_setattr(self, "structured_outputs", text)
         for name, (low, high) in RANGES.items():
             _require(name, getattr(self, name), low, high, open_low=name == "top_p")
         if self.temperature is not None and self.temperature < LEAST_TEMPERATURE:
@@ -120,7 +130,6 @@ class Request(msgspec.Struct, frozen=True, gc=False, array_like=True):
     params: SamplingParams
     priority: int = 0  # higher runs earlier under the `priority` policy
     cache_salt: str = ""  # prefixes are shared only between equal salts
-    grammar: str | None = None  # specification of a grammar, read by the grammar backend
     eos_token_id: int | None = None  # the tokenizer's, which ends a text as the model's own do
 
 
@@ -139,7 +148,9 @@ class Delta(msgspec.Struct, frozen=True, gc=False, array_like=True):
     `finish_reason` is None while the choice runs. `stop_token_id` names the token that ended it;
     that token is the last of `token_ids`. `prompt_logprobs` come in deltas without tokens, as the
     prompt is computed: one entry for each prompt token but the first, in order. `error` says why
-    when the reason is "error". Accepted drafts are among `token_ids`, rejected ones are not.
+    when the reason is "error", and `refused` that it was by fault of the request. `warnings` come
+    once, first and without tokens: what of its structured output is not kept. Accepted drafts are
+    among `token_ids`, rejected ones are not.
     """
 
     request_id: str
@@ -153,6 +164,8 @@ class Delta(msgspec.Struct, frozen=True, gc=False, array_like=True):
     error: str | None = None
     num_accepted_drafts: int = 0
     num_rejected_drafts: int = 0
+    refused: bool = False
+    warnings: list[str] | None = None
 
 
 def _as_pairs(bias: object) -> tuple[tuple[int, float], ...]:
@@ -178,6 +191,46 @@ def _check_types(params: SamplingParams) -> None:
             )
     if type(params.ignore_eos) is not bool:
         raise TypeError(f"ignore_eos must be a bool, got {shown(params.ignore_eos)}")
+
+
+# Kind of structured output -> the types it may have.
+STRUCTURES: dict[str, tuple[type, ...]] = {
+    "json": (dict, bool, str),
+    "json_object": (bool,),
+    "regex": (str,),
+    "grammar": (str,),
+    "choice": (list,),
+}
+
+
+def _structured_outputs(params: SamplingParams) -> str:
+    """Those of `params` as JSON. Raises ValueError or TypeError, naming the field."""
+    name, given = "structured_outputs", params.structured_outputs
+    try:
+        made = msgspec.json.decode(given if isinstance(given, str) else msgspec.json.encode(given))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{name} cannot be read as JSON: {error}") from error
+    if not isinstance(made, dict):
+        raise TypeError(f"{name} must be an object, got {shown(made)}")
+    made = {key: value for key, value in made.items() if value is not None}
+    text = msgspec.json.encode(made)
+    kinds = made.keys() - {"strict"}
+    if len(kinds) != 1 or not kinds < STRUCTURES.keys():
+        raise ValueError(f"{name} must hold one of {list(STRUCTURES)}, got {sorted(made)}")
+    (kind,) = kinds
+    if type(made[kind]) not in STRUCTURES[kind] or (kind == "json_object" and not made[kind]):
+        types = " or ".join(each.__name__ for each in STRUCTURES[kind])
+        raise TypeError(f"{name}.{kind} must be of type {types}, got {shown(made[kind])}")
+    if "strict" in made and (kind != "json" or type(made["strict"]) is not bool):
+        raise ValueError(f"{name}.strict must be a bool beside json, got {shown(made['strict'])}")
+    _require(f"number of bytes of {name}", len(text), 0, MAX_GRAMMAR_BYTES)
+    for field, value in (("min_tokens", params.min_tokens), ("ignore_eos", params.ignore_eos)):
+        if value:
+            raise ValueError(
+                f"{field} cannot be given with structured_outputs, which say where the text may "
+                f"end: got {value}"
+            )
+    return text.decode()
 
 
 # Number -> the types it may have, and the least and the most it may be.

@@ -8,12 +8,15 @@ import numpy as np
 
 from minisgl.core.batch import Batch, Chunk
 from minisgl.core.executor import Executor, GrammarMasks
-from minisgl.core.grammar import Grammar, GrammarBackend
+from minisgl.core.grammar import Grammar, GrammarBackend, Wanted
 from minisgl.core.request import Delta, Request
 from minisgl.core.scheduler import Scheduler
+from minisgl.engine.compiling import Compiling
 from minisgl.engine.messages import EngineInfo, EngineStats
 from minisgl.engine.profile import Profiler
 from minisgl.log import get_logger
+
+NO_UID = -1  # of a choice whose grammar is being compiled
 
 log = get_logger(__name__)
 
@@ -45,7 +48,8 @@ class Engine:
         self._unsampled: Batch | None = None  # dispatched, waits for its masks
         self._open: dict[str, dict[int, int]] = {}  # request -> choice that runs -> its uid
         self._deltas: list[Delta] = []  # not returned by `step` yet
-        self._grammar_backend = grammar_backend
+        self._backend = grammar_backend
+        self._compiling = Compiling(grammar_backend)
         self._grammars: dict[int, Grammar] = {}  # by uid, of constrained sequences
         self._steps = self._tokens = self._output_tokens = 0
         self._longest_step = 0.0
@@ -58,15 +62,22 @@ class Engine:
             raise RuntimeError(f"the engine has stopped: {self.failure}")
         params = request.params.completed(self.info.sampling_defaults)
         request = msgspec.structs.replace(request, params=params)
-        grammars = self._compile(request)
-        uids = self._scheduler.add(request)
-        self._open[request.id] = dict(enumerate(uids))
-        self._grammars.update(zip(uids, grammars, strict=False))  # all of them or none
+        if request.id in self._open:
+            raise ValueError(f"request id {request.id!r} is in use")
+        if params.structured_outputs is None:
+            self._open[request.id] = dict(enumerate(self._scheduler.add(request)))
+        else:
+            self._compiling.add(request)
+            self._open[request.id] = dict.fromkeys(range(params.n), NO_UID)
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
         """End a choice, or all of a request's; unknown ones are ignored, for they have ended."""
         if self.failure is None:
-            self._take(self._scheduler.abort(request_id, choice))
+            deltas = self._scheduler.abort(request_id, choice)
+            if request_id in self._compiling:
+                ended = [each for each in self._open[request_id] if choice in (None, each)]
+                deltas = [Delta(request_id, each, [], "abort") for each in ended]
+            self._take(deltas)
 
     def abort_all(self) -> None:
         """End every request."""
@@ -75,7 +86,8 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether `step` would compute or return something."""
-        return bool(self._deltas) or (self.failure is None and self._scheduler.has_work)
+        has_work = self._scheduler.has_work or bool(self._compiling)
+        return bool(self._deltas) or (self.failure is None and has_work)
 
     def step(self) -> list[Delta]:
         """Advance by one step; return the new deltas. Never raises for a failed step.
@@ -83,6 +95,8 @@ class Engine:
         A step that fails ends every request with an error, and the engine: see `failure`.
         """
         self._check()
+        if self.failure is None and self._compiling:
+            self._admit_compiled()
         if self.failure is None and self._scheduler.has_work:
             started = time.perf_counter()
             try:
@@ -134,6 +148,8 @@ class Engine:
         """
         if self._profiler.running:
             self._write_profile()
+        if self._backend is not None:
+            self._backend.close()
         self._executor.close()
 
     def _write_profile(self) -> None:
@@ -232,6 +248,7 @@ class Engine:
         self._grammars.pop(choices.pop(delta.choice), None)
         if not choices:
             del self._open[delta.request_id]
+            self._compiling.drop(delta.request_id)
 
     def _fail(self, error: Exception) -> None:
         """A step failed: no later one can rely on its KV, so every request ends with the error."""
@@ -245,13 +262,27 @@ class Engine:
                 self._deltas.append(delta)
         self._open.clear()
 
-    def _compile(self, request: Request) -> list[Grammar]:
-        """One state per choice; none without a grammar."""
-        if request.grammar is None:
-            return []
-        if self._grammar_backend is None:
-            raise ValueError("grammar is not supported: this engine has no grammar backend")
-        return [self._grammar_backend.compile(request.grammar) for _ in range(request.params.n)]
+    def _admit_compiled(self) -> None:
+        """Queue the requests whose grammars are compiled; refuse those that cannot be."""
+        for request, grammar in self._compiling.ready(wait_for_one=not self._scheduler.has_work):
+            choices = self._open[request.id]
+            try:
+                if isinstance(grammar, ValueError):
+                    raise grammar
+                uids = self._scheduler.add(request)
+            except ValueError as error:
+                end = Delta(request.id, 0, [], "error", error=str(error), refused=True)
+                self._take([msgspec.structs.replace(end, choice=each) for each in [*choices]])
+                continue
+            for choice, uid in enumerate(uids):
+                if choice in choices:
+                    choices[choice] = uid
+                    self._grammars[uid] = grammar.copy()
+                else:  # it was aborted meanwhile
+                    self._scheduler.abort(request.id, choice)
+            if grammar.warnings:
+                first = next(iter(choices))
+                self._deltas.append(Delta(request.id, first, [], warnings=grammar.warnings))
 
     def _grammar_of(self, chunk: Chunk) -> Grammar | None:
         return self._grammars.get(chunk.uid) if chunk.samples else None
@@ -259,17 +290,11 @@ class Engine:
     def _masks(self, batch: Batch) -> GrammarMasks | None:
         """One mask for each draft of the constrained chunks and one for what follows it.
 
-        None when they have all ended since the batch was planned.
+        None when they have all ended since the batch was planned. Those whose masks fail end.
         """
         indices: list[int] = []
-        masks: list[np.ndarray] = []
-        words = (self.info.limits.vocab_size + 31) // 32
-
-        def fill(index: int, grammar: Grammar) -> None:
-            indices.append(index)
-            masks.append(np.zeros(words, dtype=np.uint32))
-            grammar.fill_mask(masks[-1])
-
+        wanted: list[Wanted] = []
+        uids: list[int] = []
         proposed: list[list[int]] | None = None
         for index, chunk in enumerate(batch.chunks):
             grammar = self._grammar_of(chunk)
@@ -279,22 +304,41 @@ class Engine:
             if drafts and drafts[0] < 0:  # known on the device, before the forward pass ends
                 proposed = proposed or self._executor.drafts(batch.step)
                 drafts = proposed[index]
-            fill(index, grammar)
-            accepted = 0
-            for draft in drafts:
-                # A refused draft is not sampled either, and what follows it is discarded.
-                accepted += grammar.accept(draft)
-                fill(index, grammar)
-            grammar.roll_back(accepted)
-        return GrammarMasks(indices, np.stack(masks)) if masks else None
+            uids.append(chunk.uid)
+            wanted.append(Wanted(grammar, len(indices), drafts))
+            indices += [index] * (1 + len(drafts))
+        if not wanted or self._backend is None:
+            return None
+        words = (self.info.limits.vocab_size + 31) // 32
+        bits = np.full((len(indices), words), 2**32 - 1, np.uint32)
+        for index, reason in self._backend.fill_masks(wanted, bits).items():
+            self._end_constrained(uids[index], reason)
+        return GrammarMasks(indices, bits)
+
+    def _end_constrained(self, uid: int, reason: str) -> None:
+        """End a sequence whose mask failed; what is sampled for it is dropped."""
+        for request_id, choices in list(self._open.items()):
+            for choice in [choice for choice, each in choices.items() if each == uid]:
+                self._scheduler.abort(request_id, choice)
+                self._take([_failed(Delta(request_id, choice, []), reason)])
 
     def _advance_grammar(self, delta: Delta) -> Delta:
-        """Feed a sequence's grammar. If it refuses a token that its mask allowed, both end."""
+        """Feed a sequence's grammar, the token that ended it included.
+
+        What the grammar refuses ends the sequence with an error: its text may not pass for whole.
+        """
         grammar = self._grammars.get(self._open[delta.request_id][delta.choice])
-        if grammar is None or delta.finish_reason is not None:
+        if grammar is None:
             return delta
-        if all(map(grammar.accept, delta.token_ids)):
-            return delta
-        self._scheduler.abort(delta.request_id, delta.choice)
-        reason = f"the grammar refuses tokens that its own mask allowed: {delta.token_ids}"
-        return msgspec.structs.replace(delta, finish_reason="error", error=reason)
+        for token_id in delta.token_ids:
+            if (reason := grammar.accept(token_id)) is not None:
+                if delta.finish_reason is None:
+                    self._scheduler.abort(delta.request_id, delta.choice)
+                return _failed(delta, reason)
+        return delta
+
+
+def _failed(delta: Delta, reason: str) -> Delta:
+    """`delta` as the end of a sequence whose grammar cannot go on, by fault of the request."""
+    error = f"structured_outputs cannot be kept any further: {reason}"
+    return msgspec.structs.replace(delta, finish_reason="error", error=error, refused=True)

@@ -60,8 +60,9 @@ def test_a_refusal_is_a_value_error_with_the_numbers():
         async with open_client() as client:
             with pytest.raises(ValueError, match=r"256.*300"):
                 await collect(client, Request("long", [1] * 300, SamplingParams()))
-            with pytest.raises(ValueError, match="grammar"):
-                await collect(client, Request("g", [1], SamplingParams(), grammar="x"))
+            params = SamplingParams(structured_outputs={"regex": "x"})
+            with pytest.raises(ValueError, match="structured_outputs is not supported"):
+                await collect(client, Request("g", [1], params))
             stream = client.submit(Request("twice", [1], FOREVER))
             await anext(stream)
             with pytest.raises(ValueError, match="'twice' is already in use"):

@@ -1,6 +1,8 @@
 """The loop, against an executor whose tokens are known without it."""
 
 import random
+import time
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from msgspec.structs import replace
 
 from minisgl.core.request import Delta, Request, SamplingParams
 from tests.world.engine import LIMITS, expected, make_engine
+from tests.world.grammars import PlainBackend, PlainGrammar
 from tests.world.hash_executor import EOS, HashExecutor
 
 VOCAB = LIMITS.vocab_size
@@ -183,33 +186,48 @@ def test_close_closes_the_executor():
     assert engine.executor.closed
 
 
-class Digits:
+class Digits(PlainGrammar):
     """A grammar over token ids: each token is the one before plus 1 or 2, starting from 0."""
 
-    def __init__(self) -> None:
-        self.tokens = [0]
-        self.log: list[str] = []
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.last, self.fails_at = 0, fails_at
 
-    def accept(self, token_id: int) -> bool:
-        if token_id - self.tokens[-1] not in (1, 2):
-            return False
-        self.tokens.append(token_id)
-        return True
+    def accept(self, token_id: int) -> str | None:
+        if token_id - self.last not in (1, 2):
+            return f"{token_id} does not follow {self.last}"
+        self.last = token_id
+        return None
 
-    def fill_mask(self, bits: np.ndarray) -> None:
-        bits[:] = 0
-        for token in (self.tokens[-1] + 1, self.tokens[-1] + 2):
+    def fill_mask(self, bits: np.ndarray) -> str | None:
+        for token in (self.last + 1, self.last + 2):
             bits[token // 32] |= np.uint32(1 << (token % 32))
+        failed = self.fails_at is not None and self.last >= self.fails_at
+        return "planted: too complex" if failed else None
 
-    def roll_back(self, count: int) -> None:
-        del self.tokens[len(self.tokens) - count :]
+
+class DigitsBackend(PlainBackend):
+    """Compiles "digits"; "digits 40", which fails from 40 on; "late", when it is told to."""
+
+    timeout = 0.2
+
+    def __init__(self) -> None:
+        self.late: Future[Digits] = Future()
+
+    def compile(self, spec: str) -> Future[Digits]:
+        return self.late if "late" in spec else super().compile(spec)
+
+    def begin(self, text: str) -> Digits:
+        if text == "broken":
+            raise RuntimeError("planted: a bug of the backend")
+        if not text.startswith("digits"):
+            raise ValueError(f"grammar must be 'digits', got {text!r}")
+        return Digits(int(text.split()[1]) if " " in text else None)
 
 
-class DigitsBackend:
-    def compile(self, spec: str) -> Digits:
-        if spec != "digits":
-            raise ValueError(f"grammar must be 'digits', got {spec!r}")
-        return Digits()
+def digits(grammar: str = "digits", **params) -> SamplingParams:
+    """Sampled by a grammar, whose tokens end nothing."""
+    chosen = {"max_tokens": 30, "temperature": 1.0, "seed": 4} | params
+    return SamplingParams(structured_outputs={"grammar": grammar}, **chosen)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -217,8 +235,7 @@ def test_a_grammar_constrains_its_sequences_and_no_other(overlap):
     engine = make_engine(
         overlap=overlap, grammar_backend=DigitsBackend(), limits=replace(LIMITS, num_pages=30)
     )
-    params = SamplingParams(max_tokens=30, temperature=1.0, seed=4, n=3, ignore_eos=True)
-    engine.add(Request("grammar", [1, 2, 3], params, grammar="digits"))
+    engine.add(Request("grammar", [1, 2, 3], digits(n=3)))
     free = make_requests(8)
     for request in free:
         engine.add(request)
@@ -237,7 +254,6 @@ def test_an_interrupted_wait_changes_no_token(overlap):
     """With a grammar, a step is dispatched and not yet sampled when the wait is cut off."""
     engine = make_engine(overlap=overlap, grammar_backend=DigitsBackend())
     generator = random.Random(0)
-    params = SamplingParams(max_tokens=30, temperature=1.0, seed=4, ignore_eos=True)
 
     def wait() -> None:
         if generator.random() < 0.4:
@@ -255,7 +271,7 @@ def test_an_interrupted_wait_changes_no_token(overlap):
 
     undisturbed = make_engine(grammar_backend=DigitsBackend())
     free = make_requests(8)
-    for request in [Request("grammar", [1, 2, 3], params, grammar="digits"), *free]:
+    for request in [Request("grammar", [1, 2, 3], digits()), *free]:
         engine.add(request)
         undisturbed.add(request)
     engine.executor.wait = wait
@@ -265,19 +281,104 @@ def test_an_interrupted_wait_changes_no_token(overlap):
 
 def test_under_overlap_masks_are_filled_while_the_forward_runs():
     engine = make_engine(overlap=True, grammar_backend=DigitsBackend())
-    params = SamplingParams(max_tokens=3, ignore_eos=True)
-    engine.add(Request("a", [1, 2, 3], params, grammar="digits"))
+    engine.add(Request("a", [1, 2, 3], digits(max_tokens=3)))
     run(engine)
     calls = engine.executor.calls
     assert calls[:5] == ["dispatch 0", "sample 0", "dispatch 1", "collect 0", "sample 1"]
 
 
-def test_grammars_are_refused_by_name_where_they_cannot_be_honoured():
-    request = Request("a", [1], SamplingParams(), grammar="letters")
-    with pytest.raises(ValueError, match="grammar is not supported"):
-        make_engine().add(request)
-    with pytest.raises(ValueError, match="got 'letters'"):
-        make_engine(grammar_backend=DigitsBackend()).add(request)
+def test_without_a_backend_structured_outputs_are_refused():
+    with pytest.raises(ValueError, match="structured_outputs is not supported"):
+        make_engine().add(Request("a", [1], digits()))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(
+    ("grammar", "says", "emitted"),
+    [
+        ("letters", "got 'letters'", 0),
+        ("broken", "RuntimeError: planted: a bug of the backend", 0),
+        ("digits 25", "planted: too complex", 13),
+    ],
+)
+def test_a_grammar_that_fails_ends_its_request_alone(overlap, grammar, says, emitted):
+    engine = make_engine(overlap=overlap, grammar_backend=DigitsBackend())
+    free = make_requests(6)
+    for request in [Request("bad", [1, 2], digits(grammar, n=2)), Request("good", [7], digits())]:
+        engine.add(request)
+    for request in free:
+        engine.add(request)
+    deltas = run(engine)
+    tokens = gather(deltas)
+    assert all(tokens[request.id, 0] == expected(request) for request in free)
+    assert len(tokens["good", 0]) == 30
+    ends = [d for d in deltas if d.request_id == "bad" and d.finish_reason]
+    assert [(d.finish_reason, d.refused) for d in ends] == [("error", True)] * 2
+    assert all(says in d.error for d in ends)
+    for choice in range(2):
+        assert len(tokens["bad", choice]) >= emitted
+        assert set(np.diff([0, *tokens["bad", choice]])) <= {1, 2}
+    engine.scheduler.check()
+    assert engine.failure is None
+
+
+def test_a_compilation_delays_nobody_and_is_refused_when_it_takes_too_long():
+    engine = make_engine(grammar_backend=DigitsBackend())
+    started = time.monotonic()
+    engine.add(Request("late", [1], digits("late", n=2)))
+    free = make_requests(4)
+    for request in free:
+        engine.add(request)
+    tokens = gather(run(engine))
+    assert all(tokens[request.id, 0] == expected(request) for request in free)
+    assert tokens["late", 0] == tokens["late", 1] == []
+    assert 0.2 <= time.monotonic() - started < 5
+
+
+def test_a_request_is_admitted_when_its_grammar_is_compiled():
+    engine = make_engine(grammar_backend=(backend := DigitsBackend()))
+    engine.add(Request("late", [1, 2, 3], digits("late", n=3)))
+    with pytest.raises(ValueError, match="'late' is in use"):
+        engine.add(Request("late", [1], SamplingParams()))
+    assert engine.step() == []
+    engine.abort("late", 1)
+    compiled = Digits()
+    compiled.warnings = ["#/not: not is not supported"]
+    backend.late.set_result(compiled)
+    deltas = run(engine)
+    assert [d.warnings for d in deltas if d.warnings] == [["#/not: not is not supported"]]
+    tokens = gather(deltas)
+    assert tokens["late", 1] == []
+    undisturbed = make_engine(grammar_backend=DigitsBackend())
+    undisturbed.add(Request("late", [1, 2, 3], digits(n=3)))
+    same = gather(run(undisturbed))
+    assert [tokens["late", c] for c in (0, 2)] == [same["late", c] for c in (0, 2)]
+
+
+def test_what_is_aborted_while_it_compiles_never_runs():
+    engine = make_engine(grammar_backend=(backend := DigitsBackend()))
+    engine.add(Request("late", [1, 2, 3], digits("late", n=2)))
+    engine.abort("late")
+    assert {d.finish_reason for d in run(engine)} == {"abort"}
+    backend.late.set_result(Digits())
+    assert not engine.has_work()
+    engine.close()
+    assert backend.closed
+
+
+def test_an_end_that_the_grammar_refuses_is_an_error_and_no_stop():
+    """An end by a token of the user's own; the backend's mask lets everything pass."""
+
+    class Careless(DigitsBackend):
+        def fill_masks(self, wanted, bits):
+            return {}
+
+    engine = make_engine(grammar_backend=Careless())
+    stops = tuple(range(5, VOCAB))
+    engine.add(Request("a", [1, 2, 3], digits(stop_token_ids=stops)))
+    (end,) = [d for d in run(engine) if d.finish_reason]
+    assert end.finish_reason == "error"
+    assert "does not follow" in end.error
 
 
 def test_an_end_of_sequence_ends():

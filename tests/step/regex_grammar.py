@@ -6,6 +6,8 @@ have reached.
 
 import numpy as np
 
+from tests.world.grammars import PlainBackend, PlainGrammar
+
 FIRST_LETTER = 2  # the token id of "a"
 
 
@@ -66,42 +68,39 @@ class Regex:
         return self.closure({b for a, t, b in self.letters if a in places and t == token_id})
 
 
-class RegexGrammar:
+class RegexGrammar(PlainGrammar):
     """Implements `core.grammar.Grammar`; the end-of-sequence token ends a complete text."""
 
     def __init__(self, regex: Regex, eos: int) -> None:
         self._regex, self._eos = regex, eos
-        self._states = [regex.closure({regex.start})]
+        self._state = regex.closure({regex.start})
 
-    def accept(self, token_id: int) -> bool:
-        reached = self._regex.step(self._states[-1], token_id)
-        if token_id == self._eos and self._regex.end in self._states[-1]:
+    def accept(self, token_id: int) -> str | None:
+        reached = self._regex.step(self._state, token_id)
+        if token_id == self._eos and self._regex.end in self._state:
             reached = frozenset({-1})
-        if reached:
-            self._states.append(reached)
-        return bool(reached)
+        if not reached:
+            return f"{token_id} is not allowed"
+        self._state = reached
+        return None
 
     def fill_mask(self, bits: np.ndarray) -> None:
-        state = self._states[-1]
+        state = self._state
         allowed = {t for a, t, _ in self._regex.letters if a in state}
         if self._regex.end in state or not allowed:
             allowed.add(self._eos)
-        bits[:] = 0
         for token_id in allowed:
             bits[token_id // 32] |= np.uint32(1 << token_id % 32)
 
-    def roll_back(self, count: int) -> None:
-        del self._states[len(self._states) - count :]
 
-
-class RegexBackend:
+class RegexBackend(PlainBackend):
     """Implements `core.grammar.GrammarBackend`."""
 
     def __init__(self, eos: int) -> None:
         self._eos = eos
 
-    def compile(self, spec: str) -> RegexGrammar:
-        return RegexGrammar(Regex(spec), self._eos)
+    def begin(self, text: str) -> RegexGrammar:
+        return RegexGrammar(Regex(text), self._eos)
 
 
 def spell(token_ids: list[int], eos: int) -> str:

@@ -212,8 +212,12 @@ def test_grammars_hold_along_the_drafts(model, executors, overlap, kind):
         Request(
             f"r{i}",
             [3 + i, 4, 5],
-            SamplingParams(max_tokens=40, seed=i, n=1 + i % 2),
-            grammar=(EXPRESSIONS[i] if i < len(EXPRESSIONS) else None),
+            SamplingParams(
+                max_tokens=40,
+                seed=i,
+                n=1 + i % 2,
+                structured_outputs={"regex": EXPRESSIONS[i]} if i < len(EXPRESSIONS) else None,
+            ),
         )
         for i in range(6)
     ]

@@ -1,0 +1,1 @@
+"""Structured output: specifications become grammars, by llguidance (docs/STRUCTURED.md)."""

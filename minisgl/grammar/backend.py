@@ -1,0 +1,142 @@
+"""`core.grammar`'s protocols by llguidance.
+
+Compiling takes up to seconds and happens on threads of its own, without Python's lock but for what
+`schema` checks. Ends of text are decided here: llguidance does not count one that it was told of.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from os import cpu_count
+from pathlib import Path
+from threading import Lock
+
+import llguidance as llg
+import numpy as np
+
+from minisgl.core.grammar import Grammar, Wanted
+from minisgl.grammar.spec import compile_spec, said
+
+COMPILING = 2  # threads
+FILLING = 8  # threads that fill a step's masks, at most; half of the cores
+# What one sequence's lexer may hold: 1 to 2 kB each. Errors do not repeat what was generated.
+LIMITS = llg.LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+# Bytes of a compiled grammar, measured generously: of a byte of its text, and besides.
+BYTES_PER_BYTE, BYTES_BESIDES = 64, 2**16
+
+
+class LlgGrammar:
+    """The state of one sequence."""
+
+    def __init__(self, matcher: llg.LLMatcher, ends: frozenset[int], warnings: list[str]) -> None:
+        self.matcher = matcher
+        self.warnings = warnings
+        self.ends = ends
+
+    def accept(self, token_id: int) -> str | None:
+        if token_id in self.ends:
+            return None if self.matcher.is_accepting() else "the text ends before it may"
+        if self.matcher.try_consume_tokens([token_id]) == 1:
+            return None
+        return said(self.matcher.get_error()) or f"token {token_id} is not allowed"
+
+    def copy(self) -> "LlgGrammar":
+        return LlgGrammar(self.matcher.deep_copy(), self.ends, self.warnings)
+
+    def before_end(self, drafts: list[int]) -> list[int]:
+        """Drafts up to an end of text, behind which all is discarded."""
+        at = next((i for i, draft in enumerate(drafts) if draft in self.ends), None)
+        return drafts if at is None else drafts[:at]
+
+
+class LlgBackend:
+    """Compiles for one model. `close` it, or its threads stay."""
+
+    def __init__(
+        self,
+        tokenizer: Path,
+        vocab_size: int,
+        ends: Collection[int],
+        *,
+        timeout: float = 10.0,
+        max_bytes: int = 2**17,
+        cache_bytes: int = 2**28,
+    ) -> None:
+        """tokenizer: a tokenizer.json, read on a thread; ends: tokens that end a text; max_bytes:
+        of a specification; cache_bytes: of compiled grammars that are kept."""
+        self.timeout = timeout
+        self._max_bytes, self._cache_bytes = max_bytes, cache_bytes
+        self._ends = frozenset(ends)
+        self._kept: OrderedDict[str, tuple[Future[Grammar], int]] = OrderedDict()
+        self._lock = Lock()
+        self._threads = ThreadPoolExecutor(COMPILING, "grammar")
+        self._tokenizer = self._threads.submit(self._read_tokenizer, tokenizer, vocab_size)
+        self._filling = llg.LLExecutor(min(FILLING, max(1, (cpu_count() or 1) // 2)))
+
+    def compile(self, spec: str) -> Future[Grammar]:
+        """Each content is compiled once, and shared: its state is copied for a sequence."""
+        with self._lock:
+            if spec in self._kept:
+                self._kept.move_to_end(spec)
+                return self._kept[spec][0]
+            future = self._threads.submit(self._compile, spec, time.monotonic() + self.timeout)
+            self._kept[spec] = future, BYTES_PER_BYTE * len(spec) + BYTES_BESIDES
+            total = sum(size for _, size in self._kept.values())
+            while total > self._cache_bytes and len(self._kept) > 1:
+                total -= self._kept.popitem(last=False)[1][1]
+        future.add_done_callback(lambda done: self._forget(spec, done))
+        return future
+
+    def fill_masks(self, wanted: Sequence[Wanted], bits: np.ndarray) -> dict[int, str]:
+        """As of the protocol, by llguidance's own threads."""
+        plain: list[tuple[llg.LLMatcher, int]] = []
+        drafting: list[tuple[llg.LLMatcher, int, list[int]]] = []
+        matchers = []
+        for grammar, first, drafts in wanted:
+            assert isinstance(grammar, LlgGrammar)
+            matchers.append(grammar.matcher)
+            if drafts and (before := grammar.before_end(drafts)):
+                drafting.append((grammar.matcher, first, before))
+            else:
+                plain.append((grammar.matcher, first))
+        at, (rows, words) = bits.ctypes.data, bits.shape
+        if plain:
+            self._filling.unsafe_compute_mask_ptr(plain, at, 4 * words, rows)
+        if drafting:
+            fill = self._filling.unsafe_compute_mask_ptr_with_draft_token
+            fill(drafting, at, 4 * words, rows)
+        return {i: said(m.get_error()) for i, m in enumerate(matchers) if m.is_error()}
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+    def _read_tokenizer(self, path: Path, vocab_size: int) -> llg.LLTokenizer:
+        if not path.is_file():
+            raise ValueError(f"structured_outputs needs a tokenizer.json, and {path} is none")
+        if not self._ends:
+            raise ValueError("structured_outputs needs a model that names its end-of-text tokens")
+        text = path.read_text(encoding="utf-8")
+        return llg.LLTokenizer(text, n_vocab=vocab_size, eos_token=sorted(self._ends))
+
+    def _compile(self, spec: str, deadline: float) -> Grammar:
+        if (size := len(spec.encode())) > self._max_bytes:
+            raise ValueError(
+                f"structured_outputs must have at most {self._max_bytes} bytes as JSON "
+                f"(--grammar-max-bytes), got {size}"
+            )
+        tokenizer = self._tokenizer.result()
+        if time.monotonic() > deadline:  # nobody waits for it any more
+            raise ValueError(f"structured_outputs took longer than {self.timeout:g} s to compile")
+
+        def make(grammar: str) -> llg.LLMatcher:
+            return llg.LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
+
+        matcher, warnings = compile_spec(spec, make)
+        return LlgGrammar(matcher, self._ends, warnings)
+
+    def _forget(self, spec: str, done: Future[Grammar]) -> None:
+        """What could not be compiled is not kept: it may have waited too long."""
+        with self._lock:
+            if done.cancelled() or done.exception() is not None:
+                self._kept.pop(spec, None)

@@ -1,0 +1,335 @@
+"""What of a JSON schema can be kept, checked before it is compiled; every refusal names its place.
+
+llguidance ignores nothing silently, but its errors say neither where nor, of `oneOf` behind a
+`$ref`, what could be proved.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+MAX_DEPTH = 60  # of schemas within schemas; llguidance reads about as many
+MAX_WORK = 20_000  # comparisons of `oneOf` branches, and steps of the search for an end
+MAX_TRIES = 200  # compilations to find where a schema fails
+
+Schema = Any  # a bool or an object; what else a client sends is refused
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Keyword -> how schemas stand in its value.
+ONE = {"additionalProperties", "additionalItems"}
+LISTS = {"prefixItems", "anyOf", "oneOf", "allOf"}
+NAMED = {"properties", "patternProperties", "$defs", "definitions"}
+PLAIN = _words(
+    "type const enum $ref $id $anchor $schema required minProperties maxProperties minItems "
+    "maxItems minLength maxLength pattern format minimum maximum exclusiveMinimum "
+    "exclusiveMaximum multipleOf"
+)
+ANNOTATIONS = _words(
+    "title description default examples example deprecated readOnly writeOnly $comment "
+    "$vocabulary discriminator contentMediaType contentEncoding contentSchema"
+)
+# Keywords that are not supported -> values that ask for nothing.
+NOTHING: dict[str, tuple[Any, ...]] = {
+    "uniqueItems": (False,),
+    "unevaluatedProperties": (True, {}),
+    "unevaluatedItems": (True, {}),
+    "propertyNames": (True, {}),
+    "dependentRequired": ({},),
+    "dependentSchemas": ({},),
+    "dependencies": ({},),
+}
+FORMATS = _words("date-time time date duration email hostname ipv4 ipv6 uuid uri")
+TYPES = {"null", "boolean", "integer", "number", "string", "array", "object"}
+
+
+class Refused(ValueError):
+    """A schema that cannot be kept: where, and why."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{_cut(path)}: {reason}")
+
+
+class Reader:
+    """Reads one schema. `warnings` say what of it was left out where that is allowed."""
+
+    def __init__(self, root: Schema, *, strict: bool) -> None:
+        self.warnings: list[str] = []
+        self._root = root
+        self._strict = strict
+        self._work = 0
+
+    def read(self) -> Schema:
+        """The schema without what asks for nothing, `oneOf` as `anyOf` where both are the same."""
+        made = self._read(self._root, "#", 0)
+        if not self._can_end():
+            raise Refused("#", "the schema is unsatisfiable: what it requires never ends")
+        return made
+
+    def _read(self, node: Schema, path: str, depth: int) -> Schema:
+        if isinstance(node, bool):
+            return node
+        if not isinstance(node, dict):
+            raise Refused(
+                path, f"a schema must be an object or a boolean, got {type(node).__name__}"
+            )
+        if depth > MAX_DEPTH:
+            raise Refused(path, f"schemas may be nested {MAX_DEPTH} deep")
+        made: dict[str, Any] = {}
+        for key, value in node.items():
+            at = f"{path}/{key}"
+            if key in ANNOTATIONS or any(_same(value, each) for each in NOTHING.get(key, ())):
+                continue
+            if key == "format" and not (isinstance(value, str) and value in FORMATS):
+                self._leave_out(at, f"format {value!r} is not supported")
+            elif key in PLAIN:
+                made[key] = value
+            elif key in ONE or (key == "items" and not isinstance(value, list)):
+                made[key] = self._read(value, at, depth + 1)
+            elif key in LISTS or key == "items":
+                if not isinstance(value, list):
+                    raise Refused(at, f"must be an array, got {type(value).__name__}")
+                each = [self._read(v, f"{at}/{i}", depth + 1) for i, v in enumerate(value)]
+                self._keep_list(made, key, each, at)
+            elif key in NAMED:
+                if not isinstance(value, dict):
+                    raise Refused(at, f"must be an object, got {type(value).__name__}")
+                made[key] = {k: self._read(v, f"{at}/{k}", depth + 1) for k, v in value.items()}
+            else:
+                self._leave_out(at, f"{key} is not supported")
+        return made
+
+    def _keep_list(self, made: dict[str, Any], key: str, each: list[Schema], at: str) -> None:
+        if key == "oneOf":
+            overlap = self._overlap(each)
+            if overlap is not None:
+                first, second = overlap
+                reason = (
+                    f"oneOf: branches {first} and {second} are not proved to exclude each other"
+                )
+                self._leave_out(at, reason)
+            key = "anyOf"
+        if key not in made or key not in ("anyOf", "allOf"):
+            made[key] = each
+        elif key == "allOf":
+            made[key] = made[key] + each
+        else:  # two lists of branches: both must hold
+            made["allOf"] = [*made.get("allOf", []), {key: each}]
+
+    def _leave_out(self, path: str, reason: str) -> None:
+        if self._strict:
+            raise Refused(path, reason)
+        self.warnings.append(f"{_cut(path)}: {reason}; it is left out")
+
+    # ---- oneOf ----------------------------------------------------------------------------------
+
+    def _overlap(self, branches: list[Schema]) -> tuple[int, int] | None:
+        """Two branches that one value may fit, as far as is known; None where there are none."""
+        for second in range(len(branches)):
+            for first in range(second):
+                if not self._exclude(branches[first], branches[second], 0):
+                    return first, second
+        return None
+
+    def _exclude(self, a: Schema, b: Schema, depth: int) -> bool:
+        """Whether it is proved that no value fits both. Keywords looked at in vain narrow a schema
+        further, so leaving them out errs on the safe side."""
+        self._work += 1
+        if self._work > MAX_WORK or depth > MAX_DEPTH:
+            return False
+        a, b = self._resolve(a), self._resolve(b)
+        if a is False or b is False:
+            return True
+        if not isinstance(a, dict) or not isinstance(b, dict):
+            return False
+        if _types(a).isdisjoint(_types(b)):
+            return True
+        values = _values(a), _values(b)
+        if values[0] is not None and values[1] is not None:
+            self._work += len(values[0]) + len(values[1])
+            return {*map(_key, values[0])}.isdisjoint(map(_key, values[1]))
+        for one, other in ((a, b), (b, a)):
+            for key, needed in (("anyOf", all), ("oneOf", all), ("allOf", any)):
+                parts = _list(one.get(key))
+                if parts and needed(self._exclude(part, other, depth + 1) for part in parts):
+                    return True
+        return self._objects_exclude(a, b, depth)
+
+    def _objects_exclude(self, a: Schema, b: Schema, depth: int) -> bool:
+        """By a property that one of them requires, and that no value of may fit both."""
+        if _types(a) != {"object"} or _types(b) != {"object"}:
+            return False
+        required = _list(a.get("required")) + _list(b.get("required"))
+        names = {name for name in required if isinstance(name, str)}
+        return any(self._exclude(_property(a, n), _property(b, n), depth + 1) for n in names)
+
+    def _resolve(self, node: Schema) -> Schema:
+        """What a local `$ref` points to; its siblings narrow it further. True where unknown."""
+        for _ in range(MAX_DEPTH):
+            if not isinstance(node, dict) or "$ref" not in node:
+                return node
+            node = self._target(node["$ref"])
+        return True
+
+    def _target(self, reference: Any) -> Schema:
+        if not isinstance(reference, str) or not reference.startswith("#"):
+            return True
+        node = self._root
+        for part in reference[1:].split("/")[1:]:
+            part = part.replace("~1", "/").replace("~0", "~")
+            if isinstance(node, dict) and part in node:
+                node = node[part]
+            elif isinstance(node, list) and part.isdecimal() and int(part) < len(node):
+                node = node[int(part)]
+            else:
+                return True
+        return node if reference in ("#", "") or reference.startswith("#/") else True
+
+    # ---- an end ---------------------------------------------------------------------------------
+
+    def _can_end(self) -> bool:
+        """Whether some finite value may fit; a schema that requires itself has none."""
+        ending: set[str] = set()
+        waiting = {"#", *_references(self._root)}
+        while waiting:
+            found = {ref for ref in waiting if self._ends(self._target(ref), ending, 0)}
+            if "#" in found or self._work > MAX_WORK:
+                return True
+            if not found:
+                return False
+            ending |= found
+            waiting -= found
+        return True
+
+    def _ends(self, node: Schema, ending: set[str], depth: int) -> bool:
+        self._work += 1
+        if not isinstance(node, dict) or depth > MAX_DEPTH or self._work > MAX_WORK:
+            return True
+        if "const" in node or "enum" in node:
+            return True
+        reference = node.get("$ref")
+        if isinstance(reference, str) and reference.startswith("#") and reference not in ending:
+            return False
+        for key, needed in (("anyOf", any), ("oneOf", any), ("allOf", all)):
+            parts = _list(node.get(key))
+            if parts and not needed(self._ends(part, ending, depth + 1) for part in parts):
+                return False
+        if _types(node) == {"object"}:
+            required = _list(node.get("required"))
+            return all(self._ends(_property(node, n), ending, depth + 1) for n in required)
+        if _types(node) == {"array"} and node.get("minItems"):
+            first = _list(node.get("prefixItems")) or [node.get("items", True)]
+            return self._ends(first[0], ending, depth + 1)
+        return True
+
+
+def children(node: Schema, path: str) -> Iterator[tuple[str, Schema]]:
+    """The schemas directly within one, with their paths."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        at = f"{path}/{key}"
+        if key in NAMED and isinstance(value, dict):
+            yield from ((f"{at}/{name}", each) for name, each in value.items())
+        elif (key in LISTS or key == "items") and isinstance(value, list):
+            yield from ((f"{at}/{i}", each) for i, each in enumerate(value))
+        elif key in ONE or key == "items":
+            yield at, value
+
+
+def locate(root: Schema, error: str, fails: Callable[[Schema], str]) -> str:
+    """The path at which a schema fails to compile: of the innermost schema that fails with the same
+    `error` alone, and of the keyword without which it would not."""
+    shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
+    tries = 0
+
+    def same(node: Schema) -> bool:
+        nonlocal tries
+        tries += 1
+        return (
+            tries < MAX_TRIES and fails(shared | node if isinstance(node, dict) else node) == error
+        )
+
+    node, path = root, "#"
+    while inner := next((pair for pair in children(node, path) if same(pair[1])), None):
+        path, node = inner
+    for key in node if isinstance(node, dict) else ():
+        if key not in shared and not same({k: v for k, v in node.items() if k != key}):
+            return f"{path}/{key}" if tries < MAX_TRIES else path
+    return path
+
+
+def _cut(path: str) -> str:
+    return path if len(path) <= 160 else f"{path[:60]}...{path[-90:]}"
+
+
+def _same(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and a == b
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _types(node: dict[str, Any]) -> set[str]:
+    """The types that a value may have, by `type`, `const` and `enum`."""
+    given = node.get("type")
+    named = {given} if isinstance(given, str) else {t for t in _list(given) if isinstance(t, str)}
+    types = named & TYPES or TYPES
+    if "number" in types:
+        types = types | {"integer"}
+    values = _values(node)
+    return types if values is None else types & {t for value in values for t in _type_of(value)}
+
+
+def _type_of(value: Any) -> set[str]:
+    match value:
+        case None:
+            return {"null"}
+        case bool():
+            return {"boolean"}
+        case int() | float():
+            return {"integer", "number"}
+        case str():
+            return {"string"}
+    return {"array"} if isinstance(value, list) else {"object"}
+
+
+def _values(node: dict[str, Any]) -> list[Any] | None:
+    """All that fit, where they are listed."""
+    if "const" in node:
+        return [node["const"]]
+    return node["enum"] if isinstance(node.get("enum"), list) else None
+
+
+def _key(value: Any) -> str:
+    """The same text for equal values, as 1 and 1.0 are."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, list):
+        return f"[{','.join(map(_key, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(sorted(f'{name!r}:{_key(each)}' for name, each in value.items()))}}}"
+    return repr(value)
+
+
+def _property(node: dict[str, Any], name: Any) -> Schema:
+    """The schema of a property, as far as it is known."""
+    properties = node.get("properties")
+    if isinstance(properties, dict) and isinstance(name, str) and name in properties:
+        return properties[name]
+    return node.get("additionalProperties") is not False or "patternProperties" in node
+
+
+def _references(node: Any) -> set[str]:
+    found: set[str] = set()
+    stack = [node]
+    while stack:
+        each = stack.pop()
+        if isinstance(each, dict):
+            if isinstance(each.get("$ref"), str):
+                found.add(each["$ref"])
+            stack += each.values()
+        elif isinstance(each, list):
+            stack += each
+    return found

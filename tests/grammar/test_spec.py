@@ -1,0 +1,207 @@
+"""What is refused, where it says that it is, and which `oneOf` are proved to be `anyOf`."""
+
+import json
+import re
+
+import jsonschema
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minisgl.build import BUNDLED_MODEL
+from minisgl.grammar.backend import LlgBackend
+from minisgl.grammar.schema import Reader, Refused
+
+
+@pytest.fixture(scope="module")
+def backend():
+    made = LlgBackend(BUNDLED_MODEL / "tokenizer.json", 2048, [2])
+    yield made
+    made.close()
+
+
+def refusal(backend, **spec) -> str:
+    error = backend.compile(json.dumps(spec)).exception(30)
+    assert isinstance(error, ValueError)
+    return str(error)
+
+
+def nested(schema, depth: int):
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+NODE = {"type": "object", "properties": {"next": {"$ref": "#/$defs/n"}}, "required": ["next"]}
+REFUSED = [
+    ({"not": {}}, "#/not: not is not supported"),
+    ({"properties": {"a": {"if": True}}}, "#/properties/a/if: if is not supported"),
+    ({"items": {"uniqueItems": True}}, "#/items/uniqueItems: uniqueItems is not supported"),
+    ({"anyOf": [True, {"format": "ipv5"}]}, "#/anyOf/1/format: format 'ipv5' is not supported"),
+    ({"format": ["date"]}, "#/format: format ['date'] is not supported"),
+    ({"$defs": {"a": {"x-guidance": {}}}}, "#/$defs/a/x-guidance: x-guidance is not supported"),
+    ({"x-guidance": {"lenient": True}}, "#/x-guidance: x-guidance is not supported"),
+    ({"properties": {"a": 3}}, "#/properties/a: a schema must be an object or a boolean, got int"),
+    ({"properties": []}, "#/properties: must be an object, got list"),
+    ({"anyOf": {}}, "#/anyOf: must be an array, got dict"),
+    (3, "#: a schema must be an object or a boolean, got int"),
+    (False, "#: the schema is unsatisfiable"),
+    ({"type": "text"}, "#/type: Invalid type: text"),
+    ({"properties": {"a": {"pattern": "(?=b)"}}}, "#/properties/a/pattern: regex parse error"),
+    ({"type": "integer", "minimum": 3, "maximum": 2}, "(3) is greater than maximum (2)"),
+    ({"enum": []}, "#/enum: Unsatisfiable"),
+    ({"allOf": [{"type": "null"}, {"type": "string"}]}, "#/allOf: Unsatisfiable"),
+    ({"$ref": "#/$defs/absent"}, "#/$ref: Pointer '/$defs/absent' does not exist"),
+    ({"$ref": "https://example.com/s"}, "#/$ref: Resource 'https://example.com/s'"),
+    ({"$ref": "#/$defs/n", "$defs": {"n": NODE}}, "what it requires never ends"),
+    ({"$ref": "#"}, "what it requires never ends"),
+    ({"items": {"$ref": "#"}, "type": "array", "minItems": 1}, "what it requires never ends"),
+    (nested({}, 61), "schemas may be nested 60 deep"),
+    ('{"type"', "Expecting"),
+]
+
+
+@pytest.mark.parametrize(("schema", "says"), REFUSED, ids=[says for _, says in REFUSED])
+def test_a_schema_is_refused_with_its_place(backend, schema, says):
+    found = refusal(backend, json=schema)
+    assert found.startswith("structured_outputs.json: ")
+    assert says in found
+    assert len(found) < 500
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ({"regex": "a("}, "structured_outputs.regex: .*unclosed group"),
+        ({"regex": "(?<=a)b"}, "structured_outputs.regex: .*look-"),
+        ({"grammar": "start: missing"}, "structured_outputs.grammar: .*missing"),
+        ({"grammar": ""}, "structured_outputs.grammar: No 'root' rule"),
+        ({"grammar": "root ::= ("}, "structured_outputs.grammar: "),
+        ({"choice": []}, "structured_outputs.choice must hold at least 1 string, got 0"),
+        ({"choice": ["a", ""]}, r"structured_outputs.choice\[1\] must be a string .*got ''"),
+        ({"choice": [1]}, r"structured_outputs.choice\[0\] must be a string .*got '1'"),
+    ],
+    ids=str,
+)
+def test_other_kinds_are_refused_by_name(backend, spec, says):
+    assert re.search(says, refusal(backend, **spec))
+
+
+def test_what_is_not_strict_leaves_out_with_a_warning(backend):
+    schema = {"type": "array", "uniqueItems": True, "items": {"oneOf": [{}, {"minimum": 3}]}}
+    grammar = backend.compile(json.dumps({"json": schema, "strict": False})).result(30)
+    first, second = grammar.warnings
+    assert first == "#/uniqueItems: uniqueItems is not supported; it is left out"
+    assert "#/items/oneOf" in second
+    many = {"properties": {f"p{i}": {"not": {}} for i in range(50)}}
+    grammar = backend.compile(json.dumps({"json": many, "strict": False})).result(30)
+    assert len(grammar.warnings) == 21
+    assert grammar.warnings[-1] == "and 30 more"
+
+
+def test_what_asks_for_nothing_is_no_reason_to_refuse(backend):
+    schema = {"uniqueItems": False, "dependentRequired": {}, "title": "t", "deprecated": True}
+    assert backend.compile(json.dumps({"json": schema})).result(30).warnings == []
+
+
+def tagged(tag: str, **more):
+    return {"type": "object", "properties": {"t": {"const": tag}, **more}, "required": ["t"]}
+
+
+DEFS = {"$defs": {"a": tagged("a"), "b": {"allOf": [tagged("b"), {"title": "B"}]}}}
+EXCLUDE = [
+    [{"type": "string"}, {"type": ["integer", "null"]}],
+    [{"const": 1}, {"enum": [2, "1"]}],
+    [tagged("a"), tagged("b")],
+    [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}],
+    [{"anyOf": [tagged("a"), tagged("c")]}, tagged("b")],
+    [tagged("a"), {"type": "object", "additionalProperties": False}],
+]
+OVERLAP = [
+    [{"type": "number"}, {"type": "integer"}],
+    [{"const": 1}, {"const": 1.0}],
+    [{"enum": [True, 2]}, {"type": ["boolean", "null"]}],
+    [{"required": ["a"]}, {"required": ["b"]}],
+    [tagged("a"), {"properties": {"t": {"const": "b"}}, "required": ["t"]}],  # 3 fits the second
+    [tagged("a"), {"type": "object", "properties": {"t": {"type": "string"}}}],
+    [{"type": "array", "items": {"const": 1}}, {"type": "array", "items": {"const": 2}}],  # []
+    [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}],
+    [{"$ref": "#/$defs/absent"}, {"type": "null"}],
+]
+
+
+@pytest.mark.parametrize("branches", EXCLUDE, ids=str)
+def test_one_of_is_any_of_where_it_is_proved(branches):
+    read = Reader({"oneOf": branches, **DEFS}, strict=True).read()
+    assert "oneOf" not in read
+    assert len(read["anyOf"]) == len(branches)
+
+
+@pytest.mark.parametrize("branches", OVERLAP, ids=str)
+def test_one_of_that_may_overlap_is_refused_with_its_place(branches):
+    with pytest.raises(Refused, match=r"#/properties/x/oneOf: .* 0 and 1 are not proved"):
+        Reader({"properties": {"x": {"oneOf": branches}}, **DEFS}, strict=True).read()
+
+
+def test_one_of_beside_other_branches_keeps_them_all():
+    branches = [{"type": "string"}, {"type": "null"}]
+    for schema in (
+        {"oneOf": branches, "anyOf": [{}], "allOf": [{}]},
+        {"allOf": [{}], "anyOf": [{}], "oneOf": branches},
+        {"anyOf": [{}], "oneOf": branches, "allOf": [{}]},
+    ):
+        read = Reader(schema, strict=True).read()
+        lists = [read.get("anyOf"), *(part.get("anyOf") for part in read["allOf"])]
+        assert branches in lists
+        assert [{}] in lists
+        assert {} in read["allOf"]
+
+
+SIMPLE = st.sampled_from(
+    [{"type": t} for t in ("null", "boolean", "integer", "number", "string", "array", "object")]
+    + [{"const": c} for c in (None, True, 1, 1.0, 0, "a", [1], {"t": "a"})]
+    + [
+        {"enum": [1, "a", None]},
+        {"enum": ["b", 2.5]},
+        {"type": ["string", "null"]},
+        {},
+        True,
+        False,
+    ]
+)
+SCHEMAS = st.recursive(
+    SIMPLE,
+    lambda inner: st.one_of(
+        st.fixed_dictionaries({"anyOf": st.lists(inner, min_size=1, max_size=2)}),
+        st.fixed_dictionaries({"allOf": st.lists(inner, min_size=1, max_size=2)}),
+        st.fixed_dictionaries(
+            {
+                "type": st.just("object"),
+                "properties": st.dictionaries(st.sampled_from("tu"), inner, max_size=2),
+                "required": st.lists(st.sampled_from("tu"), max_size=2, unique=True),
+                "additionalProperties": st.booleans(),
+            }
+        ),
+    ),
+    max_leaves=6,
+)
+VALUES = st.recursive(
+    st.sampled_from([None, True, False, 0, 1, 1.0, 2.5, "a", "b", ""]),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("tu"), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(SCHEMAS, SCHEMAS, st.lists(VALUES, min_size=20, max_size=20))
+def test_no_value_fits_two_branches_that_are_said_to_exclude_each_other(a, b, values):
+    read = Reader({"oneOf": [a, b]}, strict=False)
+    try:
+        read.read()
+    except Refused:
+        return  # unsatisfiable
+    if not read.warnings:
+        fits = [jsonschema.Draft202012Validator(branch).is_valid for branch in (a, b)]
+        assert not any(all(fit(value) for fit in fits) for value in values)
