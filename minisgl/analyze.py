@@ -6,6 +6,7 @@ minisgl.core.costmodel), from data-sheet peaks: a lower bound on times, not a me
 """
 
 import argparse
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,17 +48,13 @@ def load_sizes(model: str, dtype: str) -> ModelSizes:
 
 def ridge_streams(model: CostModel, context: int) -> int | None:
     """The fewest streams whose decode is bound by arithmetic; None where no number is."""
-    streams = 1
-    while model.cost(decode_work(streams, streams * context)).bound == "memory":
-        if streams >= MAX_STREAMS:
-            return None
-        streams *= 2
-    low, high = streams // 2, streams
-    while high - low > 1:
-        middle = (low + high) // 2
-        compute = model.cost(decode_work(middle, middle * context)).bound == "compute"
-        low, high = (low, middle) if compute else (middle, high)
-    return high
+
+    def is_busy(streams: int) -> bool:
+        return model.cost(decode_work(streams, streams * context)).bound == "compute"
+
+    streams = range(1, MAX_STREAMS + 1)
+    found = bisect_left(streams, True, key=is_busy)
+    return streams[found] if found < len(streams) else None
 
 
 def report(
