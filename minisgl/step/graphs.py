@@ -14,7 +14,7 @@ On a CPU a graph is a tape (`device/tape.py`), recorded at the first step of its
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -92,7 +92,7 @@ class DecodeGraphs:
         self._pool = pool
         self._rows = rows
         self._buffers = buffers
-        self._views: dict[int, _Views] = {}
+        self._views_of = cache(self._make_views)
         self._graphs: dict[tuple[int, Forward | Shaping], Graph] = {}
         self._hidden: dict[int, torch.Tensor] = {}
         self._shared: torch.Tensor | None = None
@@ -183,11 +183,9 @@ class DecodeGraphs:
     def _graph(self, size: int, half: Forward | Shaping) -> Graph:
         graph = self._graphs.get((size, half))
         if graph is None:  # while capturing, or on a device where that costs nothing
-            if isinstance(half, Forward):
-                call = partial(self._call_forward, size, half)
-            else:
-                call = partial(self._call_sampling, size, half)
-            graph = self._graphs[size, half] = self._device.capture(call)
+            run = self._call_forward if isinstance(half, Forward) else self._call_sampling
+            graph = self._device.capture(partial(run, size, half))
+            self._graphs[size, half] = graph
         return graph
 
     def _call_forward(self, size: int, half: Forward) -> None:
@@ -220,12 +218,6 @@ class DecodeGraphs:
             views.sampled.copy_(tokens)
         else:
             torch.cat([tokens, accepted], out=views.sampled)
-
-    def _views_of(self, size: int) -> _Views:
-        views = self._views.get(size)
-        if views is None:
-            views = self._views[size] = self._make_views(size)
-        return views
 
     def _make_views(self, size: int) -> _Views:
         buffers, width = self._buffers, self.width
