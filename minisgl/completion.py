@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from reprlib import repr as shown  # cut where it is long
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from minisgl.core.request import Delta, FinishReason, Request, SamplingParams, TokenLogprobs
 from minisgl.engine.messages import EngineInfo
 from minisgl.server.text import TextStream
-from minisgl.server.tokenizer import Check, Tokenizer
+from minisgl.server.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -126,13 +126,10 @@ class NoTokenizer(Tokenizer):
     def __init__(self, directory: str) -> None:
         self._directory = directory
 
-    def encode(
-        self, text: str, *, add_special_tokens: bool = True, check: Check | None = None
-    ) -> list[int]:
+    def encode(self, *_: Any, **__: Any) -> NoReturn:
         raise ValueError(f"{self._directory} has no tokenizer: prompts must be token ids")
 
-    def render_chat(self, messages: Conversation, /, **options: Any) -> str:
-        raise ValueError(f"{self._directory} has no tokenizer: prompts must be token ids")
+    render_chat = encode
 
     def is_special(self, token_id: int) -> bool:
         return True
