@@ -281,6 +281,7 @@ class Engine:
                 else:  # it was aborted meanwhile
                     self._scheduler.abort(request.id, choice)
             if grammar.warnings:
+                log.warning("request %s: %s", request.id, "; ".join(grammar.warnings))
                 first = next(iter(choices))
                 self._deltas.append(Delta(request.id, first, [], warnings=grammar.warnings))
 

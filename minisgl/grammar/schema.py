@@ -9,6 +9,7 @@ from typing import Any
 
 MAX_DEPTH = 60  # of schemas within schemas; llguidance reads about as many
 MAX_WORK = 20_000  # comparisons of `oneOf` branches, and steps of the search for an end
+MOST_LEVELS = 10  # that are indented; values within may be written without
 MAX_TRIES = 200  # compilations to find where a schema fails
 
 Schema = Any  # a bool or an object; what else a client sends is refused
@@ -57,6 +58,7 @@ class Reader:
 
     def __init__(self, root: Schema, *, strict: bool) -> None:
         self.warnings: list[str] = []
+        self.levels = 0  # of values within values, as far as they are told
         self._root = root
         self._strict = strict
         self._work = 0
@@ -64,6 +66,8 @@ class Reader:
     def read(self) -> Schema:
         """The schema without what asks for nothing, `oneOf` as `anyOf` where both are the same."""
         made = self._read(self._root, "#", 0)
+        is_open = self.levels == 0 or bool(_references(self._root))
+        self.levels = MOST_LEVELS if is_open else min(self.levels + 1, MOST_LEVELS)
         if not self._can_end():
             raise Refused("#", "the schema is unsatisfiable: what it requires never ends")
         return made
@@ -77,6 +81,7 @@ class Reader:
             )
         if depth > MAX_DEPTH:
             raise Refused(path, f"schemas may be nested {MAX_DEPTH} deep")
+        self.levels = max(self.levels, depth)
         made: dict[str, Any] = {}
         for key, value in node.items():
             at = f"{path}/{key}"

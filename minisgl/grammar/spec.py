@@ -9,8 +9,8 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from minisgl.grammar.schema import Reader, Refused, locate
 
-# Where JSON may have blanks: one, then a new line indented by up to ten levels of four.
-JSON_OPTIONS: Any = {"whitespace_pattern": r"( |[ ]?\n[ ]{0,40})"}
+# Where JSON may have blanks: one, or a new line indented by four for each level.
+BLANKS = r"( |\n[ ]{0,%d})"
 MAX_SAID = 400  # characters of what llguidance says, which repeats the grammar
 MAX_WARNINGS = 20
 ESCAPED = set(r"\.+*?()|[]{}^$#&-~/")  # in a regular expression
@@ -75,7 +75,8 @@ def _compile_schema(given: dict[str, Any], make: Make) -> tuple[LLMatcher, list[
     def compiled(schema: Any) -> LLMatcher:
         # Options need an object; what x-guidance a client sends has been refused.
         text = json.dumps(schema if isinstance(schema, dict) else {})
-        return make(LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS))
+        options: Any = {"whitespace_pattern": BLANKS % (4 * reader.levels)}
+        return make(LLMatcher.grammar_from_json_schema(text, overrides=options))
 
     try:
         matcher = compiled(schema)

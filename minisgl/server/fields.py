@@ -33,7 +33,9 @@ class Sampling(msgspec.Struct, kw_only=True):
     frequency_penalty: float | None = None
     logit_bias: dict[str, Any] | None = None
     seed: int | None = None
+    response_format: dict[str, Any] | None = None
     # extras
+    structured_outputs: dict[str, Any] | None = None
     top_k: Int | None = None
     min_p: float | None = None
     min_tokens: Int | None = None
@@ -111,7 +113,6 @@ NEUTRAL_CHAT: Neutral = {
     "modalities": (["text"],),
     "prediction": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "store": (False,),
     "verbosity": ("medium",),
     "web_search_options": (),

@@ -10,6 +10,7 @@ from minisgl.core.request import Delta, FinishReason, Request, TokenLogprobs
 from minisgl.engine.client import EngineDeadError, ProcessClient
 from minisgl.server.body import ApiError
 from minisgl.server.openai import Call
+from minisgl.server.structured import refused
 from minisgl.server.text import TextStream
 from minisgl.server.tokenizer import Tokenizer
 
@@ -87,15 +88,20 @@ class Generation:
                 async for delta in deltas:
                     yield index, delta
         except ValueError as error:
-            raise ApiError(str(error)) from error
+            raise refused(str(error), self.call.structured_by) from error
         except EngineDeadError as error:
             raise engine_failed(str(error), 503) from error
 
     def _part(self, index: int, delta: Delta) -> Part | None:
+        if delta.refused:
+            raise refused(delta.error or "the request is refused", self.call.structured_by)
         if delta.finish_reason == "error":
             raise engine_failed(delta.error or "the engine failed")
         if delta.finish_reason == "abort":
             raise engine_failed("the request was aborted: the server is shutting down", 503)
+        if delta.warnings is not None:
+            self.call.warnings[:] = delta.warnings
+            return None
         choice = index * self._n + delta.choice
         stream = self._streams[choice]
         if stream.finish_reason is not None:

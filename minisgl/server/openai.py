@@ -21,6 +21,7 @@ from minisgl.server import fields
 from minisgl.server.answer import AnswerForm, ReasoningFormat
 from minisgl.server.body import ApiError, convert, cut, decode, read, read_object, shown
 from minisgl.server.echo import Echo
+from minisgl.server.structured import check_form, read_structured, refused
 from minisgl.server.tokenizer import Tokenizer
 from minisgl.server.tool_formats import ToolFormat
 from minisgl.server.tools import answer_form, read_messages, read_tools
@@ -58,6 +59,8 @@ class Call:
     stream_options: fields.StreamOptions
     echo: list[Echo] | None = None  # per request, where it is wanted
     form: AnswerForm = field(default_factory=AnswerForm)
+    structured_by: str | None = None  # the body's field that asks for structured output
+    warnings: list[str] = field(default_factory=list)  # of that; filled in when the engine says so
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -68,7 +71,7 @@ class Call:
 
 # Fields that a body and `SamplingParams` have alike; the others need converting.
 _SHARED = {*fields.Sampling.__struct_fields__} & {*SamplingParams.__struct_fields__}
-_SHARED -= {"logit_bias"}
+_SHARED -= {"logit_bias", "structured_outputs"}
 _RENDER_OPTIONS = {"messages", "tools", "documents", "add_generation_prompt"}
 
 
@@ -97,6 +100,9 @@ def parse_chat(content: bytes, model: ServedModel) -> Call:
     limit_name, max_tokens = _max_completion_tokens(body)
     params = _params(body, model, max_tokens=max_tokens, logprobs=_chat_logprobs(body))
     _check_prompt(prompt, "messages", params, limit_name, model)
+    structured_by = _structured_by(body, params)
+    if structured_by is not None:
+        form = check_form(form, structured_by)
     call_id = f"chatcmpl-{uuid.uuid4().hex}"
     return Call(
         id=call_id,
@@ -106,6 +112,7 @@ def parse_chat(content: bytes, model: ServedModel) -> Call:
         stream=bool(body.stream),
         stream_options=_stream_options(body),
         form=form,
+        structured_by=structured_by,
     )
 
 
@@ -151,6 +158,7 @@ def parse_completion(content: bytes, model: ServedModel) -> Call:
         stream=bool(body.stream),
         stream_options=_stream_options(body),
         echo=echoes or None,
+        structured_by=_structured_by(body, params),
     )
 
 
@@ -237,6 +245,7 @@ def _params(
     prompt_logprobs: int | None = None,
 ) -> SamplingParams:
     given = {name: getattr(body, name) for name in _SHARED} | {"max_tokens": max_tokens}
+    given["structured_outputs"] = read_structured(body)
     try:
         params = SamplingParams(
             logit_bias=tuple(_logit_bias(body.logit_bias or {})),
@@ -247,14 +256,21 @@ def _params(
     except (ValueError, TypeError) as error:
         message = str(error)  # names its field first
         names = SamplingParams.__struct_fields__
-        param = next((word for word in message.split() if word in names), None)
+        param = next((word for word in re.findall(r"\w+", message) if word in names), None)
         if param == "max_tokens" and getattr(body, "max_completion_tokens", None) is not None:
             param = "max_completion_tokens"
             message = message.replace("max_tokens", param, 1)
-        raise ApiError(message, param=param) from error
+        by = "response_format" if body.structured_outputs is None else "structured_outputs"
+        raise refused(message, by, by if param == "structured_outputs" else param) from error
     _check_token_ids(params.stop_token_ids, "stop_token_ids", model)
     _check_token_ids([token_id for token_id, _ in params.logit_bias], "logit_bias", model)
     return params
+
+
+def _structured_by(body: fields.Sampling, params: SamplingParams) -> str | None:
+    if params.structured_outputs is None:
+        return None
+    return "response_format" if body.structured_outputs is None else "structured_outputs"
 
 
 def _logit_bias(bias: dict[str, Any]) -> list[tuple[int, float]]:

@@ -195,7 +195,8 @@ class Reply:
 
     def whole(self, choices: Iterable[msgspec.Raw], usage: Usage) -> Json:
         """The body of an answer that is not streamed, of its choices in order."""
-        return self._object(self._shape.whole_object, [*choices]) | {"usage": usage_json(usage)}
+        whole = self._object(self._shape.whole_object, [*choices]) | {"usage": usage_json(usage)}
+        return whole | self._warnings
 
     def chunks(self, part: Part, usage: Usage) -> Iterator[Json]:
         """The chunks of a stream that a part gives; `usage` is the call's up to here."""
@@ -205,13 +206,17 @@ class Reply:
                 chunk["usage"] = usage_json(usage)
             elif self._call.stream_options.include_usage:
                 chunk["usage"] = None
-            yield chunk
+            yield chunk | (self._warnings if part.is_first else {})
 
     def last_chunk(self, usage: Usage) -> Json | None:
         """The chunk with the usage, where it was asked for."""
         if not self._call.stream_options.include_usage:
             return None
         return self._object(self._shape.chunk_object, []) | {"usage": usage_json(usage)}
+
+    @property
+    def _warnings(self) -> Json:
+        return {"minisgl_warnings": self._call.warnings} if self._call.warnings else {}
 
     def _object(self, name: str, choices: list[Json] | list[msgspec.Raw]) -> Json:
         return {

@@ -156,7 +156,7 @@ def test_choices_are_taken_letter_by_letter(backend, tokenizer):
 
 
 @pytest.mark.parametrize("indent", [None, 2, 4])
-@pytest.mark.parametrize("separators", [(",", ":"), (", ", ": "), (",", ": ")])
+@pytest.mark.parametrize("separators", [None, (",", ":"), (",", ": ")])
 def test_json_as_people_write_it_fits_and_endless_blanks_do_not(
     backend, tokenizer, indent, separators
 ):
@@ -170,6 +170,18 @@ def test_json_as_people_write_it_fits_and_endless_blanks_do_not(
         grammar = grammar_of(backend, json_object=True)
         tokens = tokenizer.encode("{" + blank * 60, add_special_tokens=False)
         assert any(grammar.accept(token) is not None for token in tokens)
+
+
+@pytest.mark.parametrize("indent", [2, 4])
+def test_a_schema_leaves_room_for_its_own_indentation_and_little_more(backend, tokenizer, indent):
+    inner = {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}}
+    schema = {"type": "object", "properties": {"a": inner}, "required": ["a"]}
+    text = json.dumps({"a": [[1, 2], [3]]}, indent=indent)
+    for blanks, fits in ((0, True), (20, False)):
+        grammar = grammar_of(backend, json=schema)
+        spread = text.replace(" 1,", " " * blanks + " 1,")
+        tokens = tokenizer.encode(spread, add_special_tokens=False)
+        assert all(grammar.accept(token) is None for token in tokens) == fits
 
 
 def test_a_content_is_compiled_once_and_kept_within_its_bytes(tmp_path):
