@@ -11,6 +11,7 @@ a tape call the whole of it again.
 """
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
@@ -35,7 +36,9 @@ BLOCK_BYTES = 64 * 2**20  # of an arena, at least; what is not touched takes no 
 
 aten = torch.ops.aten
 EMPTY = (aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided)
-READS = ("tolist", "numpy", "item", "__bool__", "__int__", "__float__", "__index__")
+READING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+# What reads values and is no operator.
+READS = ("tolist", "numpy", "__array__", "__dlpack__", "__bool__", "is_nonzero")
 
 _recording: ContextVar["_Recording | None"] = ContextVar("recording", default=None)
 
@@ -46,12 +49,16 @@ class Arena:
     def __init__(self) -> None:
         self._blocks: list[np.ndarray] = []
         self._free: list[tuple[int, int]] = []  # addresses, from byte to byte
+        # Free too, but not in the list yet: a tensor may end in any thread and at any point.
+        self._returned: deque[tuple[int, int]] = deque()
         self._bytes = self.most_bytes = 0  # in use, now and at most
 
     def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
         """A dense tensor of this shape and dtype."""
         if not tensor.nbytes:
             return tensor
+        while self._returned:
+            self._take_back(*self._returned.popleft())
         size = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         place = next((i for i, (a, b) in enumerate(self._free) if b - a >= size), None)
         if place is None:
@@ -63,7 +70,7 @@ class Arena:
         self._bytes += size
         self.most_bytes = max(self.most_bytes, self._bytes)
         memory = self._at(start, tensor.nbytes)
-        weakref.finalize(memory, self._give_back, start, start + size)
+        weakref.finalize(memory, self._returned.append, (start, start + size))
         return torch.from_numpy(memory).view(tensor.dtype).view(tensor.shape)
 
     def alias(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -90,7 +97,7 @@ class Arena:
     def _holds(block: np.ndarray, address: int) -> bool:
         return 0 <= address - block.ctypes.data < block.nbytes
 
-    def _give_back(self, start: int, stop: int) -> None:
+    def _take_back(self, start: int, stop: int) -> None:
         self._bytes -= stop - start
         free = []
         for a, b in self._free:
@@ -112,8 +119,9 @@ class TapeGraph:
         self._tape: Any = None  # of the native module
 
     def replay(self) -> None:
-        """Until the native module is built, and while details are traced, runs the function."""
-        if detailed():
+        """Until the native module is built, and while details are traced, runs the function; also
+        while another tape is recorded, of which this then becomes a part."""
+        if detailed() or _recording.get() is not None:
             self._function()
         elif self._tape is not None:
             self._tape.replay()
@@ -195,9 +203,11 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
         if self.is_paused:
-            return result
+            return func(*args, **(kwargs or {}))
+        if _reads(func, args):
+            raise RuntimeError(f"{func} reads a value while a tape is recorded")
+        result = func(*args, **(kwargs or {}))
         if func.overloadpacket in EMPTY and result.is_contiguous():
             return self._arena.empty_like(result)
         return self.note(func, args, kwargs or {}, result, func._schema.is_mutable)
@@ -215,6 +225,8 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         Returns the result as the calls to come are to see it: where later calls will put theirs.
         """
         known = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
+        if function == aten.lift_fresh.default:
+            known.clear()  # of a constant, which ends with the function: it is copied
         fresh: dict[int, torch.Tensor] = {}  # by the place in the result
         leaves = tree_leaves(result)
         for i, leaf in enumerate(leaves):
@@ -249,6 +261,13 @@ class _NoReads(TorchFunctionMode):
         if func.__name__ in READS and not self._recording.is_paused:
             raise RuntimeError(f"{func.__name__} reads a value while a tape is recorded")
         return func(*args, **(kwargs or {}))
+
+
+def _reads(func: Any, args: Sequence[Any]) -> bool:
+    """Whether an operator's result, or its shape, depends on values that PyTorch reads for it."""
+    if func.overloadpacket is aten.index:  # by numbers its shape is that of the indices
+        return any(index.dtype in (torch.bool, torch.uint8) for index in _tensors(args[1]))
+    return bool(READING.intersection(func.tags))
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:

@@ -1,6 +1,11 @@
 """Tapes: replayed, they do what the function does, in memory that they share and give back."""
 
 import gc
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from queue import SimpleQueue
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -83,13 +88,103 @@ def test_tapes_of_many_sizes_share_their_memory() -> None:
         assert torch.equal(buffer, first)
 
 
-def test_what_reads_a_value_is_not_recorded() -> None:
-    x = torch.ones(3)
-    for read in (x.tolist, x.sum().item, x.numpy, lambda: float(x[0]), lambda: bool(x[0] > 0)):
-        with pytest.raises(RuntimeError, match="reads a value while a tape is recorded"):
-            TapeGraph(read, Arena()).replay()
-    with torch.inference_mode():
+@pytest.mark.parametrize("inference", [True, False])
+def test_what_reads_a_value_is_not_recorded(inference: bool) -> None:
+    x, first = torch.ones(3), torch.tensor(0)
+    reads: tuple[Callable[[], object], ...] = (
+        x.tolist,
+        x.sum().item,
+        x.numpy,
+        lambda: float(x[0]),
+        lambda: bool(x[0] > 0),
+        lambda: x[first],  # becomes a view at a number
+        lambda: torch.full((3,), first),
+        lambda: x[x > 0],
+        lambda: torch.equal(x, x),
+        lambda: torch.is_nonzero(first),
+        lambda: np.asarray(x),
+        lambda: np.from_dlpack(x),
+    )
+    with torch.inference_mode(inference):
+        for read in reads:
+            with pytest.raises(RuntimeError, match="reads a value while a tape is recorded"):
+                TapeGraph(read, Arena()).replay()
+        TapeGraph(lambda: x[torch.tensor([0, 2])], Arena()).replay()  # known without its values
         assert linear(torch.ones(1, 2), torch.ones(2, 2)).tolist() == [[2.0, 2.0]]  # it has ended
+
+
+def test_a_constant_is_kept() -> None:
+    out, weight = torch.zeros(1, 64), torch.eye(64)
+    graph = TapeGraph(lambda: out.copy_(linear(torch.tensor([[3.0] * 64]), weight)), Arena())
+    for _ in range(3):
+        out.zero_()
+        graph.replay()
+        taken = [torch.full((1, 64), 7.0) for _ in range(50)]  # the memory that is free by now
+        assert out.unique().tolist() == [3.0]
+    assert len(taken) == 50
+
+
+def test_a_tape_within_another_is_a_part_of_it() -> None:
+    arena, x, weight = Arena(), torch.ones(2, 64), torch.eye(64)
+    middle, out = torch.zeros(2, 64), torch.zeros(2, 64)
+    inner = TapeGraph(lambda: middle.copy_(linear(x, weight) + 1), arena)
+
+    def call() -> None:
+        inner.replay()
+        out.copy_(linear(middle, weight) * 2)
+
+    outer = TapeGraph(call, arena)
+    with torch.inference_mode():
+        for value in range(3):
+            x.fill_(value)
+            outer.replay()
+            assert out.unique().tolist() == [2 * (value + 1)]
+
+
+def test_a_failed_recording_is_not_kept() -> None:
+    x, out, fails = torch.ones(2, 64), torch.zeros(2, 64), [True]
+    weight = torch.eye(64)
+
+    @by_call
+    def check(y: torch.Tensor) -> None:
+        if fails:
+            fails.clear()
+            raise ValueError("the first call fails")
+
+    def call() -> None:
+        y = linear(x, weight)
+        check(y)
+        out.copy_(y + 1)
+
+    graph = TapeGraph(call, Arena())
+    with torch.inference_mode():
+        with pytest.raises(ValueError, match="the first call fails"):
+            graph.replay()
+        assert not out.any()  # nothing is recorded any more: reading is allowed
+        for value in range(3):
+            x.fill_(value)
+            graph.replay()
+            assert out.unique().tolist() == [value + 1]
+
+
+def test_pieces_may_end_in_another_thread() -> None:
+    arena, ending = Arena(), SimpleQueue[torch.Tensor | None]()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = Thread(target=lambda: [None for _ in iter(ending.get, None)])
+    thread.start()
+    kept: list[torch.Tensor] = []
+    for i in range(4000):
+        kept.append(arena.empty_like(torch.empty(16 * (1 + i * 7 % 39))))
+        if len(kept) > 60:
+            for _ in range(i * 5 % 40):
+                ending.put(kept.pop(i % len(kept)))
+        if i % 50 == 0:
+            spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in kept)
+            assert all(one[1] <= then[0] for one, then in pairwise(spans))
+    ending.put(None)
+    thread.join()
+    sys.setswitchinterval(interval)
 
 
 def test_freed_pieces_join_again() -> None:
