@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from minisgl import csrc
+from minisgl.kernels.advance import prepare_inputs
 from minisgl.kernels.attention import attention
 from minisgl.kernels.attention.paged import paged_case
 from minisgl.kernels.cascade import cascade
@@ -49,6 +51,22 @@ def test_case(op: Op, name: str, case: Case, dtype: torch.dtype, level: str | No
     arguments = case.make(torch.device("cpu"), dtype, torch.Generator().manual_seed(0))
     with at(level):
         check(op, name, arguments)
+
+
+@pytest.mark.skipif(NATIVE is None, reason="no compiler: the reference serves")
+def test_the_tokens_of_one_sequence_may_be_a_number_expanded() -> None:
+    """As the first pass of a draft model over one row has it: the native op takes that."""
+
+    def ints(*values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
+    sequences = ints(0).expand(2)
+    read = (ints(-1, 5), sequences, ints(0, 2), ints(1), ints(-1), ints(2), ints(7, 8), ints(3, 4))
+    pages = torch.arange(8, dtype=torch.int32).view(2, 4)
+    written = [ints(-7, -7), ints(-7, -7).long(), ints(-7, -7).long(), ints(-7)]
+    with patch("minisgl.kernels.advance.cpu.prepare_inputs_reference", side_effect=AssertionError):
+        prepare_inputs(*written, *read, pages, 2)
+    assert [tensor.tolist() for tensor in written] == [[8, 5], [4, 5], [12, 13], [6]]
 
 
 @pytest.mark.skipif(NATIVE is None, reason="no compiler: weights are not packed")

@@ -24,6 +24,7 @@ def prepare_inputs_cpu(
 ) -> None:
     """See `prepare_inputs_reference`."""
     written = (input_ids, positions, slot_mapping, seq_lens)
+    sequences = sequences.contiguous()  # of one sequence it may be a number expanded
     read = (token_ids, sequences, offsets, rows, starts, num_tokens, last, lengths, page_table)
     native = csrc.load("model_ops")
     if native is None or not all(tensor.is_contiguous() for tensor in (*written, *read)):
