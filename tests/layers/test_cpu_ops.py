@@ -15,6 +15,7 @@ from minisgl.kernels.cascade import cascade
 from minisgl.kernels.linear import linear
 from minisgl.kernels.linear.panels import Panels, embedding, packed, unpacked
 from minisgl.kernels.op import Case, Op, all_ops
+from minisgl.kernels.rmsnorm import rmsnorm
 from tests.kernels.cards import check
 from tests.world.levels import at, levels
 
@@ -51,6 +52,28 @@ def test_case(op: Op, name: str, case: Case, dtype: torch.dtype, level: str | No
     arguments = case.make(torch.device("cpu"), dtype, torch.Generator().manual_seed(0))
     with at(level):
         check(op, name, arguments)
+
+
+def test_operands_that_are_not_dense() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, wide = torch.randn(3, 32, generator=generator), torch.randn(32, 2, generator=generator)
+    weight, every_other = torch.randn(32, 32, generator=generator), wide[:, 0]
+    assert not every_other.is_contiguous()
+    expected = x @ weight.T + every_other
+    assert torch.allclose(linear(x, weight, every_other), expected, atol=1e-5)
+    expected = rmsnorm(x, every_other.clone(), 1e-6)
+    assert torch.allclose(rmsnorm(x, every_other, 1e-6), expected, atol=1e-6)
+
+
+def test_operands_that_do_not_fit_are_refused() -> None:
+    x, weight = torch.ones(1, 8), torch.ones(32, 16)
+    for matrix in (weight, packed(weight.bfloat16())):
+        with pytest.raises(RuntimeError):
+            linear(x if matrix is weight else x.bfloat16(), matrix)
+    with pytest.raises(RuntimeError):
+        linear(x, torch.ones(32, 8), torch.ones(2))
+    with pytest.raises(RuntimeError):
+        rmsnorm(x, torch.ones(3), 1e-6)
 
 
 @pytest.mark.skipif(NATIVE is None, reason="no compiler: the reference serves")

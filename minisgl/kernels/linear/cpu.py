@@ -24,10 +24,11 @@ def linear_cpu(
     does not depend on the others."""
     values = weight.values if isinstance(weight, Panels) else weight
     native = model_ops(x, values, bias)
-    if native is None or not values.is_contiguous():
-        return linear_reference(x, weight, bias, wide)
-    rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, x.shape[-1]).contiguous()
     n, k = weight.shape
+    fits = x.shape[-1] == k and (bias is None or (bias.shape == (n,) and bias.is_contiguous()))
+    if native is None or not fits or not values.is_contiguous():
+        return linear_reference(x, weight, bias, wide)
+    rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, k).contiguous()
     if isinstance(weight, Panels):
         y = torch.empty(*x.shape[:-1], n, dtype=torch.float32 if wide else x.dtype)
         native.linear_panels(

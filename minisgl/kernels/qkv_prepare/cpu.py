@@ -23,8 +23,8 @@ def qkv_prepare_cpu(
 ) -> torch.Tensor:
     """See `qkv_prepare_reference`."""
     native = model_ops(qkv, k_pool, v_pool, q_weight, k_weight)
-    tensors = (qkv, k_pool, v_pool, qkv if out is None else out)
-    if native is None or not all(tensor.is_contiguous() for tensor in tensors):
+    tensors = (qkv, cos_sin, k_pool, v_pool, q_weight, k_weight, out)
+    if native is None or not all(t is None or t.is_contiguous() for t in tensors):
         return qkv_prepare_reference(
             qkv,
             positions,

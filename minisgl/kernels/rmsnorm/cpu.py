@@ -18,7 +18,9 @@ def rmsnorm_cpu(
     n = x.shape[-1]
     stride = _row_stride(x)
     other_stride = 0 if residual is None else _row_stride(residual)
-    if native is None or stride is None or other_stride is None:
+    fits = weight.shape == (n,) and weight.is_contiguous()
+    fits = fits and (residual is None or residual.shape == x.shape)
+    if native is None or not fits or stride is None or other_stride is None:
         return rmsnorm_reference(x, weight, eps, residual, unit_offset)
     y = torch.empty(x.shape, dtype=x.dtype)
     total = None if residual is None else torch.empty(x.shape, dtype=x.dtype)
