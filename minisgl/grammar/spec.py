@@ -1,7 +1,9 @@
 """`SamplingParams.structured_outputs` -> an llguidance matcher; what cannot be kept is refused."""
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from llguidance import LLMatcher
@@ -11,6 +13,11 @@ from minisgl.grammar.schema import Reader, Refused, locate
 
 # Where JSON may have blanks: one, or a new line indented by four for each level.
 BLANKS = r"( |\n[ ]{0,%d})"
+LENIENT = {"lenient": True}
+# A schema within a grammar; or a string, a comment or a regular expression, which may look so.
+JSON_BLOCK = re.compile(
+    r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/|(?P<json>%json)\s*(?=[{\[tf])'
+)
 MAX_SAID = 400  # characters of what llguidance says, which repeats the grammar
 MAX_WARNINGS = 20
 ESCAPED = set(r"\.+*?()|[]{}^$#&-~/")  # in a regular expression
@@ -24,16 +31,22 @@ def compile_spec(spec: str, make: Make) -> tuple[LLMatcher, list[str]]:
     if "json" in given or "json_object" in given:
         return _compile_schema(given, make)
     ((kind, what),) = given.items()
+    schemas: list[Any] = []
+    warnings: list[str] = []
     if kind == "choice":
         text = LLMatcher.grammar_from_regex(_choice(what))
     elif kind == "regex":
         text = LLMatcher.grammar_from_regex(what)
     else:
-        text = LLMatcher.grammar_from_lark(_lark(what))
+        lark, schemas, warnings = _with_schemas_read(_lark(what))
+        text = LLMatcher.grammar_from_lark(lark)
     matcher = make(text)
     if error := first_error(matcher):
+        for index, schema in enumerate(schemas):  # it may be by one of these
+            with _place_of(index):
+                _compile_schema({"json": schema}, make)
         raise ValueError(f"structured_outputs.{kind}: {said(error)}")
-    return matcher, []
+    return matcher, warnings
 
 
 def first_error(matcher: LLMatcher) -> str:
@@ -75,8 +88,7 @@ def _compile_schema(given: dict[str, Any], make: Make) -> tuple[LLMatcher, list[
     def compiled(schema: Any) -> LLMatcher:
         # Options need an object; what x-guidance a client sends has been refused.
         text = json.dumps(schema if isinstance(schema, dict) else {})
-        options: Any = {"whitespace_pattern": BLANKS % (4 * reader.levels)}
-        return make(LLMatcher.grammar_from_json_schema(text, overrides=options))
+        return make(LLMatcher.grammar_from_json_schema(text, overrides=_options(reader)))
 
     try:
         matcher = compiled(schema)
@@ -85,10 +97,52 @@ def _compile_schema(given: dict[str, Any], make: Make) -> tuple[LLMatcher, list[
             raise Refused(place, wrong)
     except ValueError as error:
         raise ValueError(said(f"structured_outputs.json: {error}")) from error
-    warnings = [said(each) for each in reader.warnings[:MAX_WARNINGS]]
-    if (more := len(reader.warnings) - MAX_WARNINGS) > 0:
-        warnings.append(f"and {more} more")
-    return matcher, warnings
+    return matcher, _first(reader.warnings)
+
+
+def _options(reader: Reader) -> Any:
+    return {"whitespace_pattern": BLANKS % (4 * reader.levels)}
+
+
+def _first(warnings: list[str]) -> list[str]:
+    more = len(warnings) - MAX_WARNINGS
+    return [*map(said, warnings[:MAX_WARNINGS]), *([f"and {more} more"] if more > 0 else [])]
+
+
+def _with_schemas_read(lark: str) -> tuple[str, list[Any], list[str]]:
+    """The grammar with each schema behind `%json` checked as one that comes by itself; these; and
+    warnings, of those with `"x-guidance": {"lenient": true}`."""
+    made, schemas, warnings, at = list[str](), list[Any](), list[str](), 0
+    while found := JSON_BLOCK.search(lark, at):
+        made.append(lark[at : found.end()])
+        at = found.end()
+        if found["json"] is None:
+            continue
+        with _place_of(len(schemas)):
+            schema, at = json.JSONDecoder().raw_decode(lark, at)
+            is_lenient = isinstance(schema, dict) and schema.get("x-guidance") == LENIENT
+            if is_lenient:
+                schema.pop("x-guidance")
+            reader = Reader(schema, strict=not is_lenient)
+            schema = reader.read()
+            if schema is False:
+                raise ValueError("#: the schema is unsatisfiable: it is false")
+        schemas.append(schema if isinstance(schema, dict) else {})
+        made.append(json.dumps(schemas[-1] | {"x-guidance": _options(reader)}))
+        warnings += reader.warnings
+    return "".join([*made, lark[at:]]), schemas, _first(warnings)
+
+
+@contextmanager
+def _place_of(index: int) -> Iterator[None]:
+    """Says of a wrong schema which of the grammar's it is."""
+    try:
+        yield
+    except RecursionError:
+        raise ValueError(f"structured_outputs.grammar: %json {index}: nested too deeply") from None
+    except ValueError as error:
+        reason = str(error).removeprefix("structured_outputs.json: ")
+        raise ValueError(said(f"structured_outputs.grammar: %json {index}: {reason}")) from error
 
 
 def _choice(texts: list[Any]) -> str:

@@ -33,6 +33,7 @@ class AnswerForm:
     schemas: Schemas = field(default_factory=dict)  # the parameters of each tool
     most_calls: float = float("inf")
     is_open: bool = False  # the prompt ends in reasoning's opening mark
+    finish_reason: str = "tool_calls"  # where there are calls
 
     @property
     def marks(self) -> set[str]:

@@ -90,6 +90,10 @@ class Function(msgspec.Struct):
     strict: bool | None = None
 
 
+class Chosen(msgspec.Struct):
+    name: str
+
+
 class ToolCall(msgspec.Struct):
     id: str
     type: Literal["function"]

@@ -13,6 +13,7 @@ from minisgl.server.openai import Call
 from minisgl.server.structured import refused
 from minisgl.server.text import TextStream
 from minisgl.server.tokenizer import Tokenizer
+from minisgl.server.tools import schema_named
 
 T = TypeVar("T")
 
@@ -94,7 +95,9 @@ class Generation:
 
     def _part(self, index: int, delta: Delta) -> Part | None:
         if delta.refused:
-            raise refused(delta.error or "the request is refused", self.call.structured_by)
+            reason = delta.error or "the request is refused"
+            reason = schema_named(reason, self.call.form)
+            raise refused(reason, self.call.structured_by)
         if delta.finish_reason == "error":
             raise engine_failed(delta.error or "the engine failed")
         if delta.finish_reason == "abort":

@@ -24,7 +24,7 @@ from minisgl.server.echo import Echo
 from minisgl.server.structured import check_form, read_structured, refused
 from minisgl.server.tokenizer import Tokenizer
 from minisgl.server.tool_formats import ToolFormat
-from minisgl.server.tools import answer_form, read_messages, read_tools
+from minisgl.server.tools import answer_form, held_to, read_messages, read_tools
 
 MAX_PROMPTS = 1024  # in one completions body
 MAX_CHOICES = 1024  # in one answer
@@ -98,10 +98,16 @@ def parse_chat(content: bytes, model: ServedModel) -> Call:
     form = answer_form(tools, frame, body, model.tool_format, model.reasoning)
     prompt = _encode(text, "messages", model, add_special_tokens=False)
     limit_name, max_tokens = _max_completion_tokens(body)
-    params = _params(body, model, max_tokens=max_tokens, logprobs=_chat_logprobs(body))
+    params = _params(
+        body,
+        model,
+        max_tokens=max_tokens,
+        logprobs=_chat_logprobs(body),
+        held_to=held_to(form, body, model.tokenizer),
+    )
     _check_prompt(prompt, "messages", params, limit_name, model)
-    structured_by = _structured_by(body, params)
-    if structured_by is not None:
+    structured_by = _structured_by(body) if params.structured_outputs else None
+    if structured_by not in (None, "tools"):
         form = check_form(form, structured_by)
     call_id = f"chatcmpl-{uuid.uuid4().hex}"
     return Call(
@@ -158,7 +164,7 @@ def parse_completion(content: bytes, model: ServedModel) -> Call:
         stream=bool(body.stream),
         stream_options=_stream_options(body),
         echo=echoes or None,
-        structured_by=_structured_by(body, params),
+        structured_by=_structured_by(body) if params.structured_outputs else None,
     )
 
 
@@ -243,9 +249,11 @@ def _params(
     max_tokens: int | None,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
+    held_to: dict[str, Any] | None = None,
 ) -> SamplingParams:
     given = {name: getattr(body, name) for name in _SHARED} | {"max_tokens": max_tokens}
-    given["structured_outputs"] = read_structured(body)
+    asked = read_structured(body)
+    given["structured_outputs"] = held_to if asked is None else asked
     try:
         params = SamplingParams(
             logit_bias=tuple(_logit_bias(body.logit_bias or {})),
@@ -260,17 +268,18 @@ def _params(
         if param == "max_tokens" and getattr(body, "max_completion_tokens", None) is not None:
             param = "max_completion_tokens"
             message = message.replace("max_tokens", param, 1)
-        by = "response_format" if body.structured_outputs is None else "structured_outputs"
+        by = _structured_by(body)
         raise refused(message, by, by if param == "structured_outputs" else param) from error
     _check_token_ids(params.stop_token_ids, "stop_token_ids", model)
     _check_token_ids([token_id for token_id, _ in params.logit_bias], "logit_bias", model)
     return params
 
 
-def _structured_by(body: fields.Sampling, params: SamplingParams) -> str | None:
-    if params.structured_outputs is None:
-        return None
-    return "response_format" if body.structured_outputs is None else "structured_outputs"
+def _structured_by(body: fields.Sampling) -> str:
+    """The field that a grammar comes of, if there is one."""
+    if body.structured_outputs is not None:
+        return "structured_outputs"
+    return "tools" if read_structured(body) is None else "response_format"
 
 
 def _logit_bias(bias: dict[str, Any]) -> list[tuple[int, float]]:

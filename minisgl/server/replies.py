@@ -79,10 +79,9 @@ class ChatShape:
             return {"tool_calls": [{"index": news.call, "function": {"arguments": news.text}}]}
         return {"content" if news.kind == "text" else "reasoning_content": news.text}
 
-    @staticmethod
-    def _finish_reason(ended: FinishReason | None, parser: AnswerParser) -> str | None:
+    def _finish_reason(self, ended: FinishReason | None, parser: AnswerParser) -> str | None:
         """A call that broke off is none to be answered, whatever else there is."""
-        return "tool_calls" if ended == "stop" and parser.has_calls else ended
+        return self._form.finish_reason if ended == "stop" and parser.has_calls else ended
 
     def _chunk(
         self,

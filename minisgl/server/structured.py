@@ -52,11 +52,12 @@ def refused(reason: str, body_field: str | None, param: str | None = None) -> Ap
     if body_field == "response_format":
         for ours in ("structured_outputs.json:", "structured_outputs.json "):
             reason = reason.replace(ours, f"response_format.json_schema.schema{ours[-1]}")
+    if body_field is not None:
         reason = reason.replace("structured_outputs", body_field)
     return ApiError(reason, param=param or body_field)
 
 
-def check_form(form: AnswerForm, body_field: str) -> AnswerForm:
+def check_form(form: AnswerForm, body_field: str | None) -> AnswerForm:
     """How a structured answer is read: as it is. Raises ApiError where it would be a call's or
     reasoning's text."""
     if form.tools is not None:

@@ -38,6 +38,8 @@ class Tokenizer:
         self.chat_template = chat_template
         self.special_tokens = _named_tokens(config)
         self._special_ids = _add_missing_tokens(backend, config, self.special_tokens)
+        tokens = backend.get_added_tokens_decoder().items()
+        self._added = {token.content: token_id for token_id, token in tokens}
         self.bos_token_id = self._id_of("bos_token")
         self.eos_token_id = self._id_of("eos_token")
         self._add_bos: bool | None = config.get("add_bos_token")
@@ -154,6 +156,10 @@ class Tokenizer:
     def special_ids(self, texts: Container[str]) -> frozenset[int]:
         """Those of the special tokens that are spelled like one of these."""
         return frozenset(i for i in self._special_ids if self._backend.id_to_token(i) in texts)
+
+    def added_id(self, text: str) -> int | None:
+        """The token of this text that was added to the vocabulary, if there is one."""
+        return self._added.get(text)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token adds to the text; nothing for an id beyond the tokenizer's vocabulary."""

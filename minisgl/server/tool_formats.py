@@ -313,6 +313,18 @@ def _python_string(reader: Reader, quote: str) -> Reading[None]:
         reader.say(json.dumps(char)[1:-1] if is_half else _escaped(char))
 
 
+class Frame(NamedTuple):
+    """What stands around the names and the JSON arguments of calls, for a grammar."""
+
+    lead: str  # before each name
+    middle: str
+    end: str
+    start: str = ""  # before all calls
+    between: str = ""
+    finish: str = ""
+    needs: str = ""  # a token that the vocabulary must have
+
+
 class ToolFormat(NamedTuple):
     """One form. `sign` is what a chat template that teaches it holds."""
 
@@ -322,23 +334,43 @@ class ToolFormat(NamedTuple):
     read: Callable[[Reader, Schemas, bool], Reading[bool]]
     bare: str = ""  # begins calls of known tools without a mark, where an answer begins
     inner: tuple[str, ...] = ()  # further marks
+    frames: tuple[Frame, ...] = ()  # the first that the vocabulary has; none, no grammar
     id_length: int | None = None  # of a call's id, where a template wants one
 
 
 # Where signs of several stand in a template, the first counts.
 TOOL_FORMATS = {
     "qwen3_coder": ToolFormat("<function=", ("<tool_call>",), "</tool_call>", _xml_calls),
-    "hermes": ToolFormat("<tool_call>", ("<tool_call>",), "</tool_call>", _json_calls),
+    "hermes": ToolFormat(
+        "<tool_call>",
+        ("<tool_call>",),
+        "</tool_call>",
+        _json_calls,
+        frames=(
+            Frame('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", between="\n"),
+        ),
+    ),
     "mistral": ToolFormat(
         "[TOOL_CALLS]",
         ("[TOOL_CALLS]",),
         "",
         _mistral_calls,
         inner=("[ARGS]", "[CALL_ID]"),
+        frames=(
+            Frame("[TOOL_CALLS]", "[ARGS]", "", needs="[ARGS]"),
+            Frame('{"name": "', '", "arguments": ', "}", "[TOOL_CALLS][", ", ", "]"),
+        ),
         id_length=9,
     ),
     "pythonic": ToolFormat(
         "func_name1(", ("<|python_start|>",), "<|python_end|>", _python_calls, "["
     ),
-    "llama3_json": ToolFormat("<|python_tag|>", ("<|python_tag|>",), "", _json_calls, "{"),
+    "llama3_json": ToolFormat(
+        "<|python_tag|>",
+        ("<|python_tag|>",),
+        "",
+        _json_calls,
+        "{",
+        frames=(Frame('{"name": "', '", "parameters": ', "}", between="; "),),
+    ),
 }

@@ -1,5 +1,6 @@
 """Tools of a chat body, and the calls of its messages -> what a chat template and a parser get."""
 
+import re
 import uuid
 from typing import Any
 
@@ -8,6 +9,8 @@ import msgspec
 from minisgl.server import fields
 from minisgl.server.answer import AnswerForm, ReasoningFormat
 from minisgl.server.body import ApiError, read_object, shown
+from minisgl.server.frames import grammar
+from minisgl.server.tokenizer import Tokenizer
 from minisgl.server.tool_formats import TOOL_FORMATS, ToolFormat
 
 MAX_TOOLS = 1024  # of one body
@@ -24,15 +27,33 @@ def read_tools(body: fields.ChatBody) -> list[dict[str, Any]]:
         tool = read_object(given, fields.Tool, fields.NEUTRAL_TOOL, path)
         path += "function."
         function = read_object(tool.function, fields.Function, fields.NEUTRAL_TOOL, path)
-        if function.strict:
-            raise _not_supported(f"{path}strict", True)
         if function.name in names:
             message = f"{path}name must be another for each tool, got {shown(function.name)} twice"
             raise ApiError(message, param=f"{path}name")
         names.add(function.name)
     if body.tool_choice not in (None, "none", "auto"):
-        raise _not_supported("tool_choice", body.tool_choice)
+        _check_choice(body.tool_choice, names)
     return [_for_template(tool) for tool in tools if body.tool_choice != "none"]
+
+
+def _check_choice(choice: str | dict[str, Any], names: set[str]) -> None:
+    """A call is asked for: any, or one of a certain tool."""
+    if isinstance(choice, str):
+        if choice != "required":
+            raise _not_supported("tool_choice", choice)
+        if not names:
+            raise ApiError("tool_choice needs tools, got none", param="tool_choice")
+    elif (name := _named(choice)) not in names:
+        message = f"tool_choice.function.name must be one of the tools', got {shown(name)}"
+        raise ApiError(message, param="tool_choice.function.name")
+
+
+def _named(choice: str | dict[str, Any] | None) -> str | None:
+    """The tool that must be called, if it is a certain one."""
+    if not isinstance(choice, dict):
+        return None
+    tool = read_object(choice, fields.Tool, {}, "tool_choice.")
+    return read_object(tool.function, fields.Chosen, {}, "tool_choice.function.").name
 
 
 def _for_template(tool: dict[str, Any]) -> dict[str, Any]:
@@ -62,8 +83,41 @@ def answer_form(
     schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
     if next(iter(schemas)) not in frame:
         raise ApiError("tools are left out by the chat template of this model", param="tools")
-    most = 1 if body.parallel_tool_calls is False else float("inf")
-    return AnswerForm(reasoning, tool_format, schemas, most, is_open)
+    name = _named(body.tool_choice)
+    most = 1 if name or body.parallel_tool_calls is False else float("inf")
+    ended = "stop" if name else "tool_calls"  # as OpenAI has it
+    kept = {name: schemas[name]} if name else schemas
+    return AnswerForm(reasoning, tool_format, kept, most, is_open, ended)
+
+
+def held_to(form: AnswerForm, body: fields.ChatBody, tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """A grammar for `structured_outputs`: of an answer that must call, or whose calls are exact."""
+    if form.tools is None:
+        return None
+    functions = [tool["function"] for tool in body.tools or ()]
+    exact = {each["name"] for each in functions if each.get("strict")} & {*form.schemas}
+    must_call = body.tool_choice not in (None, "auto")
+    if not (must_call or exact):
+        return None
+    made = grammar(form, tokenizer.added_id, must_call=must_call, exact=exact)
+    if made is None:
+        able = [name for name, form in TOOL_FORMATS.items() if form.frames]
+        param = "tool_choice" if must_call else "tools"
+        message = (
+            f"{param} with calls that are held to their schemas (required, named or strict) needs "
+            f"a model that writes them as one of {able}"
+        )
+        raise ApiError(message, param=param, code="unsupported_parameter")
+    return {"grammar": made}
+
+
+def schema_named(reason: str, form: AnswerForm) -> str:
+    """What the grammar's compiler says of a tool's schema, with the name of the tool."""
+
+    def named(found: re.Match[str]) -> str:
+        return f"tools: parameters of {[*form.schemas][int(found[1])]}"
+
+    return re.sub(r"^structured_outputs\.grammar: %json (\d+)", named, reason)
 
 
 def read_messages(given: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from minisgl.build import BUNDLED_MODEL
 from minisgl.grammar.backend import LlgBackend
 from minisgl.grammar.schema import Reader, Refused
+from minisgl.server.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,55 @@ def test_what_is_not_strict_leaves_out_with_a_warning(backend):
     grammar = backend.compile(json.dumps({"json": many, "strict": False})).result(30)
     assert len(grammar.warnings) == 21
     assert grammar.warnings[-1] == "and 30 more"
+
+
+def within(*schemas, before=""):
+    """A grammar with schemas in it."""
+    rules = [f"a{i}: %json {json.dumps(schema)}" for i, schema in enumerate(schemas)]
+    names = " ".join(f"a{i}" for i in range(len(schemas)))
+    return "\n".join([f"start: {before} {names}", *rules])
+
+
+@pytest.mark.parametrize(("schema", "says"), REFUSED[:-2], ids=[says for _, says in REFUSED[:-2]])
+def test_a_schema_within_a_grammar_is_refused_with_its_place(backend, schema, says):
+    if schema == {"x-guidance": {"lenient": True}}:
+        says = ""
+        schema |= {"x-guidance": {"lenient": True, "coerce_one_of": True}}
+    if isinstance(schema, int) and not isinstance(schema, bool):
+        says = ""  # no schema at all: llguidance says so
+    found = refusal(backend, grammar=within({}, schema))
+    assert found.startswith("structured_outputs.grammar: ")
+    assert says in found
+    assert len(found) < 500
+    if says:
+        assert found.startswith("structured_outputs.grammar: %json 1: #")
+
+
+def test_what_only_looks_like_a_schema_is_left_alone(backend):
+    texts = ['"%json {\\"not\\": {}}"', '"\\"" /%json {2}/ "//"', '"x" // %json {\n |']
+    for text in texts:
+        made = backend.compile(json.dumps({"grammar": within({"not": {}}, before=text)}))
+        assert "%json 0: #/not" in str(made.exception(30))
+        assert backend.compile(json.dumps({"grammar": within({}, before=text)})).result(30)
+    lenient = {"not": {}, "x-guidance": {"lenient": True}}
+    made = backend.compile(json.dumps({"grammar": within(lenient, True, {})})).result(30)
+    assert made.warnings == ["#/not: not is not supported; it is left out"]
+
+
+def test_a_schema_within_a_grammar_has_the_same_instances(backend):
+    state = backend.compile(json.dumps({"grammar": within(ONE_OF, before='"x"')})).result(30).copy()
+    tokenizer = Tokenizer.from_directory(BUNDLED_MODEL)
+    text = 'x{ "a": "b"'
+    assert [state.accept(i) for i in tokenizer.encode(text)] == [None] * len(tokenizer.encode(text))
+    assert state.accept(tokenizer.encode("\n\n")[0])  # one blank, where JSON may have some
+
+
+ONE_OF = {
+    "oneOf": [
+        {"type": "object", "properties": {"a": {"const": "b"}}, "required": ["a"]},
+        {"type": "null"},
+    ]
+}
 
 
 def test_what_asks_for_nothing_is_no_reason_to_refuse(backend):

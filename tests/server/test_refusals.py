@@ -63,7 +63,7 @@ UNSUPPORTED_CHAT = {
     "reasoning_effort": "low",
     "service_tier": "flex",
     "store": True,
-    "tool_choice": "required",
+    "tool_choice": "sometimes",
     "verbosity": "low",
     "web_search_options": {},
 }

@@ -351,6 +351,10 @@ def function(**changes):
     return {"type": "function", "function": {"name": "f"} | changes}
 
 
+def named(name):
+    return {"type": "function", "function": {"name": name}}
+
+
 def said(*messages):
     return {"messages": [*USER, *messages]}
 
@@ -380,7 +384,7 @@ def called(**changes):
         ({"tools": [function(name="größe")]}, "tools[0].function.name", "größe"),
         ({"tools": [function(), function()]}, "tools[1].function.name", '"f" twice'),
         ({"tools": [function(parameters=[])]}, "tools[0].function.parameters", "object"),
-        ({"tools": [function(strict=True)]}, "tools[0].function.strict", "got true"),
+        ({"tools": [function(strict=1)]}, "tools[0].function.strict", "got 1"),
         ({"tools": [function(returns={})]}, "tools[0].function.returns", "not a field"),
         ({"tools": {}}, "tools", "got {}"),
         ({"tools": [5]}, "tools[0]", "got 5"),
@@ -390,9 +394,13 @@ def called(**changes):
             f"at most {MAX_TOOLS}, got {MAX_TOOLS + 1}",
         ),
         ({"tools": [CLOCK] * 10_001}, None, "arrays and objects, got"),
-        ({"tools": [CLOCK], "tool_choice": "required"}, "tool_choice", '"required"'),
+        ({"tools": [], "tool_choice": "required"}, "tool_choice", "got none"),
         ({"tools": [CLOCK], "tool_choice": "maybe"}, "tool_choice", '"maybe"'),
-        ({"tools": [CLOCK], "tool_choice": {"type": "function"}}, "tool_choice", "function"),
+        ({"tools": [CLOCK], "tool_choice": {"type": "function"}}, "tool_choice.function", "is req"),
+        ({"tools": [CLOCK], "tool_choice": named("f")}, "tool_choice.function.name", '"f"'),
+        ({"tools": [CLOCK], "tool_choice": named(5)}, "tool_choice.function.name", "5"),
+        ({"tools": [CLOCK], "tool_choice": named("clock") | {"x": 1}}, "tool_choice.x", "no"),
+        ({"tools": [CLOCK], "tool_choice": "required", "ignore_eos": True}, "ignore_eos", "True"),
         ({"parallel_tool_calls": "no"}, "parallel_tool_calls", '"no"'),
         (calling(id=5), "messages[1].tool_calls[0].id", "got 5"),
         (
@@ -446,6 +454,18 @@ def test_tools_need_a_model_that_can_call_them():
     assert prompt({"messages": USER, "tools": [CLOCK], "tool_choice": "none"}, model(tools=None))
 
 
+def test_forms_that_cannot_be_held_to_a_schema_refuse_what_needs_it():
+    served = model(tools="pythonic")
+    for body, param in (
+        ({"tools": [CLOCK], "tool_choice": "required"}, "tool_choice"),
+        ({"tools": [CLOCK], "tool_choice": named("clock")}, "tool_choice"),
+        ({"tools": [function(strict=True)]}, "tools"),
+    ):
+        assert refusal(served, **body)[0] == param
+        assert "as one of ['hermes', 'mistral', 'llama3_json']" in refusal(served, **body)[1]
+    assert prompt({"messages": USER, "tools": [CLOCK]}, served)
+
+
 def test_schemas_nested_as_deep_as_can_be_are_answered():
     for depth in (50, 400, 700, 900, 2_000, 100_000):
         nested = '{"a":' * depth + "{}" + "}" * depth
@@ -462,3 +482,17 @@ def test_refusals_reach_the_client(client):
     with pytest.raises(openai.BadRequestError, match=r"tools\[0\].function.name") as caught:
         ask(client, tools=[function(name="no name")])
     assert caught.value.param == "tools[0].function.name"
+
+
+def test_a_structured_answer_and_tools_do_not_go_together():
+    strict = function(strict=True)
+    form = {"type": "json_object"}
+    for tools in ([CLOCK], [strict]):
+        assert refusal(tools=tools, response_format=form)[0] == "response_format"
+        assert prompt({"messages": USER, "tools": tools, "response_format": {"type": "text"}})
+    body = {"messages": USER, "tools": [strict], "response_format": form, "tool_choice": "none"}
+    call = parse_chat(json.dumps(body).encode(), model())
+    assert (call.form.tools, call.structured_by) == (None, "response_format")
+    body = {"messages": USER, "tools": [strict], "tool_choice": "required"}
+    assert parse_chat(json.dumps(body).encode(), model()).structured_by == "tools"
+    assert parse_chat(json.dumps({"messages": USER}).encode(), model()).structured_by is None

@@ -1,0 +1,161 @@
+"""Answers that are held to a form of calls: they fit, are read as calls, and nothing else fits."""
+
+import json
+from concurrent.futures import Future
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minisgl.grammar.backend import LlgBackend
+from minisgl.server.answer import REASONING_FORMATS, AnswerForm, AnswerParser
+from minisgl.server.frames import grammar
+from minisgl.server.tool_formats import TOOL_FORMATS
+from tests.server import small_tokenizers
+
+PLACE = {
+    "type": "object",
+    "properties": {"place": {"type": "string"}, "days": {"type": "integer"}},
+    "required": ["place"],
+    "additionalProperties": False,
+}
+SCHEMAS = {"weather": PLACE, "clock": None, "any": {}}
+HELD = sorted(name for name, form in TOOL_FORMATS.items() if form.frames)
+# As text, or as tokens of their own.
+MARKS = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "</think>", "[ARGS]"]
+
+
+@pytest.fixture(scope="module", params=[0, 5, 6], ids=["text", "tokens", "and [ARGS]"])
+def world(request, tmp_path_factory):
+    backend = tokenizers.Tokenizer.from_str(small_tokenizers.byte_level().to_str())
+    backend.add_special_tokens(MARKS[: request.param])
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    backend.save(str(path))
+    end = backend.token_to_id("<|im_end|>")
+    made = LlgBackend(path, 400, [end])
+    yield backend, made, end
+    made.close()
+
+
+def token_id(backend):
+    added = {token.content: i for i, token in backend.get_added_tokens_decoder().items()}
+    return added.get
+
+
+def fits(world, form, text, **options):
+    """Whether an answer may be this, and end behind it."""
+    backend, made, end = world
+    spec = grammar(form, token_id(backend), **{"must_call": True, "exact": ["weather"]} | options)
+    compiled: Future = made.compile(json.dumps({"grammar": spec}))
+    state = compiled.result(30).copy()
+    ids = backend.encode(text, add_special_tokens=False).ids
+    return not any(state.accept(i) for i in [*ids, end])
+
+
+def written(world, name, called, between=None):
+    """Calls as the frame has them."""
+    backend, *_ = world
+    texts = [(n, json.dumps(arguments, ensure_ascii=False)) for n, arguments in called]
+    if name == "hermes":
+        frame = '<tool_call>\n{{"name": "{}", "arguments": {}}}\n</tool_call>'
+        return "\n".join(frame.format(*each) for each in texts)
+    if name == "llama3_json":
+        return "; ".join('{{"name": "{}", "parameters": {}}}'.format(*each) for each in texts)
+    if backend.token_to_id("[ARGS]") is not None:
+        return "".join("[TOOL_CALLS]{}[ARGS]{}".format(*each) for each in texts)
+    inside = ", ".join('{{"name": "{}", "arguments": {}}}'.format(*each) for each in texts)
+    return f"[TOOL_CALLS][{inside}]"
+
+
+def form(name, reasoning=None, **options):
+    return AnswerForm(REASONING_FORMATS.get(reasoning), TOOL_FORMATS[name], SCHEMAS, **options)
+
+
+places = st.sampled_from(["", "Köln", '"{}[]', "<tool_call>", "</think>]", "\\ 🚀"])
+days = st.none() | st.integers(-9, 9)
+weather = st.tuples(places, days).map(  # in the order of the schema
+    lambda found: {"place": found[0]} | ({} if found[1] is None else {"days": found[1]})
+)
+arguments = st.one_of(
+    weather.map(lambda found: ("weather", found)),
+    st.just(("clock", {})),
+    st.dictionaries(st.sampled_from("ab"), st.none(), max_size=2).map(lambda found: ("any", found)),
+)
+
+
+@pytest.mark.parametrize("name", HELD)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_calls_fit_and_are_read_as_they_were_meant(world, name, data):
+    called = data.draw(st.lists(arguments, min_size=1, max_size=2))
+    if world[0].token_to_id("</think>") is not None:  # a mark that is a token has no spelling
+        called = [(n, {"place": "x"} if "<" in a.get("place", "") else a) for n, a in called]
+    reasoning = data.draw(st.sampled_from([None, "think"]))
+    thought = data.draw(st.sampled_from(["<think>Hm { [</think>\n\n", ""])) if reasoning else ""
+    must_call = data.draw(st.booleans())
+    text = thought + written(world, name, called)
+    shape = form(name, reasoning)
+    assert fits(world, shape, text, must_call=must_call)
+    parser = AnswerParser(shape)
+    news = [*parser.push(text), *parser.end()]
+    assert [n.text for n in news if n.kind == "name"] == [n for n, _ in called]
+    for index, (_, meant) in enumerate(called):
+        fragments = [n.text for n in news if n.kind == "arguments" and n.call == index]
+        assert json.loads("".join(fragments)) == meant
+    assert not [n for n in news if n.kind == "text"]
+
+
+WRONG = [
+    [("weather", {"where": "x"})],
+    [("weather", {})],
+    [("weather", {"place": "x", "days": 1.5})],
+    [("clock", {"a": 1})],
+    [("nobody", {})],
+    [("any", [])],
+]
+
+
+@pytest.mark.parametrize("must_call", [True, False])
+@pytest.mark.parametrize("called", WRONG)
+@pytest.mark.parametrize("name", HELD)
+def test_what_does_not_fit_cannot_be_written(world, name, called, must_call):
+    shape = form(name, "think")
+    text = written(world, name, called)
+    for before in ("", "<think>x</think>", "Hm. "):
+        is_text = name == "llama3_json" and before == "Hm. " and not must_call
+        assert fits(world, shape, before + text, must_call=must_call) == is_text
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_text_fits_only_where_nothing_must_be_called(world, name):
+    call = written(world, name, [("clock", {})])
+    for text in ("", "Hello { world", "Hm. ", "<thin"):
+        assert fits(world, form(name, "think"), text, must_call=False)
+        assert not fits(world, form(name, "think"), text)
+    assert fits(world, form(name), f"{call}", must_call=False)
+    assert not fits(world, form(name), f"{call} and more")
+    assert not fits(world, form(name), f"x{call}")
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_one_call_at_most(world, name):
+    twice = written(world, name, [("clock", {})] * 2)
+    assert fits(world, form(name), twice)
+    assert not fits(world, form(name, most_calls=1), twice)
+    assert fits(world, form(name, most_calls=1), written(world, name, [("clock", {})]))
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_reasoning_that_the_prompt_opened_comes_first(world, name):
+    call = written(world, name, [("clock", {})])
+    shape = form(name, "think", is_open=True)
+    assert fits(world, shape, f"I see.</think>\n\n{call}")
+    assert not fits(world, shape, call)
+    assert not fits(world, shape, "I see.</think>So.")
+    assert fits(world, shape, "I see.</think>So.", must_call=False)
+
+
+def test_forms_without_json_are_not_held():
+    for name in {*TOOL_FORMATS} - {*HELD}:
+        assert grammar(form(name), lambda text: None, must_call=True, exact=()) is None

@@ -1,0 +1,114 @@
+"""Calls of a model that was never trained for them, held to their schemas, over a real server."""
+
+import json
+import shutil
+
+import openai
+import pytest
+
+from tests.server.served import ROOT, Served
+from tests.server.test_tools import HERMES
+
+WEATHER = {
+    "type": "object",
+    "properties": {
+        "place": {"type": "string", "maxLength": 12},
+        "days": {"type": "integer", "minimum": 0, "maximum": 9},
+        "kind": {"enum": ["rain", "wind"]},
+    },
+    "required": ["place", "days", "kind"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "parameters": WEATHER, "strict": True}},
+    {"type": "function", "function": {"name": "clock"}},
+]
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    model = tmp_path_factory.mktemp("model") / "tiny"
+    shutil.copytree(ROOT / "minisgl/assets/tiny", model)
+    (model / "chat_template.jinja").write_text(HERMES)
+    server = Served("--model", str(model), "--reasoning-parser=none")
+    with server.client() as client:
+        yield client
+    server.close()
+
+
+def ask(client, **options):
+    options = {"tools": TOOLS, "max_tokens": 400, "temperature": 1.0, "seed": 1} | options
+    messages = [{"role": "user", "content": "How is the weather?"}]
+    name = client.models.list().data[0].id
+    return client.chat.completions.create(model=name, messages=messages, **options)
+
+
+def check(calls):
+    """Whether they are calls of the tools, to their schemas."""
+    for call in calls:
+        arguments = json.loads(call.function.arguments)
+        if call.function.name == "clock":
+            assert arguments == {}
+            continue
+        assert call.function.name == "weather"
+        assert list(arguments) == ["place", "days", "kind"]
+        assert len(arguments["place"]) <= 12
+        assert arguments["days"] in range(10)
+        assert arguments["kind"] in ("rain", "wind")
+
+
+def test_a_call_is_made_where_one_is_required(client):
+    choices = ask(client, tool_choice="required", parallel_tool_calls=False, n=8).choices
+    assert {choice.finish_reason for choice in choices} == {"tool_calls"}
+    assert {len(choice.message.tool_calls) for choice in choices} == {1}
+    assert {choice.message.content for choice in choices} == {None}
+    for choice in choices:
+        check(choice.message.tool_calls)
+
+
+@pytest.mark.parametrize("name", ["weather", "clock"])
+def test_a_named_tool_is_called_once(client, name):
+    choice = {"type": "function", "function": {"name": name}}
+    whole = ask(client, tool_choice=choice).choices[0]
+    assert whole.finish_reason == "stop"
+    (call,) = whole.message.tool_calls
+    assert call.function.name == name
+    check([call])
+    chunks = [c.choices[0] for c in ask(client, tool_choice=choice, stream=True)]
+    deltas = [delta for chunk in chunks for delta in chunk.delta.tool_calls or ()]
+    assert "".join(d.function.arguments for d in deltas) == call.function.arguments
+    assert chunks[-1].finish_reason == "stop"
+
+
+def test_a_model_may_do_without_calls_that_would_be_exact(client):
+    choices = ask(client, n=8, max_tokens=60).choices
+    assert any(choice.message.content for choice in choices)
+    for choice in choices:
+        check(choice.message.tool_calls or [] if choice.finish_reason == "tool_calls" else [])
+
+
+def test_what_cannot_be_kept_is_refused_with_its_place(client):
+    function = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"not": {}}}}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, tools=[*TOOLS, {"type": "function", "function": function | {"strict": True}}])
+    assert "tools: parameters of f: #/properties/a" in caught.value.message
+    assert caught.value.param == "tools"
+    lenient = [{"type": "function", "function": function}]
+    choice = {"type": "function", "function": {"name": "f"}}
+    message = ask(client, tools=lenient, tool_choice=choice).choices[0].message
+    assert isinstance(json.loads(message.tool_calls[0].function.arguments), dict)
+
+
+def test_the_parse_helper_reads_strict_calls(client):
+    completion = client.chat.completions.parse(
+        model=client.models.list().data[0].id,
+        messages=[{"role": "user", "content": "Weather?"}],
+        tools=TOOLS[:1],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        max_tokens=400,
+        temperature=1.0,
+        seed=2,
+    )
+    (call,) = completion.choices[0].message.tool_calls
+    assert call.function.parsed_arguments["days"] in range(10)
