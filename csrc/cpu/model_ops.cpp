@@ -28,6 +28,8 @@ PYBIND11_MODULE(model_ops, m) {
     m.def("qkv_prepare", recorded(&qkv_prepare), unlocked, "minisgl.kernels.qkv_prepare");
     m.def("attention", recorded(&attention), unlocked, "minisgl.kernels.attention, in bf16");
     m.def("decode", recorded(&decode), unlocked, "minisgl.kernels.decode");
+    m.def("adjust_logits", recorded(&adjust_logits), unlocked, "minisgl.kernels.sampling");
+    m.def("mask_logits", recorded(&mask_logits), unlocked, "minisgl.kernels.sampling");
     m.def("sample", recorded(&sample), unlocked, "minisgl.kernels.sampling");
     m.def("prepare_inputs", recorded(&prepare_inputs), unlocked, "minisgl.kernels.advance");
     m.def("accept_and_advance", recorded(&accept_and_advance), unlocked, "minisgl.kernels.advance");

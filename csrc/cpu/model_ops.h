@@ -50,7 +50,7 @@ void with_head_dim(Index head_dim, F f) {
     }
 }
 
-// The ops, each in the file of its name; those of advance.cpp and panels.cpp are two.
+// The ops, each in the file of its name; those of advance.cpp, panels.cpp and logits.cpp are two.
 
 void linear(Address x, Index x_stride, Address w, Address bias, Address y, Index m, Index n,
             Index k, bool is_bf16, bool wide_output, int threads);
@@ -96,6 +96,15 @@ void decode(Address q, Index q_stride, Address k_pool, Address v_pool, Address p
             Index sequences, Index width, Index q_heads, Index kv_heads, Index head_dim,
             Index page_size, float scale, Index window, float softcap, bool is_bf16,
             int threads);
+
+// logits [count, vocab] fp32, drafts [count, num_drafts], others as minisgl.kernels.sampling has them.
+void adjust_logits(Address logits, Address rows, Address positions, Address params,
+                   Address bias_ids, Address bias_values, Address counts, Address drafts,
+                   Index count, Index vocab, Index max_biases, Index num_drafts, int threads);
+
+// indices [count] int32 of rows of logits; bits [count, vocab / 32 rounded up].
+void mask_logits(Address logits, Address indices, Address bits, Index count, Index vocab,
+                 int threads);
 
 // logits [count, vocab] fp32, rows [count] int32 of params, positions [count] int64, out [count] int32.
 void sample(Address logits, Index count, Index vocab, Address rows, Address positions,

@@ -7,22 +7,11 @@
 #include <limits>
 #include <vector>
 
-#include "model_ops.h"
-#include "pool.h"
+#include "sampling.h"
 
 namespace {
 
 constexpr float INF = std::numeric_limits<float>::infinity();
-constexpr Index WORTH_SHARING = 1 << 15;  // logits: waking a thread for fewer costs more
-
-// One row's record; minisgl.kernels.sampling.PARAMS.
-struct Params {
-    float temperature, top_p, min_p, repetition, presence, frequency;
-    std::int32_t top_k, min_length, num_bans, num_biases;
-    std::uint64_t key;
-    std::int32_t needs_counts, unused;
-};
-static_assert(sizeof(Params) == 56);
 
 // minisgl.kernels.sampling.noise, for one row and position.
 struct Noise {
@@ -58,13 +47,6 @@ struct Noise {
     }
 };
 
-bool any(i32x16 mask) {
-    std::uint64_t words[8], all = 0;
-    std::memcpy(words, &mask, sizeof mask);
-    for (const std::uint64_t word : words) all |= word;
-    return all != 0;
-}
-
 // The largest of x[0:n]; -inf for none.
 float maximum(const float *x, Index n) {
     f32x16 most = splat(-INF);
@@ -76,28 +58,38 @@ float maximum(const float *x, Index n) {
     return best;
 }
 
-Index greedy(const float *x, Index n) {
-    const Index at = std::find(x, x + n, maximum(x, n)) - x;
-    return at < n ? at : 0;
+// The id with the best score so far, the lowest of equals.
+struct Best {
+    float score = -INF;
+    Index id = 0;
+
+    void consider(float other, Index other_id) {  // ids come in ascending order
+        if (other > score) {
+            score = other;
+            id = other_id;
+        }
+    }
+};
+
+Best largest(const float *x, Index begin, Index end) {
+    Best best;
+    const float most = maximum(x + begin, end - begin);
+    if (most > -INF) best.consider(most, std::find(x + begin, x + end, most) - x);
+    return best;
 }
 
-// The id with the largest x / temperature + noise. v >= 2^e bounds the noise by -e ln 2, so a
-// logarithm is taken only where a value may win.
-Index draw_from_all(const float *x, Index n, float temperature, const Noise &noise) {
+// The id in [begin, end) with the largest x / temperature + noise. v >= 2^e bounds the noise by
+// -e ln 2, so a logarithm is taken only where a value may win.
+Best drawn(const float *x, Index begin, Index end, float temperature, const Noise &noise) {
     constexpr float LN2 = 0.69314718f, SLACK = 1e-3f;
     const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const float scale = 1.0f / temperature;
-    float best = -INF;
-    Index winner = 0;
+    Best best;
     const auto consider = [&](Index i) {
-        const float score = x[i] / temperature + noise.gumbel(std::uint32_t(i));
-        if (score > best) {
-            best = score;
-            winner = i;
-        }
+        best.consider(x[i] / temperature + noise.gumbel(std::uint32_t(i)), i);
     };
-    Index i = 0;
-    for (; i + 16 <= n; i += 16) {
+    Index i = begin;
+    for (; i + 16 <= end; i += 16) {
         const u32x16 bits = noise.bits((u32x16)(lanes + std::int32_t(i)));
         const f32x16 v = (__builtin_convertvector((i32x16)bits, f32x16) + 0.5f) * Noise::SCALE;
         const i32x16 exponent = ((i32x16)v >> 23) - 127;
@@ -105,13 +97,13 @@ Index draw_from_all(const float *x, Index n, float temperature, const Noise &noi
         // Relative slack covers the rounding of the product.
         const f32x16 size = z < 0.0f ? -z : z;
         const f32x16 bound = z + size * 1e-6f + SLACK - __builtin_convertvector(exponent, f32x16) * LN2;
-        const i32x16 may = bound > splat(best);
+        const i32x16 may = bound > splat(best.score);
         if (any(may))
             for (int lane = 0; lane < 16; ++lane)
                 if (may[lane]) consider(i + lane);
     }
-    for (; i < n; ++i) consider(i);
-    return winner;
+    for (; i < end; ++i) consider(i);
+    return best;
 }
 
 // Masses floor(e^(z - top) * 2^32). They are integers, and sums of them below 2^53, so doubles hold
@@ -155,72 +147,94 @@ float mass_threshold(std::vector<float> &z, float top, double wanted) {
     return *low;
 }
 
-// The candidates of a row with filters: an upper set of its values that holds all that are kept.
-class Filter {
+// How far below the top candidates are gathered; further where that does not do.
+constexpr float DEPTHS[] = {4.0f, 7.0f, 9.0f, 11.0f, 14.0f, 20.0f, INF};
+
+// What one piece of a row contributes.
+struct Piece {
+    Best best;
+    double mass = 0.0;         // of a row whose filter needs that of all values
+    std::vector<Index> ids;    // candidates, ascending
+    std::vector<float> z;      // their values over the temperature
+};
+
+// One row, and where the draw stands with it.
+class Row {
   public:
-    Filter(const float *x, Index n, const Params &p)
-        : x_(x), n_(n), p_(p), k_(p.top_k > 0 && p.top_k < n ? p.top_k : 0) {}
+    Row(const float *x, Index n, const Params &p, Index position)
+        : x_(x), p_(p), k_(p.top_k > 0 && p.top_k < n ? p.top_k : 0), noise_(p.key, position),
+          draws_(p.temperature != 0.0f),
+          filters_(draws_ && (k_ || p.top_p < 1.0f || p.min_p > 0.0f)) {}
 
-    Index draw(const Noise &noise) {
-        const float most = maximum(x_, n_);
-        if (!(most > -INF)) return 0;
-        if (most == INF) return greedy(x_, n_);  // it has all the mass
+    // The best of a piece: of a row with filters the largest value.
+    void look(Piece &piece, Index begin, Index end) const {
+        piece.best = draws_ && !filters_ ? drawn(x_, begin, end, p_.temperature, noise_)
+                                         : largest(x_, begin, end);
+    }
+
+    // Takes the best of all pieces for the token.
+    float choose(const Piece *pieces, Index count) {
+        Best best;
+        for (Index i = 0; i < count; ++i) best.consider(pieces[i].best.score, pieces[i].best.id);
+        token = best.id;
+        return best.score;
+    }
+
+    // Whether filters choose among values of which `most` is the largest; an infinite one has all mass.
+    bool begin_filters(float most) {
+        most_ = most;
         top_ = most / p_.temperature;
-        if (p_.top_p < 1.0f && !k_) total_ = whole_mass();
-        for (const float depth : {4.0f, 7.0f, 9.0f, 11.0f, 14.0f, 20.0f, INF}) {
-            gather(most - depth * p_.temperature);
-            if (narrow(depth)) break;
-        }
-        float best = -INF;
-        Index winner = 0;
-        for (std::size_t i = 0; i < ids_.size(); ++i) {
-            if (z_[i] < threshold_) continue;
-            const float score = z_[i] + noise.gumbel(std::uint32_t(ids_[i]));
-            if (score > best) {
-                best = score;
-                winner = ids_[i];
-            }
-        }
-        return winner;
+        return filters_ && most > -INF && most < INF;
     }
 
-  private:
-    double whole_mass() const {
-        constexpr Index BLOCK = 1024;
-        float z[BLOCK];
-        double total = 0.0;
-        for (Index i = 0; i < n_; i += BLOCK) {
-            const Index count = std::min(BLOCK, n_ - i);
-            for (Index j = 0; j < count; ++j) z[j] = x_[i + j] / p_.temperature;
-            total += mass_of(z, count, top_);
-        }
-        return total;
-    }
-
-    // All ids with x >= cut, ascending, and their z.
-    void gather(float cut) {
-        ids_.clear();
-        z_.clear();
+    // All ids of a piece within `depth` of the top.
+    void gather(Piece &piece, Index begin, Index end, float depth) const {
+        if (depth == DEPTHS[0] && p_.top_p < 1.0f && !k_) piece.mass = whole_mass(begin, end);
+        const float cut = most_ - depth * p_.temperature;
+        piece.ids.clear();
+        piece.z.clear();
         const auto keep = [&](Index i) {
-            ids_.push_back(i);
-            z_.push_back(x_[i] / p_.temperature);
+            piece.ids.push_back(i);
+            piece.z.push_back(x_[i] / p_.temperature);
         };
-        Index i = 0;
-        for (; i + 16 <= n_; i += 16) {
+        Index i = begin;
+        for (; i + 16 <= end; i += 16) {
             const i32x16 in = load16(x_ + i) >= splat(cut);
             if (any(in))
                 for (int lane = 0; lane < 16; ++lane)
                     if (in[lane]) keep(i + lane);
         }
-        for (; i < n_; ++i)
+        for (; i < end; ++i)
             if (x_[i] >= cut) keep(i);
     }
 
-    // Sets the threshold; false when the candidates, of the given depth, may not hold all kept.
-    bool narrow(float depth) {
+    // Sets the threshold, unless the candidates, of the given depth, may not hold all that are kept.
+    void narrow(const Piece *pieces, Index count, float depth) {
+        is_narrowed = find_threshold(pieces, count, depth);
+    }
+
+    void draw(Piece &piece) const {
+        piece.best = {};
+        for (std::size_t i = 0; i < piece.ids.size(); ++i)
+            if (piece.z[i] >= threshold_) {
+                const auto id = std::uint32_t(piece.ids[i]);
+                piece.best.consider(piece.z[i] + noise_.gumbel(id), id);
+            }
+    }
+
+    Index token = 0;
+    bool is_narrowed = false;
+
+  private:
+    bool find_threshold(const Piece *pieces, Index count, float depth) {
         const bool whole = depth == INF;
         threshold_ = -INF;
-        std::vector<float> values(z_);
+        double total = 0.0;
+        std::vector<float> values;
+        for (Index i = 0; i < count; ++i) {
+            total += pieces[i].mass;
+            values.insert(values.end(), pieces[i].z.begin(), pieces[i].z.end());
+        }
         if (k_) {
             if (Index(values.size()) < k_ && !whole) return false;
             const auto kth = values.begin() + std::min<Index>(k_, values.size()) - 1;
@@ -231,53 +245,78 @@ class Filter {
         }
         if (p_.top_p < 1.0f) {
             const double held = mass_of(values.data(), Index(values.size()), top_);
-            const double wanted = double(p_.top_p) * (k_ ? held : total_);
+            const double wanted = double(p_.top_p) * (k_ ? held : total);
             if (held < wanted && !whole) return false;
             threshold_ = mass_threshold(values, top_, wanted);
         }
         if (p_.min_p > 0.0f) {
             const float lowest = top_ + std::log(p_.min_p);
             if (!k_ && p_.top_p >= 1.0f && top_ - lowest > depth - 0.01f) return false;
-            threshold_ = std::max(threshold_, least_of_min_p(lowest));
+            float least = top_;
+            for (Index i = 0; i < count; ++i)
+                for (const float z : pieces[i].z)
+                    if (z < least && passes_min_p(z, lowest)) least = z;
+            threshold_ = std::max(threshold_, least);
         }
         return true;
     }
 
-    // The smallest candidate z with e^(z - top) >= min_p; `about` is where to look.
-    float least_of_min_p(float about) const {
-        float least = top_;
-        for (const float z : z_)
-            if (z < least && (z > about + 1e-3f || std::exp(z - top_) >= p_.min_p)) least = z;
-        return least;
+    double whole_mass(Index begin, Index end) const {
+        constexpr Index BLOCK = 1024;
+        float z[BLOCK];
+        double total = 0.0;
+        for (Index i = begin; i < end; i += BLOCK) {
+            const Index count = std::min(BLOCK, end - i);
+            for (Index j = 0; j < count; ++j) z[j] = x_[i + j] / p_.temperature;
+            total += mass_of(z, count, top_);
+        }
+        return total;
+    }
+
+    // Whether e^(z - top) >= min_p; clearly so above `about`.
+    bool passes_min_p(float z, float about) const {
+        return z > about + 1e-3f || std::exp(z - top_) >= p_.min_p;
     }
 
     const float *x_;
-    const Index n_;
     const Params &p_;
     const Index k_;  // 0 = off
-    float top_ = 0.0f, threshold_ = -INF;
-    double total_ = 0.0;  // mass of all values
-    std::vector<Index> ids_;
-    std::vector<float> z_;
+    const Noise noise_;
+    const bool draws_, filters_;
+    float most_ = 0.0f, top_ = 0.0f, threshold_ = -INF;
 };
 
 }  // namespace
 
 void sample(Address logits, Index count, Index vocab, Address rows, Address positions,
             Address params, Address out, int threads) {
-    share(count, count * vocab < WORTH_SHARING ? 1 : threads, [&](Index i) {
-        const Params &p = at<const Params>(params)[at<const std::int32_t>(rows)[i]];
-        const float *values = at<const float>(logits) + i * vocab;
-        const bool filtered =
-            (p.top_k > 0 && p.top_k < vocab) || p.top_p < 1.0f || p.min_p > 0.0f;
-        const Noise noise(p.key, at<const Index>(positions)[i]);
-        Index token;
-        if (p.temperature == 0.0f)
-            token = greedy(values, vocab);
-        else if (filtered)
-            token = Filter(values, vocab, p).draw(noise);
-        else
-            token = draw_from_all(values, vocab, p.temperature, noise);
-        at<std::int32_t>(out)[i] = std::int32_t(token);
+    const Index each = pieces_of(vocab);
+    std::vector<Piece> pieces(count * each);
+    std::vector<Row> all;
+    all.reserve(count);
+    for (Index i = 0; i < count; ++i)
+        all.emplace_back(at<const float>(logits) + i * vocab, vocab,
+                         at<const Params>(params)[at<const std::int32_t>(rows)[i]],
+                         at<const Index>(positions)[i]);
+    share_pieces(count, vocab, threads, [&](Index i, Index begin, Index end) {
+        all[i].look(pieces[i * each + begin / PIECE], begin, end);
     });
+    std::vector<Index> filtered;
+    for (Index i = 0; i < count; ++i)
+        if (all[i].begin_filters(all[i].choose(&pieces[i * each], each))) filtered.push_back(i);
+    std::vector<Index> left = filtered;
+    for (const float depth : DEPTHS) {
+        const auto rows_left = Index(left.size());
+        share_pieces(rows_left, vocab, threads, [&](Index i, Index begin, Index end) {
+            all[left[i]].gather(pieces[left[i] * each + begin / PIECE], begin, end, depth);
+        });
+        share(rows_left, threads_for(rows_left * vocab, threads),
+              [&](Index i) { all[left[i]].narrow(&pieces[left[i] * each], each, depth); });
+        std::erase_if(left, [&](Index i) { return all[i].is_narrowed; });
+    }
+    share_pieces(Index(filtered.size()), vocab, threads, [&](Index i, Index begin, Index) {
+        all[filtered[i]].draw(pieces[filtered[i] * each + begin / PIECE]);
+    });
+    for (const Index i : filtered) all[i].choose(&pieces[i * each], each);
+    for (Index i = 0; i < count; ++i) at<std::int32_t>(out)[i] = std::int32_t(all[i].token);
 }

@@ -66,6 +66,7 @@ MODULES = (
             "cpu/qkv_prepare.cpp",
             "cpu/attention.cpp",
             "cpu/decode.cpp",
+            "cpu/logits.cpp",
             "cpu/sampling.cpp",
             "cpu/advance.cpp",
         ),

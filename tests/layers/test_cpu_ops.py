@@ -30,13 +30,16 @@ NATIVE_OPS = (
     "decode",
     "prepare_inputs",
     "accept_and_advance",
+    "adjust_logits",
+    "mask_logits",
+    "sample",
 )
 
 
 def _parameters() -> Iterator[object]:
     for op in all_ops():
         for implementation in op.implementations:
-            if implementation.device != "cpu" or "kernels.sampling" in implementation.path:
+            if implementation.device != "cpu":
                 continue
             native = levels() if op.name in NATIVE_OPS else []
             for case in op.cases:

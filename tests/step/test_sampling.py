@@ -12,7 +12,14 @@ from minisgl.core.batch import RowSetup
 from minisgl.core.request import SamplingParams
 from minisgl.device import CpuDevice
 from minisgl.kernels.sampling import SEEN_IN_PROMPT, adjust_logits, make_params, mask_logits, sample
-from minisgl.kernels.sampling.cpu import sample_cpu, sample_twin
+from minisgl.kernels.sampling.cpu import (
+    adjust_logits_cpu,
+    adjust_logits_twin,
+    mask_logits_cpu,
+    mask_logits_twin,
+    sample_cpu,
+    sample_twin,
+)
 from minisgl.kernels.sampling.noise import gumbel, hash_ids, position_keys, row_key
 from minisgl.step.rows import HostRows, RowBuffers
 from tests.world import sampling
@@ -25,6 +32,8 @@ INT = torch.int32
 
 CPU = torch.device("cpu")
 DRAWS = [pytest.param(sample.reference, id="reference"), pytest.param(sample_twin, id="twin")]
+ADJUSTS = [adjust_logits.reference, adjust_logits_twin, adjust_logits_cpu]
+MASKS = [mask_logits.reference, mask_logits_twin, mask_logits_cpu]
 for level in levels():
 
     def draw_at(*tensors: torch.Tensor, level: str = level.values[0]) -> torch.Tensor:
@@ -104,7 +113,7 @@ def test_a_token_is_what_the_oracle_draws(params: list[SamplingParams], data: st
     logits = torch.from_numpy(generator.normal(0, 4, (len(rows), VOCAB)).astype(np.float32))
     if data.draw(st.booleans()):
         logits = logits.round()  # ties
-    for adjust in (adjust_logits.reference, adjust_logits.choose(CPU)):
+    for adjust in ADJUSTS:
         got = table.adjust(adjust, logits, rows, positions, before)
         for n, row in enumerate(rows.tolist()):
             done = output[row] + (drafts if n == len(params) else [])
@@ -303,7 +312,11 @@ def test_rows_with_nothing_allowed_give_the_first_id(draw):
 
 
 @settings(max_examples=30)
-@given(st.integers(1, 130), st.integers(1, 6), st.integers(0, 2**32))
+@given(
+    st.one_of(st.integers(1, 130), st.integers(8170, 16_500)),
+    st.integers(1, 6),
+    st.integers(0, 2**32),
+)
 def test_masks_ban_exactly_the_unset_bits(vocab: int, rows: int, seed: int):
     generator = np.random.default_rng(seed)
     allowed = generator.random((rows, vocab)) < 0.5
@@ -313,13 +326,86 @@ def test_masks_ban_exactly_the_unset_bits(vocab: int, rows: int, seed: int):
     indices = generator.permutation(rows + 2)[:rows].astype(np.int32)
     indices[generator.random(rows) < 0.3] = -1
     logits = torch.randn(rows + 2, vocab)
-    masked = logits.clone()
-    mask_logits(masked, torch.from_numpy(indices), torch.from_numpy(bits))
     want = logits.clone()
     for i, index in enumerate(indices.tolist()):
         if index >= 0:
             want[index, torch.from_numpy(~allowed[i])] = -math.inf
-    assert torch.equal(masked, want)
+    for mask in MASKS:
+        masked = logits.clone()
+        mask(masked, torch.from_numpy(indices), torch.from_numpy(bits))
+        assert torch.equal(masked, want)
+
+
+def on_threads(count: int, function, *arguments):
+    """The result with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        return function(*arguments)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("level", levels())
+def test_native_penalties_are_the_references_bit_for_bit(level, threads):
+    """Over several pieces of a large vocabulary; of drafts said twice, and counted before."""
+    vocab, count, num_drafts = 20_011, 5, 4
+    generator = torch.Generator().manual_seed(4)
+    params = make_params(
+        count,
+        repetition_penalty=np.linspace(0.7, 1.9, count),
+        presence_penalty=np.linspace(-2.0, 1.7, count),
+        frequency_penalty=np.linspace(1.1, -0.9, count),
+        needs_counts=np.array([1, 1, 0, 1, 1]),
+        min_length=np.array([9, 0, 9, 9, 0]),
+        num_bans=2,
+        num_biases=7,
+    )
+    counts = torch.randint(0, 5, (count, vocab), generator=generator).int()
+    counts *= torch.randint(0, 2, (count, vocab), generator=generator).int()
+    counts += torch.randint(0, 2, (count, vocab), generator=generator).int() * SEEN_IN_PROMPT
+    bias_ids = torch.randint(0, vocab, (count, 8), generator=generator).int()
+    bias_values = torch.randn(count, 8, generator=generator)
+    bias_values[:, :2] = -math.inf
+    drafts = torch.randint(0, vocab, (count, num_drafts), generator=generator).int()
+    drafts[:, 2] = drafts[:, 0]
+    drafts[1, 3] = -1
+    counts[0, drafts[0, 1]] = counts[3, drafts[3, 0]] = 0
+    logits = torch.randn(count, vocab, generator=generator) * 5
+    rest = (torch.arange(count, dtype=INT), torch.arange(count) + 5, params, bias_ids, bias_values)
+    want, got = logits.clone(), logits.clone()
+    adjust_logits.reference(want, *rest, counts, drafts)
+    with at(level):
+        on_threads(threads, adjust_logits_cpu, got, *rest, counts, drafts)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("draw", DRAWS[2:])
+def test_pieces_of_a_large_vocabulary_give_one_token(draw, threads):
+    """Every kind of row; of equal values in two pieces the lower id is drawn."""
+    vocab, kinds = 3 * 8192 + 77, 8
+    generator = torch.Generator().manual_seed(6)
+    logits = torch.randn(kinds, vocab, generator=generator) * 3
+    logits[0, [8191, 8192, 24_000]] = 99.0
+    logits[6] *= 0.01  # flat: nearly all values are kept
+    params = make_params(
+        kinds,
+        temperature=np.array([0.0, 1.0, 0.7, 1.2, 1.0, 1.5, 1.0, 0.0]),
+        top_k=np.array([0, 0, 50, 0, 0, 900, 0, 5]),
+        top_p=np.array([1.0, 1.0, 1.0, 0.9, 1.0, 0.8, 0.99, 0.5]),
+        min_p=np.array([0.0, 0.0, 0.0, 0.0, 0.05, 0.001, 0.0, 0.0]),
+    )
+    rows = torch.arange(kinds, dtype=INT)
+    for position in range(6):
+        positions = torch.full((kinds,), position)
+        want = sample.reference(logits, rows, positions, params)
+        assert torch.equal(on_threads(threads, draw, logits, rows, positions, params), want)
+        for n in range(kinds):  # alone
+            one = (logits[n : n + 1], rows[n : n + 1], positions[n : n + 1], params)
+            assert on_threads(threads, draw, *one).tolist() == [int(want[n])]
+    assert want[0] == 8191
 
 
 def test_setups_write_counts_and_bans():

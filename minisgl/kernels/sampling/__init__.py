@@ -283,6 +283,7 @@ mask_logits = Op(
     "mask_logits",
     mask_logits_reference,
     implementations=[
+        Implementation("cpu", "cpu", _CPU + "mask_logits_cpu"),
         Implementation("portable", "cuda", _TRITON + "logits:mask_logits_portable"),
         Implementation("torch", "cuda", _TORCH + "mask_logits_reference"),
     ],

@@ -1,4 +1,4 @@
-"""Sampling on CPU: csrc/cpu/sampling.cpp, and the same in PyTorch and numpy.
+"""Sampling on CPU: csrc/cpu/logits.cpp and sampling.cpp, and the same in PyTorch and numpy.
 
 Filters that are off cost nothing, and noise is computed only for tokens that can win. A CPU
 implementation may look at its data: the one here reads parameters through numpy, splits rows into
@@ -16,6 +16,7 @@ from minisgl.kernels.sampling import (
     PARAMS,
     SEEN_IN_PROMPT,
     fixed_point,
+    mask_logits_reference,
     top_k_threshold,
     top_p_threshold,
 )
@@ -25,7 +26,6 @@ FEW = 256  # values looked at first for a top-p threshold
 BLOCK = 1 << 16  # elements of noise at once, so that they stay in cache
 
 
-@by_call
 def adjust_logits_cpu(
     logits: torch.Tensor,
     rows: torch.Tensor,
@@ -36,6 +36,29 @@ def adjust_logits_cpu(
     counts: torch.Tensor,
     drafts: torch.Tensor,
 ) -> None:
+    """See `adjust_logits_reference`."""
+    tensors = (logits, rows, positions, params, bias_ids, bias_values, counts, drafts)
+    native = csrc.load("model_ops")
+    if native is None or not all(tensor.is_contiguous() for tensor in tensors):
+        adjust_logits_twin(*tensors)
+        return
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    sizes = (*logits.shape, bias_ids.shape[1], drafts.shape[1])
+    native.adjust_logits(*addresses, *sizes, torch.get_num_threads())
+
+
+@by_call
+def adjust_logits_twin(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    params: torch.Tensor,
+    bias_ids: torch.Tensor,
+    bias_values: torch.Tensor,
+    counts: torch.Tensor,
+    drafts: torch.Tensor,
+) -> None:
+    """The same without the native module."""
     r = rows.numpy()
     p = _records(params)[r]
     x = logits.numpy()
@@ -60,6 +83,20 @@ def _penalize(x: np.ndarray, counts: np.ndarray, drafts: np.ndarray, p: np.void)
     y = np.where(y > 0, y / p["repetition_penalty"], y * p["repetition_penalty"])
     times = output.astype(np.float32)
     x[ids] = y - p["frequency_penalty"] * times - p["presence_penalty"] * (times > 0)
+
+
+def mask_logits_cpu(logits: torch.Tensor, indices: torch.Tensor, bits: torch.Tensor) -> None:
+    """See `mask_logits_reference`."""
+    tensors = (logits, indices, bits)
+    native = csrc.load("model_ops")
+    if native is None or not all(tensor.is_contiguous() for tensor in tensors):
+        mask_logits_twin(*tensors)
+        return
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    native.mask_logits(*addresses, len(indices), logits.shape[1], torch.get_num_threads())
+
+
+mask_logits_twin = by_call(mask_logits_reference)
 
 
 def sample_cpu(
