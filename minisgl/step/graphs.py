@@ -12,7 +12,7 @@ On a CPU a graph is a tape (`device/tape.py`), recorded at the first step of its
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import Enum, auto
 from functools import cache, partial
 
@@ -56,20 +56,6 @@ class StaticBuffers:
         self.sampled = device.zeros((tokens + sequences,), torch.int32)  # then drafts accepted
 
 
-@dataclass(frozen=True)
-class _Views:
-    """The static buffers as the graphs of one size see them."""
-
-    inputs: ForwardInputs
-    grouped: ForwardInputs  # the same with cascade groups
-    token_ids: torch.Tensor  # [size * width]
-    starts: torch.Tensor  # [size]
-    num_tokens: torch.Tensor  # [size]
-    sequences: torch.Tensor  # [size * width]
-    masks: Masks  # of every point
-    sampled: torch.Tensor  # [size * width] tokens, and [size] accepted drafts if the width is > 1
-
-
 class DecodeGraphs:
     """The graphs of steps with `width` tokens per sequence. Used inside the stream."""
 
@@ -89,19 +75,19 @@ class DecodeGraphs:
         self._device = device
         self._forward = forward
         self._sampler = sampler
-        self._pool = pool
-        self._rows = rows
-        self._buffers = buffers
-        self._views_of = cache(self._make_views)
+        self.pool = pool
+        self.rows = rows
+        self.buffers = buffers
+        self._views_of = cache(partial(_Views, self))
         self._graphs: dict[tuple[int, Forward | Shaping], Graph] = {}
         self._hidden: dict[int, torch.Tensor] = {}
         self._shared: torch.Tensor | None = None
         # Made on the host: where there is no memory, PyTorch would load its compiler for an arange.
         every = np.arange(self.sizes[-1] + 1, dtype=np.int32)
-        self._offsets = device.zeros((len(every),), torch.int32)
-        device.upload(every * width, self._offsets)
-        self._sequences = device.zeros((len(every[1:]) * width,), torch.int32)
-        device.upload(every[:-1].repeat(width), self._sequences)
+        self.offsets = device.zeros((len(every),), torch.int32)
+        device.upload(every * width, self.offsets)
+        self.sequences = device.zeros((len(every[1:]) * width,), torch.int32)
+        device.upload(every[:-1].repeat(width), self.sequences)
         if width > 1:
             nth = np.arange(width, dtype=np.int32)
             self._nth = device.upload(nth[1:])  # [K], each draft's place
@@ -122,7 +108,7 @@ class DecodeGraphs:
         for size in progress(self.sizes[::-1]):
             views = self._views_of(size)
             views.token_ids.zero_()
-            views.inputs.rows.fill_(self._rows.padding)
+            views.inputs.rows.fill_(self.rows.padding)
             views.starts.zero_()
             views.num_tokens.zero_()
             views.masks.indices.fill_(-1)
@@ -153,7 +139,7 @@ class DecodeGraphs:
         if masks is not None and masks.indices:
             shaping = Shaping.MASKED
             packed = pack_masks(step, masks, size * self.width)
-            self._device.upload(packed, self._buffers.masks)
+            self._device.upload(packed, self.buffers.masks)
         self._device.await_downloads()
         self._graph(size, shaping).replay()
         return self._views_of(size).sampled
@@ -192,7 +178,7 @@ class DecodeGraphs:
         views = self._views_of(size)
         inputs = views.grouped if half is Forward.GROUPED else views.inputs
         fill_inputs(
-            inputs, self._rows, views.token_ids, views.sequences, views.starts, views.num_tokens
+            inputs, self.rows, views.token_ids, views.sequences, views.starts, views.num_tokens
         )
         hidden = self._forward(inputs)
         if not self._device.captures:
@@ -219,33 +205,32 @@ class DecodeGraphs:
         else:
             torch.cat([tokens, accepted], out=views.sampled)
 
-    def _make_views(self, size: int) -> _Views:
-        buffers, width = self._buffers, self.width
-        tokens = size * width
+
+class _Views:
+    """The static buffers as the graphs of one size see them: inputs, and the same with cascade
+    groups; token_ids, sequences [size * width]; starts, num_tokens [size]."""
+
+    def __init__(self, graphs: DecodeGraphs, size: int) -> None:
+        buffers, width, tokens = graphs.buffers, graphs.width, size * graphs.width
         lengths = (*decode_words(size, width), *cascade_words(size))
         parts = buffers.staging[: sum(lengths)].split(lengths)  # type: ignore[no-untyped-call]
-        token_ids, rows, starts, num_tokens, groups, shared = parts
-        indices, bits = buffers.masks[: tokens * (1 + buffers.mask_words)].tensor_split((tokens,))
-        inputs = ForwardInputs(
+        self.token_ids, rows, self.starts, self.num_tokens, groups, shared = parts
+        self.sequences = graphs.sequences[:tokens]
+        self.inputs = ForwardInputs(
             input_ids=buffers.input_ids[:tokens],
             positions=buffers.positions[:tokens],
-            cu_seqlens_q=self._offsets[: size + 1],
+            cu_seqlens_q=graphs.offsets[: size + 1],
             seq_lens=buffers.seq_lens[:size],
             rows=rows,
-            page_table=self._rows.page_table,
+            page_table=graphs.rows.page_table,
             slot_mapping=buffers.slot_mapping[:tokens],
-            kv=self._pool.layers,
-            page_size=self._pool.page_size,
+            kv=graphs.pool.layers,
+            page_size=graphs.pool.page_size,
             num_decode=size,
             decode_width=width,
         )
-        return _Views(
-            inputs=inputs,
-            grouped=replace(inputs, groups=groups.view(-1, 3), shared=shared),
-            token_ids=token_ids,
-            starts=starts,
-            num_tokens=num_tokens,
-            sequences=self._sequences[:tokens],
-            masks=Masks(indices, bits.view(tokens, buffers.mask_words)),
-            sampled=buffers.sampled[: tokens if width == 1 else tokens + size],
-        )
+        self.grouped = replace(self.inputs, groups=groups.view(-1, 3), shared=shared)
+        indices, bits = buffers.masks[: tokens * (1 + buffers.mask_words)].tensor_split((tokens,))
+        self.masks = Masks(indices, bits.view(tokens, buffers.mask_words))  # of every point
+        # [size * width] tokens, and [size] accepted drafts if the width is > 1
+        self.sampled = buffers.sampled[: tokens if width == 1 else tokens + size]

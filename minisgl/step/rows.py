@@ -1,7 +1,5 @@
 """Per-row device state, and how a sequence that takes a row sets it up."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
@@ -17,41 +15,27 @@ Sections = dict[str, np.ndarray]  # int32 arrays that travel to the device toget
 ADJUSTS, LOGPROBS, PROMPT_LOGPROBS = 1, 2, 4
 
 
-@dataclass(frozen=True)
 class RowBuffers:
     """R rows, the last of which is padding's; allocated once and never moved."""
 
-    last: torch.Tensor  # [R] int32, last sampled token
-    previous: torch.Tensor  # [R] int32, the token before it; kept where there is a draft model
-    lengths: torch.Tensor  # [R] int32, the last one's position
-    page_table: torch.Tensor  # [R, max_pages] int32
-    params: torch.Tensor  # [R, PARAM_WORDS] int32
-    bias_ids: torch.Tensor  # [R, MAX_BIASES] int32
-    bias_values: torch.Tensor  # [R, MAX_BIASES] fp32
-    counts: torch.Tensor  # [R, V] int32, see kernels.sampling
-    counted: torch.Tensor  # [R] int32, whether counts are kept for the row
-
-    @classmethod
-    def allocate(cls, device: Device, max_rows: int, max_pages: int, vocab: int) -> "RowBuffers":
-        rows = max_rows + 1
+    def __init__(self, device: Device, max_rows: int, max_pages: int, vocab: int) -> None:
+        """vocab: V tokens. ValueError where there are too many rows for it."""
+        rows, zeros = max_rows + 1, device.zeros
         if rows * vocab >= 2**31:
             raise ValueError(
                 f"max_running_requests times the vocabulary ({vocab}) must stay below 2^31, "
                 f"got {max_rows} requests"
             )
-        params = device.zeros((rows, PARAM_WORDS), torch.int32)
-        column(params, "repetition_penalty").fill_(1.0)
-        return cls(
-            last=device.zeros((rows,), torch.int32),
-            previous=device.zeros((rows,), torch.int32),
-            lengths=device.zeros((rows,), torch.int32),
-            page_table=device.zeros((rows, max_pages), torch.int32),
-            params=params,
-            bias_ids=device.zeros((rows, MAX_BIASES), torch.int32),
-            bias_values=device.zeros((rows, MAX_BIASES), torch.float32),
-            counts=device.zeros((rows, vocab), torch.int32),
-            counted=device.zeros((rows,), torch.int32),
-        )
+        self.last = zeros((rows,), torch.int32)  # last sampled token
+        self.previous = zeros((rows,), torch.int32)  # before it; kept where there is a draft model
+        self.lengths = zeros((rows,), torch.int32)  # the last one's position
+        self.page_table = zeros((rows, max_pages), torch.int32)
+        self.params = zeros((rows, PARAM_WORDS), torch.int32)
+        column(self.params, "repetition_penalty").fill_(1.0)
+        self.bias_ids = zeros((rows, MAX_BIASES), torch.int32)
+        self.bias_values = zeros((rows, MAX_BIASES), torch.float32)
+        self.counts = zeros((rows, vocab), torch.int32)  # see kernels.sampling
+        self.counted = zeros((rows,), torch.int32)  # whether counts are kept for the row
 
     @property
     def padding(self) -> int:

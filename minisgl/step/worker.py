@@ -68,7 +68,7 @@ class Worker:
         device, limits, vocab = self.device, self.limits, self.limits.vocab_size
         pool = KVPool(device, shape, limits.num_pages, limits.page_size)
         pages = self.geometry.page_table_width
-        rows = RowBuffers.allocate(device, limits.max_rows, pages, vocab)
+        rows = RowBuffers(device, limits.max_rows, pages, vocab)
         drafting = None
         if draft is not None:
             sizes, some = self.geometry.draft_sizes, bool(graphs.by_width)

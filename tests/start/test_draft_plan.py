@@ -73,7 +73,7 @@ def test_graphs_of_the_draft_model_are_planned(draft: Draft) -> None:
 
     def count() -> tuple[int, int]:
         """Graphs, and the most bytes alive in one."""
-        rows = RowBuffers.allocate(device, ROWS, 8, VOCAB)
+        rows = RowBuffers(device, ROWS, 8, VOCAB)
         DraftRunner(device, draft, LIMITS, rows, Communicator(), sizes, graphs=True).capture()
         return len(device.functions), max(map(most_live, device.functions))
 

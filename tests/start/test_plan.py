@@ -134,7 +134,7 @@ def test_the_pool_has_a_view_per_layer_and_copies_heads_of_pages():
 def test_counts_that_overflow_an_index_are_refused():
     device = CpuDevice(num_threads=1)
     with pytest.raises(ValueError, match="got 30000 requests"):
-        RowBuffers.allocate(device, 30_000, 2, 151_936)
+        RowBuffers(device, 30_000, 2, 151_936)
     device.close()
 
 

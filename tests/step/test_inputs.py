@@ -88,7 +88,7 @@ def test_inputs_say_what_the_batch_says(case: tuple[World, Batch, Geometry]):
     step = pack_step(batch, host, geometry)
     sent = split(step.sections, torch.from_numpy(join(step.sections)))
     device = CpuDevice(num_threads=1)
-    rows = RowBuffers.allocate(device, ROWS, PAGES, VOCAB)
+    rows = RowBuffers(device, ROWS, PAGES, VOCAB)
     device.close()
     rows.last.copy_(torch.tensor(world.last))
     rows.lengths.copy_(torch.tensor(world.lengths))

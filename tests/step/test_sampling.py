@@ -61,7 +61,7 @@ class Table:
         ]
 
         def build() -> RowBuffers:
-            rows = RowBuffers.allocate(device, len(params), 2, VOCAB)
+            rows = RowBuffers(device, len(params), 2, VOCAB)
             rows.params.fill_(-1)  # whatever an earlier sequence left
             rows.counts.fill_(77)
             rows.apply({k: torch.from_numpy(v) for k, v in host.pack(setups).items()})
