@@ -124,14 +124,12 @@ def _read(step: Step, device_spans: list[tuple[float, float]]) -> StepOutput:
         first = 0
         for request in packed.logprobs:
             kept = len(token_ids[request.chunk])
-            entries = sampled.logprobs.read(first, kept, request.num_top)
-            logprobs[request.chunk] = entries
+            span = slice(first, first + kept)
+            logprobs[request.chunk] = sampled.logprobs.read(span, request.num_top)
             first += request.count
     for request, blocks in zip(packed.prompt_logprobs, sampled.prompt_logprobs, strict=True):
         prompt_logprobs[request.chunk] = [
-            entry
-            for block in blocks
-            for entry in block.read(0, len(block.token_ids), request.num_top)
+            entry for block in blocks for entry in block.read(slice(None), request.num_top)
         ]
     return StepOutput(
         step=packed.batch.step,

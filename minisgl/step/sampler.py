@@ -24,25 +24,22 @@ BLOCK_BYTES = 64 * 2**20  # logits held at once for prompt log-probabilities
 Sent = dict[str, torch.Tensor]
 
 
-@dataclass
 class Logprobs:
     """Log-probabilities at P positions, on the host once the step's event has passed."""
 
-    token_ids: torch.Tensor  # [P] int
-    logprobs: torch.Tensor  # [P] fp32
-    top_ids: torch.Tensor  # [P, n] int
-    top_logprobs: torch.Tensor  # [P, n] fp32
+    def __init__(
+        self, device: Device, logits: torch.Tensor, token_ids: torch.Tensor, num_top: int
+    ) -> None:
+        """Log-softmax of logits [P, V] at the tokens [P], and its `num_top` largest."""
+        found = logprobs(logits, token_ids, min(num_top, logits.shape[1]))
+        self._columns = [device.download(column) for column in (token_ids, *found)]
 
-    def read(self, first: int, count: int, num_top: int) -> list[TokenLogprobs]:
-        """The entries of `count` positions, with `num_top` alternatives each."""
-        span = slice(first, first + count)
-        columns = (
-            self.token_ids[span].tolist(),
-            self.logprobs[span].tolist(),
-            self.top_ids[span, :num_top].tolist(),
-            self.top_logprobs[span, :num_top].tolist(),
-        )
-        return [TokenLogprobs(*entry) for entry in zip(*columns, strict=True)]
+    def read(self, span: slice, num_top: int) -> list[TokenLogprobs]:
+        """The entries of the positions of `span`, with `num_top` alternatives each."""
+        token_ids, chosen, top_ids, top = (column[span] for column in self._columns)
+        columns = token_ids, chosen, top_ids[:, :num_top], top[:, :num_top]
+        entries = zip(*(column.tolist() for column in columns), strict=True)
+        return [TokenLogprobs(*entry) for entry in entries]
 
 
 @dataclass
@@ -159,7 +156,7 @@ class Sampler:
         sampled.drawn = device.download(drawn)
         if raw is not None and asked is not None:
             most = max(request.num_top for request in step.logprobs)
-            sampled.logprobs = self._score(raw, tokens.index_select(0, asked), most)
+            sampled.logprobs = Logprobs(device, raw, tokens.index_select(0, asked), most)
         return sampled
 
     def draw(
@@ -231,17 +228,6 @@ class Sampler:
         tokens: torch.Tensor = sample(logits, points.rows, positions, rows.params)
         return tokens
 
-    def _score(self, logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Logprobs:
-        """Log-softmax of logits [P, V] at the tokens, and its largest; not computed elsewhere."""
-        chosen, top_ids, top = logprobs(logits, token_ids, min(num_top, logits.shape[1]))
-        download = self._device.download
-        return Logprobs(
-            token_ids=download(token_ids),
-            logprobs=download(chosen),
-            top_ids=download(top_ids),
-            top_logprobs=download(top),
-        )
-
     def _prompt_logprobs(
         self, request: LogprobRequest, targets: torch.Tensor, hidden: torch.Tensor
     ) -> list[Logprobs]:
@@ -252,7 +238,8 @@ class Sampler:
             stop = min(start + block, request.count)
             logits = self._logits(hidden[request.first + start : request.first + stop])
             if self.draws:
-                blocks.append(self._score(logits, targets[start:stop], request.num_top))
+                scored = Logprobs(self._device, logits, targets[start:stop], request.num_top)
+                blocks.append(scored)
         return blocks
 
 
