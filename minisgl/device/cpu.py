@@ -27,12 +27,11 @@ FP32_ROWS = 8  # that matrix products take at once; half of them for the last on
 class CpuEvent:
     """A point in the stream: set by its thread."""
 
-    __slots__ = ("_failure", "_gate", "_passed", "_time")
+    __slots__ = ("_failure", "_gate", "_time")
 
     def __init__(self) -> None:
         self._gate = threading.Lock()  # held until the stream has passed
         self._gate.acquire()
-        self._passed = False
         self._failure: BaseException | None = None
         self._time = 0.0
 
@@ -43,15 +42,14 @@ class CpuEvent:
             raise RuntimeError(f"the step failed: {self._failure!r}") from self._failure
 
     def query(self) -> bool:
-        return self._passed
+        return self._time > 0.0
 
     def seconds_since(self, earlier: "CpuEvent") -> float:
         return self._time - earlier._time
 
     def _pass(self, failure: BaseException | None) -> None:
-        self._time = time.perf_counter()
         self._failure = failure
-        self._passed = True
+        self._time = time.perf_counter()
         self._gate.release()
 
 
@@ -84,6 +82,8 @@ class CpuDevice:
         self._failure: BaseException | None = None
         self._closed = False
         self._arena = Arena()
+        # Static buffers that are uploaded to, and as numpy sees them; by the tensor's id.
+        self._buffers: dict[int, tuple[torch.Tensor, np.ndarray]] = {}
         self._thread = threading.Thread(target=self._work, name="minisgl-stream", daemon=True)
         self._sized = threading.Event()
         self._thread.start()
@@ -145,8 +145,15 @@ class CpuDevice:
         return event
 
     def upload(self, array: np.ndarray, out: torch.Tensor | None = None) -> torch.Tensor:
-        source = torch.from_numpy(array)
-        return source if out is None else out[: len(array)].copy_(source)
+        if out is None:
+            return torch.from_numpy(array)
+        if id(out) not in self._buffers:
+            self._buffers[id(out)] = out, out.numpy()
+        _, buffer = self._buffers[id(out)]
+        if len(array) > len(buffer):
+            raise RuntimeError(f"{len(array)} values do not fit in a buffer of {len(buffer)}")
+        buffer[: len(array)] = array  # by numpy, which keeps Python's lock
+        return out
 
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.clone()

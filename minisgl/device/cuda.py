@@ -116,7 +116,8 @@ class CudaDevice:
         np.copyto(pinned.numpy(), array)
         if out is None:
             out = torch.empty(pinned.shape, dtype=pinned.dtype, device=self.torch_device)
-        return out[: len(array)].copy_(pinned, non_blocking=True)
+        out[: len(array)].copy_(pinned, non_blocking=True)
+        return out
 
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
         pinned = _pinned(tensor)

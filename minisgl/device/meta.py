@@ -69,7 +69,10 @@ class MetaDevice:
 
     def upload(self, array: np.ndarray, out: torch.Tensor | None = None) -> torch.Tensor:
         source = torch.from_numpy(array).to(self.torch_device)
-        return source if out is None else out[: len(array)].copy_(source)
+        if out is None:
+            return source
+        out[: len(array)].copy_(source)
+        return out
 
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.zeros(tensor.shape, dtype=tensor.dtype)  # the host may read it

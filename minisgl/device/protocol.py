@@ -84,7 +84,8 @@ class Device(Protocol):
         """An event at the stream's current end; inside the stream, after the work so far."""
 
     def upload(self, array: np.ndarray, out: torch.Tensor | None = None) -> torch.Tensor:
-        """A device tensor with the array's content: the first entries of `out`, if that is given.
+        """A device tensor with the array's content; or `out`, a static buffer whose first entries
+        that becomes.
 
         Without `out`, on CPU, it shares the array's memory. RuntimeError where `out` is too small.
         """

@@ -239,11 +239,12 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         outputs = {i: self._arena.alias(tensor) for i, tensor in fresh.items()}
 
         def again() -> None:
-            new = tree_leaves(function(*own_args, **own_kwargs))
+            new = function(*own_args, **own_kwargs)
+            new = [new] if isinstance(new, torch.Tensor) else tree_leaves(new)
             for i, output in outputs.items():
                 output.copy_(new[i])
 
-        self._tape.call(again)
+        self._tape.call(again if outputs else partial(function, *own_args, **own_kwargs))
         order = iter(range(len(leaves)))
         return tree_map_only(object, lambda leaf: fresh.get(next(order), leaf), result)
 

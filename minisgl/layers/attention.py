@@ -59,14 +59,14 @@ class AttentionSlices:
     @classmethod
     def of(cls, inputs: ForwardInputs) -> "AttentionSlices":
         n = inputs.num_decode
-        tokens = n * inputs.decode_width
+        tokens, offsets = n * inputs.decode_width, inputs.cu_seqlens_q[n:]
         return cls(
             decode_tokens=tokens,
             decode_rows=inputs.rows[:n],
             decode_lens=inputs.seq_lens[:n],
             chunk_rows=inputs.rows[n:],
             chunk_lens=inputs.seq_lens[n:],
-            chunk_offsets=inputs.cu_seqlens_q[n:] - tokens if n else inputs.cu_seqlens_q,
+            chunk_offsets=offsets - tokens if tokens and len(offsets) > 1 else offsets,
         )
 
 

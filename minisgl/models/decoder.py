@@ -147,10 +147,6 @@ class Decoder(Block):
         """Key heads of this rank: what its KV pool holds."""
         return self.layers[0].attention.num_kv_heads
 
-    def pack(self) -> None:
-        for block in (*self.layers, self.head):  # an embedding that is no head is looked up only
-            block.pack()
-
     @torch.inference_mode()
     def forward(self, inputs: ForwardInputs) -> torch.Tensor:
         """Hidden states [T, hidden] after the last norm; writes this step's KV."""

@@ -26,7 +26,7 @@ from minisgl.device import Device, Graph
 from minisgl.kernels.sampling import adjust_logits, sample
 from minisgl.models.decoder import Decoder
 from minisgl.parallel import Communicator
-from minisgl.step.inputs import PackedBatch
+from minisgl.step.inputs import PackedBatch, Sent
 from minisgl.step.kv_pool import KVPool, KVShape
 from minisgl.step.proposals import FILL, resolve
 from minisgl.step.ragged import RAGGED, ragged_inputs
@@ -97,7 +97,7 @@ class DraftRunner:
                 for adjusts in (False, True):
                     self._graph(size, width, adjusts)
 
-    def run(self, step: PackedBatch, sent: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    def run(self, step: PackedBatch, sent: Sent) -> torch.Tensor | None:
         """Compute the step's draft chunks and proposals, and write the proposals into `sent`.
 
         Returns the proposals [D, K], if there are any.
@@ -122,7 +122,7 @@ class DraftRunner:
                 resolve(sent[name], drafted)
         return drafted
 
-    def _fill(self, chunks: list[Chunk], sent: dict[str, torch.Tensor]) -> None:
+    def _fill(self, chunks: list[Chunk], sent: Sent) -> None:
         """Compute the KV of the draft chunks."""
         assert self._model is not None
         assert self._pool is not None

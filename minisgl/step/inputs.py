@@ -6,7 +6,7 @@ one of two layouts: that of a decode graph, where all but the rows' own numbers 
 ragged one, where sequences have any number of tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -312,8 +312,28 @@ def join(sections: Sections) -> np.ndarray:
     return np.concatenate(list(sections.values()))
 
 
-def split(sections: Sections, sent: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Views of the uploaded `join(sections)`, by name."""
-    sizes = [len(section) for section in sections.values()]
-    parts = sent.split(sizes)  # type: ignore[no-untyped-call]
-    return dict(zip(sections, parts, strict=True))
+class Sent(Mapping[str, torch.Tensor]):
+    """An uploaded `join(sections)`, by name. A section is cut out when it is asked for, because
+    most steps of decode graphs need none."""
+
+    def __init__(self, sections: Sections, words: torch.Tensor) -> None:
+        """words: int32, at least as many as the sections have."""
+        self._sections = sections
+        self._words = words
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        first = 0
+        for known, section in self._sections.items():
+            if known == name:
+                return self._words[first : first + len(section)]
+            first += len(section)
+        raise KeyError(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._sections
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sections)
+
+    def __len__(self) -> int:
+        return len(self._sections)

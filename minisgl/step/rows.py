@@ -1,5 +1,7 @@
 """Per-row device state, and how a sequence that takes a row sets it up."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
@@ -43,7 +45,7 @@ class RowBuffers:
         return self.last.shape[0] - 1
 
     @ranged("patch")
-    def apply(self, sent: dict[str, torch.Tensor]) -> None:
+    def apply(self, sent: Mapping[str, torch.Tensor]) -> None:
         """Write uploaded setups and page-table patches, in the stream."""
         if "patch_index" in sent:
             self.page_table.view(-1)[sent["patch_index"]] = sent["patch_page"]

@@ -16,12 +16,12 @@ from minisgl.parallel import Communicator
 from minisgl.step.agreement import compare_ranks
 from minisgl.step.draft import DraftRunner
 from minisgl.step.graphs import DecodeGraphs, Forward
-from minisgl.step.inputs import PackedBatch, join, split
+from minisgl.step.inputs import PackedBatch, Sent, join
 from minisgl.step.kv_pool import KVPool
 from minisgl.step.piecewise import PiecewiseGraphs
 from minisgl.step.ragged import RAGGED, ragged_inputs
 from minisgl.step.rows import RowBuffers
-from minisgl.step.sampler import Points, Sampled, Sampler, Sent
+from minisgl.step.sampler import Points, Sampled, Sampler
 from minisgl.step.sizes import cascade_words
 from minisgl.trace import span
 
@@ -41,7 +41,7 @@ class Step:
     """A step between dispatch and collect."""
 
     packed: PackedBatch
-    sent: Sent = field(default_factory=dict)
+    sent: Sent | None = None  # between `begin` and the sampling
     input_ids: torch.Tensor | None = None  # [T] int32, of a ragged step
     drafted: torch.Tensor | None = None  # [D, K] int32, proposals; on the host once they landed
     hidden: torch.Tensor | None = None  # [T, H]
@@ -94,7 +94,7 @@ class Runner:
 
     def forward(self, step: Step) -> None:
         """Compute the step's hidden states, after `begin`, which is called here if it was not."""
-        if not step.sent:
+        if step.sent is None:
             self.begin(step)
         with span("forward"):
             self._forward(step)
@@ -103,26 +103,27 @@ class Runner:
     def _begin(self, step: Step) -> None:
         packed = step.packed
         staging = self._staging if packed.replays else None
-        sent = self._device.upload(join(packed.sections), staging)
-        step.sent = split(packed.sections, sent)
-        self.rows.apply(step.sent)
-        if "copies" in step.sent:
-            self._pool.copy(step.sent["copies"].view(-1, 3))
+        words = self._device.upload(join(packed.sections), staging)
+        step.sent = sent = Sent(packed.sections, words)
+        self.rows.apply(sent)
+        if "copies" in sent:
+            self._pool.copy(sent["copies"].view(-1, 3))
         if self.draft is not None:
-            if "copies" in step.sent:
-                self.draft.copy(step.sent["copies"].view(-1, 3))
-            drafted = self.draft.run(packed, step.sent)
+            if "copies" in sent:
+                self.draft.copy(sent["copies"].view(-1, 3))
+            drafted = self.draft.run(packed, sent)
             if drafted is not None and self._sampler.draws:
                 step.drafted = self._device.download(drafted.clone())
 
     def _forward(self, step: Step) -> None:
-        packed = step.packed
+        packed, sent = step.packed, step.sent
+        assert sent is not None
         if packed.replays:
             graphs = self.graphs[packed.decode_width]
-            half = Forward.GROUPED if "cascade" in step.sent else Forward.PLAIN
+            half = Forward.GROUPED if "cascade" in sent else Forward.PLAIN
             step.hidden, step.positions = graphs.forward(packed.num_sequences, half)
         else:
-            sent, groups, shared = step.sent, None, None
+            groups, shared = None, None
             pieces = self.pieces if packed.in_pieces else None
             if "cascade" in sent:
                 words = cascade_words(packed.num_decode)
@@ -154,6 +155,7 @@ class Runner:
 
     def _sample(self, step: Step, masks: GrammarMasks | None) -> None:
         packed, device = step.packed, self._device
+        assert step.sent is not None
         assert step.hidden is not None
         assert step.positions is not None
         graphs = self.graphs[packed.decode_width] if packed.replays else None
@@ -171,5 +173,4 @@ class Runner:
             step.sampled = self._sampler(
                 packed, step.sent, step.hidden, step.positions, points, masks
             )
-        step.hidden = step.positions = step.input_ids = None
-        step.sent = {}
+        step.hidden = step.positions = step.input_ids = step.sent = None

@@ -17,11 +17,10 @@ from minisgl.kernels.advance import accept_and_advance
 from minisgl.kernels.logprobs import logprobs
 from minisgl.kernels.sampling import adjust_logits, mask_logits, sample
 from minisgl.parallel import Communicator
-from minisgl.step.inputs import LogprobRequest, PackedBatch, pack_masks
+from minisgl.step.inputs import LogprobRequest, PackedBatch, Sent, pack_masks
 from minisgl.step.rows import RowBuffers
 
 BLOCK_BYTES = 64 * 2**20  # logits held at once for prompt log-probabilities
-Sent = dict[str, torch.Tensor]
 
 
 class Logprobs:

@@ -7,7 +7,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from minisgl import csrc
 from minisgl.core.batch import Batch
 from minisgl.core.executor import GrammarMasks, Limits
 from minisgl.core.request import Request, SamplingParams
@@ -19,13 +22,14 @@ from minisgl.models.decoder import Decoder
 from minisgl.start.startup import run_largest, warm_up
 from minisgl.step.executor import LocalExecutor
 from minisgl.step.graphs import DecodeGraphs, Forward
+from minisgl.step.inputs import pack_step
 from minisgl.step.kv_pool import KVShape
-from minisgl.step.runner import Runner
+from minisgl.step.runner import Runner, Step
 from minisgl.step.sampler import Sampler, Shaping
 from minisgl.step.worker import Worker
 from tests.world.configs import VOCAB
 from tests.world.requests import mixed_requests, shared_requests
-from tests.world.tiny import TinyExecutor, guesses, serve
+from tests.world.tiny import TinyExecutor, guesses, serve, tiny_decoder
 
 
 def mask_all(batch: Batch) -> GrammarMasks:
@@ -159,6 +163,53 @@ def test_the_largest_step_has_every_row_and_leaves_nothing_behind(executors, tok
     assert (points, replays) == (decoding + chunks, False)
     requests = mixed_requests(7, seed=8)
     assert serve(executor, requests).tokens == serve(executors(), requests).tokens
+
+
+class Calls(TorchFunctionMode):
+    """What PyTorch is called for, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+class Operators(TorchDispatchMode):
+    """PyTorch's operators, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(csrc.load("model_ops", wait=True) is None, reason="nothing is recorded")
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_replay_is_not_held_up_by_python(executors, tied):
+    """A call of PyTorch gives up Python's lock, for which the planner waits when a step has ended:
+    there is none before the replay, and in it none before the last native op."""
+    model = tiny_decoder(torch.bfloat16, tie_word_embeddings=tied)
+    model.pack()
+    executor = executors(model, dtype=torch.bfloat16)
+    batches = serve(executor, mixed_requests(1, seed=3)).batches
+    batch = next(b for b in batches if b.num_decode == 1 and not b.chunks[0].pages)
+    worker = executor.worker
+    step = Step(pack_step(batch, worker.host_rows, worker.geometry))
+
+    def run() -> tuple[list[str], list[str]]:
+        with Calls() as calls:
+            worker.runner.begin(step)
+        with Operators() as operators:
+            worker.runner.forward(step)
+        return calls.names, operators.names
+
+    assert worker.device.run(run) == ([], ["aten::copy_"])  # to where all sizes' second halves read
 
 
 class Places:

@@ -14,9 +14,9 @@ from minisgl.device import CpuDevice
 from minisgl.kernels.advance import accept_and_advance, prepare_inputs
 from minisgl.step.inputs import (
     PackedBatch,
+    Sent,
     join,
     pack_step,
-    split,
 )
 from minisgl.step.rows import HostRows, RowBuffers
 from minisgl.step.sizes import Geometry, decode_words, padded_size
@@ -86,7 +86,7 @@ def test_inputs_say_what_the_batch_says(case: tuple[World, Batch, Geometry]):
     world, batch, geometry = case
     host = HostRows(ROWS, VOCAB)
     step = pack_step(batch, host, geometry)
-    sent = split(step.sections, torch.from_numpy(join(step.sections)))
+    sent = dict(Sent(step.sections, torch.from_numpy(join(step.sections))))
     device = CpuDevice(num_threads=1)
     rows = RowBuffers(device, ROWS, PAGES, VOCAB)
     device.close()

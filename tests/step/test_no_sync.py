@@ -130,11 +130,12 @@ def run_steps(monkeypatch, fault=None, model=None, ops=OPS, batches=None, **fact
     executor = make_executor(model, **facts)
     worker = executor.worker
     runner, device = worker.runner, worker.device
-    upload, zeros, uploads = device.upload, device.zeros, []
+    upload, zeros, numpy, uploads = device.upload, device.zeros, torch.Tensor.numpy, []
 
     def unguarded_upload(*args):
         uploads[-1] += 1
-        with _disable_current_modes():
+        with _disable_current_modes(), monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "numpy", numpy)
             return upload(*args)
 
     def unguarded_zeros(*args):  # made once
