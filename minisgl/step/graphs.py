@@ -192,7 +192,7 @@ class DecodeGraphs:
         """Where sizes are many, in one buffer for all: the second half of the last one reads it."""
         if self._shared is None:
             most = self.sizes[-1] * self.width
-            self._shared = self._device.zeros((most, hidden.shape[1]), hidden.dtype)
+            self._shared = hidden.new_empty((most, hidden.shape[1]))
         self._hidden[size] = self._shared[: len(hidden)].copy_(hidden)
 
     def _call_sampling(self, size: int, shaping: Shaping) -> None:
