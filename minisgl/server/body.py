@@ -47,7 +47,7 @@ def read(content: bytes, kind: type[T], neutral: Neutral) -> T:
 
 def decode(content: bytes) -> dict[str, Any]:
     """The fields of a body."""
-    _check_work(content)
+    check_work(content)
     try:
         body = msgspec.json.decode(content)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -59,15 +59,15 @@ def decode(content: bytes) -> dict[str, Any]:
     return body
 
 
-def _check_work(content: bytes) -> None:
-    """Refuses a body of so many values that parsing it, in one go, would hold up other calls."""
+def check_work(content: bytes, where: str = "the body") -> None:
+    """Refuses JSON of so many values that parsing it, in one go, would hold up other calls."""
     for name, signs, most in (
         ("commas between values", b",", MAX_COMMAS),
         ("arrays and objects", b"[{", MAX_CONTAINERS),
     ):
         found = sum(map(content.count, signs))
         if found > most and (found := _outside_strings(content, signs)) > most:
-            raise ApiError(f"the body must hold at most {most} {name}, got {found}")
+            raise ApiError(f"{where} must hold at most {most} {name}, got {found}")
 
 
 def _outside_strings(content: bytes, signs: bytes) -> int:

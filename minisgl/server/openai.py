@@ -21,7 +21,7 @@ from minisgl.server import fields
 from minisgl.server.answer import AnswerForm, ReasoningFormat
 from minisgl.server.body import ApiError, convert, cut, decode, read, read_object, shown
 from minisgl.server.echo import Echo
-from minisgl.server.structured import check_form, read_structured, refused
+from minisgl.server.structured import read_structured, refused
 from minisgl.server.tokenizer import Tokenizer
 from minisgl.server.tool_formats import ToolFormat
 from minisgl.server.tools import answer_form, held_to, read_messages, read_tools
@@ -98,17 +98,10 @@ def parse_chat(content: bytes, model: ServedModel) -> Call:
     form = answer_form(tools, frame, body, model.tool_format, model.reasoning)
     prompt = _encode(text, "messages", model, add_special_tokens=False)
     limit_name, max_tokens = _max_completion_tokens(body)
-    params = _params(
-        body,
-        model,
-        max_tokens=max_tokens,
-        logprobs=_chat_logprobs(body),
-        held_to=held_to(form, body, model.tokenizer),
-    )
+    structured, form = held_to(form, body, model.tokenizer)
+    logprobs = _chat_logprobs(body)
+    params = _params(body, model, structured, max_tokens=max_tokens, logprobs=logprobs)
     _check_prompt(prompt, "messages", params, limit_name, model)
-    structured_by = _structured_by(body) if params.structured_outputs else None
-    if structured_by not in (None, "tools"):
-        form = check_form(form, structured_by)
     call_id = f"chatcmpl-{uuid.uuid4().hex}"
     return Call(
         id=call_id,
@@ -118,7 +111,7 @@ def parse_chat(content: bytes, model: ServedModel) -> Call:
         stream=bool(body.stream),
         stream_options=_stream_options(body),
         form=form,
-        structured_by=structured_by,
+        structured_by=_structured_by(body) if params.structured_outputs else None,
     )
 
 
@@ -135,6 +128,7 @@ def parse_completion(content: bytes, model: ServedModel) -> Call:
     params = _params(
         body,
         model,
+        read_structured(body),
         max_tokens=body.max_tokens,
         logprobs=body.logprobs,
         prompt_logprobs=echo_logprobs,
@@ -245,15 +239,14 @@ def unknown_model(name: str, served: str) -> ApiError:
 def _params(
     body: fields.Sampling,
     model: ServedModel,
+    structured: dict[str, Any] | None,
     *,
     max_tokens: int | None,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
-    held_to: dict[str, Any] | None = None,
 ) -> SamplingParams:
     given = {name: getattr(body, name) for name in _SHARED} | {"max_tokens": max_tokens}
-    asked = read_structured(body)
-    given["structured_outputs"] = held_to if asked is None else asked
+    given["structured_outputs"] = structured
     try:
         params = SamplingParams(
             logit_bias=tuple(_logit_bias(body.logit_bias or {})),

@@ -54,10 +54,11 @@ def refused(reason: str, body_field: str | None, param: str | None = None) -> Ap
             reason = reason.replace(ours, f"response_format.json_schema.schema{ours[-1]}")
     if body_field is not None:
         reason = reason.replace("structured_outputs", body_field)
-    return ApiError(reason, param=param or body_field)
+    is_of_tools = reason.startswith("tools: ")
+    return ApiError(reason, param=param or ("tools" if is_of_tools else body_field))
 
 
-def check_form(form: AnswerForm, body_field: str | None) -> AnswerForm:
+def check_form(form: AnswerForm, body_field: str) -> AnswerForm:
     """How a structured answer is read: as it is. Raises ApiError where it would be a call's or
     reasoning's text."""
     if form.tools is not None:

@@ -338,39 +338,24 @@ class ToolFormat(NamedTuple):
     id_length: int | None = None  # of a call's id, where a template wants one
 
 
+_TAGS = ("<tool_call>",), "</tool_call>"
+_TAGGED = Frame('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", between="\n")
+_LISTED = Frame('{"name": "', '", "arguments": ', "}", "[TOOL_CALLS][", ", ", "]")
+_MARKED = Frame("[TOOL_CALLS]", "[ARGS]", "", needs="[ARGS]")
+_BARE = Frame('{"name": "', '", "parameters": ', "}", between="; ")
+_INNER = ("[ARGS]", "[CALL_ID]")
+
 # Where signs of several stand in a template, the first counts.
 TOOL_FORMATS = {
-    "qwen3_coder": ToolFormat("<function=", ("<tool_call>",), "</tool_call>", _xml_calls),
-    "hermes": ToolFormat(
-        "<tool_call>",
-        ("<tool_call>",),
-        "</tool_call>",
-        _json_calls,
-        frames=(
-            Frame('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", between="\n"),
-        ),
-    ),
+    "qwen3_coder": ToolFormat("<function=", *_TAGS, _xml_calls),
+    "hermes": ToolFormat("<tool_call>", *_TAGS, _json_calls, frames=(_TAGGED,)),
     "mistral": ToolFormat(
-        "[TOOL_CALLS]",
-        ("[TOOL_CALLS]",),
-        "",
-        _mistral_calls,
-        inner=("[ARGS]", "[CALL_ID]"),
-        frames=(
-            Frame("[TOOL_CALLS]", "[ARGS]", "", needs="[ARGS]"),
-            Frame('{"name": "', '", "arguments": ', "}", "[TOOL_CALLS][", ", ", "]"),
-        ),
-        id_length=9,
+        "[TOOL_CALLS]", ("[TOOL_CALLS]",), "", _mistral_calls, "", _INNER, (_MARKED, _LISTED), 9
     ),
     "pythonic": ToolFormat(
         "func_name1(", ("<|python_start|>",), "<|python_end|>", _python_calls, "["
     ),
     "llama3_json": ToolFormat(
-        "<|python_tag|>",
-        ("<|python_tag|>",),
-        "",
-        _json_calls,
-        "{",
-        frames=(Frame('{"name": "', '", "parameters": ', "}", between="; "),),
+        '"parameters": dictionary', ("<|python_tag|>",), "", _json_calls, "{", frames=(_BARE,)
     ),
 }

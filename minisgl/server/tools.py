@@ -8,8 +8,9 @@ import msgspec
 
 from minisgl.server import fields
 from minisgl.server.answer import AnswerForm, ReasoningFormat
-from minisgl.server.body import ApiError, read_object, shown
-from minisgl.server.frames import grammar
+from minisgl.server.body import ApiError, check_work, read_object, shown
+from minisgl.server.frames import LENIENT, grammar
+from minisgl.server.structured import check_form, read_structured
 from minisgl.server.tokenizer import Tokenizer
 from minisgl.server.tool_formats import TOOL_FORMATS, ToolFormat
 
@@ -90,16 +91,29 @@ def answer_form(
     return AnswerForm(reasoning, tool_format, kept, most, is_open, ended)
 
 
-def held_to(form: AnswerForm, body: fields.ChatBody, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """A grammar for `structured_outputs`: of an answer that must call, or whose calls are exact."""
-    if form.tools is None:
-        return None
+def held_to(
+    form: AnswerForm, body: fields.ChatBody, tokenizer: Tokenizer
+) -> tuple[dict[str, Any] | None, AnswerForm]:
+    """What `structured_outputs` hold an answer to, and how it is read then.
+
+    A grammar where it must call, where calls are exact, and where JSON stands behind reasoning or
+    may be a call instead.
+    """
+    asked = read_structured(body)
     functions = [tool["function"] for tool in body.tools or ()]
     exact = {each["name"] for each in functions if each.get("strict")} & {*form.schemas}
-    must_call = body.tool_choice not in (None, "auto")
-    if not (must_call or exact):
-        return None
-    made = grammar(form, tokenizer.added_id, must_call=must_call, exact=exact)
+    must_call = form.tools is not None and body.tool_choice not in (None, "auto")
+    text: Any = None
+    if asked is not None:
+        text = asked.get("json", {"type": "object"} if "json_object" in asked else None)
+        is_bare = form.tools is not None and form.tools.bare
+        if not isinstance(text, dict) or is_bare or form == AnswerForm():
+            by = "response_format" if body.structured_outputs is None else "structured_outputs"
+            return asked, check_form(form, by)
+        text = text | ({} if asked.get("strict", True) else LENIENT)
+    elif not (must_call or exact):
+        return None, form
+    made = grammar(form, tokenizer.added_id, must_call=must_call, exact=exact, text=text)
     if made is None:
         able = [name for name, form in TOOL_FORMATS.items() if form.frames]
         param = "tool_choice" if must_call else "tools"
@@ -108,14 +122,15 @@ def held_to(form: AnswerForm, body: fields.ChatBody, tokenizer: Tokenizer) -> di
             f"a model that writes them as one of {able}"
         )
         raise ApiError(message, param=param, code="unsupported_parameter")
-    return {"grammar": made}
+    return {"grammar": made}, form
 
 
 def schema_named(reason: str, form: AnswerForm) -> str:
     """What the grammar's compiler says of a tool's schema, with the name of the tool."""
 
     def named(found: re.Match[str]) -> str:
-        return f"tools: parameters of {[*form.schemas][int(found[1])]}"
+        names = [f"tools: parameters of {name}" for name in form.schemas]
+        return [*names, "structured_outputs.json"][int(found[1])]
 
     return re.sub(r"^structured_outputs\.grammar: %json (\d+)", named, reason)
 
@@ -135,6 +150,15 @@ def read_messages(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 f"before it, of which there are {len(calls)}; got {shown(answered)}"
             )
             raise ApiError(wrong, param=f"{path}tool_call_id")
+    functions = {
+        f"messages[{index}].tool_calls[{i}].function.arguments": call["function"]
+        for index, message in enumerate(messages)
+        for i, call in enumerate(message.get("tool_calls", ()))
+    }
+    arguments = (function["arguments"].encode() for function in functions.values())
+    check_work(b",".join(arguments), "the arguments of tool_calls")
+    for path, function in functions.items():  # templates write objects as JSON
+        function["arguments"] = _object(path, function["arguments"])
     return messages
 
 
@@ -171,17 +195,16 @@ def _part(path: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _call(path: str, given: dict[str, Any]) -> dict[str, Any]:
-    """A call with its arguments as an object, which is what templates write as JSON."""
     call = read_object(given, fields.ToolCall, fields.NEUTRAL_TOOL_CALL, path)
-    path += "function."
-    function = read_object(call.function, fields.CalledFunction, {}, path)
+    function = read_object(call.function, fields.CalledFunction, {}, f"{path}function.")
+    return {"id": call.id, "type": "function", "function": msgspec.structs.asdict(function)}
+
+
+def _object(param: str, text: str) -> dict[str, Any]:
     try:
-        arguments = msgspec.json.decode(function.arguments or "{}", type=dict[str, Any])
+        return msgspec.json.decode(text or "{}", type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        message = f"{path}arguments must be a JSON object, got {shown(function.arguments)}"
-        raise ApiError(message, param=f"{path}arguments") from error
-    called = {"name": function.name, "arguments": arguments}
-    return {"id": call.id, "type": "function", "function": called}
+        raise ApiError(f"{param} must be a JSON object, got {shown(text)}", param=param) from error
 
 
 def new_call(form: ToolFormat | None, name: str) -> dict[str, Any]:

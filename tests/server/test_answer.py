@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import get_args
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from minisgl.config import ServerConfig
@@ -140,6 +140,8 @@ def wrote(tools, draw, called):
 def test_calls_are_what_was_called_however_the_text_is_cut(tools, data):
     called = data.draw(calls)
     written = wrote(tools, data.draw, called)
+    if tools == "qwen3_coder":  # whose texts have no escapes: what looks like their end is it
+        assume(not any(mark in json.dumps([*called]) for mark in ends_xml))
     is_bare = not written.startswith(TOOL_FORMATS[tools].opens)
     text = "" if is_bare else data.draw(st.sampled_from(["", "I look it up.\n\n", "a < b "]))
     thought = data.draw(st.sampled_from(["", "Shall I? <tool_call> [ {", "hm"]))

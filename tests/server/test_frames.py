@@ -43,13 +43,13 @@ def token_id(backend):
     return added.get
 
 
-def fits(world, form, text, **options):
+def fits(world, form, said, **options):
     """Whether an answer may be this, and end behind it."""
     backend, made, end = world
     spec = grammar(form, token_id(backend), **{"must_call": True, "exact": ["weather"]} | options)
     compiled: Future = made.compile(json.dumps({"grammar": spec}))
     state = compiled.result(30).copy()
-    ids = backend.encode(text, add_special_tokens=False).ids
+    ids = backend.encode(said, add_special_tokens=False).ids
     return not any(state.accept(i) for i in [*ids, end])
 
 
@@ -154,6 +154,28 @@ def test_reasoning_that_the_prompt_opened_comes_first(world, name):
     assert not fits(world, shape, call)
     assert not fits(world, shape, "I see.</think>So.")
     assert fits(world, shape, "I see.</think>So.", must_call=False)
+
+
+ANSWER = {"type": "object", "properties": {"name": {"const": "x"}}, "required": ["name"]}
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_an_answer_to_a_schema_stands_behind_reasoning(world, is_open):
+    thought = "I {see}</think>\n\n" if is_open else "<think>I {see}</think>\n\n"
+    for name in (None, "hermes", "mistral"):
+        shape = AnswerForm(REASONING_FORMATS["think"], is_open=is_open)
+        if name is not None:
+            shape = form(name, "think", is_open=is_open)
+            call = written(world, name, [("clock", {})])
+            assert fits(world, shape, thought + call, must_call=False, text=ANSWER)
+            assert not fits(world, shape, thought + "x" + call, must_call=False, text=ANSWER)
+            assert not fits(world, shape, thought + '{"name": "x"}', text=ANSWER)
+        assert fits(world, shape, thought + '{"name": "x"}', must_call=False, text=ANSWER)
+        assert not fits(world, shape, thought + '{"name": "y"}', must_call=False, text=ANSWER)
+        assert not fits(world, shape, thought + "Hello", must_call=False, text=ANSWER)
+        alone = fits(world, shape, '{"name": "x"}', must_call=False, text=ANSWER)
+        assert alone == (not is_open)
+        assert fits(world, shape, thought + "[]", must_call=False, text={})
 
 
 def test_forms_without_json_are_not_held():

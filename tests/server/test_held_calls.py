@@ -7,7 +7,7 @@ import openai
 import pytest
 
 from tests.server.served import ROOT, Served
-from tests.server.test_tools import HERMES
+from tests.server.tool_models import HERMES
 
 WEATHER = {
     "type": "object",
@@ -97,6 +97,20 @@ def test_what_cannot_be_kept_is_refused_with_its_place(client):
     choice = {"type": "function", "function": {"name": "f"}}
     message = ask(client, tools=lenient, tool_choice=choice).choices[0].message
     assert isinstance(json.loads(message.tool_calls[0].function.arguments), dict)
+
+
+def test_an_answer_by_a_schema_may_be_a_call_instead(client):
+    asked = {"type": "json_schema", "json_schema": {"name": "n", "schema": WEATHER, "strict": True}}
+    whole = ask(client, response_format=asked, n=8)
+    for choice in whole.choices:
+        check(choice.message.tool_calls or [])
+        if choice.message.content is not None:
+            assert list(json.loads(choice.message.content)) == ["place", "days", "kind"]
+    unsupported = {"name": "n", "schema": {"not": {}}, "strict": True}
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, response_format={"type": "json_schema", "json_schema": unsupported})
+    assert "response_format.json_schema.schema: #/not: not is not supported" in caught.value.message
+    assert caught.value.param == "response_format"
 
 
 def test_the_parse_helper_reads_strict_calls(client):

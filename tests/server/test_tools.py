@@ -1,74 +1,17 @@
 """Tools and reasoning over HTTP, against a model that says what the test tells it to."""
 
-import contextlib
-import dataclasses
 import json
 
 import openai
 import pytest
-import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai import OpenAI
 
-from minisgl.core.executor import Limits
-from minisgl.server.answer import REASONING_FORMATS
-from minisgl.server.body import ApiError
-from minisgl.server.chat_template import ChatTemplate
 from minisgl.server.openai import parse_chat
-from minisgl.server.tokenizer import Tokenizer
-from minisgl.server.tool_formats import TOOL_FORMATS
-from minisgl.server.tools import MAX_CALLS, MAX_TOOLS
-from tests.server import small_tokenizers
 from tests.server.calls import USER
-from tests.server.fake_engine import CONFIG, VOCAB, ServerThread, served_model
-
-HERMES = """{%- if tools %}<|im_start|>system
-<tools>{% for tool in tools %}{{ '\\n' + tool | tojson }}{% endfor %}</tools><|im_end|>
-{% endif %}
-{%- for m in messages %}<|im_start|>{{ m.role }}
-{{ m.content }}{% for call in m.tool_calls or [] %}
-<tool_call>{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}</tool_call>
-{%- endfor %}<|im_end|>
-{% endfor %}
-{%- if add_generation_prompt %}<|im_start|>assistant
-{% if thinking %}<think>
-{% endif %}{% endif %}"""  # noqa: E501
-
-# As Mistral's: an id has nine characters, a text beside calls is left out.
-MISTRAL = """{% if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}
-{%- for m in messages %}
-{%- if m.tool_calls is defined %}[TOOL_CALLS]{{ m.tool_calls | tojson }}
-{%- elif m.role == 'tool' %}
-{%- if m.tool_call_id | length != 9 %}{{ raise_exception('an id has 9 characters') }}{% endif %}
-{{- '[TOOL_RESULTS]' + m.content + m.tool_call_id }}
-{%- else %}[INST]{{ m.content }}[/INST]{% endif %}{% endfor %}"""
-
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "How it is outside.",
-        "parameters": {"type": "object", "properties": {"place": {"type": "string"}}},
-    },
-}
-CLOCK = {"type": "function", "function": {"name": "clock"}}
-CALL = '<tool_call>\n{"name": "weather", "arguments": {"place": "Köln {"}}\n</tool_call>'
-CALLED = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"a": 1}'}}
-
-
-def model(template=HERMES, tools="hermes", reasoning="think", marks=()):
-    backend = tokenizers.Tokenizer.from_str(small_tokenizers.byte_level().to_str())
-    backend.add_special_tokens([*marks])
-    return dataclasses.replace(
-        served_model(),
-        tokenizer=Tokenizer(backend, CONFIG, ChatTemplate(template)),
-        limits=Limits(
-            num_pages=2**14, page_size=1, max_rows=8, max_context=2**14, vocab_size=VOCAB
-        ),
-        tool_format=TOOL_FORMATS.get(tools),
-        reasoning=REASONING_FORMATS.get(reasoning),
-    )
+from tests.server.fake_engine import ServerThread
+from tests.server.tool_models import CALL, CLOCK, HERMES, MISTRAL, WEATHER, model, prompt
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +37,6 @@ def ask(client, tools=(WEATHER, CLOCK), **options):
     return client.chat.completions.create(
         model="test-model", messages=USER, tools=[*tools], **options
     )
-
-
-def prompt(body, served=None):
-    """The prompt that the body becomes."""
-    served = served or model()
-    call = parse_chat(json.dumps(body).encode(), served)
-    return served.tokenizer.decode(call.requests[0].prompt_token_ids, skip_special_tokens=False)
 
 
 # ---- answers ---------------------------------------------------------------------------------
@@ -308,9 +244,6 @@ def test_a_stream_gives_what_the_whole_answer_gives(thread, data):
     assert calls[0] == calls[1]
 
 
-# ---- conversations ---------------------------------------------------------------------------
-
-
 def test_a_conversation_with_calls_goes_through_the_template(client, engine):
     engine.text = CALL
     message = ask(client).choices[0].message
@@ -326,173 +259,7 @@ def test_a_conversation_with_calls_goes_through_the_template(client, engine):
     assert "<|im_start|>tool\nwet<|im_end|>" in said
 
 
-def test_what_is_no_business_of_the_models_is_left_out():
-    tool = {"type": "function", "function": {"name": "f", "strict": False, "description": None}}
-    assert '{"type": "function", "function": {"name": "f"}}' in prompt(
-        {"messages": USER, "tools": [tool], "parallel_tool_calls": None, "tool_choice": None}
-    )
-
-
-def test_content_beside_calls_may_be_left_out_by_a_template():
-    messages = [*USER, {"role": "assistant", "content": "I look.", "tool_calls": [CALLED]}]
-    assert "[TOOL_CALLS]" in prompt({"messages": messages}, model(MISTRAL, "mistral"))
-
-
-def refusal(served=None, **body):
-    with pytest.raises(ApiError) as caught:
-        prompt({"messages": USER} | body, served)
-    error = caught.value.body["error"]
-    assert caught.value.status == 400
-    assert len(error["message"]) < 500
-    return error["param"], error["message"]
-
-
-def function(**changes):
-    return {"type": "function", "function": {"name": "f"} | changes}
-
-
-def named(name):
-    return {"type": "function", "function": {"name": name}}
-
-
-def said(*messages):
-    return {"messages": [*USER, *messages]}
-
-
-ASSISTANT = {"role": "assistant", "content": None, "tool_calls": [CALLED]}
-ANSWER = {"role": "tool", "tool_call_id": "1", "content": "x"}
-
-
-def calling(**changes):
-    return said({"role": "assistant", "tool_calls": [CALLED | changes]})
-
-
-def called(**changes):
-    return calling(function=CALLED["function"] | changes)
-
-
-@pytest.mark.parametrize(
-    ("body", "param", "words"),
-    [
-        ({"tools": [{"type": "custom", "custom": {}}]}, "tools[0].custom", "not a field"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0].type", 'got "web_search"'),
-        ({"tools": [{"type": "x", "function": {}}]}, "tools[0].type", 'got "x"'),
-        ({"tools": [CLOCK, function(name="a b")]}, "tools[1].function.name", 'got "a b"'),
-        ({"tools": [function(name="")]}, "tools[0].function.name", 'got ""'),
-        ({"tools": [function(name="x" * 65)]}, "tools[0].function.name", "{1,64}"),
-        ({"tools": [function(name="f\n")]}, "tools[0].function.name", '"f\\n"'),
-        ({"tools": [function(name="größe")]}, "tools[0].function.name", "größe"),
-        ({"tools": [function(), function()]}, "tools[1].function.name", '"f" twice'),
-        ({"tools": [function(parameters=[])]}, "tools[0].function.parameters", "object"),
-        ({"tools": [function(strict=1)]}, "tools[0].function.strict", "got 1"),
-        ({"tools": [function(returns={})]}, "tools[0].function.returns", "not a field"),
-        ({"tools": {}}, "tools", "got {}"),
-        ({"tools": [5]}, "tools[0]", "got 5"),
-        (
-            {"tools": [function(name=f"f{i}") for i in range(MAX_TOOLS + 1)]},
-            "tools",
-            f"at most {MAX_TOOLS}, got {MAX_TOOLS + 1}",
-        ),
-        ({"tools": [CLOCK] * 10_001}, None, "arrays and objects, got"),
-        ({"tools": [], "tool_choice": "required"}, "tool_choice", "got none"),
-        ({"tools": [CLOCK], "tool_choice": "maybe"}, "tool_choice", '"maybe"'),
-        ({"tools": [CLOCK], "tool_choice": {"type": "function"}}, "tool_choice.function", "is req"),
-        ({"tools": [CLOCK], "tool_choice": named("f")}, "tool_choice.function.name", '"f"'),
-        ({"tools": [CLOCK], "tool_choice": named(5)}, "tool_choice.function.name", "5"),
-        ({"tools": [CLOCK], "tool_choice": named("clock") | {"x": 1}}, "tool_choice.x", "no"),
-        ({"tools": [CLOCK], "tool_choice": "required", "ignore_eos": True}, "ignore_eos", "True"),
-        ({"parallel_tool_calls": "no"}, "parallel_tool_calls", '"no"'),
-        (calling(id=5), "messages[1].tool_calls[0].id", "got 5"),
-        (
-            said({"role": "assistant", "tool_calls": [{"type": "function", "function": {}}]}),
-            "messages[1].tool_calls[0].id",
-            "required",
-        ),
-        (calling(type="custom"), "messages[1].tool_calls[0].type", "custom"),
-        (called(name="a b"), "messages[1].tool_calls[0].function.name", '"a b"'),
-        (called(arguments={}), "messages[1].tool_calls[0].function.arguments", "{}"),
-        (called(arguments="[1]"), "messages[1].tool_calls[0].function.arguments", "[1]"),
-        (called(arguments='{"a'), "messages[1].tool_calls[0].function.arguments", "JSON object"),
-        (called(arguments='{"a":' * 9999), "messages[1].tool_calls[0].function.arguments", "JSON"),
-        (called(arguments="x" * 10**6), "messages[1].tool_calls[0].function.arguments", "1000002"),
-        (
-            said({"role": "assistant", "tool_calls": [CALLED] * (MAX_CALLS + 1)}),
-            "messages[1].tool_calls",
-            f"at most {MAX_CALLS}",
-        ),
-        (said({"role": "user", "content": "x"} | {"tool_calls": [CALLED]}),
-         "messages[1].tool_calls", "needs the role assistant"),
-        (said({"role": "user", "content": "x", "tool_call_id": "1"}),
-         "messages[1].tool_call_id", "needs the role tool"),
-        (said(ANSWER), "messages[1].tool_call_id", 'of which there are 0; got "1"'),
-        (said(ASSISTANT, ANSWER | {"tool_call_id": "2"}), "messages[2].tool_call_id", 'got "2"'),
-        (said(ASSISTANT, ANSWER | {"tool_call_id": None}), "messages[2].tool_call_id", "null"),
-        (said(ASSISTANT, *USER, ANSWER), "messages[3].tool_call_id", "there are 0"),
-        (said(ASSISTANT, {"role": "tool", "tool_call_id": "1"}), "messages[2].content", "required"),
-    ],
-)  # fmt: skip
-def test_what_is_wrong_is_named(body, param, words):
-    assert refusal(**body)[0] == param
-    assert words in refusal(**body)[1]
-
-
-def test_answers_may_come_in_any_order():
-    two = ASSISTANT | {"tool_calls": [CALLED, CALLED | {"id": "2", "index": 1}]}
-    assert prompt(said(two, ANSWER | {"tool_call_id": "2"}, ANSWER))
-    assert prompt(called(arguments=""))
-
-
-def test_tools_need_a_model_that_can_call_them():
-    for served in (model(tools=None), model("{{ messages[0].content }}")):
-        param, _ = refusal(served, tools=[CLOCK])
-        assert param == "tools"
-    assert (
-        "--tool-call-parser, one of ['qwen3_coder'," in refusal(model(tools=None), tools=[CLOCK])[1]
-    )
-    plain = model(small_tokenizers.CHAT_TEMPLATE)
-    assert refusal(plain, **said(ASSISTANT, ANSWER))[0] == "messages"
-    assert prompt({"messages": USER, "tools": [CLOCK], "tool_choice": "none"}, model(tools=None))
-
-
-def test_forms_that_cannot_be_held_to_a_schema_refuse_what_needs_it():
-    served = model(tools="pythonic")
-    for body, param in (
-        ({"tools": [CLOCK], "tool_choice": "required"}, "tool_choice"),
-        ({"tools": [CLOCK], "tool_choice": named("clock")}, "tool_choice"),
-        ({"tools": [function(strict=True)]}, "tools"),
-    ):
-        assert refusal(served, **body)[0] == param
-        assert "as one of ['hermes', 'mistral', 'llama3_json']" in refusal(served, **body)[1]
-    assert prompt({"messages": USER, "tools": [CLOCK]}, served)
-
-
-def test_schemas_nested_as_deep_as_can_be_are_answered():
-    for depth in (50, 400, 700, 900, 2_000, 100_000):
-        nested = '{"a":' * depth + "{}" + "}" * depth
-        content = (
-            '{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function", '
-            f'"function": {{"name": "f", "parameters": {nested}}}}}]}}'
-        )
-        with contextlib.suppress(ApiError):
-            assert parse_chat(content.encode(), model()).requests
-            assert depth < 1_000
-
-
 def test_refusals_reach_the_client(client):
     with pytest.raises(openai.BadRequestError, match=r"tools\[0\].function.name") as caught:
-        ask(client, tools=[function(name="no name")])
+        ask(client, tools=[{"type": "function", "function": {"name": "no name"}}])
     assert caught.value.param == "tools[0].function.name"
-
-
-def test_a_structured_answer_and_tools_do_not_go_together():
-    strict = function(strict=True)
-    form = {"type": "json_object"}
-    for tools in ([CLOCK], [strict]):
-        assert refusal(tools=tools, response_format=form)[0] == "response_format"
-        assert prompt({"messages": USER, "tools": tools, "response_format": {"type": "text"}})
-    body = {"messages": USER, "tools": [strict], "response_format": form, "tool_choice": "none"}
-    call = parse_chat(json.dumps(body).encode(), model())
-    assert (call.form.tools, call.structured_by) == (None, "response_format")
-    body = {"messages": USER, "tools": [strict], "tool_choice": "required"}
-    assert parse_chat(json.dumps(body).encode(), model()).structured_by == "tools"
-    assert parse_chat(json.dumps({"messages": USER}).encode(), model()).structured_by is None
