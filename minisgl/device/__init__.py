@@ -4,7 +4,7 @@ import torch
 
 from minisgl.device.cpu import CpuDevice, default_num_threads
 from minisgl.device.cuda import CudaDevice
-from minisgl.device.protocol import Cut, Device, Event, Graph, Memory, Pieces
+from minisgl.device.protocol import Cut, Device, Event, Graph
 
 __all__ = [
     "CpuDevice",
@@ -13,8 +13,6 @@ __all__ = [
     "Device",
     "Event",
     "Graph",
-    "Memory",
-    "Pieces",
     "pick_device",
 ]
 

@@ -5,6 +5,7 @@ import math
 import mmap
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minisgl.device.protocol import Cut, Memory, T
+from minisgl.device.protocol import Cut, T
 from minisgl.device.tape import Arena, TapeGraph
 from minisgl.interrupts import held_back
 
@@ -40,9 +41,6 @@ class CpuEvent:
             pass
         if self._failure is not None:
             raise RuntimeError(f"the step failed: {self._failure!r}") from self._failure
-
-    def query(self) -> bool:
-        return self._time > 0.0
 
     def seconds_since(self, earlier: "CpuEvent") -> float:
         return self._time - earlier._time
@@ -173,16 +171,10 @@ class CpuDevice:
     def capture_pieces(self, function: Callable[[Cut], object]) -> CallPieces:
         return CallPieces(function)
 
-    def memory(self) -> Memory:
-        meminfo = _read_kilobytes("/proc/meminfo")
-        page = os.sysconf("SC_PAGE_SIZE")
-        total = meminfo.get("MemTotal", os.sysconf("SC_PHYS_PAGES") * page)
-        free = meminfo.get("MemAvailable", total // 2)
-        used = _read_kilobytes("/proc/self/status").get("VmRSS", 0)
+    def free_memory(self) -> int:
+        free = _available()
         limit = _read_cgroup("memory.max")
-        if limit is not None and limit < total:
-            total, free = limit, min(free, limit - (_read_cgroup("memory.current") or 0))
-        return Memory(free=free, total=total, used=used)
+        return free if limit is None else min(free, limit - (_read_cgroup("memory.current") or 0))
 
     def close(self) -> None:
         with held_back():
@@ -241,14 +233,12 @@ def default_num_threads(processes: int = 1) -> int:
     return max(1, count // processes)
 
 
-def _read_kilobytes(path: str) -> dict[str, int]:
-    """The "Name: N kB" lines of a /proc file, in bytes; empty where there is no such file."""
-    try:
-        lines = Path(path).read_text().splitlines()
-    except OSError:
-        return {}
-    pairs = (line.split() for line in lines if line.endswith(" kB"))
-    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in pairs}
+def _available() -> int:
+    """Bytes that the machine can give without swapping; half of all where it does not say."""
+    with suppress(OSError):
+        if stated := re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text()):
+            return int(stated[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def _read_cgroup(name: str) -> int | None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minisgl.device.protocol import Cut, Graph, Memory, T
+from minisgl.device.protocol import Cut, Graph, T
 from minisgl.log import get_logger
 
 log = get_logger(__name__)
@@ -35,9 +35,6 @@ class CudaEvent:
         self._event.synchronize()
         if self._failure is not None:
             raise RuntimeError(f"the step failed: {self._failure!r}") from self._failure
-
-    def query(self) -> bool:
-        return bool(self._event.query())
 
     def seconds_since(self, earlier: "CudaEvent") -> float:
         return float(earlier._event.elapsed_time(self._event)) / 1e3
@@ -159,10 +156,9 @@ class CudaDevice:
         pieces.graphs[-1].capture_end()
         return pieces
 
-    def memory(self) -> Memory:
+    def free_memory(self) -> int:
         torch.cuda.empty_cache()  # what torch keeps for later is free
-        free, total = torch.cuda.mem_get_info(self.torch_device)
-        return Memory(free=free, total=total, used=torch.cuda.memory_allocated(self.torch_device))
+        return torch.cuda.mem_get_info(self.torch_device)[0]
 
     def close(self) -> None:
         if not self._closed:

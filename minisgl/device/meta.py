@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from minisgl.device.protocol import Cut, Memory, T
+from minisgl.device.protocol import Cut, T
 
 
 class MetaEvent:
@@ -20,9 +20,6 @@ class MetaEvent:
 
     def wait(self) -> None:
         pass
-
-    def query(self) -> bool:
-        return True
 
     def seconds_since(self, earlier: "MetaEvent") -> float:
         return 0.0
@@ -82,16 +79,15 @@ class MetaDevice:
         return torch.zeros(tuple(shape), dtype=dtype, device=self.torch_device)
 
     def capture(self, function: Callable[[], object]) -> MetaPieces:
-        function()
-        return MetaPieces()
+        return self.capture_pieces(lambda cut: function())
 
     def capture_pieces(self, function: Callable[[Cut], object]) -> MetaPieces:
         pieces = MetaPieces()
         function(lambda call: pieces.calls.append(partial(copy_context().run, call)))
         return pieces
 
-    def memory(self) -> Memory:
-        return Memory(free=2**40, total=2**40, used=0)
+    def free_memory(self) -> int:
+        return 2**40
 
     def close(self) -> None:
         pass

@@ -8,7 +8,6 @@ when it is waited for.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol, Self, TypeVar
 
 import numpy as np
@@ -17,23 +16,11 @@ import torch
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes. `used` is this process's share: allocated by torch on CUDA, resident set on CPU."""
-
-    free: int
-    total: int
-    used: int
-
-
 class Event(Protocol):
     """A point in the stream."""
 
     def wait(self) -> None:
         """Block the host until the stream has passed it. RuntimeError when the stream failed."""
-
-    def query(self) -> bool:
-        """Whether the stream has passed it."""
 
     def seconds_since(self, earlier: Self) -> float:
         """Device time between two events that have passed."""
@@ -42,21 +29,15 @@ class Event(Protocol):
 class Graph(Protocol):
     """Work that was captured once and is replayed on the same static buffers."""
 
-    def replay(self) -> None: ...
+    def replay(self, *args: object) -> None:
+        """Replay it, and call what was cut out of it with `args` where it was."""
 
 
 Cut = Callable[[Callable[..., object]], object]
 
 
-class Pieces(Protocol):
-    """Work captured in pieces, and the calls that were cut out and run between them."""
-
-    def replay(self, *args: object) -> None:
-        """Replay the pieces, and call what was cut out with `args` where it was."""
-
-
 class Device(Protocol):
-    """`submit`, `run`, `record`, `landed`, `row_multiple`, `memory` and `close` may be called
+    """`submit`, `run`, `record`, `landed`, `row_multiple`, `free_memory` and `close` may be called
     anywhere, the other methods inside the stream only."""
 
     @property
@@ -105,14 +86,15 @@ class Device(Protocol):
     def capture(self, function: Callable[[], object]) -> Graph:
         """A graph of what `function` does to static buffers; on CPU made at its first replay."""
 
-    def capture_pieces(self, function: Callable[[Cut], object]) -> Pieces:
+    def capture_pieces(self, function: Callable[[Cut], object]) -> Graph:
         """Graphs of what `function` does to static buffers, without the calls that it cuts out.
 
         `function` is given `cut`, and calls it with what must run again at every replay, between
         the work before and the work after. It runs with the context variables of the capture.
         """
 
-    def memory(self) -> Memory: ...
+    def free_memory(self) -> int:
+        """Bytes that may still be allocated."""
 
     def close(self) -> None:
         """Let the stream finish and stop it. Idempotent; called when Python exits at the latest."""

@@ -118,7 +118,7 @@ class TapeGraph:
         self._arena = arena
         self._tape: Any = None  # of the native module
 
-    def replay(self) -> None:
+    def replay(self, *_: object) -> None:
         """Until the native module is built, and while details are traced, runs the function; also
         while another tape is recorded, of which this then becomes a part."""
         if detailed() or _recording.get() is not None:

@@ -1,11 +1,11 @@
 """The memory plan, which sizes the KV pool before anything large is allocated."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 
 from minisgl.config import EngineConfig
-from minisgl.device import Device, Memory
+from minisgl.device import Device
 from minisgl.log import get_logger
 from minisgl.parallel import Communicator
 from minisgl.start.footprint import MODEST_TOKENS, Footprint
@@ -41,7 +41,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    memory: Memory,
+    free: int,
     needs: Footprint,
     token_bytes: int,
     config: EngineConfig,
@@ -49,17 +49,16 @@ def plan_memory(
     *,
     modest: bool,
 ) -> MemoryPlan:
-    """Divide the device's memory. `memory` is measured with the weights loaded; token_bytes: what
-    a token's KV takes.
+    """Divide the device's memory. `free` is measured with the weights loaded; token_bytes: what a
+    token's KV takes.
 
     The budget is `mem_fraction_static` of what was free before the weights. A `modest` pool is also
     at most MODEST_TOKENS and MODEST_BYTES. A size stated by `max_total_tokens` is used as it is.
-    Raises ValueError, with the numbers, when not even one page fits,
-    or the stated pool does not.
+    Raises ValueError, with the numbers, when not even one page fits, or the stated pool does not.
     """
     page_size, stated = config.page_size, config.max_total_tokens
     fraction = config.mem_fraction_static
-    budget = int((memory.free + needs.weights) * fraction)
+    budget = int((free + needs.weights) * fraction)
     left, page_bytes = budget - needs.total, token_bytes * page_size
     if stated is not None:
         num_pages = stated // page_size
@@ -94,12 +93,11 @@ def plan_memory(
     return plan
 
 
-def share_of_memory(comm: Communicator, device: Device, local_size: int) -> Memory:
-    """The device's memory once every rank has loaded. A CPU's free memory is divided among them."""
+def share_of_memory(comm: Communicator, device: Device, local_size: int) -> int:
+    """The device's free memory once every rank has loaded. A CPU's is divided among them."""
     comm.all_reduce(torch.zeros(1, device=device.torch_device))
-    memory = device.memory()
     shared = device.torch_device.type == "cpu"
-    return replace(memory, free=memory.free // local_size) if shared else memory
+    return device.free_memory() // (local_size if shared else 1)
 
 
 def fewest(comm: Communicator, device: Device, count: int) -> int:

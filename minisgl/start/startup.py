@@ -122,7 +122,7 @@ def make_ready(worker: Worker, facts: Facts, stages: Stages) -> int:
 
 def _capture(worker: Worker, stages: Stages, cascade: bool) -> int:
     """Capture every graph, in the stream. Returns the bytes that this took."""
-    runner, free = worker.runner, worker.device.memory().free
+    runner, free = worker.runner, worker.device.free_memory()
     if runner.draft is not None:
         with stages.stage("capture the draft model"):
             runner.draft.capture()
@@ -131,7 +131,7 @@ def _capture(worker: Worker, stages: Stages, cascade: bool) -> int:
             decode.capture(_progress, cascade=cascade)
         for tokens in _progress(worker.geometry.piece_sizes[::-1]):
             capture_pieces(runner, worker.limits, worker.geometry, tokens)
-    return free - worker.device.memory().free
+    return free - worker.device.free_memory()
 
 
 def _progress(sizes: Sequence[int]) -> Iterable[int]:

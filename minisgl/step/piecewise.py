@@ -19,7 +19,7 @@ from functools import partial
 
 import torch
 
-from minisgl.device import Cut, Device, Pieces
+from minisgl.device import Cut, Device, Graph
 from minisgl.layers.attention import KV, Attention, AttentionSlices, ForwardInputs
 from minisgl.step.graphs import Pass
 
@@ -35,7 +35,7 @@ class PiecewiseGraphs:
         self._device = device
         self._forward = forward
         self._tokens = [device.zeros((max(sizes, default=0),), dtype) for dtype in TOKENS]
-        self._graphs: dict[int, Pieces] = {}
+        self._graphs: dict[int, Graph] = {}
         # Attention's queries and output, [most, Hq, D] each, of one layer after another.
         self._shared: tuple[torch.Tensor, torch.Tensor] | None = None
         self._hidden: torch.Tensor | None = None  # [most, H]

@@ -47,11 +47,13 @@ def test_submit_does_not_wait_and_events_tell_when(device: CpuDevice):
     device.submit(gate.wait)
     after = device.record()
     before.wait()
-    assert before.query()
-    assert not after.query()
+    waiting = threading.Thread(target=after.wait)
+    waiting.start()
+    waiting.join(0.05)
+    assert waiting.is_alive()
     gate.set()
-    after.wait()
-    assert after.query()
+    waiting.join(10)
+    assert not waiting.is_alive()
     assert after.seconds_since(before) > 0
 
 
@@ -147,9 +149,7 @@ def test_graph_replays_on_static_buffers(device: CpuDevice):
 
 
 def test_memory_is_measured(device: CpuDevice):
-    memory = device.memory()
-    assert 0 < memory.free <= memory.total
-    assert 0 < memory.used < memory.total
+    assert 0 < device.free_memory() < 2**50
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cpu:0", ""])

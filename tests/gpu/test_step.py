@@ -21,7 +21,7 @@ from benchmarks.steps import load, open_device, recorded
 from minisgl.build import build_engine
 from minisgl.config import EngineConfig
 from minisgl.core.request import Request, SamplingParams
-from minisgl.device import CpuDevice, CudaDevice, Cut, Device, Pieces
+from minisgl.device import CpuDevice, CudaDevice, Cut, Device, Graph
 from minisgl.engine.engine import Engine
 from minisgl.layers.attention import ForwardInputs
 from minisgl.step.executor import LocalExecutor
@@ -122,7 +122,7 @@ def test_pieces_are_captured_before_serving_and_replayed_in_it(
     captured: list[Any] = []
     capture = CudaDevice.capture_pieces
 
-    def noted_capture(self: CudaDevice, run: Callable[[Cut], None]) -> Pieces:
+    def noted_capture(self: CudaDevice, run: Callable[[Cut], None]) -> Graph:
         captured.append(capture(self, run))
         return captured[-1]
 

@@ -9,7 +9,7 @@ import torch
 from minisgl.build import BUNDLED_MODEL
 from minisgl.config import EngineConfig
 from minisgl.core.executor import Limits
-from minisgl.device import CpuDevice, Memory
+from minisgl.device import CpuDevice
 from minisgl.device.tape import TapeGraph
 from minisgl.libraries import PRODUCT_BYTES, PRODUCTS_KEPT
 from minisgl.models.config import ModelConfig
@@ -93,9 +93,9 @@ def test_graphs_of_the_draft_model_are_planned(draft: Draft) -> None:
 def test_the_draft_models_share_reaches_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     planned: list[Footprint] = []
 
-    def plan(memory: Memory, needs: Footprint, *args: Any, **others: Any) -> MemoryPlan:
+    def plan(free: int, needs: Footprint, *args: Any, **others: Any) -> MemoryPlan:
         planned.append(needs)
-        return plan_memory(memory, needs, *args, **others)
+        return plan_memory(free, needs, *args, **others)
 
     monkeypatch.setattr(load, "plan_memory", plan)
     common = {

@@ -14,7 +14,7 @@ from minisgl.config import EngineConfig
 from minisgl.core.batch import Batch, Chunk, RowSetup
 from minisgl.core.executor import Limits
 from minisgl.core.request import SamplingParams
-from minisgl.device import CpuDevice, Memory
+from minisgl.device import CpuDevice
 from minisgl.kernels import warmup
 from minisgl.models.config import ModelConfig
 from minisgl.parallel import Communicator
@@ -55,8 +55,7 @@ NEEDS = Footprint(
 
 def plan(free: int, *, modest: bool = False, **changes) -> MemoryPlan:
     config = EngineConfig(**{"page_size": 16, "mem_fraction_static": 0.5} | changes)
-    memory = Memory(free, 2 * free, 0)
-    return plan_memory(memory, NEEDS, SHAPE.bytes_per_token, config, max_context=64, modest=modest)
+    return plan_memory(free, NEEDS, SHAPE.bytes_per_token, config, max_context=64, modest=modest)
 
 
 def test_what_is_left_becomes_pages():
@@ -81,8 +80,8 @@ def test_the_cpu_default_is_modest():
     made = plan(300_000 * MIB, modest=True)
     assert made.num_tokens == MODEST_TOKENS
     large = KVShape(80, 8, 128, torch.float32).bytes_per_token
-    memory, needs, config = Memory(2**40, 2**41, 0), Footprint(0, 0, 0, 0, 0), EngineConfig()
-    limited = plan_memory(memory, needs, large, config, max_context=64, modest=True)
+    needs, config = Footprint(0, 0, 0, 0, 0), EngineConfig()
+    limited = plan_memory(2**40, needs, large, config, max_context=64, modest=True)
     assert MODEST_BYTES - large * config.page_size < limited.kv <= MODEST_BYTES
     assert plan(300_000 * MIB, modest=True, max_total_tokens=10**6).num_tokens == 10**6
 
