@@ -23,7 +23,7 @@ from minisgl.step.ragged import RAGGED, ragged_inputs
 from minisgl.step.rows import RowBuffers
 from minisgl.step.sampler import Points, Sampled, Sampler
 from minisgl.step.sizes import cascade_words
-from minisgl.trace import span
+from minisgl.trace import ranged, span
 
 
 class Model(Protocol):
@@ -86,21 +86,10 @@ class Runner:
         self._compare = compare
         self._staging = staging
 
+    @ranged("begin")
     def begin(self, step: Step) -> None:
         """Upload the step, and let the draft model propose what it asks for."""
         step.events.append(self._device.record())
-        with span("begin"):
-            self._begin(step)
-
-    def forward(self, step: Step) -> None:
-        """Compute the step's hidden states, after `begin`, which is called here if it was not."""
-        if step.sent is None:
-            self.begin(step)
-        with span("forward"):
-            self._forward(step)
-        step.events.append(self._device.record())
-
-    def _begin(self, step: Step) -> None:
         packed = step.packed
         staging = self._staging if packed.replays else None
         words = self._device.upload(join(packed.sections), staging)
@@ -114,6 +103,14 @@ class Runner:
             drafted = self.draft.run(packed, sent)
             if drafted is not None and self._sampler.draws:
                 step.drafted = self._device.download(drafted.clone())
+
+    def forward(self, step: Step) -> None:
+        """Compute the step's hidden states, after `begin`, which is called here if it was not."""
+        if step.sent is None:
+            self.begin(step)
+        with span("forward"):
+            self._forward(step)
+        step.events.append(self._device.record())
 
     def _forward(self, step: Step) -> None:
         packed, sent = step.packed, step.sent
@@ -146,14 +143,10 @@ class Runner:
         if self._compare is not None:
             compare_ranks(self._compare, packed, step.hidden)
 
+    @ranged("sample")
     def sample(self, step: Step, masks: GrammarMasks | None) -> None:
         """Sample the step's points and move its rows on."""
         step.events.append(self._device.record())
-        with span("sample"):
-            self._sample(step, masks)
-        step.events.append(self._device.record())
-
-    def _sample(self, step: Step, masks: GrammarMasks | None) -> None:
         packed, device = step.packed, self._device
         assert step.sent is not None
         assert step.hidden is not None
@@ -174,3 +167,4 @@ class Runner:
                 packed, step.sent, step.hidden, step.positions, points, masks
             )
         step.hidden = step.positions = step.input_ids = step.sent = None
+        step.events.append(self._device.record())
