@@ -7,6 +7,8 @@ llguidance ignores nothing silently, but its errors say neither where nor, of `o
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from minisgl.grammar.pattern import safe_pattern
+
 MAX_DEPTH = 60  # of schemas within schemas; llguidance reads about as many
 MAX_WORK = 20_000  # comparisons of `oneOf` branches, and steps of the search for an end
 MOST_LEVELS = 10  # that are indented; values within may be written without
@@ -89,6 +91,8 @@ class Reader:
                 continue
             if key == "format" and not (isinstance(value, str) and value in FORMATS):
                 self._leave_out(at, f"format {value!r} is not supported")
+            elif key == "pattern" and isinstance(value, str):
+                made[key] = safe_pattern(value)
             elif key in PLAIN:
                 made[key] = value
             elif key in ONE or (key == "items" and not isinstance(value, list)):
@@ -101,10 +105,18 @@ class Reader:
             elif key in NAMED:
                 if not isinstance(value, dict):
                     raise Refused(at, f"must be an object, got {type(value).__name__}")
+                if key == "patternProperties":
+                    self._check_names(value, at)
                 made[key] = {k: self._read(v, f"{at}/{k}", depth + 1) for k, v in value.items()}
             else:
                 self._leave_out(at, f"{key} is not supported")
         return made
+
+    def _check_names(self, patterns: dict[str, Schema], at: str) -> None:
+        """A name that fits no pattern is an additional one: here nothing errs on the safe side."""
+        for name in patterns:
+            if safe_pattern(name) != name:
+                raise Refused(f"{at}/{name}", "classes without quotes or backslashes are not kept")
 
     def _keep_list(self, made: dict[str, Any], key: str, each: list[Schema], at: str) -> None:
         if key == "oneOf":
