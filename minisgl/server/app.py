@@ -35,6 +35,7 @@ AMBIGUOUS = "ambiguous_length"
 LONG_BODY_BYTES = 8192  # longer ones are parsed and tokenized off the event loop
 
 LONG_ANSWER = 256  # tokens with log-probabilities; more are written off the event loop
+LONG_TEXT = 2**15  # characters of an answer, likewise
 HUGE_BODY_BYTES = 2**18  # these one at a time, and the memory they took is given back
 
 T = TypeVar("T")
@@ -248,7 +249,10 @@ async def _collect(generation: Generation, reply: Reply, clock: CallClock) -> di
             if part.finish_reason is None:
                 continue
             found = parts.pop(part.choice)
-            if sum(len(each.scored) for each in found) < LONG_ANSWER:
+            if (
+                sum(len(each.scored) for each in found) < LONG_ANSWER
+                and sum(len(each.text) for each in found) < LONG_TEXT
+            ):
                 written[part.choice] = reply.choice(found)
             else:
                 written[part.choice] = await asyncio.to_thread(reply.choice, found)

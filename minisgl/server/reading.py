@@ -44,6 +44,8 @@ class Reader:
     def news(self) -> list[News]:
         """What was said since the last time, in as few pieces as may be."""
         said, self._news = self._news, []
+        if len(said) < 2:
+            return said
         groups = groupby(said, lambda news: (news.kind, news.call))
         return [News(kind, "".join(n.text for n in g), call) for (kind, call), g in groups]
 
@@ -145,8 +147,10 @@ class Reader:
         plain = re.compile(rf"{word}(?:\s+{word})*" if firsts else r"(?s:.+)")
         tail = ""  # of what is held: the beginning of a mark, maybe
         while True:
-            if not tail and (run := self.run(plain)):
+            while not tail and (run := self.run(plain)):
                 self.say("".join(self.held) + run)
+                if self._at == len(self._text):
+                    yield  # what comes next may be plain too
             tail += yield from self.read()
             if tail in marks:
                 return

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai import OpenAI
 
+from minisgl.server.app import LONG_TEXT
 from minisgl.server.openai import parse_chat
 from tests.server.calls import USER
 from tests.server.fake_engine import ServerThread
@@ -263,3 +264,19 @@ def test_refusals_reach_the_client(client):
     with pytest.raises(openai.BadRequestError, match=r"tools\[0\].function.name") as caught:
         ask(client, tools=[{"type": "function", "function": {"name": "no name"}}])
     assert caught.value.param == "tools[0].function.name"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_argument_may_be_long(client, engine, stream):
+    said = "Köln }] <tool_call> " * 2_500
+    assert len(said) > LONG_TEXT
+    engine.text = (
+        f'<tool_call>{{"name": "weather", "arguments": {{"place": "{said}"}}}}</tool_call>'
+    )
+    engine.tokens_per_delta = 100
+    if stream:
+        chunks = [c.choices[0].delta.tool_calls or [] for c in ask(client, stream=True)]
+        arguments = "".join(call.function.arguments for calls in chunks for call in calls)
+    else:
+        arguments = ask(client).choices[0].message.tool_calls[0].function.arguments
+    assert json.loads(arguments) == {"place": said}
