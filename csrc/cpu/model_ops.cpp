@@ -14,6 +14,7 @@
 namespace py = pybind11;
 
 PYBIND11_MODULE(model_ops, m) {
+    m.attr("LEVEL") = LEVEL;
     m.attr("HEAD_DIMS") = py::make_tuple(16, 32, 64, 80, 96, 128, 256);
 #if defined(__AVX512BF16__) || defined(__AMX_BF16__)
     m.attr("BF16_ARITHMETIC") = true;  // of the CPU, which PyTorch's products then use

@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import threading
 import time
+from pathlib import Path
 from types import ModuleType
 
 from minisgl.csrc.build import (
@@ -100,7 +101,7 @@ class Unit:
         try:
             library = self.target.library
             if library.exists():
-                self.module = import_extension(self.target.module.name, str(library))
+                self.module = import_extension(self.target.module.name, library)
                 return
         except (BuildError, ImportError, OSError) as error:  # a cache that cannot be read, too
             self._report_failure(error)
@@ -114,7 +115,7 @@ class Unit:
         begin = time.perf_counter()
         try:
             library = self.target.build()
-            self.module = import_extension(self.target.module.name, str(library))
+            self.module = import_extension(self.target.module.name, library)
         except (BuildError, ImportError) as error:
             self._report_failure(error)
         else:
@@ -129,11 +130,15 @@ class Unit:
         return self.target.module.twin
 
 
-def import_extension(name: str, path: str) -> ModuleType:
-    """Import the extension at `path`, whose init function is named for `name`."""
-    spec = importlib.util.spec_from_file_location(name, path)
+def import_extension(name: str, library: Path) -> ModuleType:
+    """Import the extension at `library`, whose init function is named for `name`.
+
+    pybind11 keeps the modules of a process by their names: they include the build's, or a second
+    build of the same module would be the first.
+    """
+    spec = importlib.util.spec_from_file_location(f"{library.parent.name}.{name}", library)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not an extension module of this Python")
+        raise ImportError(f"{library} is not an extension module of this Python")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -127,7 +127,8 @@ class Target:
     def flags(self) -> list[str]:
         if self.module.kind == "cpu":
             extra = ["-Wall", "-Wextra", "-fPIC", "-fvisibility=hidden", "-pthread"]
-            return ["-std=c++20", "-O3", *LEVELS[self.arch].flags, *extra]
+            level = [*LEVELS[self.arch].flags, f'-DLEVEL="{self.arch}"']
+            return ["-std=c++20", "-O3", *level, *extra]
         gencode = f"-gencode=arch=compute_{self.arch},code=sm_{self.arch}"
         return ["-std=c++20", "-O3", gencode, "-Xcompiler=-fPIC,-fvisibility=hidden"]
 

@@ -23,6 +23,6 @@ def levels() -> list[Any]:
 def at(level: str | None) -> Iterator[None]:
     """Within the context, ops are native ones of this level, or, for None, not native."""
     native = csrc.load("model_ops", arch=level, wait=True) if level else None
-    assert (native is None) == (level is None)
+    assert (native.LEVEL if native else None) == level
     with patch.object(csrc, "load", lambda _: native):
         yield
