@@ -19,6 +19,7 @@
 namespace {
 
 constexpr Index KEYS = 256;            // of a block
+constexpr Index STEP = TILE_VECTORS * 16;  // keys that are multiplied at once
 constexpr Index ROWS = 2 * TILE_ROWS;  // whose scores lie in the first cache
 constexpr Index SPAN = 512;            // rows of an item, about: their sums lie in the second cache
 constexpr float NONE = -std::numeric_limits<float>::infinity();
@@ -52,7 +53,7 @@ void pack(const Chunks &op, const std::int32_t *pages, const bf16 *k_pool, const
           Index kv_head, Index first, Index count, Scratch<D> &scratch) {
     alignas(64) static const bf16 zeros[D] = {};
     const bf16 *from_keys[KEYS], *from_values[KEYS];
-    const Index padded = (count + 15) / 16 * 16;
+    const Index padded = (count + STEP - 1) / STEP * STEP;
     Index page = first / op.page_size, within = first % op.page_size;
     for (Index j = 0; j < padded; ++j) {
         if (j >= count) {
@@ -96,16 +97,17 @@ void multiply_keys(const bf16 *queries, const bf16 *keys, float *scores) {
         for (int v = 0; v < VECTORS; ++v) store16(scores + r * KEYS + v * 16, sums[r][v]);
 }
 
-// sums[r] = fix[r] * sums[r] + sum_j p_rj v_j for TILE_ROWS rows and dimensions [FIRST, D).
+// sums[r] = fix[r] * sums[r] + sum_j p_rj v_j for TILE_ROWS rows, keys from <= j < upto, and
+// dimensions [FIRST, D).
 template <int D, int FIRST = 0>
-void add_values(const bf16 *probabilities, const bf16 *values, Index count, const float *fix,
-                float *sums) {
+void add_values(const bf16 *probabilities, const bf16 *values, Index from, Index upto,
+                const float *fix, float *sums) {
     constexpr int VECTORS = std::min((D - FIRST) / 16, TILE_VECTORS);
     f32x16 own[TILE_ROWS][VECTORS];
     for (int r = 0; r < TILE_ROWS; ++r)
         for (int v = 0; v < VECTORS; ++v)
             own[r][v] = load16(sums + r * D + FIRST + v * 16) * fix[r];
-    for (Index j = 0; j < count; j += 2) {
+    for (Index j = from; j < upto; j += 2) {
         Pairs columns[VECTORS];
         for (int v = 0; v < VECTORS; ++v)
             columns[v] = load_pairs(values + j * D + (FIRST + v * 16) * 2);
@@ -118,7 +120,7 @@ void add_values(const bf16 *probabilities, const bf16 *values, Index count, cons
         for (int v = 0; v < VECTORS; ++v)
             store16(sums + r * D + FIRST + v * 16, own[r][v]);
     if constexpr (FIRST + VECTORS * 16 < D)
-        add_values<D, FIRST + VECTORS * 16>(probabilities, values, count, fix, sums);
+        add_values<D, FIRST + VECTORS * 16>(probabilities, values, from, upto, fix, sums);
 }
 
 // softcap * tanh(x / softcap), by 1 - 2t / (1 + t) with t = e^-2|x / softcap|.
@@ -129,12 +131,12 @@ f32x16 capped(f32x16 x, float softcap) {
 }
 
 // The scores of one row at keys lo <= j < hi of a block become probabilities, relative to the largest
-// score so far; elsewhere in [0, padded) they are 0. Returns what earlier sums are to be scaled by.
-float softmax(const Chunks &op, float *scores, Index lo, Index hi, Index padded, float &largest,
-              float &total, bf16 *probabilities) {
+// score so far; elsewhere in [from, upto) they are 0. Returns what earlier sums are to be scaled by.
+float softmax(const Chunks &op, float *scores, Index lo, Index hi, Index from, Index upto,
+              float &largest, float &total, bf16 *probabilities) {
     i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     f32x16 most = splat(NONE);
-    for (Index j = 0; j < padded; j += 16) {
+    for (Index j = from; j < upto; j += 16) {
         f32x16 x = load16(scores + j) * op.scale;
         if (op.softcap != 0.0f) x = capped(x, op.softcap);
         if (j < lo || j + 16 > hi) {
@@ -147,10 +149,10 @@ float softmax(const Chunks &op, float *scores, Index lo, Index hi, Index padded,
     float highest = largest;
     for (int lane = 0; lane < 16; ++lane) highest = std::max(highest, most[lane]);
     const float fix = largest == NONE ? 0.0f : std::exp(largest - highest);
-    const float from = highest == NONE ? 0.0f : highest;
+    const float origin = highest == NONE ? 0.0f : highest;
     f32x16 sums = {};
-    for (Index j = 0; j < padded; j += 16) {
-        const f32x16 e = exp16(load16(scores + j) - from);
+    for (Index j = from; j < upto; j += 16) {
+        const f32x16 e = exp16(load16(scores + j) - origin);
         sums += e;
         store16(probabilities + j, e);
     }
@@ -187,15 +189,19 @@ void run_item(const Chunks &op, const Item &item, const bf16 *q, const bf16 *k_p
     const Index end = std::min(past + item.end, length);
     Index first = op.window ? std::max<Index>(past + item.begin - op.window + 1, 0) : 0;
     for (first = first / KEYS * KEYS; first < end; first += KEYS) {
-        const Index count = std::min(KEYS, end - first), padded = (count + 15) / 16 * 16;
+        const Index count = std::min(KEYS, end - first);
         pack<D>(op, pages, k_pool, v_pool, item.kv_head, first, count, scratch);
         for (Index row = 0; row < padded_rows; row += ROWS) {
             const Index have = std::min(ROWS, num_rows - row);
             if (position(row + have - 1) < first) continue;  // before the block
             if (op.window && position(row) - op.window + 1 >= first + count) continue;  // after it
-            constexpr Index step = TILE_VECTORS * 16;
+            // Of the block, steps with keys that a row here sees: all others would add zero.
+            const Index seen = std::min(position(row + have - 1) + 1 - first, count);
+            const Index upto = (seen + STEP - 1) / STEP * STEP;
+            const Index from =
+                op.window ? std::max<Index>(position(row) - op.window + 1 - first, 0) / STEP * STEP : 0;
             for (Index r = 0; r < ROWS; r += TILE_ROWS)
-                for (Index j = 0; j < padded; j += step)
+                for (Index j = from; j < upto; j += STEP)
                     multiply_keys<D, TILE_VECTORS>(scratch.queries.data() + (row + r) * D,
                                                    scratch.keys.data() + j * D,
                                                    scratch.scores.data() + r * KEYS + j);
@@ -204,13 +210,13 @@ void run_item(const Chunks &op, const Item &item, const bf16 *q, const bf16 *k_p
                 const Index lo = op.window ? std::max<Index>(own - op.window + 1 - first, 0) : 0;
                 const Index hi = std::clamp<Index>(own + 1 - first, 0, count);
                 scratch.fix[r] =
-                    softmax(op, scratch.scores.data() + r * KEYS, lo, hi, padded,
+                    softmax(op, scratch.scores.data() + r * KEYS, lo, hi, from, upto,
                             scratch.largest[row + r], scratch.totals[row + r],
                             scratch.probabilities.data() + r * KEYS);
             }
             for (Index r = 0; r < ROWS; r += TILE_ROWS)
-                add_values<D>(scratch.probabilities.data() + r * KEYS, scratch.values.data(), padded,
-                              scratch.fix.data() + r, scratch.sums.data() + (row + r) * D);
+                add_values<D>(scratch.probabilities.data() + r * KEYS, scratch.values.data(), from,
+                              upto, scratch.fix.data() + r, scratch.sums.data() + (row + r) * D);
         }
     }
     for (Index row = 0; row < num_rows; ++row) {
