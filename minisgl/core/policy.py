@@ -16,6 +16,7 @@ from minisgl.log import get_logger
 MATCH_WINDOW = 64  # oldest waiting sequences that `lpm` compares
 DECODE_SLOWDOWN = 2.0  # of streams while prompts are computed, if no target says otherwise
 FIXED_SHARE = 0.05  # of a step's time, where it can be chosen
+UNSEEN = 0.01  # seconds of arithmetic in a step: no reader sees that tokens come so far apart
 LEAST_SHARE = 1 / 4  # of the budget, which `decode-first` gives to prompts at least
 LEAST_TOKENS = 2  # of prompts in a step: one for a long prompt, one for a short one beside it
 ALONE_SLOWDOWN = 1.5  # of a stream, by others beside it: no target keeps it below
@@ -111,8 +112,10 @@ class TokenBudget:
     the ridge, where arithmetic takes as long as memory traffic, cost a step next to nothing; far
     beyond it, more of them gain no throughput and delay all streams. It fills a step until its
     arithmetic takes DECODE_SLOWDOWN times what decode alone would take, and until the step's
-    fixed time is a small share of it. An inter-token latency target bounds the predicted time,
-    with a margin for how far predictions have been off.
+    fixed time is a small share of it; and in any case for as long as UNSEEN: prompts of a small
+    model, whose streams are far faster than anybody reads, would wait for many steps otherwise. An
+    inter-token latency target bounds the predicted time, with a margin for how far predictions
+    have been off.
 
     A target does not serialise the server: whatever it is, a step may take ALONE_SLOWDOWN times
     what the longest stream alone would, and computes LEAST_TOKENS of prompts. Where that is above
@@ -140,7 +143,7 @@ class TokenBudget:
             return max(self._size - decode.num_tokens, math.ceil(LEAST_SHARE * self._size))
         alone = model.cost(decode)
         busy = max(alone.compute_seconds, alone.memory_seconds)
-        filled = max(DECODE_SLOWDOWN * busy, alone.overhead / FIXED_SHARE)
+        filled = max(DECODE_SLOWDOWN * busy, alone.overhead / FIXED_SHARE, UNSEEN)
         limit = self._limit(max(longest, start))
 
         def exceeds(count: int) -> bool:

@@ -117,6 +117,22 @@ def test_balanced_fills_a_step_beyond_the_ridge_and_not_far_beyond():
     assert 1.8 < cost.compute_seconds / model.cost(decode).memory_seconds <= 2.0
 
 
+def test_balanced_fills_a_small_models_step_until_somebody_would_see_it():
+    """Its decode takes 0.1 ms: whole prompts come beside it, as 10 ms are no gap to a reader."""
+    model = ModelSizes(
+        layers=4, hidden=256, heads=4, kv_heads=2, head_dim=64, intermediate=768, vocab=2048
+    )
+    costs = CostModel(model, DevicePeaks(0.2e12, 20e9, 1e-4))
+    decode = decode_work(16, 16 * 200)
+    for start in (0, 1000):
+        count = TokenBudget(EngineConfig(), costs).prefill_tokens(decode, start)
+        filled, more = (
+            costs.cost(decode + prefill_work(n, start)).compute_seconds for n in (count, count + 1)
+        )
+        assert filled <= 0.01 < more
+        assert count > 150
+
+
 def test_balanced_lets_a_long_prompt_go_on_beside_a_short_stream():
     """One more of its tokens costs more than the whole step: all of it is attention.
 
