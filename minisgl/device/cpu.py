@@ -9,8 +9,10 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -74,9 +76,9 @@ class CpuDevice:
 
     def __init__(self, num_threads: int | None = None) -> None:
         self.num_threads = num_threads or default_num_threads()
-        self._tasks: queue.SimpleQueue[tuple[Callable[..., object], tuple[object, ...]] | None] = (
-            queue.SimpleQueue()
-        )
+        # What to call, and whether even after a failure of the stream.
+        self._tasks: queue.SimpleQueue[tuple[Callable[[], object], bool] | None]
+        self._tasks = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._closed = False
         self._arena = Arena()
@@ -102,44 +104,42 @@ class CpuDevice:
         self._sized.set()
         with torch.inference_mode():
             while (task := self._tasks.get()) is not None:
-                function, args = task
-                if isinstance(function, _Always):
-                    function.call(*args)
-                elif self._failure is None:
+                call, always = task
+                if always or self._failure is None:
                     try:
-                        function(*args)
+                        call()
                     except BaseException as failure:  # reported by every later event
                         self._failure = failure
-                del task, function, args  # a tensor must not outlive its step here
+                del task, call  # a tensor must not outlive its step here
 
     def submit(self, function: Callable[..., object], *args: object) -> None:
+        self._put(partial(function, *args), always=False)
+
+    def _put(self, call: Callable[[], object], *, always: bool) -> None:
         if self._closed:
             raise RuntimeError("the device is closed")
-        self._tasks.put((function, args))
+        self._tasks.put((call, always))
 
     def run(self, function: Callable[..., T], *args: object) -> T:
         if threading.current_thread() is self._thread:
             return function(*args)
-        result: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+        result: Future[T] = Future()
 
         def call() -> None:
             try:
-                result.put((function(*args), None))
+                result.set_result(function(*args))
             except BaseException as failure:
-                result.put((None, failure))
+                result.set_exception(failure)
 
-        self.submit(_Always(call))
-        value, failure = result.get()
-        if failure is not None:
-            raise failure
-        return value  # type: ignore[return-value]
+        self._put(call, always=True)
+        return result.result()
 
     def record(self) -> CpuEvent:
         event = CpuEvent()
         if threading.current_thread() is self._thread:
             event._pass(self._failure)
         else:
-            self.submit(_Always(lambda: event._pass(self._failure)))
+            self._put(lambda: event._pass(self._failure), always=True)
         return event
 
     def upload(self, array: np.ndarray, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -156,8 +156,7 @@ class CpuDevice:
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.clone()
 
-    def landed(self) -> CpuEvent:
-        return self.record()
+    landed = record
 
     def await_downloads(self) -> None:
         """They are copied at once."""
@@ -184,16 +183,6 @@ class CpuDevice:
             if threading.current_thread() is not self._thread:
                 self._thread.join()
                 atexit.unregister(self.close)
-
-
-@dataclass(frozen=True)
-class _Always:
-    """Runs even after a failure of the stream: events, and calls that report their own failure."""
-
-    call: Callable[[], object]
-
-    def __call__(self) -> None:
-        self.call()
 
 
 def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
