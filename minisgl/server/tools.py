@@ -72,6 +72,8 @@ def answer_form(
     reasoning: ReasoningFormat | None,
 ) -> AnswerForm:
     """How the answer is read. `frame` is the prompt without the texts of its messages."""
+    if reasoning is not None and frame.rstrip().endswith(reasoning.closes):
+        reasoning = None  # the template has closed it: there is none
     is_open = reasoning is not None and frame.rstrip().endswith(reasoning.opens)
     if not tools:
         return AnswerForm(reasoning, is_open=is_open)

@@ -159,7 +159,7 @@ def test_a_structured_answer_begins_behind_reasoning(thinking):
     schema = {"type": "object", "required": ["a"]}
     asked = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
     body = {"messages": USER, "response_format": asked}
-    body["chat_template_kwargs"] = {"thinking": thinking}
+    body["chat_template_kwargs"] = {"thinking": thinking or None}
     call = parse_chat(json.dumps(body).encode(), model())
     assert (call.form.reasoning is not None, call.form.is_open) == (True, thinking)
     (lark,) = json.loads(call.params.structured_outputs).values()

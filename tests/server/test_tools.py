@@ -173,7 +173,7 @@ def test_log_probabilities_are_of_every_token(client, engine):
 @pytest.mark.parametrize("is_open", [False, True])
 def test_reasoning_is_apart(client, engine, is_open):
     engine.text = f"{'' if is_open else '<think>'}Köln, I think.\n</think>\n\nSo be it."
-    options = {"extra_body": {"chat_template_kwargs": {"thinking": is_open}}}
+    options = {"extra_body": {"chat_template_kwargs": {"thinking": is_open or None}}}
     message = ask(client, **options).choices[0].message
     assert (message.reasoning_content, message.content) == ("Köln, I think.", "So be it.")
     deltas = [c.choices[0].delta for c in ask(client, stream=True, **options)]
@@ -181,6 +181,14 @@ def test_reasoning_is_apart(client, engine, is_open):
     assert "".join(thought) == "Köln, I think."
     assert len(thought) > 5
     assert "".join(d.content or "" for d in deltas) == "So be it."
+
+
+def test_reasoning_that_the_prompt_has_closed_is_not_looked_for(client, engine):
+    engine.text = "<think>as text</think> So."
+    options = {"extra_body": {"chat_template_kwargs": {"thinking": False}}}
+    message = ask(client, **options).choices[0].message
+    assert message.content == engine.text
+    assert getattr(message, "reasoning_content", None) is None
 
 
 def test_reasoning_that_never_ends_is_all_there_is(client, engine):

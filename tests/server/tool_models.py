@@ -24,6 +24,10 @@ HERMES = """{%- if tools %}<|im_start|>system
 {% endfor %}
 {%- if add_generation_prompt %}<|im_start|>assistant
 {% if thinking %}<think>
+{% elif thinking is false %}<think>
+
+</think>
+
 {% endif %}{% endif %}"""  # noqa: E501
 
 # As Mistral's: an id has nine characters, a text beside calls is left out.
