@@ -207,12 +207,6 @@ class KVCache:
             self.tree.insert(sequence.request.cache_salt, sequence.tokens(computed), filled)
         self._drop(pages)
 
-    def check(self, sequences: list[Sequence]) -> None:
-        """Compare the page ledger with its holders, exactly. For tests, between plans."""
-        cached = self.tree.pages()
-        held = cached + [page for sequence in sequences for page in sequence.kv.pages.tolist()]
-        self.pool.check(held, cached)
-
     def _adopt(self, sequence: Sequence, canonical: Pages) -> None:
         kv = sequence.kv
         changed = np.flatnonzero(canonical != kv.pages[: len(canonical)])

@@ -24,11 +24,11 @@ class PagePool:
         self.num_idle = 0
         self.num_cached = 0
         self.num_ever_cached = 0  # each as often as it was
-        self._refs = np.zeros(num_pages, np.int32)
-        self._cached = np.zeros(num_pages, np.bool_)
+        self.refs = np.zeros(num_pages, np.int32)
+        self.cached = np.zeros(num_pages, np.bool_)
         self.num_free = num_pages
         # A stack whose first `num_free` entries count; the lowest page comes first.
-        self._free = np.arange(num_pages - 1, -1, -1, dtype=np.int32)
+        self.free = np.arange(num_pages - 1, -1, -1, dtype=np.int32)
 
     @property
     def num_available(self) -> int:
@@ -44,78 +44,60 @@ class PagePool:
             raise RuntimeError(f"{count} pages asked of {self.num_free} free ones")
         end = self.num_free
         self.num_free -= count
-        pages = self._free[self.num_free : end][::-1].copy()
+        pages = self.free[self.num_free : end][::-1].copy()
         # A decoding sequence asks for one, and numpy is faster at a number than at an array.
-        self._refs[pages if count != 1 else pages[0]] = 1
+        self.refs[pages if count != 1 else pages[0]] = 1
         return pages
 
     def hold(self, pages: Run[int] | Pages) -> None:
         """One more holder for each page; none of them may be free."""
         index = np.asarray(pages, np.intp)
-        refs = self._refs[index]
+        refs = self.refs[index]
         if not refs.all():
             raise RuntimeError(f"free pages held: {index[refs == 0].tolist()}")
-        self.num_idle -= int(np.count_nonzero((refs == 1) & self._cached[index]))
-        self._refs[index] = refs + 1
+        self.num_idle -= int(np.count_nonzero((refs == 1) & self.cached[index]))
+        self.refs[index] = refs + 1
 
     def drop(self, pages: Run[int] | Pages) -> None:
         """One holder less for each page; a page without holders is free."""
         index = np.asarray(pages, np.intp)
-        refs = self._refs[index] - 1
+        refs = self.refs[index] - 1
         if (refs < 0).any():
             raise RuntimeError(f"pages dropped more often than held: {index[refs < 0].tolist()}")
-        self._refs[index] = refs
+        self.refs[index] = refs
         freed = index[refs == 0]
-        self._free[self.num_free : self.num_free + len(freed)] = freed
+        self.free[self.num_free : self.num_free + len(freed)] = freed
         self.num_free += len(freed)
-        self.num_idle += int(np.count_nonzero((refs == 1) & self._cached[index]))
+        self.num_idle += int(np.count_nonzero((refs == 1) & self.cached[index]))
 
     def cache(self, pages: Run[int] | Pages) -> None:
         """The tree becomes one more holder of each page."""
         self.hold(pages)
-        self._cached[pages] = True
+        self.cached[pages] = True
         self.num_cached += len(pages)
         self.num_ever_cached += len(pages)
 
     def uncache(self, pages: Run[int] | Pages) -> None:
         """The tree lets go of each page."""
         index = np.asarray(pages, np.intp)
-        self.num_idle -= int(np.count_nonzero(self._refs[index] == 1))
+        self.num_idle -= int(np.count_nonzero(self.refs[index] == 1))
         self.num_cached -= len(pages)
-        self._cached[index] = False
+        self.cached[index] = False
         self.drop(pages)
 
     def is_idle(self, page: int | np.int32) -> bool:
-        return bool(self._refs[page] == 1 and self._cached[page])
+        return bool(self.refs[page] == 1 and self.cached[page])
 
     def num_idle_among(self, pages: Pages) -> int:
         """How many of these cached pages the tree alone holds."""
-        return int(np.count_nonzero(self._refs[pages] == 1))
+        return int(np.count_nonzero(self.refs[pages] == 1))
 
     def num_idle_last(self, pages: Pages) -> int:
         """How many of these cached pages come after the last one that a sequence holds."""
-        held = np.flatnonzero(self._refs[pages] != 1)
+        held = np.flatnonzero(self.refs[pages] != 1)
         return len(pages) - (int(held[-1]) + 1 if len(held) else 0)
 
     def num_returning(self, pages: Run[int] | Pages) -> int:
         """How many of a holder's pages become available once that holder drops them."""
         index = np.asarray(pages, np.intp)
-        return int(np.count_nonzero(self._refs[index] - self._cached[index] == 1))
-
-    def check(self, held: list[int], cached: list[int]) -> None:
-        """Compare the whole ledger with the pages `held`, once per holder, and those `cached`.
-
-        For tests: RuntimeError naming what differs.
-        """
-        expected = np.bincount(np.array(held, np.intp), minlength=self.num_pages)
-        marks = np.zeros(self.num_pages, np.bool_)
-        marks[cached] = True
-        if (wrong := self._refs != expected).any():
-            page = int(wrong.argmax())
-            raise RuntimeError(f"page {page}: {self._refs[page]} holders, not {expected[page]}")
-        if sorted(self._free[: self.num_free].tolist()) != (expected == 0).nonzero()[0].tolist():
-            raise RuntimeError("the free list is not the set of pages without holders")
-        if (marks != self._cached).any() or self.num_cached != len(cached):
-            raise RuntimeError("cached marks differ from the tree's pages")
-        if self.num_idle != int((marks & (expected == 1)).sum()):
-            raise RuntimeError(f"num_idle is {self.num_idle}, which is wrong")
+        return int(np.count_nonzero(self.refs[index] - self.cached[index] == 1))

@@ -129,7 +129,7 @@ class Planner:
         decode = decode_work(plan.work.num_tokens, plan.work.num_pairs)
         left = self._budget.prefill_tokens(decode, start, longest)
         if self._can_admit(plan):
-            tries = min(self._running.num_free_rows, left) + self._fairness.scan_limit
+            tries = min(len(self._running.free_rows), left) + self._fairness.scan_limit
             line += self._waiting.candidates(tries, self._clock(), self._cache)
             line.sort(key=self._waiting.rank)
         held = [seq.num_tokens for seq in self._running.sequences]
@@ -195,7 +195,7 @@ class Planner:
         if not self._waiting:
             return False
         first = next(iter(self._waiting))
-        fits = self._running.num_free_rows and self._headroom(0) < self._cache.pool.num_available
+        fits = self._running.free_rows and self._headroom(0) < self._cache.pool.num_available
         return bool(fits and not plan.short_of_pages) or any(self._running.victims(first))
 
     def _headroom(self, epoch: int) -> int:
@@ -232,7 +232,7 @@ class Planner:
                 return
             promised = admission.num_promised
             has_room = self._make_room(seq, match, headroom, promised, int(not holds_target))
-            is_free = running.num_free_rows and not (plan.short_of_pages or promised)
+            is_free = running.free_rows and not (plan.short_of_pages or promised)
             may_start = is_free and refused is None and (holds_target or has_room)
             if has_room and may_start:  # what a sequence leaves may replace a page of the match
                 match = cache.match(seq)
@@ -251,7 +251,7 @@ class Planner:
                 admission.num_promised += 1
                 return
         admission.stuck.append(seq)
-        is_last = was_passed or admission.num_promised or not running.num_free_rows
+        is_last = was_passed or admission.num_promised or not running.free_rows
         admission.tries = 0 if is_last else admission.tries - 1
 
     def _make_room(

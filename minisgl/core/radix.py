@@ -9,7 +9,6 @@ page where a prompt diverges the first tokens can be copied.
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Iterator
 from operator import attrgetter
 
 import numpy as np
@@ -47,12 +46,12 @@ class RadixTree:
     def __init__(self, pool: PagePool) -> None:
         self._pool = pool
         self._page_size = pool.page_size
-        self._roots: dict[str, Node] = {}
+        self.roots: dict[str, Node] = {}
         self._clock = 0
         self._leaves: list[tuple[int, int, Node]] = []
         self._entries = 0
-        self._parked: dict[int, Node] = {}
-        self._is_parked = np.zeros(pool.num_pages, np.bool_)  # the keys of `_parked`
+        self.parked: dict[int, Node] = {}
+        self._is_parked = np.zeros(pool.num_pages, np.bool_)  # the keys of `parked`
 
     def match(self, namespace: str, tokens: Tokens) -> tuple[Pages, int | None, int]:
         """The longest cached prefix of `tokens`, marked as used now.
@@ -61,7 +60,7 @@ class RadixTree:
         match ends at a page border), and the number of those tokens.
         """
         self._clock += 1
-        root = self._roots.get(namespace)
+        root = self.roots.get(namespace)
         if root is None:
             return NO_PAGES, None, 0
         _, _, runs, child, inside = self._walk(root, tokens)
@@ -74,7 +73,7 @@ class RadixTree:
 
     def continuation(self, namespace: str, tokens: Tokens, count: int) -> list[int]:
         """Up to `count` tokens with which a run in the tree goes on after `tokens`."""
-        root = self._roots.get(namespace)
+        root = self.roots.get(namespace)
         if root is None:
             return []
         node, done, _, child, inside = self._walk(root, tokens)
@@ -95,9 +94,9 @@ class RadixTree:
         if not len(tokens):
             return
         self._clock += 1
-        root = self._roots.get(namespace)
+        root = self.roots.get(namespace)
         if root is None:
-            root = self._roots[namespace] = Node(np.empty(0, np.int32), NO_PAGES, None, 0)
+            root = self.roots[namespace] = Node(np.empty(0, np.int32), NO_PAGES, None, 0)
             root.namespace = namespace
         node, done, _, child, inside = self._walk(root, tokens)
         if child is not None:
@@ -147,7 +146,7 @@ class RadixTree:
             if self._pool.is_idle(leaf.pages[-1]):
                 self._queue(leaf)
             else:
-                self._parked[int(leaf.pages[-1])] = leaf
+                self.parked[int(leaf.pages[-1])] = leaf
                 self._is_parked[leaf.pages[-1]] = True
         return freed
 
@@ -156,32 +155,7 @@ class RadixTree:
         index = np.asarray(pages, np.intp)
         for page in index[self._is_parked[index]].tolist():
             self._is_parked[page] = False
-            self._queue(self._parked.pop(page))
-
-    def nodes(self) -> Iterator[tuple[str, tuple[int, ...], Node]]:
-        """Every node with its namespace and its whole prefix, for tests and inspection."""
-        for namespace, root in self._roots.items():
-            stack = [((), root)]
-            while stack:
-                prefix, node = stack.pop()
-                prefix += tuple(node.key.tolist())
-                if node is not root:
-                    yield namespace, prefix, node
-                stack += [(prefix, child) for child in node.children]
-
-    def pages(self) -> list[int]:
-        """Every page of the tree, for tests and inspection."""
-        pages, stack = list[int](), list(self._roots.values())
-        while stack:
-            node = stack.pop()
-            pages += node.pages.tolist()
-            stack += node.children
-        return pages
-
-    def evictable(self, node: Node) -> bool:
-        """Whether `node` is a leaf in the heap, or parked until a page of it is dropped."""
-        parked = self._parked.get(int(node.pages[-1])) is node
-        return node.queued or (parked and not self._pool.is_idle(node.pages[-1]))
+            self._queue(self.parked.pop(page))
 
     def _walk(
         self, root: Node, tokens: Tokens
@@ -273,7 +247,7 @@ class RadixTree:
             if parent.namespace is None:
                 self._queue(parent)
             else:
-                del self._roots[parent.namespace]
+                del self.roots[parent.namespace]
 
     def _queue(self, leaf: Node) -> None:
         if not leaf.queued:

@@ -27,25 +27,20 @@ class Running:
         self.prefixes = prefixes
         self.num_preemptions = 0
         self._num_started = 0
-        self._num_rows = limits.max_rows
-        self._free_rows = list(range(limits.max_rows - 1, -1, -1))
-        self._leaving: dict[Sequence, int] = {}  # pages that each will make available
-
-    @property
-    def num_free_rows(self) -> int:
-        return len(self._free_rows)
+        self.free_rows = list(range(limits.max_rows - 1, -1, -1))
+        self.leaving: dict[Sequence, int] = {}  # pages that each will make available
 
     @property
     def room_ahead(self) -> tuple[int, int]:
         """Rows and pages that are available, or will be when the steps in flight are read."""
-        rows = len(self._free_rows) + len(self._leaving)
-        return rows, self.cache.pool.num_available + sum(self._leaving.values())
+        rows = len(self.free_rows) + len(self.leaving)
+        return rows, self.cache.pool.num_available + sum(self.leaving.values())
 
     def start(self, seq: Sequence) -> None:
         """A waiting sequence, whose pages are attached, takes a row."""
         self.waiting.remove(seq)
         seq.status = RUNNING
-        seq.row = self._free_rows.pop()
+        seq.row = self.free_rows.pop()
         seq.num_fed = seq.num_tokens
         insort(self.sequences, seq, key=self.waiting.key)
         self._num_started += 1
@@ -76,7 +71,7 @@ class Running:
         """Whether others leave, or could be made to leave, for the waiting `seq`."""
         if self.waiting.policy != "priority":
             return False
-        return bool(self._leaving) or any(self.victims(seq))
+        return bool(self.leaving) or any(self.victims(seq))
 
     def make_room(self, seq: Sequence, num_rows: int, num_pages: int) -> bool:
         """Preempt sequences of lower priority than the waiting `seq`, as few as will do.
@@ -108,7 +103,7 @@ class Running:
         while not self.cache.reserve(seq, num_tokens):
             plan.short_of_pages = True
             need = self.cache.pool.pages_for(num_tokens) - seq.kv.count
-            if self._leaving and need <= self.room_ahead[1]:
+            if self.leaving and need <= self.room_ahead[1]:
                 return False
             victim = self.sequences[-1]
             if victim is seq or victim in plan.sequences:
@@ -130,9 +125,9 @@ class Running:
         """If `seq` no longer runs and nothing is in flight, it gives back its row and pages."""
         if seq.status is RUNNING or seq.in_flight or seq.row < 0:
             return
-        del self._leaving[seq]
+        del self.leaving[seq]
         self.cache.release(seq)
-        self._free_rows.append(seq.row)
+        self.free_rows.append(seq.row)
         seq.row = -1
         if seq.status is PREEMPTED:
             seq.status = WAITING
@@ -148,21 +143,5 @@ class Running:
         self.sequences.remove(seq)
         if self.prefixes is not None:
             self.prefixes.leave(seq.uid)
-        self._leaving[seq] = self.cache.pool.num_returning(seq.kv.pages)
+        self.leaving[seq] = self.cache.pool.num_returning(seq.kv.pages)
         self.settle(seq)
-
-    def check(self, in_flight: set[Sequence]) -> None:
-        """Compare all books with each other, exactly. For tests; RuntimeError says what differs.
-
-        in_flight: the sequences of the steps in flight.
-        """
-        leaving = [seq for seq in in_flight if seq.status is not RUNNING]
-        holders = [*self.sequences, *leaving]
-        self.cache.check(holders)
-        rows = [seq.row for seq in holders]
-        if sorted(rows + self._free_rows) != list(range(self._num_rows)):
-            raise RuntimeError(f"{rows} held and {self._free_rows} free are not all rows, once")
-        if self._leaving.keys() != set(leaving):
-            raise RuntimeError("the sequences that leave are not those that steps in flight hold")
-        if any(seq.kv.count or seq.row >= 0 or seq.in_flight for seq in self.waiting):
-            raise RuntimeError("a waiting sequence holds a row, pages or a step")

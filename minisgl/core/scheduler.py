@@ -60,10 +60,10 @@ class Scheduler:
         least = config.cascade_min_shared_tokens
         self._prefixes = None if least is None else PrefixGroups(self._cache.pool.pages_for(least))
         self._waiting = WaitingQueue(config.schedule_policy, fairness)
-        self._running = Running(limits, self._cache, self._waiting, self._prefixes)
-        self._planner = Planner(config, self._running, cost_model, speculation, clock)
+        self.running = Running(limits, self._cache, self._waiting, self._prefixes)
+        self._planner = Planner(config, self.running, cost_model, speculation, clock)
         self._requests: dict[str, list[Sequence]] = {}  # unended choices
-        self._plans: deque[Plan] = deque()  # their steps are in flight
+        self.plans: deque[Plan] = deque()  # their steps are in flight
         self._next_uid = 0
 
     def add(self, request: Request) -> list[int]:
@@ -97,13 +97,13 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether anything is unfinished: requests, or steps in flight."""
-        return bool(self._requests or self._plans)
+        return bool(self._requests or self.plans)
 
     def stats(self) -> SchedulerStats:
         pool, speculation = self._cache.pool, self._speculation
         spared = 0 if self._prefixes is None else self._prefixes.num_spared
         return SchedulerStats(
-            num_running=len(self._running.sequences),
+            num_running=len(self.running.sequences),
             num_waiting=len(self._waiting),
             num_pages=pool.num_pages,
             num_free_pages=pool.num_free,
@@ -113,7 +113,7 @@ class Scheduler:
             num_queried_tokens=self._planner.num_queried,
             num_hit_tokens=self._planner.num_hit,
             num_spared_tokens=spared * self.limits.page_size,
-            num_preemptions=self._running.num_preemptions,
+            num_preemptions=self.running.num_preemptions,
             num_drafts=speculation.num_drafts,
             num_tried_drafts=speculation.num_tried,
             num_accepted_drafts=speculation.num_accepted,
@@ -125,7 +125,7 @@ class Scheduler:
         plan = self._planner.plan()
         if plan is None:
             return None
-        self._plans.append(plan)
+        self.plans.append(plan)
         return plan.batch()
 
     def update(self, batch: Batch, output: StepOutput) -> list[Delta]:
@@ -145,14 +145,14 @@ class Scheduler:
                 if chunk.samples:
                     deltas.append(self._take_tokens(seq, chunk, index, output))
             if seq.status is not RUNNING:
-                self._running.settle(seq)
+                self.running.settle(seq)
         return deltas
 
     def _oldest_plan(self, batch: Batch) -> Plan:
-        if not self._plans or self._plans[0].step != batch.step:
-            expected = self._plans[0].step if self._plans else "none"
+        if not self.plans or self.plans[0].step != batch.step:
+            expected = self.plans[0].step if self.plans else "none"
             raise ValueError(f"step {batch.step} is not the oldest in flight ({expected})")
-        return self._plans.popleft()
+        return self.plans.popleft()
 
     def _take_tokens(self, seq: Sequence, chunk: Chunk, index: int, output: StepOutput) -> Delta:
         """Append a chunk's sampled tokens up to the sequence's end."""
@@ -188,11 +188,7 @@ class Scheduler:
         choices.remove(seq)
         if not choices:
             del self._requests[seq.request.id]
-        self._running.end(seq)
-
-    def check(self) -> None:
-        """Compare all books with each other, exactly. For tests; RuntimeError says what differs."""
-        self._running.check({seq for plan in self._plans for seq in plan.sequences})
+        self.running.end(seq)
 
 
 def _scored(seq: Sequence, chunk: Chunk, new: list[TokenLogprobs]) -> Iterator[Delta]:

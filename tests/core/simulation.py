@@ -14,6 +14,7 @@ from minisgl.core.costmodel import CostModel, DevicePeaks, ModelSizes, Work, pre
 from minisgl.core.executor import Limits
 from minisgl.core.request import Request, SamplingParams
 from minisgl.core.scheduler import Scheduler
+from tests.world.books import check_books
 
 MODEL = ModelSizes(  # about 0.6 billion weights
     layers=28,
@@ -165,7 +166,7 @@ def count_steps(
                 counts.waits.setdefault(delta.request_id, step + 1 - arrived[delta.request_id])
                 if delta.finish_reason is not None:
                     counts.ends.append(delta.request_id)
-            scheduler.check()
+            check_books(scheduler)
     return counts
 
 

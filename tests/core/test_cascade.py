@@ -13,6 +13,7 @@ from minisgl.core.cascade import PrefixGroups
 from minisgl.core.executor import Limits
 from minisgl.core.request import Request, SamplingParams
 from minisgl.core.scheduler import Scheduler
+from tests.world.books import check_books
 
 PATHS = st.lists(st.integers(0, 2), max_size=6)
 
@@ -124,7 +125,7 @@ def decode_steps(config: EngineConfig, count: int = 6) -> tuple[list[Batch], Sch
         batches.append(batch)
         tokens = [[9] if chunk.samples else [] for chunk in batch.chunks]
         scheduler.update(batch, StepOutput(batch.step, tokens))
-        scheduler.check()
+        check_books(scheduler)
     return batches, scheduler
 
 

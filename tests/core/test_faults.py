@@ -114,7 +114,7 @@ FAULTS = {
     "eviction forgets the mark": (
         PagePool,
         "uncache",
-        "self._cached[index] = False",
+        "self.cached[index] = False",
         "pass",
     ),
     "idle pages are miscounted": (

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from minisgl.core.pages import PagePool
 from minisgl.core.radix import RadixTree
+from tests.world.books import check_pool, nodes, pages_of
 
 
 def tokens_of(text: str) -> np.ndarray:
@@ -65,14 +66,16 @@ class Library:
         return length
 
     def check(self, held: tuple[int, ...] = ()) -> None:
-        pages = self.tree.pages()
-        self.pool.check([*pages, *held], pages)
-        for _, prefix, node in self.tree.nodes():
+        pages = pages_of(self.tree)
+        check_pool(self.pool, [*pages, *held], pages)
+        for _, prefix, node in nodes(self.tree):
             whole = len(node.key) % self.page_size == 0
             assert whole or not node.children, "only a leaf may end inside a page"
             assert len(node.pages) == self.pool.pages_for(len(node.key))
             assert len(node.key), "an empty edge"
-            assert node.children or self.tree.evictable(node), "a leaf that nobody would evict"
+            last = int(node.pages[-1])
+            parked = self.tree.parked.get(last) is node and not self.pool.is_idle(last)
+            assert node.children or node.queued or parked, "a leaf that nobody would evict"
             labels = [child.label for child in node.children]
             assert labels == sorted(labels)
             assert len(prefix) >= len(node.key)
@@ -120,7 +123,7 @@ def test_eviction_keeps_the_books_and_what_is_in_use(page_size):
         library.drop(pages)
     assert library.tree.evict(10_000) + library.pool.num_free >= library.pool.num_pages
     assert library.pool.num_free == library.pool.num_pages
-    assert not library.tree.pages()
+    assert not pages_of(library.tree)
 
 
 def test_the_least_recently_used_leaf_goes_first_and_its_end_before_its_beginning():
@@ -216,7 +219,7 @@ def test_the_pool_counts_like_a_dictionary(actions):
             pool.uncache([page])
             refs[page] -= 1
             cached.discard(page)
-        pool.check([p for p, count in refs.items() for _ in range(count)], sorted(cached))
+        check_pool(pool, [p for p, count in refs.items() for _ in range(count)], sorted(cached))
         idle = [p for p in cached if refs[p] == 1]
         assert pool.num_idle == len(idle)
         assert all(pool.is_idle(p) == (p in idle) for p in range(10))

@@ -32,6 +32,7 @@ from tests.core.simulation import (
     simulate,
     workload,
 )
+from tests.world.books import check_books
 
 ALL_AT_ONCE = math.inf
 DEVICE_CASES = {"compute-bound": COMPUTE_BOUND, "memory-bound": MEMORY_BOUND}
@@ -412,7 +413,7 @@ class Turns:
         self.started += [self.uids[setup.uid] for setup in batch.setups]
         tokens = [[1] if chunk.samples else [] for chunk in batch.chunks]
         self.scheduler.update(batch, StepOutput(batch.step, tokens))
-        self.scheduler.check()
+        check_books(self.scheduler)
         return batch
 
     def run(self):

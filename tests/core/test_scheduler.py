@@ -11,6 +11,7 @@ from minisgl.core.policy import Fairness
 from minisgl.core.request import Delta, Request, SamplingParams, TokenLogprobs
 from minisgl.core.scheduler import MAX_SCORED, Scheduler
 from minisgl.core.speculation import Speculation
+from tests.world.books import check_books
 
 EOS = 0
 
@@ -39,7 +40,7 @@ def step(scheduler: Scheduler, token=1) -> tuple[Batch, list[Delta]]:
     batch = scheduler.plan()
     assert batch is not None
     deltas = scheduler.update(batch, answer(batch, token))
-    scheduler.check()
+    check_books(scheduler)
     return batch, deltas
 
 
@@ -148,7 +149,7 @@ def test_eos_under_overlap_costs_one_step_and_says_nothing_more():
     assert scheduler.plan() is None
     assert scheduler.update(second, answer(second)) == []
     assert not scheduler.has_work
-    scheduler.check()
+    check_books(scheduler)
 
 
 def test_an_end_known_by_count_is_not_planned_past():
@@ -170,7 +171,7 @@ def test_accepted_drafts_after_a_stop_are_dropped():
     assert batch.chunks[0].drafts == [5, EOS, 6]
     (delta,) = scheduler.update(batch, StepOutput(batch.step, [[5, EOS, 6, 9]]))
     assert (delta.token_ids, delta.finish_reason) == ([5, EOS], "stop")
-    scheduler.check()
+    check_books(scheduler)
 
 
 def test_drafts_never_reach_past_the_end():
@@ -239,7 +240,7 @@ def test_abort_ends_what_it_names():
     assert [d.choice for d in scheduler.abort("a")] == [0, 2]
     assert [d.request_id for d in scheduler.abort("b")] == ["b"]
     assert not scheduler.has_work
-    scheduler.check()
+    check_books(scheduler)
 
 
 def test_abort_in_flight_gives_everything_back_once_and_later():
@@ -248,11 +249,11 @@ def test_abort_in_flight_gives_everything_back_once_and_later():
     scheduler.add(ask([3, 4], name="b", max_tokens=1))
     first, second = scheduler.plan(), scheduler.plan()
     scheduler.abort("a")
-    scheduler.check()
+    check_books(scheduler)
     assert scheduler.plan() is None, "its row is in use until its steps are back"
     assert scheduler.update(first, answer(first)) == []
     assert scheduler.update(second, answer(second)) == []
-    scheduler.check()
+    check_books(scheduler)
     assert [d.request_id for d in finish(scheduler)] == ["b"]
 
 
@@ -433,14 +434,14 @@ def test_under_overlap_a_preempted_sequence_keeps_its_late_token():
     in_flight: list[Batch] = []
     while scheduler.has_work:
         batch = scheduler.plan()
-        scheduler.check()
+        check_books(scheduler)
         if batch is not None:
             in_flight.append(batch)
         if len(in_flight) > (batch is not None):
             oldest = in_flight.pop(0)
             for delta in scheduler.update(oldest, answer(oldest)):
                 said[delta.request_id] += len(delta.token_ids)
-            scheduler.check()
+            check_books(scheduler)
     assert said == {"old": 12, "new": 12}
     assert scheduler.stats().num_preemptions == 1
 
@@ -459,7 +460,7 @@ def test_preemption_is_bounded(depth):
         if in_flight and len(in_flight) > (depth if batch is not None else 0):
             oldest = in_flight.pop(0)
             said += sum(len(delta.token_ids) for delta in scheduler.update(oldest, answer(oldest)))
-            scheduler.check()
+            check_books(scheduler)
     assert said == 16 * 80
     # Each time, twice the headroom is asked for: at most log2 of the pool for each sequence.
     assert 0 < scheduler.stats().num_preemptions <= 16 * 5

@@ -9,6 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from minisgl.core.request import Delta, Request, SamplingParams
+from tests.world.books import check_books
 from tests.world.engine import LIMITS, expected, make_engine
 from tests.world.grammars import PlainBackend, PlainGrammar
 from tests.world.hash_executor import EOS, HashExecutor
@@ -276,7 +277,7 @@ def test_an_interrupted_wait_changes_no_token(overlap):
         undisturbed.add(request)
     engine.executor.wait = wait
     assert run_interrupted() == gather(run(undisturbed))
-    engine.scheduler.check()
+    check_books(engine.scheduler)
 
 
 def test_under_overlap_masks_are_filled_while_the_forward_runs():

@@ -18,6 +18,7 @@ import minisgl
 from minisgl import LLM, SamplingParams
 from minisgl.core.request import Request
 from minisgl.interrupts import held_back, let_through
+from tests.world.books import check_books
 from tests.world.engine import expected, make_engine, make_llm
 
 PACKAGE = str(Path(minisgl.__file__).parent)
@@ -82,7 +83,7 @@ def test_an_interrupt_at_any_moment_leaves_the_engine_as_good_as_new(overlap):
     engine = make_engine(overlap=overlap)
     answers = [expected(Request("a", prompt, PARAMS)) for prompt in PROMPTS]
     assert try_moments(make_llm(engine), PROMPTS, answers, 250) > 240
-    engine.scheduler.check()
+    check_books(engine.scheduler)
 
 
 def test_an_interrupt_at_any_moment_of_a_real_model(model_directory):

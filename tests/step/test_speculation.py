@@ -24,6 +24,7 @@ from minisgl.engine.messages import EngineInfo
 from minisgl.kernels.advance import accept_and_advance
 from minisgl.kernels.sampling import make_params, sample
 from tests.step.regex_grammar import RegexBackend, spell
+from tests.world.books import check_books
 from tests.world.configs import VOCAB
 from tests.world.requests import mixed_requests
 from tests.world.tiny import EOS, judge, serve, tiny_decoder
@@ -171,11 +172,11 @@ def test_an_abort_while_drafts_are_in_flight(model, executors):
         steps += 1
         if steps == 4:
             scheduler.abort("b")
-            scheduler.check()
+            check_books(scheduler)
         if len(flying) > (batch is not None):
             for delta in scheduler.update(flying.pop(0), executor.collect()):
                 said[delta.request_id] += delta.token_ids
-        scheduler.check()
+        check_books(scheduler)
     alone = serve(executors(), [Request("a", [3, 4, 7], params)]).tokens["a", 0]
     assert said["a"] == alone
     assert len(said["b"]) < 40

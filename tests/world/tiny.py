@@ -24,6 +24,7 @@ from minisgl.step.kv_pool import KVShape
 from minisgl.step.sizes import GraphSizes
 from minisgl.step.worker import Worker
 from tests.world import sampling
+from tests.world.books import check_books
 from tests.world.configs import QWEN3, VOCAB
 
 EOS = (QWEN3["eos_token_id"],)
@@ -126,7 +127,7 @@ def serve(
             served.batches.append(batch)
             flying.append(batch)
         _collect(executor, served, flying, int(overlap) if batch is not None else 0)
-        scheduler.check()
+        check_books(scheduler)
     return served
 
 

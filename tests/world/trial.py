@@ -14,6 +14,7 @@ from minisgl.core.request import Delta, Request, SamplingParams
 from minisgl.core.scheduler import Scheduler
 from minisgl.core.sequence import Sequence
 from minisgl.core.speculation import Speculation, propose_on_device
+from tests.world.books import check_books
 from tests.world.hash_executor import EOS, HashExecutor, next_token, reference, run_model
 
 VOCAB = 23
@@ -165,7 +166,7 @@ class Trial:
         open_ones = {c for c in chosen if (request.id, c) not in self.ends}
         assert {d.choice for d in deltas} == open_ones, "abort ends what is open, and only that"
         self.hear(deltas)
-        self.scheduler.check()
+        check_books(self.scheduler)
 
     def step(self) -> None:
         """One turn of the engine's loop: plan, dispatch, collect what is due, update."""
@@ -178,7 +179,7 @@ class Trial:
             assert not self.scheduler.has_work, "work, but nothing planned and nothing in flight"
         if len(self.in_flight) > (self.depth if batch is not None else 0):
             self.hear(self.scheduler.update(self.in_flight.popleft(), self.executor.collect()))
-        self.scheduler.check()
+        check_books(self.scheduler)
 
     def hear(self, deltas: list[Delta]) -> None:
         for delta in deltas:
