@@ -6,6 +6,7 @@ minisgl.core.costmodel), from data-sheet peaks: a lower bound on times, not a me
 """
 
 import argparse
+import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,13 +120,9 @@ def _scaled(value: float) -> str:
 
 
 def _counts(text: str) -> list[int]:
-    try:
-        counts = [int(part) for part in text.split(",")]
-    except ValueError:
-        counts = []
-    if not counts or min(counts) < 1:
+    if not re.fullmatch(r"0*[1-9]\d*(,0*[1-9]\d*)*", text):
         raise argparse.ArgumentTypeError(f"must be whole numbers of at least 1, got {text!r}")
-    return counts
+    return [int(part) for part in text.split(",")]
 
 
 def _positive(text: str) -> float:
@@ -150,11 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--prompt", default="128,1024,8192", type=_counts, help="prompt lengths in tokens")
     add("--context", default="1024,8192", type=_counts, help="tokens that each stream holds")
     add("--tp-size", default=1, type=int, help="devices sharing the work; their talk is free here")
-    add(
-        "--peak-tflops",
-        type=_positive,
-        help="in place of the data sheet's, which is that of 16-bit numbers",
-    )
+    add("--peak-tflops", type=_positive, help="in place of the data sheet's, of 16-bit numbers")
     add("--bandwidth-gbs", type=_positive, help="in place of the data sheet's")
     options = parser.parse_args(arguments)
     if options.tp_size < 1:

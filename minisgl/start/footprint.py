@@ -55,11 +55,9 @@ def footprint(
     weights = model.weight_bytes
     workspace = workspace_bytes(facts.model, tokens, facts.dtype, ranks)
     graphs = pieces_bytes(sizes, facts.model, facts.dtype, ranks)
-    if captures:
-        graphs += captured_bytes(sizes, facts.model, facts.dtype, ranks, facts.cascade)
-    else:
+    graphs += decode_bytes(sizes, facts.model, facts.dtype, ranks, facts.cascade, captures)
+    if not captures:
         workspace += PRODUCTS_KEPT * PRODUCT_BYTES
-        graphs += tape_bytes(sizes, facts.model, facts.dtype, ranks)
     native = facts.dtype == torch.bfloat16 and csrc.load("model_ops") is not None
     if not captures and not native:
         longest = min(facts.max_context, config.max_total_tokens or MODEST_TOKENS)
@@ -75,39 +73,31 @@ def footprint(
     return Footprint(weights, buffers, workspace, logits, graphs)
 
 
-def captured_bytes(
+def decode_bytes(
     sizes: GraphSizes,
     model: ModelConfig,
     dtype: torch.dtype,
     ranks: int,
-    cascade: bool = False,
+    cascade: bool,
+    captures: bool,
 ) -> int:
-    """Of the decode graphs themselves: activations and logits of the largest, hidden states of all.
+    """Of the decode graphs themselves: activations and logits of the largest, the launches of all,
+    and hidden states: of each graph, but of a CPU's tapes, in one arena, of the largest of a width.
 
     With `cascade` there is a forward pass more for each, with two launches more per layer.
     """
-    tokens = sum(width * sum(own) for width, own in sizes.by_width.items())
+    most, count = sizes.max_tokens, sum(map(len, sizes.by_width.values()))
     nodes = model.num_layers * NODES_PER_LAYER + OTHER_NODES
     if cascade:
         nodes += model.num_layers * (NODES_PER_LAYER + 2)
-    count = sum(map(len, sizes.by_width.values()))
-    return (
-        workspace_bytes(model, sizes.max_tokens, dtype, ranks)
-        + 2 * sizes.max_tokens * model.vocab_size * 4
-        + tokens * model.hidden_size * dtype.itemsize
-        + count * nodes * NODE_BYTES
-    )
-
-
-def tape_bytes(sizes: GraphSizes, model: ModelConfig, dtype: torch.dtype, ranks: int) -> int:
-    """Of a CPU's tapes: activations and logits of the largest in the arena of all, hidden states,
-    and the recorded calls."""
-    most, nodes = sizes.max_tokens, model.num_layers * NODES_PER_LAYER + OTHER_NODES
+    tokens = len(sizes.by_width) * most
+    if captures:
+        tokens = sum(width * sum(own) for width, own in sizes.by_width.items())
     return (
         workspace_bytes(model, most, dtype, ranks)
         + 2 * most * model.vocab_size * 4
-        + len(sizes.by_width) * most * model.hidden_size * dtype.itemsize
-        + sum(map(len, sizes.by_width.values())) * nodes * CALL_BYTES
+        + tokens * model.hidden_size * dtype.itemsize
+        + count * nodes * (NODE_BYTES if captures else CALL_BYTES)
     )
 
 

@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from itertools import product
 
 import numpy as np
@@ -20,8 +19,8 @@ from minisgl.parallel import Communicator
 from minisgl.start.facts import Facts
 from minisgl.step.inputs import pack_step
 from minisgl.step.rows import HostRows
-from minisgl.step.runner import Runner, Step
-from minisgl.step.sizes import Geometry, mask_words
+from minisgl.step.runner import Step
+from minisgl.step.sizes import mask_words
 from minisgl.step.worker import Worker
 
 log = get_logger(__name__)
@@ -103,19 +102,15 @@ def make_ready(worker: Worker, facts: Facts, stages: Stages) -> int:
     There the largest step is run last: every row with all its drafts, and as many tokens of prompts
     as there can be. Returns the bytes that capturing took.
     """
-    device, runner = worker.device, worker.runner
-    limits, geometry = worker.limits, worker.geometry
-    cascade, num_drafts = facts.cascade, facts.config.num_draft_tokens
+    device, num_drafts = worker.device, facts.config.num_draft_tokens
     widths = (1, 1 + num_drafts) if num_drafts and device.captures else (1,)
-    warm = partial(warm_up, cascade=cascade, widths=widths, everything=device.captures)
     with stages.stage("warm up"):
-        device.run(warm, runner, limits, geometry)
+        device.run(warm_up, worker, widths, facts.cascade, device.captures)
     if not device.captures:  # where it costs nothing, graphs are made when they are first needed
         return 0
-    taken = device.run(_capture, worker, stages, cascade) if runner.graphs else 0
+    taken = device.run(_capture, worker, stages, facts.cascade) if worker.runner.graphs else 0
     with stages.stage("largest step"):
-        tokens = facts.config.chunked_prefill_size
-        device.run(run_largest, runner, limits, geometry, tokens, num_drafts)
+        device.run(run_largest, worker, facts.config.chunked_prefill_size, num_drafts)
         device.record().wait()
     return taken
 
@@ -130,7 +125,7 @@ def _capture(worker: Worker, stages: Stages, cascade: bool) -> int:
         for decode in runner.graphs.values():
             decode.capture(_progress, cascade=cascade)
         for tokens in _progress(worker.geometry.piece_sizes[::-1]):
-            capture_pieces(runner, worker.limits, worker.geometry, tokens)
+            capture_pieces(worker, tokens)
     return free - worker.device.free_memory()
 
 
@@ -142,28 +137,21 @@ def _progress(sizes: Sequence[int]) -> Iterable[int]:
     return bar
 
 
-def warm_up(
-    runner: Runner,
-    limits: Limits,
-    geometry: Geometry,
-    *,
-    cascade: bool,
-    widths: Iterable[int],
-    everything: bool,
-) -> None:
+def warm_up(worker: Worker, widths: Iterable[int], cascade: bool, everything: bool) -> None:
     """Run prompts and mixed steps on the padding row, in the stream.
 
     widths: tokens of a decoding sequence. `everything`: with penalties, log-probabilities and
     masks, too, so that no request is the first to load what it needs.
     """
+    limits, runner = worker.limits, worker.runner
     host = HostRows(limits.max_rows, limits.vocab_size)
-    eager = replace(geometry, decode_sizes={}, staging=0, piece_sizes=())
+    eager = replace(worker.geometry, decode_sizes={}, staging=0, piece_sizes=())
     steps, row = [*kinds_of_steps(limits, widths, (0, 1), everything=everything)], limits.max_rows
     if cascade:
         after = Chunk(0, 0, row, limits.page_size, 1, [0], 0, [0, 0], True)
         steps.append((Batch(0, [after], 1, cascade_groups=[CascadeGroup(0, 1, 1)]), None))
-    if geometry.num_drafts:
-        pending = [PENDING] * geometry.num_drafts
+    if eager.num_drafts:
+        pending = [PENDING] * eager.num_drafts
         follows = Chunk(0, 0, row, 0, 2, [0, 0], 0, [0], False)
         proposed = Chunk(0, 0, row, 0, 1 + len(pending), [], 0, [], True, pending)
         steps.append((Batch(0, [proposed], 1, draft_chunks=[follows]), None))
@@ -205,35 +193,31 @@ def mixed_step(
     return Batch(0, chunks, count, list(setups), [CopyJob(0, 0, 0)])
 
 
-def capture_pieces(runner: Runner, limits: Limits, geometry: Geometry, tokens: int) -> None:
+def capture_pieces(worker: Worker, tokens: int) -> None:
     """Capture the piecewise graphs for that many tokens, by a step on the padding row."""
-    runner.forward(_padding_step(limits, geometry, [], tokens))
+    worker.runner.forward(_padding_step(worker, [], tokens))
 
 
-def run_largest(
-    runner: Runner, limits: Limits, geometry: Geometry, prompt_tokens: int, num_drafts: int
-) -> None:
+def run_largest(worker: Worker, prompt_tokens: int, num_drafts: int) -> None:
     """Run the largest step there can be, on the padding row: every row with `num_drafts` drafts,
     and `prompt_tokens` more.
 
     What it takes of the device's memory is then taken before serving, or the start fails.
     """
-    drafts = [0] * num_drafts
-    decode = Chunk(0, 0, limits.max_rows, 1, 1 + num_drafts, [], 0, [], True, drafts)
-    step = _padding_step(limits, geometry, [decode] * limits.max_rows, prompt_tokens)
-    runner.forward(step)
-    runner.sample(step, None)
+    rows = worker.limits.max_rows
+    decoding = mixed_step(worker.limits, 1 + num_drafts, rows, prompts=0).chunks
+    step = _padding_step(worker, decoding, prompt_tokens)
+    worker.runner.forward(step)
+    worker.runner.sample(step, None)
 
 
-def _padding_step(
-    limits: Limits, geometry: Geometry, decoding: list[Chunk], prompt_tokens: int
-) -> Step:
+def _padding_step(worker: Worker, decoding: list[Chunk], prompt_tokens: int) -> Step:
     """A step of these chunks and of prompts, all on the padding row."""
-    row = limits.max_rows
-    longest = min(prompt_tokens, limits.max_context)
-    lengths = [longest] * (prompt_tokens // longest)
-    if prompt_tokens % longest:
-        lengths.append(prompt_tokens % longest)
-    prompts = [Chunk(0, 0, row, 0, n, [0] * n, 0, [], True) for n in lengths]
+    limits = worker.limits
+    lengths = [
+        min(limits.max_context, prompt_tokens - start)
+        for start in range(0, prompt_tokens, limits.max_context)
+    ]
+    prompts = [Chunk(0, 0, limits.max_rows, 0, n, [0] * n, 0, [], True) for n in lengths]
     host = HostRows(limits.max_rows, limits.vocab_size)
-    return Step(pack_step(Batch(0, decoding + prompts, len(decoding)), host, geometry))
+    return Step(pack_step(Batch(0, decoding + prompts, len(decoding)), host, worker.geometry))

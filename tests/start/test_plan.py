@@ -26,7 +26,7 @@ from minisgl.start.footprint import (
     NODES_PER_LAYER,
     OTHER_NODES,
     Footprint,
-    captured_bytes,
+    decode_bytes,
     workspace_bytes,
 )
 from minisgl.start.launches import Start
@@ -215,7 +215,7 @@ def test_graphs_are_planned_by_what_they_hold():
     facts = ModelConfig.from_dict(LLAMA)
     few, many = (GraphSizes.of(most, (1,), False, 1) for most in (8, 256))
     assert many.by_width[1][-1] == many.max_tokens == many.max_sequences == 256
-    most, least = (captured_bytes(sizes, facts, torch.bfloat16, 1) for sizes in (many, few))
+    most, least = (decode_bytes(s, facts, torch.bfloat16, 1, False, True) for s in (many, few))
     grown = most - least
     more = len(many.by_width[1]) - len(few.by_width[1])
     hidden = 2 * 32 * (sum(many.by_width[1]) - sum(few.by_width[1]))

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from dataclasses import fields
-from functools import partial
 
 import numpy as np
 import pytest
@@ -128,11 +127,9 @@ def test_a_warm_up_asks_for_everything_and_leaves_padding_greedy(executors, page
 
     runner = worker.runner
     runner.__class__ = Watched
-    limits, geometry = worker.limits, worker.geometry
     for widths in ((1,), (1, 2)):
         assert "drafts" not in asked  # without drafts they are not asked for
-        warm = partial(warm_up, widths=widths, cascade=True, everything=True)
-        worker.device.run(warm, runner, limits, geometry)
+        worker.device.run(warm_up, worker, widths, True, True)
     wanted = {"masks", "copies", "drafts", "asked", "targets", "patch_index", "bias_ids"}
     assert wanted | {"count_rows", "setup_rows", "points"} <= asked
     padding = runner.rows.padding
@@ -155,7 +152,7 @@ def test_the_largest_step_has_every_row_and_leaves_nothing_behind(executors, tok
 
     runner = worker.runner
     runner.__class__ = Watched
-    worker.device.run(run_largest, runner, worker.limits, worker.geometry, tokens, drafts)
+    worker.device.run(run_largest, worker, tokens, drafts)
     ((most, points, replays),) = sizes
     chunks = -(-tokens // 128)
     decoding = 8 * (1 + drafts)

@@ -230,7 +230,7 @@ def test_what_was_captured_at_a_start_serves_every_step(executors):
         worker.device.capture_pieces = capture
         sizes = worker.geometry.piece_sizes
         for size in sizes[::-1]:
-            worker.device.run(capture_pieces, worker.runner, worker.limits, worker.geometry, size)
+            worker.device.run(capture_pieces, worker, size)
         assert [len(one.calls) for one in taped] == [2] * len(sizes)
         assert all(len(piece) > 5 for one in taped for piece in one.tape.pieces)
         assert serve(executor, requests).tokens == eager
@@ -266,7 +266,7 @@ def test_they_are_captured_before_serving_the_largest_first(executors):
     worker = executor.worker
     sizes = worker.geometry.piece_sizes
     for size in sizes[::-1]:
-        worker.device.run(capture_pieces, worker.runner, worker.limits, worker.geometry, size)
+        worker.device.run(capture_pieces, worker, size)
     assert worker.runner.pieces.captured == (40, 32, 24, 16, 8)
     requests = mixed_requests(9, seed=7)
     assert serve(executor, requests).tokens == serve(executors(), requests).tokens
