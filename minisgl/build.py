@@ -23,7 +23,7 @@ from minisgl.engine.messages import EngineInfo
 from minisgl.grammar.backend import LlgBackend
 from minisgl.log import get_logger
 from minisgl.models.hub import model_directory
-from minisgl.ranks.executor import ParallelExecutor, load_ranks
+from minisgl.ranks.executor import load_ranks
 from minisgl.ranks.node import run_node
 from minisgl.start.facts import Facts, read_facts
 from minisgl.start.load import load_worker
@@ -99,7 +99,7 @@ def _model_path(config: EngineConfig) -> Path:
     return model_directory(config.model, weights=config.load_format != "dummy")
 
 
-def _load(facts: Facts, device: Device) -> LocalExecutor | ParallelExecutor:
+def _load(facts: Facts, device: Device) -> LocalExecutor:
     if facts.config.tp_size > 1:
         return load_ranks(facts, device)
     details = facts.config.profile_dir is not None

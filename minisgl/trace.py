@@ -21,38 +21,16 @@ NOTHING: Range = nullcontext()
 _recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
 
 
-class _NvtxRange:
-    """Pushes and pops one range; NVTX keeps a stack per thread, so it can be shared and nested."""
-
-    __slots__ = ("_attributes", "_domain")
-
-    def __init__(self, domain: Any, name: str) -> None:
-        self._domain = domain
-        self._attributes = domain.get_event_attributes(name)
-
-    def __enter__(self) -> None:
-        self._domain.push_range(self._attributes)
-
-    def __exit__(self, *error: object) -> None:
-        self._domain.pop_range()
-
-
 @cache
-def _nvtx_domain() -> Any:
-    """The domain, or None where no tool is attached (to a process it attaches at start)."""
+def nvtx_range(name: str) -> Range:
+    """A reusable NVTX range, or one that does nothing where no tool is attached (to a process it
+    attaches at start)."""
     try:
         import nvtx
     except ModuleNotFoundError:  # only ranges need it
-        return None
-    domain = nvtx.get_domain("minisgl")
-    return domain if isinstance(domain, nvtx.Domain) else None
-
-
-@cache
-def nvtx_range(name: str) -> Range:
-    """A reusable NVTX range, or one that does nothing where no tool is attached."""
-    domain = _nvtx_domain()
-    return NOTHING if domain is None else _NvtxRange(domain, name)
+        return NOTHING
+    attached = isinstance(nvtx.get_domain("minisgl"), nvtx.Domain)
+    return nvtx.annotate(name, domain="minisgl") if attached else NOTHING
 
 
 def span(name: str) -> Range:
@@ -95,4 +73,4 @@ def record_with(recorder: Recorder | None) -> None:
 
 def record_details() -> None:
     """Have this thread's details recorded by NVTX too, if a tool is attached."""
-    record_with(None if _nvtx_domain() is None else nvtx_range)
+    record_with(None if nvtx_range("step") is NOTHING else nvtx_range)

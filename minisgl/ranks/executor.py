@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 from minisgl.core.batch import Batch, StepOutput
-from minisgl.core.executor import GrammarMasks, Limits
+from minisgl.core.executor import GrammarMasks
 from minisgl.device import Device
 from minisgl.models.loader import check_shares
 from minisgl.ranks.channel import Dispatch, Sample, StartRankProfile, StopRankProfile
@@ -12,39 +12,32 @@ from minisgl.ranks.leader import Ranks
 from minisgl.start.facts import Facts
 from minisgl.start.load import load_worker
 from minisgl.step.executor import LocalExecutor
+from minisgl.step.worker import Worker
 
 
-class ParallelExecutor:
+class ParallelExecutor(LocalExecutor):
     """The engine's `Executor` over all ranks: each call is also sent to the other ranks."""
 
-    def __init__(self, local: LocalExecutor, ranks: Ranks) -> None:
-        self._local = local
+    def __init__(self, worker: Worker, ranks: Ranks, *, trace_details: bool = False) -> None:
+        super().__init__(worker, trace_details=trace_details)
         self._ranks = ranks
         self._broken = False
 
-    @property
-    def limits(self) -> Limits:
-        return self._local.limits
-
-    @property
-    def compilations(self) -> int:
-        return self._local.compilations
-
     def dispatch(self, batch: Batch) -> None:
         self._ranks.send(Dispatch(batch))
-        self._local.dispatch(batch)
+        super().dispatch(batch)
 
     def sample(self, step: int, masks: GrammarMasks | None = None) -> None:
         self._ranks.send(Sample(step))  # the masks stay here: only rank 0 draws
-        self._local.sample(step, masks)
+        super().sample(step, masks)
 
     def drafts(self, step: int) -> list[list[int]]:
         with self._explained():
-            return self._local.drafts(step)
+            return super().drafts(step)
 
     def collect(self) -> StepOutput:
         with self._explained():
-            output = self._local.collect()
+            output = super().collect()
             self._ranks.comm.check()
             return output
 
@@ -63,12 +56,12 @@ class ParallelExecutor:
 
     def start_profile(self, *, traces: bool) -> None:
         self._ranks.send(StartRankProfile(traces))
-        self._local.start_profile(traces=traces)
+        super().start_profile(traces=traces)
 
     def stop_profile(self, directory: str) -> list[str]:
         self._ranks.send(StopRankProfile(directory))
         try:
-            own = self._local.stop_profile(directory)
+            own = super().stop_profile(directory)
         finally:
             others = self._ranks.wait_profiled()
         return own + others
@@ -77,7 +70,7 @@ class ParallelExecutor:
         if self._broken:  # the others may wait for a step that will never come
             self._ranks.end()
         try:
-            self._local.close()
+            super().close()
         finally:
             self._ranks.close()
 
@@ -100,5 +93,4 @@ def load_ranks(facts: Facts, device: Device) -> ParallelExecutor:
         finally:
             ranks.end()
             ranks.close()
-    local = LocalExecutor(worker, trace_details=config.profile_dir is not None)
-    return ParallelExecutor(local, ranks)
+    return ParallelExecutor(worker, ranks, trace_details=config.profile_dir is not None)

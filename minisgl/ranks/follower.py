@@ -18,6 +18,7 @@ from minisgl.core.executor import Failed, Profiled
 from minisgl.device import pick_device
 from minisgl.log import configure, get_logger
 from minisgl.parallel import Communicator
+from minisgl.parallel.connect import connect
 from minisgl.ranks.channel import (
     Boot,
     Channel,
@@ -30,7 +31,7 @@ from minisgl.ranks.channel import (
     StopRankProfile,
     ToRank,
 )
-from minisgl.ranks.meeting import connect_to_listener, meet, open_store
+from minisgl.ranks.meeting import connect_to_listener, host_of, open_store
 from minisgl.start.facts import read_facts
 from minisgl.start.load import load_worker
 from minisgl.step.executor import LocalExecutor, plan_on_one_thread
@@ -47,59 +48,46 @@ def follow(boot: Boot, channel: Channel, store: dist.Store | None) -> None:
     device = pick_device(config.device, index=boot.rank % local_size, of=local_size)
     if device.torch_device.type == "cpu":
         plan_on_one_thread()
-    host = channel.host if boot.channel is None else None
-    comm = meet(config, device, boot.rank, store=store, shared=boot.shared, host=host)
+    host = channel.host if boot.channel is None else host_of(config)
+    comm = connect(config, device, boot.rank, store=store, shared=boot.shared, host=host)
     facts = read_facts(config, Path(boot.path), device, boot.rank)
     worker = load_worker(facts, device, comm)
     details = config.profile_dir is not None
     executor = LocalExecutor(worker, rank=boot.rank, trace_details=details)
     _send(channel, Loaded())
-    _Replay(executor, comm, channel).run()
+    _replay(executor, comm, channel)
     executor.close()
     comm.close()
 
 
-class _Replay:
-    """One step stays in flight, as on rank 0: the next is packed while it runs."""
-
-    def __init__(self, executor: LocalExecutor, comm: Communicator, channel: Channel) -> None:
-        self._executor = executor
-        self._comm = comm
-        self._channel = channel
-        self._in_flight = 0
-
-    def run(self) -> None:
-        """Run until rank 0 sends Stop."""
-        decode = msgspec.msgpack.Decoder(ToRank).decode
-        while True:
-            data = self._channel.receive(IDLE_SECONDS)
-            match None if data is None else decode(data):
-                case Dispatch(batch):
-                    self._executor.dispatch(batch)
-                case Sample(step):
-                    self._executor.sample(step)
-                    self._in_flight += 1
-                case StartRankProfile(traces):
-                    self._collect(down_to=0)
-                    self._executor.start_profile(traces=traces)
-                case StopRankProfile(directory):
-                    self._collect(down_to=0)
-                    _send(self._channel, self._stop_profile(directory))
-                case Stop():
-                    return
-            self._collect(down_to=0 if data is None else 1)
-
-    def _collect(self, down_to: int) -> None:
-        while self._in_flight > down_to:
-            self._executor.collect()
-            self._comm.check()
-            self._in_flight -= 1
-
-    def _stop_profile(self, directory: str) -> Profiled:
-        try:
-            return Profiled(self._executor.stop_profile(directory))
-        except OSError as error:
-            return Profiled([], str(error))
+def _replay(executor: LocalExecutor, comm: Communicator, channel: Channel) -> None:
+    """Run what rank 0 sends until Stop. One step stays in flight, as on rank 0: the next is packed
+    while it runs."""
+    decode = msgspec.msgpack.Decoder(ToRank).decode
+    in_flight = 0
+    while True:
+        data = channel.receive(IDLE_SECONDS)
+        message = None if data is None else decode(data)
+        match message:
+            case Dispatch(batch):
+                executor.dispatch(batch)
+            case Sample(step):
+                executor.sample(step)
+                in_flight += 1
+            case Stop():
+                return
+        while in_flight > isinstance(message, Dispatch | Sample):
+            executor.collect()
+            comm.check()
+            in_flight -= 1
+        match message:
+            case StartRankProfile(traces):
+                executor.start_profile(traces=traces)
+            case StopRankProfile(directory):
+                try:
+                    _send(channel, Profiled(executor.stop_profile(directory)))
+                except OSError as error:
+                    _send(channel, Profiled([], str(error)))
 
 
 def _send(channel: Channel, message: FromRank) -> None:

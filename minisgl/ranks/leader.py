@@ -20,8 +20,9 @@ from minisgl.core.executor import Failed, Profiled
 from minisgl.device import Device
 from minisgl.log import get_logger
 from minisgl.parallel import Communicator, shared_memory
+from minisgl.parallel.connect import connect
 from minisgl.ranks.channel import Boot, Channel, FromRank, Loaded, Stop, ToRank
-from minisgl.ranks.meeting import RENDEZVOUS_SECONDS, Listener, meet, open_store, split_address
+from minisgl.ranks.meeting import RENDEZVOUS_SECONDS, Listener, host_of, open_store
 
 EXIT_GRACE_SECONDS = 5.0  # that a rank has to exit when told to, before it is killed
 EXIT_WAIT_SECONDS = 2.0  # for the exit of a rank to be noticed, once work with it has failed
@@ -64,7 +65,10 @@ class Ranks:
         if config.nnodes > 1:
             assert store is not None
             self._accept_nodes(config, store)
-        return self._connect(lambda: meet(config, device, 0, store=store, shared=self._shared))
+        shared, host = self._shared, host_of(config)
+        return self._connect(
+            lambda: connect(config, device, 0, store=store, shared=shared, host=host)
+        )
 
     @property
     def comm(self) -> Communicator:
@@ -159,7 +163,7 @@ class Ranks:
     def _accept_nodes(self, config: EngineConfig, store: dist.Store) -> None:
         """Wait for the ranks of the other nodes to connect."""
         missing = set(range(self._size)) - {0} - set(self._channels)
-        listener = Listener(split_address(str(config.dist_init_addr))[0])
+        listener = Listener(host_of(config))
         try:
             store.set("config", self._encode(config))
             store.set("key", listener.key)

@@ -1,4 +1,4 @@
-"""How ranks find each other: torch's rendezvous store, rank 0's listener, and `meet` itself.
+"""How ranks find each other: torch's rendezvous store and rank 0's listener.
 
 On one machine the other ranks inherit all they need. Between machines the store at node 0's address
 (`--dist-init-addr`) tells the ranks the address of rank 0's listener, from which they get batches,
@@ -16,9 +16,6 @@ import msgspec
 import torch.distributed as dist
 
 from minisgl.config import EngineConfig
-from minisgl.device import Device
-from minisgl.parallel import Communicator
-from minisgl.parallel.connect import connect
 from minisgl.ranks.channel import MESSAGE_BYTES, Channel
 
 RENDEZVOUS_SECONDS = 600  # how long nodes wait for each other to start
@@ -42,9 +39,7 @@ def open_store(
 
     RuntimeError when it cannot be served, or is not reached in time.
     """
-    host, number = LOOPBACK, port or 0
-    if config.dist_init_addr is not None:
-        host, number = split_address(config.dist_init_addr)
+    host, number = split_address(config.dist_init_addr or f"{LOOPBACK}:{port or 0}")
     if not serve:
         _wait_until_reachable(host, number)
     try:
@@ -76,35 +71,6 @@ def _wait_until_reachable(host: str, port: int) -> None:
                     f"{error}"
                 ) from error
         time.sleep(0.2)
-
-
-def meet(
-    config: EngineConfig,
-    device: Device,
-    rank: int,
-    *,
-    store: dist.Store | None,
-    shared: int | None,
-    host: str | None = None,
-) -> Communicator:
-    """The communicator of a rank, once all have connected. host: its address for other nodes.
-
-    Call it on any thread, not in the device's stream: it waits long for a rank that has ended.
-    """
-    if host is None:
-        host = LOOPBACK
-        if config.dist_init_addr is not None:
-            host = split_address(config.dist_init_addr)[0]
-    return connect(
-        device.torch_device,
-        rank,
-        config.tp_size,
-        local_size=config.tp_size // config.nnodes,
-        store=None if store is None else dist.PrefixStore("ranks", store),
-        shared=shared,
-        ordered=config.batch_invariant,
-        host=host,
-    )
 
 
 class Listener:
@@ -171,6 +137,11 @@ def connect_to_listener(address: str, rank: int, key: bytes) -> Channel:
     channel = Channel(socket.create_connection(split_address(address), timeout=CONNECT_SECONDS))
     channel.send(msgspec.msgpack.encode(Hello(rank, key)))
     return channel
+
+
+def host_of(config: EngineConfig) -> str:
+    """The address by which other ranks reach the machine of rank 0."""
+    return LOOPBACK if config.dist_init_addr is None else split_address(config.dist_init_addr)[0]
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -22,7 +22,7 @@ from minisgl.child import Child
 from minisgl.config import EngineConfig
 from minisgl.parallel import Communicator
 from minisgl.parallel.connect import connect
-from minisgl.ranks import follower, leader, meeting, node
+from minisgl.ranks import follower, leader, node
 from minisgl.ranks.channel import Boot
 
 MORTAL, CALLS = map(int, os.environ["MORTAL"].split(":"))
@@ -58,14 +58,14 @@ def die() -> None:
 
 
 def connect_or_die(
-    device: Any, rank: int, size: int, *, store: dist.Store | None, **options: Any
+    config: EngineConfig, device: Any, rank: int, *, store: dist.Store | None, **options: Any
 ) -> Communicator:
     if rank == MORTAL:
         if CALLS == 0:
             die()
         assert store is not None
         store = Mortal(store)
-    return connect(device, rank, size, store=store, **options)
+    return connect(config, device, rank, store=store, **options)
 
 
 def start_rank(boot: Boot) -> Child:
@@ -74,7 +74,7 @@ def start_rank(boot: Boot) -> Child:
 
 
 def main() -> int:
-    meeting.connect = connect_or_die
+    leader.connect = follower.connect = connect_or_die
     if CALLS < 0:
         follower.connect_to_listener = lambda *words: die()
     leader.start_rank = node.start_rank = start_rank

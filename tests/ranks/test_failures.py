@@ -26,6 +26,7 @@ from minisgl.ranks import leader
 from minisgl.ranks.channel import Boot, Channel
 from minisgl.ranks.executor import ParallelExecutor
 from minisgl.ranks.meeting import connect_to_listener, open_store
+from minisgl.step.executor import LocalExecutor
 from tests.ranks.processes import alive, children
 from tests.world.configs import LLAMA
 
@@ -137,17 +138,12 @@ def test_a_rank_that_computes_something_else_is_found_when_debugging(
     assert children() <= before
 
 
-class Gone:
-    """An executor whose device waited for a rank in vain."""
+def wait_in_vain(*words: object) -> None:
+    raise RuntimeError("the step failed: collectives were aborted")
 
-    def collect(self) -> None:
-        raise RuntimeError("the step failed: collectives were aborted")
 
-    def drafts(self, step: int) -> None:
-        self.collect()
-
-    def close(self) -> None:
-        raise OSError("nor can it be closed")
+def close_in_vain(executor: LocalExecutor) -> None:
+    raise OSError("nor can it be closed")
 
 
 class Rank:
@@ -178,11 +174,14 @@ def test_whatever_rank_0_waits_for_the_rank_that_is_gone_is_the_reason(
     started: list[Rank] = []
     comm = SimpleNamespace(abort=lambda: None, close=lambda: None)
     monkeypatch.setattr(leader, "start_rank", lambda boot: started.append(Rank(boot)) or started[0])
-    monkeypatch.setattr(leader, "meet", lambda *words, **options: comm)
+    monkeypatch.setattr(leader, "connect", lambda *words, **options: comm)
     others = leader.Ranks(2)
     others.start(config, ROOT, SimpleNamespace(torch_device=torch.device("cpu")))  # type: ignore[arg-type]
     (rank,) = started
-    executor = ParallelExecutor(Gone(), others)  # type: ignore[arg-type]
+    executor = ParallelExecutor(SimpleNamespace(device=None), others)  # type: ignore[arg-type]
+    for name in ("collect", "drafts"):
+        monkeypatch.setattr(LocalExecutor, name, wait_in_vain)
+    monkeypatch.setattr(LocalExecutor, "close", close_in_vain)
     threading.Timer(0.1, rank.channel.close).start()  # known a bit later
     with pytest.raises(RuntimeError, match=r"^rank 1 has had enough$"):
         wait(executor)
