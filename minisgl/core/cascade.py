@@ -8,6 +8,7 @@ with few. On each path of the trie either a node's sequences are one group, or i
 whichever saves more reads.
 """
 
+from dataclasses import dataclass, field
 from heapq import nlargest
 from operator import attrgetter, itemgetter
 
@@ -19,19 +20,17 @@ from minisgl.core.sequence import Sequence
 from minisgl.core.tokens import common_prefix
 
 
+@dataclass(eq=False, slots=True)
 class PrefixNode:
     """An edge of pages and what hangs below it; `count` sequences have all pages up to its end."""
 
-    __slots__ = ("below", "children", "count", "depth", "pages", "parent", "saved")
-
-    def __init__(self, pages: Pages, parent: "PrefixNode | None", depth: int) -> None:
-        self.pages = pages
-        self.parent = parent
-        self.depth = depth  # pages from the root to this edge's end
-        self.children: dict[int, PrefixNode] = {}  # by their first page
-        self.count = 0
-        self.below = 0  # page reads that the children save together
-        self.saved = 0  # those saved by this node or by its children, whichever are more
+    pages: Pages
+    parent: "PrefixNode | None"
+    depth: int  # pages from the root to this edge's end
+    children: "dict[int, PrefixNode]" = field(default_factory=dict)  # by their first page
+    count: int = 0
+    below: int = 0  # page reads that the children save together
+    saved: int = 0  # those saved by this node or by its children, whichever are more
 
 
 class PrefixGroups:

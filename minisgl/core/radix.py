@@ -9,6 +9,7 @@ page where a prompt diverges the first tokens can be copied.
 
 import heapq
 from bisect import bisect_left
+from dataclasses import dataclass, field
 from operator import attrgetter
 
 import numpy as np
@@ -19,20 +20,18 @@ from minisgl.core.tokens import Tokens, common_prefix
 _label = attrgetter("label")
 
 
+@dataclass(eq=False, slots=True)
 class Node:
     """One edge and what hangs below it."""
 
-    __slots__ = ("children", "key", "label", "namespace", "pages", "parent", "queued", "used")
-
-    def __init__(self, key: Tokens, pages: Pages, parent: "Node | None", used: int) -> None:
-        self.key = key  # int32 [n]; as the pages, replaced and never changed
-        self.pages = pages  # int32 [ceil(n / page_size)]
-        self.parent = parent  # None: a root, or no longer in the tree
-        self.children: list[Node] = []  # sorted by label
-        self.label = b""  # the first page's tokens, big-endian: sorts as the tokens do
-        self.used = used  # when last matched or extended, in ticks of the tree
-        self.queued = False  # has an entry in the heap of leaves
-        self.namespace: str | None = None  # of a root
+    key: Tokens  # int32 [n]; as the pages, replaced and never changed
+    pages: Pages  # int32 [ceil(n / page_size)]
+    parent: "Node | None"  # None: a root, or no longer in the tree
+    used: int  # when last matched or extended, in ticks of the tree
+    children: "list[Node]" = field(default_factory=list)  # sorted by label
+    label: bytes = b""  # the first page's tokens, big-endian: sorts as the tokens do
+    queued: bool = False  # has an entry in the heap of leaves
+    namespace: str | None = None  # of a root
 
 
 class RadixTree:
@@ -96,8 +95,8 @@ class RadixTree:
         self._clock += 1
         root = self.roots.get(namespace)
         if root is None:
-            root = self.roots[namespace] = Node(np.empty(0, np.int32), NO_PAGES, None, 0)
-            root.namespace = namespace
+            root = Node(np.empty(0, np.int32), NO_PAGES, None, 0, namespace=namespace)
+            self.roots[namespace] = root
         node, done, _, child, inside = self._walk(root, tokens)
         if child is not None:
             if done + inside == len(tokens):

@@ -21,7 +21,7 @@ class Placement:
 
     dtype: torch.dtype
     device: torch.device
-    comm: Communicator
+    comm: Communicator = Communicator()
     attention: Op = attention
 
     def empty(self, *shape: int) -> torch.Tensor:

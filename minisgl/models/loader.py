@@ -3,15 +3,13 @@
 import zlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from minisgl.kernels.attention import attention
-from minisgl.kernels.op import Op
-from minisgl.layers.weights import Placement, Weight
+from minisgl.layers.weights import Placement
 from minisgl.log import get_logger, shows_progress
 from minisgl.models.config import ModelConfig, read_json
 from minisgl.models.decoder import Decoder
@@ -22,38 +20,26 @@ from minisgl.parallel import Communicator
 log = get_logger(__name__)
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+BLOCK = 1_000_003  # random numbers; prime: no two rows of a matrix begin at the same one
 _SHOWN = 5  # names in an error message
 
 Stored = dict[str, tuple[Path, str]]  # weight -> its file, and its name there
 
 
-def load_model(
-    config: ModelConfig,
-    path: str | Path,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    load_format: Literal["auto", "dummy"] = "auto",
-    comm: Communicator | None = None,
-    attention: Op = attention,
-    seed: int = 0,
-) -> Decoder:
-    """Build this rank's part of the model and fill its weights, cast to `dtype`.
+def load_model(config: ModelConfig, path: Path | None, at: Placement, seed: int = 0) -> Decoder:
+    """Build this rank's part of the model and fill its weights, cast to the placement's dtype.
 
-    path: a directory of safetensors files; not read when `load_format` is "dummy", which fills
-    random weights that depend on `seed` and their names only. attention: the op that computes the
-    attention of prompts. A checkpoint may hold a head that its config ties: the model's own config
-    says which it is. Raises ValueError naming the tensors for weights that are unknown, missing or
-    of another shape, and for pickle checkpoints.
+    path: a directory of safetensors files; without one, weights are random and depend on `seed` and
+    their names only. A checkpoint may hold a head that its config ties: the model's own config says
+    which it is. Raises ValueError naming the tensors for weights that are unknown, missing or of
+    another shape, and for pickle checkpoints.
     """
-    stored = {} if load_format == "dummy" else _find_weights(config.family, find_files(Path(path)))
+    stored = {} if path is None else _find_weights(config.family, find_files(path))
     if config.tied_embeddings and HEAD in stored:
         config = _settle_head(config, stored)
-    decoder = Decoder(config, Placement(dtype, device, comm or Communicator(), attention))
-    if load_format == "dummy":
-        weights = _RandomWeights(seed, device)
-        for weight in decoder.weights():
-            weights.fill(weight)
+    decoder = Decoder(config, at)
+    if path is None:
+        _fill_at_random(decoder, seed, at.device)
     else:
         _fill_from_files(decoder, stored)
     return decoder
@@ -158,33 +144,28 @@ def _fill_from_files(decoder: Decoder, stored: Stored) -> None:
                     progress.update()
 
 
-class _RandomWeights:
-    """One block of random numbers. Every weight is filled from it, beginning at a place of its own
-    and repeating it: drawing new numbers for all would take seconds per billion."""
+def _fill_at_random(decoder: Decoder, seed: int, device: torch.device) -> None:
+    """Matrices keep the scale of their input, norms are near one and biases small.
 
-    SIZE = 1_000_003  # prime: no two rows of a matrix begin at the same number
-
-    def __init__(self, seed: int, device: torch.device) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.block = torch.empty(self.SIZE).uniform_(-1.0, 1.0, generator=generator).to(device)
-
-    def fill(self, weight: Weight) -> None:
-        """Matrices keep the scale of their input, norms are near one and biases small."""
-        dtype = weight.target.dtype
+    Every weight is filled from one block of random numbers, beginning at a place of its own and
+    repeating it: drawing new numbers for all would take seconds per billion.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.empty(BLOCK).uniform_(-1.0, 1.0, generator=generator).to(device)
+    for weight in decoder.weights():
         if weight.name.endswith(".bias"):
-            block = self.block * 0.1
+            block = numbers * 0.1
         elif len(weight.shape) == 1:
-            block = self.block * 0.5 + 1.0
+            block = numbers * 0.5 + 1.0
         else:
-            block = self.block * (3.0 / weight.shape[1]) ** 0.5
-        start = zlib.crc32(weight.name.encode()) % self.SIZE
-        block = torch.roll(block, -start).to(dtype)
+            block = numbers * (3.0 / weight.shape[1]) ** 0.5
         target = weight.target
+        block = torch.roll(block, -(zlib.crc32(weight.name.encode()) % BLOCK)).to(target.dtype)
         here = target.shape == weight.shape and target.is_contiguous()
         full = target if here else target.new_empty(weight.shape)
-        whole = full.numel() // self.SIZE * self.SIZE
+        whole = full.numel() // BLOCK * BLOCK
         flat = full.view(-1)
-        flat[:whole].view(-1, self.SIZE).copy_(block.expand(whole // self.SIZE, -1))
+        flat[:whole].view(-1, BLOCK).copy_(block.expand(whole // BLOCK, -1))
         flat[whole:] = block[: flat.numel() - whole]
         if not here:
             target.copy_(full[weight.slices])

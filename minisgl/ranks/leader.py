@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 import msgspec
 import torch.distributed as dist
@@ -29,8 +29,6 @@ EXIT_WAIT_SECONDS = 2.0  # for the exit of a rank to be noticed, once work with 
 # A rank's error is held back this long: the exit of another rank may be its cause, and is reported.
 CAUSE_WAIT_SECONDS = 1.0
 
-Answer = TypeVar("Answer", Loaded, Profiled)
-
 log = get_logger(__name__)
 
 
@@ -48,7 +46,7 @@ class Ranks:
         self._children: dict[int, Child] = {}
         self._channels: dict[int, Channel] = {}
         self._listeners: list[threading.Thread] = []
-        self._answers: dict[type, dict[int, FromRank]] = {Loaded: {}, Profiled: {}}
+        self._answers: dict[int, Loaded | Profiled] = {}  # to what all were asked last
         self._changed = threading.Condition()
         self._encode = msgspec.msgpack.Encoder().encode
         self._shared: int | None = None
@@ -77,12 +75,12 @@ class Ranks:
 
     def wait_ready(self) -> None:
         """Wait until every rank has loaded. RuntimeError when one fails instead."""
-        self._wait_for(Loaded)
+        self._wait_for_answers()
 
     def wait_profiled(self) -> list[str]:
         """The trace files of every rank, which were told to stop their profiles. OSError when one
         could not be written."""
-        answers = self._wait_for(Profiled)
+        answers = [a for a in self._wait_for_answers() if isinstance(a, Profiled)]
         for answer in answers:
             if answer.refusal is not None:
                 raise OSError(answer.refusal)
@@ -220,17 +218,15 @@ class Ranks:
         self.check()
         return self.comm
 
-    def _wait_for(self, kind: type[Answer]) -> list[Answer]:
-        """The next message of this kind from every rank, in order of ranks."""
-
-        def all_answered() -> bool:
-            return self.failure is not None or len(self._answers[kind]) == self._size - 1
-
+    def _wait_for_answers(self) -> list[Loaded | Profiled]:
+        """The next answer of every rank, in order of ranks."""
         with self._changed:
-            self._changed.wait_for(all_answered)
-            answers, self._answers[kind] = self._answers[kind], {}
+            self._changed.wait_for(
+                lambda: self.failure is not None or len(self._answers) == self._size - 1
+            )
+            answers, self._answers = self._answers, {}
         self.check()
-        return [answers[rank] for rank in sorted(answers)]  # type: ignore[misc]
+        return [answers[rank] for rank in sorted(answers)]
 
     def _listen_to(self, rank: int, channel: Channel) -> None:
         self._channels[rank] = channel
@@ -250,7 +246,7 @@ class Ranks:
                     self._fail(f"rank {rank} failed: {message.reason}")
                     continue
                 with self._changed:
-                    self._answers[type(message)][rank] = message
+                    self._answers[rank] = message
                     self._changed.notify_all()
         if not self._closing:
             self._fail(self._exit_reason(rank))

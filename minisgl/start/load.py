@@ -7,6 +7,7 @@ from minisgl.device import Device
 from minisgl.device.meta import MetaDevice
 from minisgl.kernels.attention import attention
 from minisgl.kernels.op import Op
+from minisgl.layers.weights import Placement
 from minisgl.log import get_logger
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
@@ -97,16 +98,9 @@ def load_models(
     config = facts.config
 
     def load(model: ModelConfig, path: Path, comm: Communicator, op: Op) -> Decoder:
-        decoder = load_model(
-            model,
-            path,
-            dtype=facts.dtype,
-            device=device.torch_device,
-            load_format=config.load_format,
-            comm=comm,
-            attention=op,
-            seed=config.random_seed,
-        )
+        files = None if config.load_format == "dummy" else path
+        at = Placement(facts.dtype, device.torch_device, comm, op)
+        decoder = load_model(model, files, at, config.random_seed)
         decoder.pack()
         return decoder
 

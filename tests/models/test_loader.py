@@ -30,9 +30,9 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def load(folder: Path, **options: object) -> Decoder:
-    config = ModelConfig.from_hf(folder)
-    return load_model(config, folder, dtype=torch.float32, device=CPU, **options)  # type: ignore[arg-type]
+def load(folder: Path, comm: Communicator | None = None) -> Decoder:
+    at = Placement(torch.float32, CPU, comm or Communicator())
+    return load_model(ModelConfig.from_hf(folder), folder, at)
 
 
 def values(decoder: Decoder) -> dict[str, torch.Tensor]:
@@ -159,15 +159,16 @@ def test_a_bar_is_shown_on_a_terminal_and_where_the_level_allows(
 def test_dtype_conversion(checkpoint: Path) -> None:
     config = ModelConfig.from_hf(checkpoint)
     wide = values(load(checkpoint))
-    narrow = load_model(config, checkpoint, dtype=torch.bfloat16, device=CPU)
+    narrow = load_model(config, checkpoint, Placement(torch.bfloat16, CPU))
     for name, tensor in values(narrow).items():
         assert torch.equal(tensor, wide[name].bfloat16())
 
 
 def test_random_weights_depend_on_seed_and_name(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").unlink()
-    one, same = (values(load(checkpoint, load_format="dummy", seed=1)) for _ in range(2))
-    other = values(load(checkpoint, load_format="dummy", seed=2))
+    config, at = ModelConfig.from_hf(checkpoint), Placement(torch.float32, CPU)
+    one, same = (values(load_model(config, None, at, seed=1)) for _ in range(2))
+    other = values(load_model(config, None, at, seed=2))
     for name, tensor in one.items():
         assert torch.equal(tensor, same[name])
         assert not torch.equal(tensor, other[name])

@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from minisgl.layers.weights import Placement
 from minisgl.models.config import ModelConfig
 from minisgl.models.families import FAMILIES as FAMILY_ROWS
 from minisgl.models.loader import load_model
@@ -47,7 +48,7 @@ def edit(folder: Path, fields: dict[str, Any], dropped: tuple[str, ...] = ()) ->
 
 def ours(folder: Path) -> torch.Tensor:
     config = ModelConfig.from_hf(folder)
-    decoder = load_model(config, folder, dtype=torch.float32, device=torch.device("cpu"))
+    decoder = load_model(config, folder, Placement(torch.float32, torch.device("cpu")))
     return Paged(decoder, 1, len(PROMPT)).prefill({0: PROMPT}, chunk=len(PROMPT))[0]
 
 

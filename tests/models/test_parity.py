@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minisgl import csrc
+from minisgl.layers.weights import Placement
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
 from minisgl.models.loader import load_model
@@ -29,7 +30,7 @@ def prompts(vocab_size: int) -> dict[int, list[int]]:
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
     config = ModelConfig.from_hf(folder)
-    return load_model(config, folder, dtype=dtype, device=torch.device("cpu"))
+    return load_model(config, folder, Placement(dtype, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from minisgl.layers.weights import Placement
 from minisgl.models.config import ModelConfig
 from minisgl.models.loader import load_model
 from minisgl.parallel import Communicator, share
@@ -66,9 +67,8 @@ def test_ranks_equal_one(name: str, size: int, tmp_path: Path, monkeypatch) -> N
     prompt = {0: torch.randint(3, 211, (30,), generator=torch.manual_seed(3)).tolist()}
 
     def logits(comm: Communicator) -> torch.Tensor:
-        decoder = load_model(
-            config, tmp_path, dtype=torch.float32, device=torch.device("cpu"), comm=comm
-        )
+        at = Placement(torch.float32, torch.device("cpu"), comm)
+        decoder = load_model(config, tmp_path, at)
         return Paged(decoder, 1, 30).prefill(prompt, chunk=11)[0]
 
     with ThreadPoolExecutor(size) as pool:

@@ -6,6 +6,7 @@ import torch
 from minisgl import LLM
 from minisgl.kernels.attention import attention
 from minisgl.kernels.op import Op
+from minisgl.layers.weights import Placement
 from minisgl.models.config import ModelConfig
 from minisgl.models.loader import load_model
 from minisgl.start.attention_backend import attention_op
@@ -103,14 +104,8 @@ def test_an_unknown_implementation_is_named() -> None:
 
 def test_layers_attend_by_the_op_they_are_given(capability: list[int]) -> None:
     gluon = choose("gluon")
-    model = load_model(
-        ModelConfig.from_dict(LLAMA),
-        "",
-        dtype=torch.bfloat16,
-        device=CPU,
-        load_format="dummy",
-        attention=gluon,
-    )
+    at = Placement(torch.bfloat16, CPU, attention=gluon)
+    model = load_model(ModelConfig.from_dict(LLAMA), None, at)
     assert all(layer.attention.attention is gluon for layer in model.layers)
 
 

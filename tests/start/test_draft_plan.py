@@ -11,6 +11,7 @@ from minisgl.config import EngineConfig
 from minisgl.core.executor import Limits
 from minisgl.device import CpuDevice
 from minisgl.device.tape import TapeGraph
+from minisgl.layers.weights import Placement
 from minisgl.libraries import PRODUCT_BYTES, PRODUCTS_KEPT
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
@@ -45,7 +46,7 @@ LIMITS = Limits(num_pages=80, page_size=16, max_rows=ROWS, max_context=64, vocab
 def model() -> Decoder:
     facts = ModelConfig.from_dict(LLAMA)
     device = torch.device("cpu")
-    return load_model(facts, "", dtype=torch.bfloat16, device=device, load_format="dummy", seed=0)
+    return load_model(facts, None, Placement(torch.bfloat16, device))
 
 
 @pytest.fixture

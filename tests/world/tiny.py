@@ -15,6 +15,7 @@ from minisgl.core.scheduler import Scheduler
 from minisgl.core.speculation import Speculation
 from minisgl.device import CpuDevice
 from minisgl.layers.attention import ForwardInputs
+from minisgl.layers.weights import Placement
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
 from minisgl.models.loader import load_model
@@ -35,7 +36,7 @@ def tiny_decoder(dtype: torch.dtype = torch.float32, seed: int = 0, **other: int
     """`other`: what its config.json says otherwise."""
     config = ModelConfig.from_dict(QWEN3 | other)
     device = torch.device("cpu")
-    return load_model(config, "", dtype=dtype, device=device, load_format="dummy", seed=seed)
+    return load_model(config, None, Placement(dtype, device), seed)
 
 
 class TinyExecutor(LocalExecutor):
