@@ -127,7 +127,7 @@ def _scheduler(facts: Facts, device: Device, limits: Limits) -> Scheduler:
     cost = CostModel(model, own)
     planned = replace(config, cascade_min_shared_tokens=cascade_min)
     scheduler = Scheduler(limits, planned, eos, cost, speculation=speculation)
-    ngram.continuation = scheduler.continuation
+    ngram.continuation = scheduler.cache.continuation
     return scheduler
 
 

@@ -49,12 +49,15 @@ class ModelSizes(msgspec.Struct, frozen=True, kw_only=True):
     def head_weights(self) -> int:
         return self.hidden * self.vocab
 
-    @property
-    def weights(self) -> int:
-        """All weights of the matrix products."""
+    def layer_weights(self, experts: float) -> float:
+        """Weights of the layers that are read or multiplied by, with so many experts of each."""
         router = self.layers * self.hidden * self.experts
-        mlp = self.mlp_weights * max(self.experts, 1)
-        return self.attention_weights + mlp + router + self.head_weights
+        return self.attention_weights + router + experts * self.mlp_weights
+
+    @property
+    def weights(self) -> float:
+        """All weights of the matrix products."""
+        return self.layer_weights(max(self.experts, 1)) + self.head_weights
 
     @property
     def kv_bytes_per_token(self) -> float:
@@ -198,39 +201,27 @@ class CostModel:
 
     def _flops(self, work: Work) -> float:
         model = self.model
-        experts = model.experts_per_token if model.experts else 1
-        per_token = model.attention_weights + experts * model.mlp_weights
-        per_token += model.layers * model.hidden * model.experts
+        per_token = model.layer_weights(model.experts_per_token if model.experts else 1)
         linear = per_token * work.num_tokens + model.head_weights * work.num_sampled
-        full = model.layers - model.windowed_layers
-        pairs = full * work.num_pairs + model.windowed_layers * self._windowed(work)
+        pairs = self._full_layers(work) * work.num_pairs
         return 2.0 * linear + 4.0 * model.heads * model.head_dim * pairs
 
     def _bytes(self, work: Work) -> float:
-        model = self.model
-        touched = 1.0
-        weights = model.attention_weights + model.layers * model.hidden * model.experts
+        model, touched = self.model, 1.0
         if model.experts:
             missed = (1.0 - model.experts_per_token / model.experts) ** work.num_tokens
             touched = model.experts * (1.0 - missed)
-        weights += int(touched * model.mlp_weights)
-        if work.num_sampled:
-            weights += model.head_weights
-        per_layer = model.kv_bytes_per_token / model.layers
-        full = model.layers - model.windowed_layers
-        context = full * work.num_context
-        if model.windowed_layers and model.window is not None and work.num_pairs:
-            context += int(
-                model.windowed_layers * work.num_context * self._windowed(work) / work.num_pairs
-            )
-        written = model.layers * work.num_tokens
-        return model.bytes_per_weight * weights + per_layer * (context + written)
+        weights = model.layer_weights(touched) + model.head_weights * (work.num_sampled > 0)
+        moved = self._full_layers(work) * work.num_context + model.layers * work.num_tokens
+        return model.bytes_per_weight * weights + model.kv_bytes_per_token / model.layers * moved
 
-    def _windowed(self, work: Work) -> int:
-        """Pairs of a windowed layer, at most `window` for each query."""
-        if self.model.window is None:
-            return work.num_pairs
-        return min(work.num_pairs, work.num_tokens * self.model.window)
+    def _full_layers(self, work: Work) -> float:
+        """Layers of full attention that have as much to do: a window shows a query only a part."""
+        model = self.model
+        if model.window is None or not work.num_pairs:
+            return model.layers
+        seen = min(1.0, work.num_tokens * model.window / work.num_pairs)
+        return model.layers - model.windowed_layers * (1.0 - seen)
 
 
 def _dot(a: list[float], b: list[float]) -> float:

@@ -17,18 +17,10 @@ class Plan:
     num_decode: int = 0  # chunks[:num_decode] are decode chunks
     setups: list[RowSetup] = field(default_factory=list)
     copies: list[CopyJob] = field(default_factory=list)
-    groups: list[CascadeGroup] = field(default_factory=list)
+    cascade_groups: list[CascadeGroup] = field(default_factory=list)
     draft_chunks: list[Chunk] = field(default_factory=list)
     work: Work = Work(0, 0, 0, 0)
     short_of_pages: bool = False  # then no new sequence is admitted
 
     def batch(self) -> Batch:
-        return Batch(
-            self.step,
-            self.chunks,
-            self.num_decode,
-            self.setups,
-            self.copies,
-            self.groups,
-            self.draft_chunks,
-        )
+        return Batch(*(getattr(self, name) for name in Batch.__struct_fields__))

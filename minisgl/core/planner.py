@@ -66,7 +66,7 @@ class Planner:
         plan.copies = self._cache.finish()
         if not plan.chunks:
             return None
-        for seq, chunk in self._speculation.finish():
+        for seq, chunk in self._speculation.catching_up:
             self._cache.note_drafted(seq)
             plan.draft_chunks.append(chunk)
         self.num_steps += 1
@@ -96,7 +96,7 @@ class Planner:
                 if not self._cache.reserve(seq, end + len(drafts)):
                     drafts = NONE
                 if drafts:
-                    speculation.planned(seq, start)
+                    seq.kv.num_drafted = start
             first, pages = seq.kv.num_patched, NONE
             if first < seq.kv.count:
                 pages = seq.kv.patch(seq.kv.count)
@@ -113,7 +113,9 @@ class Planner:
             num_context += end
         num_read = num_context
         if self._prefixes is not None:
-            plan.sequences, plan.chunks, plan.groups = self._prefixes.arrange(planned, chunks)
+            plan.sequences, plan.chunks, plan.cascade_groups = self._prefixes.arrange(
+                planned, chunks
+            )
             num_read -= self._prefixes.spared * self._cache.page_size
         plan.work = Work(num_tokens, num_context, num_read, num_tokens)
         return prefilling

@@ -51,16 +51,16 @@ class Scheduler:
         self._eos = frozenset(eos_token_ids)
         self._clock = clock
         self._speculation = speculation
-        self._cache = KVCache(
+        self.cache = KVCache(
             limits.num_pages,
             limits.page_size,
             radix=not config.disable_radix_cache,
             drafts=speculation.on_device,
         )
         least = config.cascade_min_shared_tokens
-        self._prefixes = None if least is None else PrefixGroups(self._cache.pool.pages_for(least))
+        self._prefixes = None if least is None else PrefixGroups(self.cache.pool.pages_for(least))
         self._waiting = WaitingQueue(config.schedule_policy, fairness)
-        self.running = Running(limits, self._cache, self._waiting, self._prefixes)
+        self.running = Running(limits, self.cache, self._waiting, self._prefixes)
         self._planner = Planner(config, self.running, cost_model, speculation, clock)
         self._requests: dict[str, list[Sequence]] = {}  # unended choices
         self.plans: deque[Plan] = deque()  # their steps are in flight
@@ -90,17 +90,13 @@ class Scheduler:
                 deltas.append(delta)
         return deltas
 
-    def continuation(self, sequence: Sequence, path: list[int], count: int) -> list[int]:
-        """Up to `count` cached tokens that follow a sequence's and then `path`."""
-        return self._cache.continuation(sequence, path, count)
-
     @property
     def has_work(self) -> bool:
         """Whether anything is unfinished: requests, or steps in flight."""
         return bool(self._requests or self.plans)
 
     def stats(self) -> SchedulerStats:
-        pool, speculation = self._cache.pool, self._speculation
+        pool, speculation = self.cache.pool, self._speculation
         spared = 0 if self._prefixes is None else self._prefixes.num_spared
         return SchedulerStats(
             num_running=len(self.running.sequences),

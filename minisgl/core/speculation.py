@@ -55,7 +55,8 @@ class Speculation:
         self._ngram = proposer if isinstance(proposer, NGramProposer) else None
         self._most = num_draft_tokens
         self._chunk_size = chunk_size
-        self._chunks: list[tuple[Sequence, Chunk]] = []
+        # What the draft model computes in this plan before it proposes.
+        self.catching_up: list[tuple[Sequence, Chunk]] = []
         self._left = 0  # tokens that may still be caught up in this plan
         self._holds_back = False  # drafts, until there is a step by which they can be judged
 
@@ -72,8 +73,8 @@ class Speculation:
         if self._ngram is not None:
             self._ngram.begin()
         # A step that holds drafts back leaves the draft model one token behind in every sequence.
-        ready = self.follows and all(chunk.length == 1 for _, chunk in self._chunks)
-        self._chunks, self._left = [], self._chunk_size
+        ready = self.follows and all(chunk.length == 1 for _, chunk in self.catching_up)
+        self.catching_up, self._left = [], self._chunk_size
         if self.policy is None:
             return self._most > 0
         may_draft = self.policy.begin(num_sequences, prefills)
@@ -102,14 +103,6 @@ class Speculation:
         if self._ngram is not None and self.follows:
             self._ngram.follow(seq)
 
-    def finish(self) -> list[tuple[Sequence, Chunk]]:
-        """A plan is complete: what the draft model computes before it proposes."""
-        return self._chunks
-
-    def planned(self, seq: Sequence, start: int) -> None:
-        """Drafts of a sequence, after its tokens [0, start], are in the plan."""
-        seq.kv.num_drafted = start
-
     def take(self, seq: Sequence, num_drafts: int, num_accepted: int) -> None:
         """Drafts of a sequence have been verified."""
         if self.on_device:
@@ -136,7 +129,7 @@ class Speculation:
         if count > 0:
             ids = seq.token_ids(start, start + count)
             chunk = Chunk(seq.uid, seq.epoch, seq.row, start, count, ids, 0, NONE, False)
-            self._chunks.append((seq, chunk))
+            self.catching_up.append((seq, chunk))
             self._left -= count
             seq.kv.num_drafted = start + count
         return seq.kv.num_drafted == stop

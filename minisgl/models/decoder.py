@@ -32,17 +32,18 @@ class DecoderLayer(Block):
     ) -> None:
         self.name = f"layer {index}"
         self.comm = at.comm
-        prefix, names = f"model.layers.{index}", config.family.norms
+        prefix, sandwich = f"model.layers.{index}", config.family.sandwich_norms
 
         def norm(name: str, of_parts: bool = False) -> RMSNorm:
             return make_norm(config, f"{prefix}.{name}", at, of_parts)
 
-        self.attention_norm = norm(names.attention, names.mlp_out is None)
+        self.attention_norm = norm("input_layernorm", not sandwich)
         self.attention = _attention(config, index, f"{prefix}.self_attn", cos_sin, at)
-        self.attention_out_norm = norm(names.attention_out) if names.attention_out else None
-        self.mlp_norm = norm(names.mlp, names.attention_out is None)
+        self.attention_out_norm = norm("post_attention_layernorm") if sandwich else None
+        mlp_norm = "pre_feedforward_layernorm" if sandwich else "post_attention_layernorm"
+        self.mlp_norm = norm(mlp_norm, not sandwich)
         self.mlp = _feed_forward(config, index, f"{prefix}.mlp", at)
-        self.mlp_out_norm = norm(names.mlp_out) if names.mlp_out else None
+        self.mlp_out_norm = norm("post_feedforward_layernorm") if sandwich else None
 
     def __call__(
         self,
@@ -130,7 +131,7 @@ class Decoder(Block):
             DecoderLayer(config, index, tables[layer.rope], at)
             for index, layer in enumerate(config.layers)
         )
-        self.norm = make_norm(config, "model.norm", at, config.family.norms.mlp_out is None)
+        self.norm = make_norm(config, "model.norm", at, not config.family.sandwich_norms)
         self.head = self.embedding
         if not config.tied_embeddings:
             self.head = VocabTable("lm_head", config.vocab_size, config.hidden_size, at)

@@ -14,16 +14,6 @@ Windows = Literal["all", "above max_window_layers", "all but every nth"]
 
 
 @dataclass(frozen=True)
-class NormNames:
-    """The norms around attention and feed-forward: before each, and after each where there are."""
-
-    attention: str = "input_layernorm"
-    mlp: str = "post_attention_layernorm"
-    attention_out: str | None = None
-    mlp_out: str | None = None
-
-
-@dataclass(frozen=True)
 class Family:
     """What all models of one architecture share."""
 
@@ -32,7 +22,7 @@ class Family:
     qk_norm: bool = False  # queries and keys are normalised per head
     qkv_bias: bool | None = False  # None: as the checkpoint's attention_bias says
     out_bias: bool | None = False  # None: as the checkpoint's attention_bias says
-    norms: NormNames = NormNames()
+    sandwich_norms: bool = False  # blocks are normalised after, too
     norm_unit_offset: bool = False  # norms scale by 1 + weight
     scaled_embedding: bool = False  # embeddings times sqrt(hidden_size)
     activation_field: str = "hidden_act"
@@ -125,18 +115,12 @@ LACKING: Mapping[str, Any] = {
     "num_experts": 0,
     "use_bidirectional_attention": False,
 }
-_SANDWICH = NormNames(
-    attention="input_layernorm",
-    attention_out="post_attention_layernorm",
-    mlp="pre_feedforward_layernorm",
-    mlp_out="post_feedforward_layernorm",
-)
 
 
 def _gemma(defaults: Mapping[str, Any], **fields: Any) -> Family:
     return Family(
         defaults=defaults,
-        norms=_SANDWICH,
+        sandwich_norms=True,
         norm_unit_offset=True,
         scaled_embedding=True,
         qkv_bias=None,

@@ -56,7 +56,7 @@ class Kernels:
     def __init__(self, device: Device) -> None:
         """Starts counting."""
         self._device = device
-        self._before = 0
+        self._before = 0  # serving began
         self._counter = None
         if device.torch_device.type == "cuda":
             from minisgl.kernels.warmup import CompileCounter  # imports Triton
@@ -66,14 +66,11 @@ class Kernels:
 
     def ready(self) -> None:
         """Serving begins: a kernel compiled from now on was missed."""
-        self._before = self._total()
+        self._before += self.missed()
 
     def missed(self) -> int:
         """Kernels compiled since `ready`, or loaded from the cache on disk."""
-        return self._total() - self._before
-
-    def _total(self) -> int:
-        return 0 if self._counter is None else self._counter.total
+        return 0 if self._counter is None else self._counter.total - self._before
 
     def build(self, facts: Facts, limits: Limits, comm: Communicator) -> None:
         """Compile what serving can need in parallel processes, and load it here.

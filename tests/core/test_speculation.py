@@ -167,7 +167,7 @@ def test_where_the_text_is_silent_the_cache_may_speak():
 
     assert ask("first") == 9
     assert ask("silent") == 9
-    proposer.continuation = scheduler.continuation
+    proposer.continuation = scheduler.cache.continuation
     assert ask("again") == 3
     stats = scheduler.stats()
     assert stats.num_accepted_drafts == stats.num_drafts == 6
