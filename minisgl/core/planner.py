@@ -96,7 +96,7 @@ class Planner:
                 if not self._cache.reserve(seq, end + len(drafts)):
                     drafts = NONE
                 if drafts:
-                    seq.kv.num_drafted = start
+                    speculation.planned(seq, start)
             first, pages = seq.kv.num_patched, NONE
             if first < seq.kv.count:
                 pages = seq.kv.patch(seq.kv.count)

@@ -103,6 +103,10 @@ class Speculation:
         if self._ngram is not None and self.follows:
             self._ngram.follow(seq)
 
+    def planned(self, seq: Sequence, start: int) -> None:
+        """Drafts of a sequence, after its tokens [0, start], are in the plan."""
+        seq.kv.num_drafted = start
+
     def take(self, seq: Sequence, num_drafts: int, num_accepted: int) -> None:
         """Drafts of a sequence have been verified."""
         if self.on_device:

@@ -31,13 +31,7 @@ class ColumnLinear(Block):
     """
 
     def __init__(
-        self,
-        prefix: str,
-        in_features: int,
-        parts: Sequence[Part],
-        *,
-        bias: bool,
-        at: Placement,
+        self, prefix: str, in_features: int, parts: Sequence[Part], *, bias: bool, at: Placement
     ) -> None:
         self.prefix = prefix
         self.in_features = in_features
@@ -71,22 +65,15 @@ class RowLinear(Block):
     """y = x W^T + b. The inputs are shared over ranks, whose outputs add up to y."""
 
     def __init__(
-        self,
-        name: str,
-        units: int,
-        width: int,
-        out_features: int,
-        *,
-        bias: bool,
-        at: Placement,
+        self, prefix: str, part: Part, out_features: int, *, bias: bool, at: Placement
     ) -> None:
-        """Inputs are `units` groups of `width`, as in the `Part`s that made them."""
-        self.name = name
+        """The units and widths of `part` are those of the inputs."""
+        self.name = f"{prefix}.{part.name}"
         self.comm = at.comm
-        self.in_features = units * width
-        first, count = share(name, units, at.comm)
-        self.start = first * width
-        self.weight: Matrix = at.empty(out_features, count * width)
+        self.in_features = part.units * part.width
+        first, count = share(self.name, part.units, at.comm)
+        self.start = first * part.width
+        self.weight: Matrix = at.empty(out_features, count * part.width)
         self.bias = at.empty(out_features) if bias else None
 
     def weights(self) -> Iterator[Weight]:

@@ -92,7 +92,7 @@ def _attention(
         qk_norm = q_norm, k_norm
     return Attention(
         ColumnLinear(prefix, hidden, parts, bias=config.qkv_bias, at=at),
-        RowLinear(f"{prefix}.o_proj", heads, size, hidden, bias=config.out_bias, at=at),
+        RowLinear(prefix, Part("o_proj", heads, size), hidden, bias=config.out_bias, at=at),
         qk_norm,
         cos_sin,
         config.attention_scale,
@@ -110,7 +110,7 @@ def _feed_forward(config: ModelConfig, index: int, prefix: str, at: Placement) -
     parts = [Part("gate_proj", inner), Part("up_proj", inner)]
     return Mlp(
         ColumnLinear(prefix, hidden, parts, bias=bias, at=at),
-        RowLinear(f"{prefix}.down_proj", inner, 1, hidden, bias=bias, at=at),
+        RowLinear(prefix, Part("down_proj", inner), hidden, bias=bias, at=at),
         ACTIVATIONS[config.activation],
     )
 

@@ -31,7 +31,7 @@ FAULTS = {
         KVCache,
         "attach",
         "self._copies.append(",
-        "self._drop([match.source]); pool._refs[match.source] += 1; self._copies.append(",
+        "self._drop([match.source]); pool.refs[match.source] += 1; self._copies.append(",
     ),
     "a copy is one token short": (
         KVCache,
