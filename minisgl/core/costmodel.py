@@ -5,9 +5,11 @@ al., Roofline, 2009). Counted are the matrix products, attention, and the readin
 KV; activations, small beside them, are not.
 """
 
+from operator import add
 from typing import Literal
 
 import msgspec
+from msgspec.structs import astuple
 
 UNIT = 1e-3  # seconds, of the fixed time among the factors
 SMALLEST = (0.0, 0.02, 0.02)  # of the factors: fixed in units, compute, memory
@@ -99,12 +101,7 @@ class Work(msgspec.Struct, frozen=True, gc=False):
     num_sampled: int  # positions whose logits are computed
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(
-            self.num_tokens + other.num_tokens,
-            self.num_pairs + other.num_pairs,
-            self.num_context + other.num_context,
-            self.num_sampled + other.num_sampled,
-        )
+        return Work(*map(add, astuple(self), astuple(other)))
 
 
 def decode_work(num_tokens: int, num_context: int) -> Work:

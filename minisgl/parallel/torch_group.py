@@ -28,12 +28,22 @@ class TorchGroup(Communicator):
         device: torch.device,
         *,
         ordered: bool = False,
-        host: str | None = None,
+        host: str = "127.0.0.1",
         timeout: timedelta = TIMEOUT,
     ) -> None:
-        """host: the address of this machine that the others reach; found by its name when None."""
+        """host: the address of this machine that the others reach."""
         super().__init__(rank, size, ordered)
-        self._group = _backend(store, rank, size, device, host, timeout)
+        # The group itself, of no global registry: a process may have several engines in turn.
+        self._group: Any
+        if device.type == "cuda":
+            nccl = dist.ProcessGroupNCCL.Options()
+            nccl._timeout = timeout
+            self._group = dist.ProcessGroupNCCL(store, rank, size, nccl)
+        else:
+            gloo = dist.ProcessGroupGloo._Options()
+            gloo._timeout = timeout
+            gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+            self._group = dist.ProcessGroupGloo(store, rank, size, gloo)
 
     @by_call
     @ranged("all_reduce", is_detail=True)
@@ -73,25 +83,3 @@ class TorchGroup(Communicator):
 
     def close(self) -> None:
         self._group.shutdown()
-
-
-def _backend(
-    store: dist.Store,
-    rank: int,
-    size: int,
-    device: torch.device,
-    host: str | None,
-    timeout: timedelta,
-) -> Any:
-    """The group itself, of no global registry: a process may have several engines in turn."""
-    if device.type == "cuda":
-        nccl = dist.ProcessGroupNCCL.Options()
-        nccl._timeout = timeout
-        return dist.ProcessGroupNCCL(store, rank, size, nccl)
-    gloo = dist.ProcessGroupGloo._Options()
-    gloo._timeout = timeout
-    if host is None:
-        gloo._devices = [dist.ProcessGroupGloo.create_default_device()]
-    else:
-        gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
-    return dist.ProcessGroupGloo(store, rank, size, gloo)

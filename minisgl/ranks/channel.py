@@ -4,6 +4,7 @@ Rank 0 plans: it sends every batch, and when to sample it. The others answer whe
 and when they fail. A process that ends closes its connection, which the other side notices.
 """
 
+import contextlib
 import select
 import socket
 import struct
@@ -124,10 +125,8 @@ class Channel:
 
     def shut(self) -> None:
         """End the connection for both sides, which wakes whoever waits on it."""
-        try:
+        with contextlib.suppress(OSError):  # it has ended already
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return  # it has ended already
 
     def close(self) -> None:
         self._socket.close()
