@@ -1,9 +1,11 @@
 """Loading a decoder: safetensors files are read tensor by tensor, straight into its weights."""
 
 import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +25,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 BLOCK = 1_000_003  # random numbers; prime: no two rows of a matrix begin at the same one
 _SHOWN = 5  # names in an error message
 
+T = TypeVar("T")
 Stored = dict[str, tuple[Path, str]]  # weight -> its file, and its name there
 
 
@@ -43,6 +46,12 @@ def load_model(config: ModelConfig, path: Path | None, at: Placement, seed: int 
     else:
         _fill_from_files(decoder, stored)
     return decoder
+
+
+def progress(items: Sequence[T], what: str, unit: str) -> Iterable[T]:
+    """`items`, with a bar on a terminal that shows which has come."""
+    hidden = not shows_progress()
+    return tqdm(items, desc=what, unit=unit, leave=False, disable=hidden)  # type: ignore[no-any-return]
 
 
 def find_files(path: Path) -> list[Path]:
@@ -124,24 +133,17 @@ def _fill_from_files(decoder: Decoder, stored: Stored) -> None:
         raise ValueError(f"unknown weights for {decoder.config.architecture}: {_some(unknown)}")
     if missing := wanted.keys() - stored.keys():
         raise ValueError(f"weights missing from the checkpoint: {_some(sorted(missing))}")
-    with tqdm(
-        total=len(wanted),
-        desc="loading weights",
-        unit="tensor",
-        leave=False,
-        disable=not shows_progress(),
-    ) as progress:
-        for file in dict.fromkeys(file for file, _ in stored.values()):
-            with _open(file) as tensors:
-                for name in [name for name, at in stored.items() if at[0] == file]:
-                    weight, inside = wanted[name], stored[name][1]
-                    tensor = tensors.get_slice(inside)
-                    shape = tuple(tensor.get_shape())
-                    if shape != weight.shape:
-                        wanted_shape = f"the config asks for {weight.shape}"
-                        raise ValueError(f"{file.name}: {inside} has shape {shape}, {wanted_shape}")
-                    weight.target.copy_(tensor[weight.slices])
-                    progress.update()
+    in_order = sorted(stored.items(), key=lambda item: item[1])
+    shown = progress(in_order, "loading weights", "tensor")
+    for file, entries in groupby(shown, key=lambda item: item[1][0]):
+        with _open(file) as tensors:
+            for name, (_, inside) in entries:
+                weight, tensor = wanted[name], tensors.get_slice(inside)
+                shape = tuple(tensor.get_shape())
+                if shape != weight.shape:
+                    wanted_shape = f"the config asks for {weight.shape}"
+                    raise ValueError(f"{file.name}: {inside} has shape {shape}, {wanted_shape}")
+                weight.target.copy_(tensor[weight.slices])
 
 
 def _fill_at_random(decoder: Decoder, seed: int, device: torch.device) -> None:

@@ -4,17 +4,18 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from minisgl.core.batch import PENDING, Batch, CascadeGroup, Chunk, CopyJob, RowSetup
 from minisgl.core.executor import GrammarMasks, Limits
 from minisgl.core.request import SamplingParams
 from minisgl.device import Device
-from minisgl.log import get_logger, shows_progress
+from minisgl.log import get_logger
+from minisgl.models.loader import progress
 from minisgl.parallel import Communicator
 from minisgl.start.facts import Facts
 from minisgl.step.inputs import pack_step
@@ -118,20 +119,13 @@ def _capture(worker: Worker, stages: Stages, cascade: bool) -> int:
     if runner.draft is not None:
         with stages.stage("capture the draft model"):
             runner.draft.capture()
+    shown = partial(progress, what="capturing graphs", unit="size")
     with stages.stage("capture graphs"):
         for decode in runner.graphs.values():
-            decode.capture(_progress, cascade=cascade)
-        for tokens in _progress(worker.geometry.piece_sizes[::-1]):
+            decode.capture(shown, cascade=cascade)
+        for tokens in shown(worker.geometry.piece_sizes[::-1]):
             capture_pieces(worker, tokens)
     return free - worker.device.free_memory()
-
-
-def _progress(sizes: Sequence[int]) -> Iterable[int]:
-    hidden = not shows_progress()
-    bar: Iterable[int] = tqdm(
-        sizes, desc="capturing graphs", unit="size", leave=False, disable=hidden
-    )
-    return bar
 
 
 def warm_up(worker: Worker, widths: Iterable[int], cascade: bool, everything: bool) -> None:
