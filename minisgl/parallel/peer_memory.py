@@ -83,9 +83,7 @@ class PeerMemory(Communicator):
     def close(self) -> None:
         try:
             self._resources.close()
-        except (
-            RuntimeError
-        ) as error:  # of a device that has failed: all is freed when the process ends
+        except RuntimeError as error:  # of a device that failed; the process's end frees all
             log.warning("memory of other ranks was not given back: %s", error)
         self._group.close()
 
@@ -215,9 +213,7 @@ def _share_memory(
         return buffer.handle()
 
     def free() -> None:
-        if (
-            consensus.all_closing()
-        ):  # else a peer may have it mapped still; the process's end frees it
+        if consensus.all_closing():  # else a peer may have it mapped; the process's end frees it
             made[0].close()
 
     try:
