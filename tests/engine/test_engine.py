@@ -319,7 +319,7 @@ def test_a_grammar_that_fails_ends_its_request_alone(overlap, grammar, says, emi
     for choice in range(2):
         assert len(tokens["bad", choice]) >= emitted
         assert set(np.diff([0, *tokens["bad", choice]])) <= {1, 2}
-    engine.scheduler.check()
+    check_books(engine.scheduler)
     assert engine.failure is None
 
 
