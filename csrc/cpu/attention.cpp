@@ -8,13 +8,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <utility>
 #include <vector>
 
 #include "model_ops.h"
 #include "pairs.h"
 #include "pool.h"
+#include "softmax.h"
 
 namespace {
 
@@ -22,7 +22,6 @@ constexpr Index KEYS = 256;            // of a block
 constexpr Index STEP = TILE_VECTORS * 16;  // keys that are multiplied at once
 constexpr Index ROWS = 2 * TILE_ROWS;  // whose scores lie in the first cache
 constexpr Index SPAN = 512;            // rows of an item, about: their sums lie in the second cache
-constexpr float NONE = -std::numeric_limits<float>::infinity();
 
 struct Chunks {
     const std::int32_t *page_table, *rows, *lengths, *offsets;
@@ -73,10 +72,7 @@ void pack(const Chunks &op, const std::int32_t *pages, const bf16 *k_pool, const
         }
     for (Index j = 0; j < padded; j += 2)
         for (Index d = 0; d < D; d += 16) {
-            const auto wide = [&](const bf16 *p) {
-                return __builtin_convertvector(load_as<u16x16>(p + d), u32x16);
-            };
-            const u32x16 both = wide(from_values[j]) | wide(from_values[j + 1]) << 16;
+            const u32x16 both = interleaved(from_values[j] + d, from_values[j + 1] + d);
             std::memcpy(scratch.values.data() + j * D + d * 2, &both, sizeof both);
         }
 }
@@ -121,44 +117,6 @@ void add_values(const bf16 *probabilities, const bf16 *values, Index from, Index
             store16(sums + r * D + FIRST + v * 16, own[r][v]);
     if constexpr (FIRST + VECTORS * 16 < D)
         add_values<D, FIRST + VECTORS * 16>(probabilities, values, from, upto, fix, sums);
-}
-
-// softcap * tanh(x / softcap), by 1 - 2t / (1 + t) with t = e^-2|x / softcap|.
-f32x16 capped(f32x16 x, float softcap) {
-    const f32x16 u = x / softcap, t = exp16(u > 0.0f ? u * -2.0f : u * 2.0f);
-    const f32x16 size = (1.0f - t) / (1.0f + t) * softcap;
-    return u > 0.0f ? size : -size;
-}
-
-// The scores of one row at keys lo <= j < hi of a block become probabilities, relative to the largest
-// score so far; elsewhere in [from, upto) they are 0. Returns what earlier sums are to be scaled by.
-float softmax(const Chunks &op, float *scores, Index lo, Index hi, Index from, Index upto,
-              float &largest, float &total, bf16 *probabilities) {
-    i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    f32x16 most = splat(NONE);
-    for (Index j = from; j < upto; j += 16) {
-        f32x16 x = load16(scores + j) * op.scale;
-        if (op.softcap != 0.0f) x = capped(x, op.softcap);
-        if (j < lo || j + 16 > hi) {
-            const i32x16 at = lanes + std::int32_t(j);
-            x = (at >= std::int32_t(lo)) & (at < std::int32_t(hi)) ? x : splat(NONE);
-        }
-        store16(scores + j, x);
-        most = larger(most, x);
-    }
-    float highest = largest;
-    for (int lane = 0; lane < 16; ++lane) highest = std::max(highest, most[lane]);
-    const float fix = largest == NONE ? 0.0f : std::exp(largest - highest);
-    const float origin = highest == NONE ? 0.0f : highest;
-    f32x16 sums = {};
-    for (Index j = from; j < upto; j += 16) {
-        const f32x16 e = exp16(load16(scores + j) - origin);
-        sums += e;
-        store16(probabilities + j, e);
-    }
-    total = total * fix + sum(sums);
-    largest = highest;
-    return fix;
 }
 
 template <int D>
@@ -210,7 +168,7 @@ void run_item(const Chunks &op, const Item &item, const bf16 *q, const bf16 *k_p
                 const Index lo = op.window ? std::max<Index>(own - op.window + 1 - first, 0) : 0;
                 const Index hi = std::clamp<Index>(own + 1 - first, 0, count);
                 scratch.fix[r] =
-                    softmax(op, scratch.scores.data() + r * KEYS, lo, hi, from, upto,
+                    softmax(op.scale, op.softcap, scratch.scores.data() + r * KEYS, lo, hi, from, upto,
                             scratch.largest[row + r], scratch.totals[row + r],
                             scratch.probabilities.data() + r * KEYS);
             }

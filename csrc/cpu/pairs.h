@@ -12,27 +12,57 @@ constexpr int TILE_ROWS = 6, TILE_VECTORS = 4;
 constexpr int TILE_ROWS = 3, TILE_VECTORS = 2;
 #endif
 
+// Two values each of sixteen columns: what fp32 has in place of pairs.
+struct Both {
+    f32x16 first, second;
+};
+
+inline Both load_pairs(const float *p) { return {load16(p), load16(p + 16)}; }
+inline Both load_half(const float *p) { return {load16(p), f32x16{}}; }
+inline Both load_rows(const float *a, const float *b) { return {load16(a), load16(b)}; }
+inline Both broadcast_pair(const float *p) { return {splat(p[0]), splat(p[1])}; }
+inline void add_products(f32x16 &sums, const Both &a, const Both &b) {
+    sums += a.first * b.first;
+    sums += a.second * b.second;
+}
+
+// Eight pairs of a row, and eight of zeros.
+inline u32x16 half_of_pairs(const bf16 *p) {
+    typedef uint32_t u32x8 __attribute__((vector_size(32)));
+    return __builtin_shufflevector(load_as<u32x8>(p), u32x8{}, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11,
+                                   12, 13, 14, 15);
+}
+
+// Sixteen values of each of two rows, side by side.
+inline u32x16 interleaved(const bf16 *a, const bf16 *b) {
+    const auto wide = [](const bf16 *p) {
+        return __builtin_convertvector(load_as<u16x16>(p), u32x16);
+    };
+    return wide(a) | wide(b) << 16;
+}
+
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 
 typedef __m512bh Pairs;  // of sixteen columns
 
 inline Pairs load_pairs(const bf16 *p) { return (__m512bh)load_as<i32x16>(p); }
+inline Pairs load_half(const bf16 *p) { return (__m512bh)half_of_pairs(p); }
+inline Pairs load_rows(const bf16 *a, const bf16 *b) { return (__m512bh)interleaved(a, b); }
 inline Pairs broadcast_pair(const bf16 *p) { return (__m512bh)(load_as<int32_t>(p) - i32x16{}); }
 inline void add_products(f32x16 &sums, const Pairs &a, const Pairs &b) {
     sums = (f32x16)_mm512_dpbf16_ps((__m512)sums, a, b);
 }
 #else
-struct Pairs {
-    f32x16 first, second;
-};
+typedef Both Pairs;
 
 inline Pairs load_pairs(const bf16 *p) { return {load_first(p), load_second(p)}; }
+inline Pairs load_half(const bf16 *p) {
+    const u32x16 half = half_of_pairs(p);
+    return {(f32x16)(half << 16), (f32x16)(half & 0xffff0000u)};
+}
+inline Pairs load_rows(const bf16 *a, const bf16 *b) { return {load16(a), load16(b)}; }
 inline Pairs broadcast_pair(const bf16 *p) {
     return {splat(to_float(p[0])), splat(to_float(p[1]))};
-}
-inline void add_products(f32x16 &sums, const Pairs &a, const Pairs &b) {
-    sums += a.first * b.first;
-    sums += a.second * b.second;
 }
 #endif

@@ -67,24 +67,54 @@ inline float sum(f32x16 v) {
     return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-// The sums of four vectors, each in the order of `sum`.
-inline void sum4(const f32x16 (&v)[4], float *out) {
+// Four vectors' sums as four lanes each: lanes 4i to 4i + 3 of the result add up to the sum of v[i].
+inline f32x16 fold4(const f32x16 (&v)[4]) {
     const auto halves = [](f32x16 a, f32x16 b) {
         const i32x16 low = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
         return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, low + 8);
     };
     const f32x16 ab = halves(v[0], v[1]), cd = halves(v[2], v[3]);
     const i32x16 low = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
-    f32x16 abcd = __builtin_shuffle(ab, cd, low) + __builtin_shuffle(ab, cd, low + 4);
+    return __builtin_shuffle(ab, cd, low) + __builtin_shuffle(ab, cd, low + 4);
+}
+
+// The sums of four vectors, each in the order of `sum`.
+inline void sum4(const f32x16 (&v)[4], float *out) {
+    f32x16 abcd = fold4(v);
     const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     abcd += __builtin_shuffle(abcd, lanes ^ 2);
     abcd += __builtin_shuffle(abcd, lanes ^ 1);
     for (int i = 0; i < 4; ++i) out[i] = abcd[4 * i];
 }
 
+// The sums of sixteen vectors: folded[i] is the fold4 of vectors i, 4 + i, 8 + i and 12 + i.
+inline f32x16 sum16(const f32x16 (&folded)[4]) {
+    const i32x16 low = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
+    const auto pairs = [&](f32x16 a, f32x16 b) {  // lanes a0 + a2, b0 + b2, a1 + a3, b1 + b3 of four
+        return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, low + 2);
+    };
+    const f32x16 a = pairs(folded[0], folded[1]), b = pairs(folded[2], folded[3]);
+    const i32x16 first = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+    return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, first + 2);
+}
+
 inline f32x16 splat(float x) { return x - f32x16{}; }
 
 inline f32x16 larger(f32x16 a, f32x16 b) { return a > b ? a : b; }
+
+inline float largest_lane(f32x16 v) {
+    typedef float f32x8 __attribute__((vector_size(32)));
+    typedef float f32x4 __attribute__((vector_size(16)));
+    f32x8 halves[2];
+    std::memcpy(halves, &v, sizeof v);
+    const f32x8 eight = halves[0] > halves[1] ? halves[0] : halves[1];
+    f32x4 quarters[2];
+    std::memcpy(quarters, &eight, sizeof eight);
+    const f32x4 four = quarters[0] > quarters[1] ? quarters[0] : quarters[1];
+    const float even = four[0] > four[2] ? four[0] : four[2];
+    const float odd = four[1] > four[3] ? four[1] : four[3];
+    return even > odd ? even : odd;
+}
 
 // e^x within 2 ulp for x <= 0; 0 below -87. Cephes' polynomial after reduction by ln 2.
 inline f32x16 exp16(f32x16 x) {

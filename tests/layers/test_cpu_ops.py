@@ -12,6 +12,7 @@ from minisgl.kernels.advance import prepare_inputs
 from minisgl.kernels.attention import attention
 from minisgl.kernels.attention.paged import paged_case
 from minisgl.kernels.cascade import cascade
+from minisgl.kernels.decode import decode
 from minisgl.kernels.linear import linear
 from minisgl.kernels.linear.panels import Panels, embedding, packed, unpacked
 from minisgl.kernels.op import Case, Op, all_ops
@@ -135,6 +136,45 @@ def test_a_query_has_one_result_in_any_chunk(facts: dict[str, Any], level: str) 
             own = kv._replace(seq_lens=torch.tensor([end], dtype=torch.int32))
             chunk = torch.tensor([0, end - start], dtype=torch.int32)
             assert torch.equal(attention(q[start:end], own, chunk), whole[start:end])
+
+
+@pytest.mark.skipif(NATIVE is None, reason="no compiler: there is no native decode to test")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "facts", [{}, {"window": 300}, {"softcap": 20.0, "page_size": 1}, {"page_size": 7}], ids=str
+)
+def test_a_decoding_query_has_one_result_beside_any_other(
+    dtype: torch.dtype, facts: dict[str, Any]
+) -> None:
+    """Three threads share the blocks of the longest sequence; one takes them in order."""
+    generator, width, lengths = torch.Generator().manual_seed(0), 3, [3, 700, 257, 0]
+    facts = {"head_dim": 64, "q_heads": 16, "kv_heads": 4} | facts
+    case = paged_case(12, lengths, torch.device("cpu"), dtype, generator, **facts)
+    q, kv, before = case["q"], case["kv"], torch.get_num_threads()
+    try:
+        for threads in (3, 1):
+            torch.set_num_threads(threads)
+            check(decode, "cpu", case | {"width": width, "return_lse": True})
+            together = decode(q, kv, width=width, return_lse=True)
+            for row in range(width * 3):
+                length = max(lengths[row // width] - width + 1 + row % width, 0)
+                own = kv._replace(
+                    rows=kv.rows[row // width : row // width + 1],
+                    seq_lens=torch.tensor([length], dtype=torch.int32),
+                )
+                torch.set_num_threads(4 - threads)
+                alone = decode(q[row : row + 1], own, width=1, return_lse=True)
+                assert all(torch.equal(a[0], b[row]) for a, b in zip(alone, together, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("group", range(1, 17))
+def test_decode_with_a_group_of_any_size(group: int) -> None:
+    generator = torch.Generator().manual_seed(group)
+    facts = {"head_dim": 32, "q_heads": 3 * group, "kv_heads": 3}
+    case = paged_case(4, [40, 300], torch.device("cpu"), torch.bfloat16, generator, **facts)
+    check(decode, "cpu", case | {"width": 2})
 
 
 def test_cascade_refuses_a_window() -> None:

@@ -12,8 +12,8 @@ import torch
 from minisgl.device.tape import by_call
 from minisgl.kernels.attention.paged import Attended, PagedKV
 from minisgl.kernels.config import batch_invariant
-from minisgl.kernels.decode.native import decode_native
-from minisgl.kernels.native import address, model_ops
+from minisgl.kernels.decode.native import attention_ops, decode_native
+from minisgl.kernels.native import address
 
 BLOCK = 128  # queries at a time
 
@@ -66,11 +66,8 @@ def _native(
 ) -> bool:
     """Whether the native op is built and covers the call; then it has been computed."""
     _, num_heads, head_dim = q.shape
-    native = model_ops(q, kv.k_pool, kv.v_pool, out)
-    dense = q.stride(1) == head_dim and q.stride(2) == 1 and kv.page_table.stride(1) == 1
-    if native is None or q.dtype != torch.bfloat16 or not (dense and out.is_contiguous()):
-        return False
-    if head_dim not in native.HEAD_DIMS:
+    native = attention_ops(q, kv, out)
+    if native is None or q.dtype != torch.bfloat16:
         return False
     native.attention(
         q.data_ptr(),

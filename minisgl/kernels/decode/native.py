@@ -4,10 +4,20 @@ A query's result depends on its own keys alone, bit for bit: not on the queries 
 number of consecutive queries of a sequence may go together.
 """
 
+from types import ModuleType
+
 import torch
 
 from minisgl.kernels.attention.paged import Attended, PagedKV
 from minisgl.kernels.native import address, model_ops
+
+
+def attention_ops(q: torch.Tensor, kv: PagedKV, out: torch.Tensor | None) -> ModuleType | None:
+    """The native module, if it is built and reads and writes these tensors as they lie."""
+    native = model_ops(q, kv.k_pool, kv.v_pool, out)
+    dense = q.stride(1) == q.shape[2] and q.stride(2) == 1 and kv.page_table.stride(1) == 1
+    dense = dense and (out is None or out.is_contiguous())
+    return native if native and dense and q.shape[2] in native.HEAD_DIMS else None
 
 
 def decode_native(
@@ -20,10 +30,8 @@ def decode_native(
 ) -> Attended | None:
     """See `decode_reference`. None where the native ops are not built or do not cover the call."""
     tokens, num_heads, head_dim = q.shape
-    native = model_ops(q, kv.k_pool, kv.v_pool, out)
-    dense = q.stride(1) == head_dim and q.stride(2) == 1 and kv.page_table.stride(1) == 1
-    dense = dense and (out is None or out.is_contiguous())
-    if native is None or not dense or head_dim not in native.HEAD_DIMS:
+    native = attention_ops(q, kv, out)
+    if native is None:
         return None
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype)
