@@ -20,6 +20,7 @@ from minisgl.grammar.spec import compile_spec, said
 
 COMPILING = 2  # threads
 FILLING = 8  # threads that fill a step's masks, at most; half of the cores
+FEW = 4  # masks that take less time than waking a thread
 # What one sequence's lexer may hold: 1 to 2 kB each. Errors do not repeat what was generated.
 LIMITS = llg.LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 # Bytes of a compiled grammar, measured generously: of a byte of its text, and besides.
@@ -72,7 +73,9 @@ class LlgBackend:
         self._lock = Lock()
         self._threads = ThreadPoolExecutor(COMPILING, "grammar")
         self._tokenizer = self._threads.submit(self._read_tokenizer, tokenizer, vocab_size)
-        self._filling = llg.LLExecutor(min(FILLING, max(1, (cpu_count() or 1) // 2)))
+        threads = min(FILLING, max(1, (cpu_count() or 1) // 2))
+        self._filling = llg.LLExecutor(threads)
+        self._few = FEW if threads > 1 else 2**31  # masks that are not worth another thread
 
     def compile(self, spec: str) -> Future[Grammar]:
         """Each content is compiled once, and shared: its state is copied for a sequence."""
@@ -101,7 +104,10 @@ class LlgBackend:
             else:
                 plain.append((grammar.matcher, first))
         at, (rows, words) = bits.ctypes.data, bits.shape
-        if plain:
+        if len(plain) <= self._few:
+            for matcher, row in plain:
+                matcher.unsafe_compute_mask_ptr(at + 4 * words * row, 4 * words)
+        else:
             self._filling.unsafe_compute_mask_ptr(plain, at, 4 * words, rows)
         if drafting:
             fill = self._filling.unsafe_compute_mask_ptr_with_draft_token
