@@ -4,13 +4,14 @@ Compiling takes up to seconds and happens on threads of its own, without Python'
 `schema` checks. Ends of text are decided here: llguidance does not count one that it was told of.
 """
 
+import os
+import sys
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from os import cpu_count
 from pathlib import Path
-from threading import Lock
 
 import llguidance as llg
 import numpy as np
@@ -19,6 +20,7 @@ from minisgl.core.grammar import Grammar, Wanted
 from minisgl.grammar.spec import compile_spec, said
 
 COMPILING = 2  # threads
+STACK_BYTES = 2**26  # of each: compiling goes deep where schemas lie within schemas
 FILLING = 8  # threads that fill a step's masks, at most; half of the cores
 FEW = 4  # masks that take less time than waking a thread
 # What one sequence's lexer may hold: 1 to 2 kB each. Errors do not repeat what was generated.
@@ -70,10 +72,14 @@ class LlgBackend:
         self._max_bytes, self._cache_bytes = max_bytes, cache_bytes
         self._ends = frozenset(ends)
         self._kept: OrderedDict[str, tuple[Future[Grammar], int]] = OrderedDict()
-        self._lock = Lock()
-        self._threads = ThreadPoolExecutor(COMPILING, "grammar")
+        self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(COMPILING, "grammar", initializer=_give_way)
+        before = threading.stack_size(STACK_BYTES)
         self._tokenizer = self._threads.submit(self._read_tokenizer, tokenizer, vocab_size)
-        threads = min(FILLING, max(1, (cpu_count() or 1) // 2))
+        for _ in range(1, COMPILING):  # a thread for each
+            self._threads.submit(self._tokenizer.exception)
+        threading.stack_size(before)
+        threads = min(FILLING, max(1, (os.cpu_count() or 1) // 2))
         self._filling = llg.LLExecutor(threads)
         self._few = FEW if threads > 1 else 2**31  # masks that are not worth another thread
 
@@ -146,3 +152,9 @@ class LlgBackend:
         with self._lock:
             if done.cancelled() or done.exception() is not None:
                 self._kept.pop(spec, None)
+
+
+def _give_way() -> None:
+    """Have the calling thread compute when others do not, on Linux, where it can be asked."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

@@ -4,15 +4,17 @@ llguidance ignores nothing silently, but its errors say neither where nor, of `o
 `$ref`, what could be proved.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from minisgl.grammar.pattern import safe_pattern
 
 MAX_DEPTH = 60  # of schemas within schemas; llguidance reads about as many
+MAX_REFERENCES = 500  # places that `$ref` names: each may be within the one before
 MAX_WORK = 20_000  # comparisons of `oneOf` branches, and steps of the search for an end
 MOST_LEVELS = 10  # that are indented; values within may be written without
-MAX_TRIES = 200  # compilations to find where a schema fails
+SECONDS_TO_LOCATE = 1.0  # begins no compilation later, to find where a schema fails
 
 Schema = Any  # a bool or an object; what else a client sends is refused
 
@@ -68,7 +70,11 @@ class Reader:
     def read(self) -> Schema:
         """The schema without what asks for nothing, `oneOf` as `anyOf` where both are the same."""
         made = self._read(self._root, "#", 0)
-        is_open = self.levels == 0 or bool(_references(self._root))
+        references = _references(self._root)
+        if len(references) > MAX_REFERENCES:
+            found = len(references)
+            raise Refused("#", f"$ref may name {MAX_REFERENCES} places at most, got {found}")
+        is_open = self.levels == 0 or bool(references)
         self.levels = MOST_LEVELS if is_open else min(self.levels + 1, MOST_LEVELS)
         if not self._can_end():
             raise Refused("#", "the schema is unsatisfiable: what it requires never ends")
@@ -258,21 +264,18 @@ def locate(root: Schema, error: str, fails: Callable[[Schema], str]) -> str:
     """The path at which a schema fails to compile: of the innermost schema that fails with the same
     `error` alone, and of the keyword without which it would not."""
     shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
-    tries = 0
+    end = time.monotonic() + SECONDS_TO_LOCATE
 
     def same(node: Schema) -> bool:
-        nonlocal tries
-        tries += 1
-        return (
-            tries < MAX_TRIES and fails(shared | node if isinstance(node, dict) else node) == error
-        )
+        whole = shared | node if isinstance(node, dict) else node
+        return time.monotonic() < end and fails(whole) == error
 
     node, path = root, "#"
     while inner := next((pair for pair in children(node, path) if same(pair[1])), None):
         path, node = inner
     for key in node if isinstance(node, dict) else ():
         if key not in shared and not same({k: v for k, v in node.items() if k != key}):
-            return f"{path}/{key}" if tries < MAX_TRIES else path
+            return f"{path}/{key}" if time.monotonic() < end else path
     return path
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from llguidance import LLMatcher
-from llguidance.gbnf_to_lark import any_to_lark
+from llguidance.gbnf_to_lark import any_to_lark, is_lark_syntax
 
 from minisgl.grammar.schema import Reader, Refused, locate
 
@@ -18,6 +18,9 @@ LENIENT = {"lenient": True}
 JSON_BLOCK = re.compile(
     r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/|(?P<json>%json)\s*(?=[{\[tf])'
 )
+MAX_CHOICE = 4096  # characters of one: every mask costs more where it is longer
+TRIED = 4  # tokens that a new grammar is tried with, before a request is
+MAX_EBNF_BYTES = 2**14  # read in Python, in a time that grows with the square
 MAX_SAID = 400  # characters of what llguidance says, which repeats the grammar
 MAX_WARNINGS = 20
 ESCAPED = set(r"\.+*?()|[]{}^$#&-~/")  # in a regular expression
@@ -54,14 +57,14 @@ def first_error(matcher: LLMatcher) -> str:
     if matcher.is_error():
         return matcher.get_error()
     begun = matcher.deep_copy()
-    for _ in range(2):
-        allowed = any(begun.compute_bitmask())
+    for _ in range(TRIED):
+        mask = int.from_bytes(begun.compute_bitmask(), "little")
         if begun.is_error():
             return begun.get_error()
-        if not allowed and not begun.is_accepting():
+        if not mask and not begun.is_accepting():
             return "it is unsatisfiable: no text fits it"
-        forced = begun.compute_ff_tokens()
-        if not forced or not begun.consume_tokens(forced):
+        first = (mask & -mask).bit_length() - 1
+        if begun.is_stopped() or begun.try_consume_tokens([first]) == 0:  # it may end here
             break
     return begun.get_error()
 
@@ -148,9 +151,9 @@ def _place_of(index: int) -> Iterator[None]:
 def _choice(texts: list[Any]) -> str:
     """A regular expression of which exactly these texts are instances."""
     for index, text in enumerate(texts):
-        if not isinstance(text, str) or not text:
+        if not isinstance(text, str) or not 0 < len(text) <= MAX_CHOICE:
             found = text if isinstance(text, str) else json.dumps(text)
-            message = f"must be a string that is not empty, got {found!r}"
+            message = f"must be a string of 1 to {MAX_CHOICE} characters, got {found!r}"
             raise ValueError(said(f"structured_outputs.choice[{index}] {message}"))
     if not texts:
         raise ValueError("structured_outputs.choice must hold at least 1 string, got 0")
@@ -165,6 +168,11 @@ def _escaped(character: str) -> str:
 
 def _lark(text: str) -> str:
     """A grammar in Lark's syntax, or in EBNF as llama.cpp writes it (`root ::= ...`)."""
+    if len(text) > MAX_EBNF_BYTES and not is_lark_syntax(text):
+        raise ValueError(
+            f"structured_outputs.grammar must have at most {MAX_EBNF_BYTES} characters where it is "
+            f"EBNF (Lark begins with `start:`), got {len(text)}"
+        )
     try:
         return any_to_lark(text)
     except Exception as error:  # its own kinds, and IndexError and such for what is no grammar

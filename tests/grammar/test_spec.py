@@ -57,6 +57,7 @@ REFUSED = [
     ({"$ref": "#/$defs/n", "$defs": {"n": NODE}}, "what it requires never ends"),
     ({"$ref": "#"}, "what it requires never ends"),
     ({"items": {"$ref": "#"}, "type": "array", "minItems": 1}, "what it requires never ends"),
+    ({"$defs": {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(501)}}, "got 501"),
     (nested({}, 61), "schemas may be nested 60 deep"),
     ('{"type"', "Expecting"),
 ]
@@ -80,6 +81,8 @@ def test_a_schema_is_refused_with_its_place(backend, schema, says):
         ({"grammar": "root ::= ("}, "structured_outputs.grammar: "),
         ({"choice": []}, "structured_outputs.choice must hold at least 1 string, got 0"),
         ({"choice": ["a", ""]}, r"structured_outputs.choice\[1\] must be a string .*got ''"),
+        ({"choice": ["a" * 4097]}, r"must be a string of 1 to 4096 characters, got 'aaa"),
+        ({"grammar": "root ::= " + "'a' " * 9000}, "at most 16384 characters where it is EBNF"),
         ({"choice": [1]}, r"structured_outputs.choice\[0\] must be a string .*got '1'"),
     ],
     ids=str,
