@@ -14,9 +14,9 @@ leave KV behind that later passes overwrite before they read it.
 The first pass and a later one are captured as graphs by number of rows, like decode steps.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -72,7 +72,7 @@ class DraftRunner:
         self._rows = rows
         self._comm = comm
         self._num_drafts = num_drafts = draft.num_drafts
-        self._graphs: dict[tuple[int, int, bool], Graph] = {}
+        self._graph = cache(self._captured)
         most = sizes[-1]
         self._sizes = sizes
         self._asked = device.zeros(((1 + num_drafts) * most,), torch.int32)
@@ -131,12 +131,9 @@ class DraftRunner:
         inputs = ragged_inputs(self._rows, self._pool, *sections, max_seqlen_q=longest)
         self._model.forward(inputs)
 
-    def _graph(self, size: int, width: int, adjusts: bool) -> Graph:
-        graph = self._graphs.get((size, width, adjusts))
-        if graph is None:  # while capturing, or on a device where that costs nothing
-            call: Callable[[], None] = partial(self._pass, size, width, adjusts)
-            graph = self._graphs[size, width, adjusts] = self._device.capture(call)
-        return graph
+    def _captured(self, size: int, width: int, adjusts: bool) -> Graph:
+        """Once for each: while capturing, or on a device where that costs nothing."""
+        return self._device.capture(partial(self._pass, size, width, adjusts))
 
     def _drafted_of(self, size: int) -> torch.Tensor:
         return self._drafted[: size * self._num_drafts].view(size, self._num_drafts)
