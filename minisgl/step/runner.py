@@ -3,26 +3,25 @@
 A step costs one host-to-device copy, a handful of small ops around the model, and no host sync.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
-from minisgl.core.executor import GrammarMasks
+from minisgl.core.executor import GrammarMasks, Limits
 from minisgl.device import Device, Event
 from minisgl.layers.attention import ForwardInputs
 from minisgl.parallel import Communicator
 from minisgl.step.agreement import compare_ranks
-from minisgl.step.draft import DraftRunner
-from minisgl.step.graphs import DecodeGraphs, Forward
+from minisgl.step.draft import Draft, DraftRunner
+from minisgl.step.graphs import DecodeGraphs, Forward, StaticBuffers
 from minisgl.step.inputs import PackedBatch, Sent, join
-from minisgl.step.kv_pool import KVPool
+from minisgl.step.kv_pool import KVPool, KVShape
 from minisgl.step.piecewise import PiecewiseGraphs
 from minisgl.step.ragged import RAGGED, ragged_inputs
 from minisgl.step.rows import RowBuffers
 from minisgl.step.sampler import Points, Sampled, Sampler
-from minisgl.step.sizes import cascade_words
+from minisgl.step.sizes import Geometry, GraphSizes, cascade_words
 from minisgl.trace import ranged, span
 
 
@@ -63,28 +62,38 @@ class Runner:
         self,
         device: Device,
         model: Model,
-        pool: KVPool,
-        rows: RowBuffers,
-        sampler: Sampler,
-        *,
-        graphs: Mapping[int, DecodeGraphs],
-        staging: torch.Tensor,
-        pieces: PiecewiseGraphs,
-        draft: DraftRunner | None = None,
-        compare: Communicator | None = None,
+        shape: KVShape,
+        limits: Limits,
+        geometry: Geometry,
+        graphs: GraphSizes,
+        comm: Communicator,
+        draft: Draft | None,
+        compare: bool,
     ) -> None:
-        """graphs: by width. staging: where their steps are uploaded to. compare: if given, every
-        step is compared between its ranks."""
-        self.rows = rows
-        self.graphs = graphs
-        self.pieces = pieces
-        self.draft = draft
+        """Allocates the pool and the rows of `limits`, and what all `graphs` share; in the stream.
+
+        compare: every step checks that all ranks of `comm` compute the same.
+        """
         self._device = device
         self._model = model
-        self._pool = pool
+        self._compare = comm if compare else None
+        self._pool = pool = KVPool(device, shape, limits.num_pages, limits.page_size)
+        pages, vocab = geometry.page_table_width, limits.vocab_size
+        self.rows = rows = RowBuffers(device, limits.max_rows, pages, vocab)
+        self.draft: DraftRunner | None = None
+        if draft is not None:
+            sizes, some = geometry.draft_sizes, bool(graphs.by_width)
+            self.draft = DraftRunner(device, draft, limits, rows, comm, sizes, graphs=some)
+        keeps_previous = draft is not None
+        sampler = Sampler(device, model.logits, rows, comm, keeps_previous=keeps_previous)
         self._sampler = sampler
-        self._compare = compare
-        self._staging = staging
+        buffers = StaticBuffers(device, vocab, graphs)
+        self._staging = buffers.staging  # where steps of decode graphs are uploaded to
+        self.graphs = {
+            width: DecodeGraphs(device, model.forward, sampler, pool, rows, buffers, sizes, width)
+            for width, sizes in graphs.by_width.items()
+        }
+        self.pieces = PiecewiseGraphs(device, model.forward, graphs.pieces)
 
     @ranged("begin")
     def begin(self, step: Step) -> None:

@@ -5,13 +5,10 @@ from collections.abc import Callable
 from minisgl.core.executor import Limits
 from minisgl.device import Device
 from minisgl.parallel import Communicator
-from minisgl.step.draft import Draft, DraftRunner
-from minisgl.step.graphs import DecodeGraphs, StaticBuffers
-from minisgl.step.kv_pool import KVPool, KVShape
-from minisgl.step.piecewise import PiecewiseGraphs
-from minisgl.step.rows import HostRows, RowBuffers
+from minisgl.step.draft import Draft
+from minisgl.step.kv_pool import KVShape
+from minisgl.step.rows import HostRows
 from minisgl.step.runner import Model, Runner
-from minisgl.step.sampler import Sampler
 from minisgl.step.sizes import Geometry, GraphSizes, draft_sizes, page_table_width
 
 
@@ -30,11 +27,8 @@ class Worker:
         draft: Draft | None = None,
         compare: bool = False,
     ) -> None:
-        """Allocates the pool and the rows of `limits`, and what all `graphs` share.
-
-        compare: every step checks that all ranks of `comm` compute the same.
-        """
-        graphs = graphs or GraphSizes({})
+        """Allocates what the runner needs; its arguments are this one's."""
+        graphs, comm = graphs or GraphSizes({}), comm or Communicator()
         self.device = device
         self.limits = limits
         self.dtype = shape.dtype
@@ -52,43 +46,7 @@ class Worker:
         )
         self.host_rows = HostRows(limits.max_rows, limits.vocab_size)
         self.runner = device.run(
-            self._build, model, shape, graphs, comm or Communicator(), draft, compare
-        )
-
-    def _build(
-        self,
-        model: Model,
-        shape: KVShape,
-        graphs: GraphSizes,
-        comm: Communicator,
-        draft: Draft | None,
-        compare: bool,
-    ) -> Runner:
-        """In the stream."""
-        device, limits, vocab = self.device, self.limits, self.limits.vocab_size
-        pool = KVPool(device, shape, limits.num_pages, limits.page_size)
-        pages = self.geometry.page_table_width
-        rows = RowBuffers(device, limits.max_rows, pages, vocab)
-        drafting = None
-        if draft is not None:
-            sizes, some = self.geometry.draft_sizes, bool(graphs.by_width)
-            drafting = DraftRunner(device, draft, limits, rows, comm, sizes, graphs=some)
-        sampler = Sampler(device, model.logits, rows, comm, keeps_previous=draft is not None)
-        buffers = StaticBuffers(device, vocab, graphs)
-        return Runner(
-            device,
-            model,
-            pool,
-            rows,
-            sampler,
-            graphs={
-                width: DecodeGraphs(device, model.forward, sampler, pool, rows, buffers, own, width)
-                for width, own in graphs.by_width.items()
-            },
-            staging=buffers.staging,
-            pieces=PiecewiseGraphs(device, model.forward, graphs.pieces),
-            draft=drafting,
-            compare=comm if compare else None,
+            Runner, device, model, shape, limits, self.geometry, graphs, comm, draft, compare
         )
 
     def close(self) -> None:
