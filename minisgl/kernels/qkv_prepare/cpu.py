@@ -2,8 +2,11 @@
 
 import torch
 
+from minisgl.device.tape import by_call
 from minisgl.kernels.native import address, model_ops
 from minisgl.kernels.qkv_prepare import qkv_prepare_reference
+
+qkv_prepare_by_call = by_call(qkv_prepare_reference)  # it reads which tokens have a slot
 
 
 def qkv_prepare_cpu(
@@ -25,7 +28,7 @@ def qkv_prepare_cpu(
     native = model_ops(qkv, k_pool, v_pool, q_weight, k_weight)
     tensors = (qkv, cos_sin, k_pool, v_pool, q_weight, k_weight, out)
     if native is None or not all(t is None or t.is_contiguous() for t in tensors):
-        return qkv_prepare_reference(
+        return qkv_prepare_by_call(
             qkv,
             positions,
             cos_sin,
