@@ -200,17 +200,19 @@ struct Decode {
         alignas(64) T probabilities[ROWS * KEYS];
         Index offsets[KEYS];
         const Index count = std::min(KEYS, item.end - first), padded = (count + TILE - 1) / TILE * TILE;
-        locate(item, first, count, padded, offsets);
-        score(item, offsets, padded, scores);
+        const Index from =  // tiles before it are in no row's window
+            window ? std::max<Index>(position(item, 0) - window + 1 - first, 0) / TILE * TILE : 0;
+        locate(item, first, from, count, padded, offsets);
+        score(item, offsets, from, padded, scores);
         states.clear(item.num_rows());
         for (Index row = 0; row < item.num_rows(); ++row) {
             const Index own = position(item, row);
             const Index lo = window ? std::max<Index>(own - window + 1 - first, 0) : 0;
             const Index hi = std::clamp<Index>(own + 1 - first, 0, count);
-            softmax(scale, softcap, scores + row * KEYS, lo, hi, 0, padded, states.largest(row),
+            softmax(scale, softcap, scores + row * KEYS, lo, hi, from, padded, states.largest(row),
                     states.total(row), probabilities + row * KEYS);
         }
-        for (Index j = 0; j < padded; j += TILE)
+        for (Index j = from; j < padded; j += TILE)
             for (Index h = 0; h < item.heads; ++h) {
                 const T *values = v_pool + (item.kv_head + h) * D;
                 Later<T, D> later;
@@ -223,16 +225,16 @@ struct Decode {
             }
     }
 
-    void score(const Item &item, const Index *offsets, Index padded, float *scores) const {
+    void score(const Item &item, const Index *offsets, Index from, Index padded, float *scores) const {
         alignas(64) T queries[ROWS * D];
         for (Index row = 0; row < item.num_rows(); ++row) {
             const auto [token, head] = place(item, row);
             std::copy_n(q + token * q_stride + head * D, D, queries + row * D);
         }
-        for (Index j = 0; j < padded; j += TILE)
+        for (Index j = from; j < padded; j += TILE)
             for (Index h = 0; h < item.heads; ++h) {
                 const Index skip = (item.kv_head + h) * D;
-                Later<T, D> later{v_pool + skip, offsets};
+                Later<T, D> later{v_pool + skip, offsets + from};
                 if (j + TILE < padded) later = {k_pool + skip, offsets + j + TILE};
                 in_tiles(h * item.count, (h + 1) * item.count, [&](Index row, auto tile) {
                     multiply_keys<T, D, decltype(tile)::value>(
@@ -242,15 +244,16 @@ struct Decode {
             }
     }
 
-    // Where the keys from `first` on lie in the pools; beyond `count` it is the last key again.
-    void locate(const Item &item, Index first, Index count, Index padded, Index *offsets) const {
+    // Where the keys [first + from, first + count) lie in the pools; then it is the last key again.
+    void locate(const Item &item, Index first, Index from, Index count, Index padded,
+                Index *offsets) const {
         const std::int32_t *pages = page_table + rows[item.sequence] * table_stride;
         const Index step = kv_heads * D;
-        for (Index j = 0, page = first / page_size, within = first % page_size; j < count; ++page) {
+        Index page = (first + from) / page_size, within = (first + from) % page_size;
+        for (Index j = from; j < count; ++page, within = 0) {
             const Index stop = std::min(count, j + page_size - within);
             Index offset = (Index(pages[page]) * page_size + within) * step;
             for (; j < stop; ++j, offset += step) offsets[j] = offset;
-            within = 0;
         }
         std::fill(offsets + count, offsets + padded, offsets[count - 1]);
     }
@@ -268,9 +271,10 @@ struct Decode {
     void run(Index sequences, int threads) {
         Index keys = 0, longest = 0, blocks = 0;
         for (Index s = 0; s < sequences; ++s) {
-            keys += lengths[s];
-            blocks += (lengths[s] + KEYS - 1) / KEYS;
-            longest = std::max<Index>(longest, lengths[s]);
+            const Index seen = window ? std::min<Index>(lengths[s], window + width) : Index(lengths[s]);
+            keys += seen;
+            blocks += (seen + KEYS - 1) / KEYS;
+            longest = std::max(longest, seen);
         }
         if (keys * q_heads * (D / 16) < WORTH_SHARING) threads = 1;
         rows_of_head = std::min(groups() * width, ROWS);
