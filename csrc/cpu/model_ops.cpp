@@ -26,6 +26,8 @@ PYBIND11_MODULE(model_ops, m) {
     m.def("linear_panels", recorded(&linear_panels), unlocked, "the same with w in panels of 32 rows");
     m.def("rmsnorm", recorded(&rmsnorm), unlocked, "minisgl.kernels.rmsnorm on rows");
     m.def("gated", recorded(&gated), unlocked, "minisgl.kernels.activation on rows");
+    m.def("moe_route", recorded(&moe_route), unlocked, "minisgl.kernels.moe");
+    m.def("moe_experts", recorded(&moe_experts), unlocked, "minisgl.kernels.moe, weights in panels");
     m.def("qkv_prepare", recorded(&qkv_prepare), unlocked, "minisgl.kernels.qkv_prepare");
     m.def("attention", recorded(&attention), unlocked, "minisgl.kernels.attention, in bf16");
     m.def("decode", recorded(&decode), unlocked, "minisgl.kernels.decode");

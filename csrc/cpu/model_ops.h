@@ -50,7 +50,7 @@ void with_head_dim(Index head_dim, F f) {
     }
 }
 
-// The ops, each in the file of its name; those of advance.cpp, panels.cpp and logits.cpp are two.
+// The ops, each in the file of its name; those of advance.cpp, panels.cpp, moe.cpp and logits.cpp are two.
 
 void linear(Address x, Index x_stride, Address w, Address bias, Address y, Index m, Index n,
             Index k, bool is_bf16, bool wide_output, int threads);
@@ -79,6 +79,16 @@ void rmsnorm(Address x, Index x_stride, Address weight, Address residual, Index 
 
 void gated(Address x, Index x_stride, Address y, Index rows, Index n, bool gelu, bool is_bf16,
            int threads);
+
+// logits [tokens, experts]; weights fp32 and ids int32 [tokens, top_k].
+void moe_route(Address logits, Index stride, Address weights, Address ids, Index tokens,
+               Index experts, Index top_k, bool renormalize, bool is_bf16, int threads);
+
+// bf16 only, weights in panels. middle [tokens * top_k, inner] and parts [tokens * top_k, hidden] are
+// for its own use; an id outside [0, experts) adds nothing.
+void moe_experts(Address x, Index x_stride, Address gate_up, Address down, Address weights,
+                 Address ids, Address middle, Address parts, Address out, Index tokens,
+                 Index experts, Index top_k, Index hidden, Index inner, bool gelu, int threads);
 
 void qkv_prepare(Address qkv, Address positions, Address cos_sin, Address k_pool, Address v_pool,
                  Address slots, Address q_weight, Address k_weight, Address q, Index tokens,

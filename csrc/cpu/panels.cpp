@@ -1,19 +1,15 @@
-// y = x W^T + b with W in panels: 32 of its rows, which are columns of y, side by side in pairs of k,
-// [N / 32, K / 2, 32, 2]. A panel is one stream in memory, read at the speed of memory by few rows
-// of x; many find it in the second cache. A sum lies in one lane from the first k to the last: it
-// needs no horizontal additions, and its order depends on nothing but k. And rows out of panels.
+// y = x W^T + b with W in panels. A panel is one stream in memory, read at the speed of memory by few
+// rows of x; many find it in the second cache. And rows out of panels.
 
 #include <algorithm>
 #include <string>
 #include <type_traits>
 
-#include "model_ops.h"
-#include "pairs.h"
+#include "panels.h"
 #include "pool.h"
 
 namespace {
 
-constexpr Index WIDTH = 32;  // columns of a panel
 constexpr int TILE_PANELS = TILE_VECTORS / 2;
 constexpr Index WORTH_SHARING = 500000;  // products: waking a thread for fewer costs more
 
@@ -28,17 +24,12 @@ struct Product {
     template <int MT, int PANELS>
     [[gnu::noinline]] void tile(Index row, Index panel) const {
         constexpr int VECTORS = 2 * PANELS;
-        const bf16 *from = x + row * x_stride, *w = panels + panel * WIDTH * k;
+        const bf16 *from = x + row * x_stride, *panels_from = panels + panel * WIDTH * k;
+        const bf16 *rows[MT], *w[VECTORS];
+        for (int t = 0; t < MT; ++t) rows[t] = from + t * x_stride;
+        for (int v = 0; v < VECTORS; ++v) w[v] = panels_from + (v / 2) * WIDTH * k + (v % 2) * WIDTH;
         f32x16 sums[MT][VECTORS] = {};
-        for (Index i = 0; i < k; i += 2) {
-            Pairs columns[VECTORS];
-            for (int v = 0; v < VECTORS; ++v)
-                columns[v] = load_pairs(w + (v / 2) * WIDTH * k + i * WIDTH + (v % 2) * WIDTH);
-            for (int t = 0; t < MT; ++t) {
-                const Pairs own = broadcast_pair(from + t * x_stride + i);
-                for (int v = 0; v < VECTORS; ++v) add_products(sums[t][v], own, columns[v]);
-            }
-        }
+        add_tile(rows, w, k, sums);
         for (int v = 0; v < VECTORS; ++v) {
             const Index column = panel * WIDTH + v * 16;
             for (int t = 0; t < MT; ++t) put(sums[t][v], y + (row + t) * n + column, column);
@@ -55,31 +46,16 @@ struct Product {
             store(to + c - column, sums[c - column] + (bias ? to_float(bias[c]) : 0.0f));
     }
 
-    template <int PANELS>
-    void rows(Index row, Index count, Index panel) const {
-        switch (count) {
-            case 1: return tile<1, PANELS>(row, panel);
-            case 2: return tile<2, PANELS>(row, panel);
-            case 3: return tile<3, PANELS>(row, panel);
-#if defined(__AVX512F__)
-            case 4: return tile<4, PANELS>(row, panel);
-            case 5: return tile<5, PANELS>(row, panel);
-            case 6: return tile<6, PANELS>(row, panel);
-#endif
-        }
-    }
-
     // Panels [begin, end) for all rows: one or two stay in the second cache, a tile of x in the first.
     void block(Index begin, Index end) const {
-        const Index tiles = (m + TILE_ROWS - 1) / TILE_ROWS;
         for (Index panel = begin; panel < end; panel += TILE_PANELS)
-            for (Index t = 0; t < tiles; ++t) {
-                const Index row = t * m / tiles, count = (t + 1) * m / tiles - row;
+            for_tiles(m, [&](Index row, auto height) {
+                constexpr int MT = decltype(height)::value;
                 if (panel + TILE_PANELS <= end)
-                    rows<TILE_PANELS>(row, count, panel);
+                    tile<MT, TILE_PANELS>(row, panel);
                 else
-                    rows<1>(row, count, panel);
-            }
+                    tile<MT, 1>(row, panel);
+            });
     }
 
     void run(int threads) const {

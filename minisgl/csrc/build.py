@@ -61,6 +61,7 @@ MODULES = (
             "cpu/pool.cpp",
             "cpu/linear.cpp",
             "cpu/panels.cpp",
+            "cpu/moe.cpp",
             "cpu/rmsnorm.cpp",
             "cpu/activation.cpp",
             "cpu/qkv_prepare.cpp",

@@ -10,7 +10,8 @@ import torch
 
 from minisgl.kernels.activation import gelu_tanh_and_mul, silu_and_mul
 from minisgl.kernels.linear import linear
-from minisgl.kernels.moe import moe_experts, moe_route
+from minisgl.kernels.linear.panels import Matrix, packed
+from minisgl.kernels.moe import moe_experts, moe_route, packed_experts
 from minisgl.kernels.op import Op
 from minisgl.layers.linear import ColumnLinear, RowLinear
 from minisgl.layers.weights import Block, Placement, Weight
@@ -42,10 +43,7 @@ class MoeConfig:
 
 
 class Moe(Block):
-    """The top_k experts of each token, weighted by the router; ranks share each expert's rows.
-
-    Experts are read as they are, so there is nothing to pack.
-    """
+    """The top_k experts of each token, weighted by the router; ranks share each expert's rows."""
 
     def __init__(
         self, prefix: str, hidden_size: int, config: MoeConfig, activation: str, at: Placement
@@ -54,9 +52,9 @@ class Moe(Block):
         self.config = config
         self.activation = activation
         self.start, inner = share(f"{prefix} inner size", config.inner_size, at.comm)
-        self.router = at.empty(config.num_experts, hidden_size)
-        self.gate_up = at.empty(config.num_experts, 2 * inner, hidden_size)
-        self.down = at.empty(config.num_experts, hidden_size, inner)
+        self.router: Matrix = at.empty(config.num_experts, hidden_size)
+        self.gate_up: Matrix = at.empty(config.num_experts, 2 * inner, hidden_size)
+        self.down: Matrix = at.empty(config.num_experts, hidden_size, inner)
 
     def weights(self) -> Iterator[Weight]:
         num_experts, hidden, inner = self.down.shape
@@ -68,6 +66,11 @@ class Moe(Block):
             yield Weight(f"{name}.gate_proj.weight", gate, by_rows, 0, self.start)
             yield Weight(f"{name}.up_proj.weight", up, by_rows, 0, self.start)
             yield Weight(f"{name}.down_proj.weight", down, by_rows[::-1], 1, self.start)
+
+    def pack(self) -> None:
+        self.router = packed(self.router)
+        if isinstance(self.gate_up, torch.Tensor) and isinstance(self.down, torch.Tensor):
+            self.gate_up, self.down = packed_experts(self.gate_up, self.down)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         chosen = self.config.top_k, self.config.renormalize

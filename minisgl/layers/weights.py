@@ -10,6 +10,7 @@ import torch
 
 from minisgl.device.cpu import lazy_zeros
 from minisgl.kernels.attention import attention
+from minisgl.kernels.linear.panels import Panels
 from minisgl.kernels.op import Op
 from minisgl.parallel import Communicator
 
@@ -72,3 +73,8 @@ class Block:
         filled; `weights` has nothing to fill any more."""
         for block in self.blocks():
             block.pack()
+
+    def padding_bytes(self) -> int:
+        """What the weights take more since they were packed."""
+        own = sum(v.padding_bytes for v in vars(self).values() if isinstance(v, Panels))
+        return own + sum(block.padding_bytes() for block in self.blocks())

@@ -148,6 +148,10 @@ class Decoder(Block):
         """Key heads of this rank: what its KV pool holds."""
         return self.layers[0].attention.num_kv_heads
 
+    def pack(self) -> None:
+        super().pack()
+        self.weight_bytes += self.padding_bytes()
+
     @torch.inference_mode()
     def forward(self, inputs: ForwardInputs) -> torch.Tensor:
         """Hidden states [T, hidden] after the last norm; writes this step's KV."""

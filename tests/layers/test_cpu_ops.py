@@ -15,6 +15,7 @@ from minisgl.kernels.cascade import cascade
 from minisgl.kernels.decode import decode
 from minisgl.kernels.linear import linear
 from minisgl.kernels.linear.panels import Panels, embedding, packed, unpacked
+from minisgl.kernels.moe import moe_experts, moe_route_reference, packed_experts
 from minisgl.kernels.op import Case, Op, all_ops
 from minisgl.kernels.rmsnorm import rmsnorm
 from tests.kernels.cards import check
@@ -31,6 +32,7 @@ NATIVE_OPS = (
     "decode",
     "prepare_inputs",
     "accept_and_advance",
+    "moe_route",
     "adjust_logits",
     "mask_logits",
     "sample",
@@ -199,3 +201,53 @@ def test_a_token_has_one_result_in_any_batch(dtype: torch.dtype, pack: bool, lev
         whole = linear(x, weight)
         for start, end in ((0, 1), (3, 5), (7, 23), (100, 150)):
             assert torch.equal(linear(x[start:end], weight), whole[start:end])
+
+
+@pytest.mark.skipif(NATIVE is None, reason="no compiler: experts are not packed")
+@pytest.mark.parametrize("level", [*levels(), None])
+@pytest.mark.parametrize("case", moe_experts.cases, ids=lambda case: case.label)
+def test_packed_experts(case: Case, level: str | None) -> None:
+    arguments = case.make(torch.device("cpu"), torch.bfloat16, torch.Generator().manual_seed(0))
+    whole = arguments["gate_up"], arguments["down"]
+    gates, down = packed_experts(*(weight.clone() for weight in whole))
+    assert isinstance(gates, Panels)
+    assert isinstance(down, Panels)
+    assert torch.equal(unpacked(gates).flatten(1, 2), whole[0])
+    assert torch.equal(unpacked(down), whole[1])
+    with at(level):
+        check(moe_experts, "cpu", arguments | {"gate_up": gates, "down": down})
+
+
+@pytest.mark.skipif(NATIVE is None, reason="no compiler: experts are not packed")
+def test_experts_of_an_odd_size_stay_as_they_are() -> None:
+    case = moe_experts.cases[0].make(torch.device("cpu"), torch.bfloat16, torch.Generator())
+    odd = case | {"gate_up": case["gate_up"][:, :62].clone(), "down": case["down"][..., :31]}
+    gate_up, down = packed_experts(odd["gate_up"], odd["down"])
+    assert isinstance(gate_up, Panels)
+    assert down is odd["down"]
+    check(moe_experts, "cpu", odd | {"gate_up": gate_up, "down": down})
+
+
+@pytest.mark.skipif(NATIVE is None, reason="no compiler: there is nothing native to test")
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_token_has_one_result_of_its_experts_in_any_batch(level: str, threads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens, experts, hidden, inner = 90, 7, 200, 136
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).bfloat16()
+
+    x, logits = normal(tokens, hidden), normal(tokens, experts)
+    weights = packed_experts(normal(experts, 2 * inner, hidden), normal(experts, hidden, inner))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with at(level):
+            chosen = moe_route_reference(logits, 3, True)
+            whole = moe_experts(x, *weights, *chosen)
+            for start, end in ((0, 1), (3, 5), (7, 23), (60, 90)):
+                own = (part[start:end] for part in chosen)
+                assert torch.equal(moe_experts(x[start:end], *weights, *own), whole[start:end])
+    finally:
+        torch.set_num_threads(before)

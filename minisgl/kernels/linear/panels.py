@@ -1,5 +1,6 @@
 """The form in which a CPU's native product reads bf16 weights fastest: panels of 32 rows."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -12,50 +13,56 @@ _AT_ONCE = 64  # panels that are packed together: what packing takes besides
 
 
 class Panels(NamedTuple):
-    """A weight [N, K]: 32 of its rows side by side in pairs of K, the last panel with any padding.
+    """Weights [..., N, K]: 32 rows side by side in pairs of K, the last panel with any padding.
 
     So one product of pairs (x[k], x[k + 1]) makes sixteen columns, and a panel lies in memory in
     the order in which it is read.
     """
 
-    values: torch.Tensor  # [ceil(N / 32), K / 2, 32, 2]
+    values: torch.Tensor  # [..., ceil(N / 32), K / 2, 32, 2]
     num_rows: int  # N
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.num_rows, 2 * self.values.shape[1]
+    def shape(self) -> tuple[int, ...]:
+        return *self.values.shape[:-4], self.num_rows, 2 * self.values.shape[-3]
+
+    @property
+    def padding_bytes(self) -> int:
+        """What the weights take besides."""
+        return self.values.nbytes - math.prod(self.shape) * self.values.itemsize
 
 
 Matrix = torch.Tensor | Panels  # the weight [N, K] of a product
 
 
 def packed(weight: torch.Tensor) -> Matrix:
-    """A weight [N, K] in the form that products on its device read fastest.
+    """Weights [..., N, K] in the form that products on their device read fastest.
 
     That is itself but on a CPU that has the native product, or is about to. Panels are made in the
     place of the weight, which is then gone, where its rows are whole panels.
     """
-    n, k = weight.shape
+    *others, n, k = weight.shape
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or k % 2 or n == 0:
         return weight
     if not csrc.is_coming("model_ops"):
         return weight
     if n % WIDTH or not weight.is_contiguous():
-        padded = weight.new_zeros(-(-n // WIDTH) * WIDTH, k)
-        padded[:n] = weight
+        padded = weight.new_zeros(*others, -(-n // WIDTH) * WIDTH, k)
+        padded[..., :n, :] = weight
         weight = padded
-    values = weight.view(-1, k // 2, WIDTH, 2)
-    for some in values.view(torch.int32).squeeze(-1).split(_AT_ONCE):  # [P, K / 2, 32] pairs
+    values = weight.view(*others, -1, k // 2, WIDTH, 2)
+    pairs = values.view(torch.int32).view(-1, k // 2, WIDTH)  # [panels, K / 2, 32]
+    for some in pairs.split(_AT_ONCE):
         some.copy_(some.reshape(-1, WIDTH, k // 2).transpose(1, 2).contiguous())
     return Panels(values, n)
 
 
 def unpacked(weight: Matrix) -> torch.Tensor:
-    """The weight [N, K], copied out of its panels if it is packed."""
+    """The weights [..., N, K], copied out of their panels if they are packed."""
     if not isinstance(weight, Panels):
         return weight
-    n, k = weight.shape
-    return weight.values.transpose(1, 2).reshape(-1, k)[:n]
+    *others, n, k = weight.shape
+    return weight.values.transpose(-3, -2).reshape(*others, -1, k)[..., :n, :]
 
 
 def embedding(ids: torch.Tensor, weight: Matrix) -> torch.Tensor:

@@ -7,11 +7,13 @@ Sources: Shazeer et al., "Outrageously Large Neural Networks", 2017; grouped exp
 Gale et al., "MegaBlocks", 2022.
 """
 
+import math
 from typing import Any
 
 import torch
 
 from minisgl.kernels.activation import gelu_tanh_and_mul_reference, silu_and_mul_reference
+from minisgl.kernels.linear.panels import Matrix, Panels, packed, unpacked
 from minisgl.kernels.op import Case, Cost, Expected, Implementation, Op
 
 ACTIVATIONS = {"silu": silu_and_mul_reference, "gelu_tanh": gelu_tanh_and_mul_reference}
@@ -34,20 +36,22 @@ def moe_route_reference(
 
 def moe_experts_reference(
     x: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: Matrix,
+    down: Matrix,
     weights: torch.Tensor,
     ids: torch.Tensor,
     activation: str = "silu",
 ) -> torch.Tensor:
     """x: [T, H]; gate_up: [E, 2N, H], the gate first; down: [E, H, N]. Returns [T, H].
 
+    In panels gate_up is [E, 2, N, H].
     weights: [T, K] fp32 and ids: [T, K] int32 as `moe_route` gives them; an id outside [0, E)
     belongs to another rank and adds nothing. activation: "silu" or "gelu_tanh". Each expert's
     products are in x's dtype, their weighted sum over k is taken in fp32 and rounded once. Only
     experts that were chosen are computed, each once over all its tokens.
     """
     num_experts, top_k = gate_up.shape[0], ids.shape[1]
+    gate_up, down = unpacked(gate_up).reshape(num_experts, -1, x.shape[1]), unpacked(down)
     flat = ids.flatten().long()
     order = torch.argsort(flat, stable=True)
     chosen, counts = torch.unique_consecutive(flat[order], return_counts=True)
@@ -65,6 +69,13 @@ def moe_experts_reference(
     return output.to(x.dtype)
 
 
+def packed_experts(gate_up: torch.Tensor, down: torch.Tensor) -> tuple[Matrix, Matrix]:
+    """gate_up [E, 2N, H] and down [E, H, N] in panels, gates [E, 2, N, H] apart from ups; or as
+    they are, where `packed` leaves them so."""
+    gates = packed(gate_up.unflatten(1, (2, -1)))
+    return (gates if isinstance(gates, Panels) else gate_up), packed(down)
+
+
 def moe_route_cost(logits: torch.Tensor, top_k: int, **_: Any) -> Cost:
     tokens = logits.shape[0]
     moved = logits.numel() * logits.element_size() + 8 * tokens * top_k
@@ -72,10 +83,10 @@ def moe_route_cost(logits: torch.Tensor, top_k: int, **_: Any) -> Cost:
 
 
 def moe_experts_cost(
-    x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, ids: torch.Tensor, **_: Any
+    x: torch.Tensor, gate_up: Matrix, down: Matrix, ids: torch.Tensor, **_: Any
 ) -> Cost:
     used = ids.unique().numel()
-    per_expert = gate_up[0].numel() + down[0].numel()
+    per_expert = math.prod(gate_up.shape[1:]) + math.prod(down.shape[1:])
     moved = (used * per_expert + 2 * x.numel()) * x.element_size() + 8 * ids.numel()
     return Cost(bytes=moved, flops=2 * ids.numel() * per_expert)
 
@@ -147,7 +158,8 @@ moe_route = Op(
     "moe_route",
     moe_route_reference,
     implementations=[
-        Implementation("portable", "cuda", "minisgl.kernels.moe.portable:moe_route_portable")
+        Implementation("portable", "cuda", "minisgl.kernels.moe.portable:moe_route_portable"),
+        Implementation("cpu", "cpu", "minisgl.kernels.moe.cpu:moe_route_cpu"),
     ],
     cases=ROUTE_CASES,
     cost=moe_route_cost,

@@ -1,24 +1,93 @@
-"""Experts on CPU: the reference's grouping, with the CPU's own linear layers and activations."""
+"""Mixtures of experts on CPU: csrc/cpu/moe.cpp, for experts in panels; and the reference's grouping
+with the CPU's own linear layers and activations."""
 
 import torch
 
 from minisgl.device.tape import by_call
 from minisgl.kernels.activation.cpu import gelu_tanh_and_mul_cpu, silu_and_mul_cpu
 from minisgl.kernels.linear.cpu import linear_cpu
+from minisgl.kernels.linear.panels import Matrix, Panels, unpacked
+from minisgl.kernels.moe import moe_route_reference
+from minisgl.kernels.native import model_ops
 
 ACTIVATIONS = {"silu": silu_and_mul_cpu, "gelu_tanh": gelu_tanh_and_mul_cpu}
 
 
-@by_call
+def moe_route_cpu(
+    logits: torch.Tensor, top_k: int, renormalize: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `moe_route_reference`."""
+    tokens, experts = logits.shape
+    native = model_ops(logits)
+    if native is None or logits.stride(1) != 1 or not 1 <= top_k <= experts:
+        return moe_route_twin(logits, top_k, renormalize)
+    weights = torch.empty(tokens, top_k, dtype=torch.float32)
+    ids = torch.empty(tokens, top_k, dtype=torch.int32)
+    native.moe_route(
+        logits.data_ptr(),
+        logits.stride(0),
+        weights.data_ptr(),
+        ids.data_ptr(),
+        tokens,
+        experts,
+        top_k,
+        renormalize,
+        logits.dtype == torch.bfloat16,
+        torch.get_num_threads(),
+    )
+    return weights, ids
+
+
+moe_route_twin = by_call(moe_route_reference)
+
+
 def moe_experts_cpu(
     x: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: Matrix,
+    down: Matrix,
     weights: torch.Tensor,
     ids: torch.Tensor,
     activation: str = "silu",
 ) -> torch.Tensor:
-    """See `moe_experts_reference`. A token's experts are added in ascending order of their ids."""
+    """See `moe_experts_reference`; with panels a token's result does not depend on the others."""
+    if not (isinstance(gate_up, Panels) and isinstance(down, Panels)):
+        return moe_experts_twin(x, gate_up, down, weights, ids, activation)
+    native = model_ops(x, gate_up.values, down.values)
+    (tokens, top_k), (experts, hidden, inner) = ids.shape, down.shape
+    fits = x.shape == (tokens, hidden) and gate_up.shape == (experts, 2, inner, hidden)
+    if native is None or not fits or weights.shape != ids.shape:
+        return moe_experts_twin(x, gate_up, down, weights, ids, activation)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    weights, ids = weights.contiguous(), ids.contiguous()
+    middle = torch.empty(tokens * top_k, inner, dtype=x.dtype)
+    parts = torch.empty(tokens * top_k, hidden, dtype=x.dtype)
+    out = torch.empty(tokens, hidden, dtype=x.dtype)
+    read = (gate_up.values, down.values, weights, ids)
+    native.moe_experts(
+        x.data_ptr(),
+        x.stride(0),
+        *(tensor.data_ptr() for tensor in (*read, middle, parts, out)),
+        tokens,
+        experts,
+        top_k,
+        hidden,
+        inner,
+        activation == "gelu_tanh",
+        torch.get_num_threads(),
+    )
+    return out
+
+
+@by_call
+def moe_experts_twin(
+    x: torch.Tensor,
+    gate_up: Matrix,
+    down: Matrix,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    activation: str,
+) -> torch.Tensor:
+    """The same for weights as they are. A token's experts are added in ascending order of ids."""
     num_experts, top_k = gate_up.shape[0], ids.shape[1]
     flat = ids.flatten()
     order = torch.argsort(flat, stable=True)
@@ -32,7 +101,14 @@ def moe_experts_cpu(
         if not 0 <= expert < num_experts:
             continue
         tokens = pairs // top_k
-        hidden = act(linear_cpu(x[tokens], gate_up[expert]))
-        y = linear_cpu(hidden, down[expert], wide=True)
+        hidden = act(linear_cpu(x[tokens], _matrix(gate_up, expert)))
+        y = linear_cpu(hidden, _matrix(down, expert), wide=True)
         output.index_add_(0, tokens, y * weights.flatten()[pairs, None])
     return output.to(x.dtype)
+
+
+def _matrix(weight: Matrix, expert: int) -> torch.Tensor:
+    """One expert's weight [N, K]."""
+    if isinstance(weight, Panels):
+        return unpacked(weight._replace(values=weight.values[expert])).reshape(-1, weight.shape[-1])
+    return weight[expert]

@@ -39,7 +39,8 @@ def adjust_logits_cpu(
     """See `adjust_logits_reference`."""
     tensors = (logits, rows, positions, params, bias_ids, bias_values, counts, drafts)
     native = csrc.load("model_ops")
-    if native is None or not all(tensor.is_contiguous() for tensor in tensors):
+    fits = counts.shape[1] == logits.shape[1] and bias_ids.shape == bias_values.shape
+    if native is None or not fits or not all(tensor.is_contiguous() for tensor in tensors):
         adjust_logits_twin(*tensors)
         return
     addresses = [tensor.data_ptr() for tensor in tensors]
@@ -89,7 +90,8 @@ def mask_logits_cpu(logits: torch.Tensor, indices: torch.Tensor, bits: torch.Ten
     """See `mask_logits_reference`."""
     tensors = (logits, indices, bits)
     native = csrc.load("model_ops")
-    if native is None or not all(tensor.is_contiguous() for tensor in tensors):
+    fits = bits.shape == (len(indices), -(-logits.shape[1] // 32))
+    if native is None or not fits or not all(tensor.is_contiguous() for tensor in tensors):
         mask_logits_twin(*tensors)
         return
     addresses = [tensor.data_ptr() for tensor in tensors]

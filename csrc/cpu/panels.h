@@ -1,0 +1,45 @@
+// Products with weights in panels: 32 of a weight's rows, which are columns of the result, side by side
+// in pairs of k, [N / 32, K / 2, 32, 2]. A sum lies in one lane from the first k to the last: it
+// needs no horizontal additions, and its order depends on nothing but k.
+
+#pragma once
+
+#include <type_traits>
+
+#include "model_ops.h"
+#include "pairs.h"
+
+constexpr Index WIDTH = 32;  // columns of a panel
+
+// sums[t][v] += x[t] times the sixteen columns that begin at w[v] of their panel, over k.
+template <int MT, int VECTORS>
+[[gnu::always_inline]] inline void add_tile(const bf16 *const (&x)[MT], const bf16 *const (&w)[VECTORS],
+                                            Index k, f32x16 (&sums)[MT][VECTORS]) {
+    for (Index i = 0; i < k; i += 2) {
+        Pairs columns[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) columns[v] = load_pairs(w[v] + i * WIDTH);
+        for (int t = 0; t < MT; ++t) {
+            const Pairs own = broadcast_pair(x[t] + i);
+            for (int v = 0; v < VECTORS; ++v) add_products(sums[t][v], own, columns[v]);
+        }
+    }
+}
+
+// f(first row, number of rows as a constant) for tiles of about equal height over m rows.
+template <class F>
+void for_tiles(Index m, const F &f) {
+    const Index tiles = (m + TILE_ROWS - 1) / TILE_ROWS;
+    for (Index t = 0; t < tiles; ++t) {
+        const Index row = t * m / tiles;
+        switch ((t + 1) * m / tiles - row) {
+            case 1: f(row, std::integral_constant<int, 1>{}); break;
+            case 2: f(row, std::integral_constant<int, 2>{}); break;
+            case 3: f(row, std::integral_constant<int, 3>{}); break;
+#if defined(__AVX512F__)
+            case 4: f(row, std::integral_constant<int, 4>{}); break;
+            case 5: f(row, std::integral_constant<int, 5>{}); break;
+            case 6: f(row, std::integral_constant<int, 6>{}); break;
+#endif
+        }
+    }
+}
