@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
@@ -26,7 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from minisgl import csrc
+from minisgl.log import get_logger
 from minisgl.trace import detailed
+
+log = get_logger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -132,13 +135,17 @@ class TapeGraph:
 
 
 def by_call(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorates what reads its tensors' values on the host: a tape calls it as a whole."""
+    """Decorates what reads its tensors' values on the host: a tape calls it as a whole.
+
+    The log names it when it first goes on a tape: it then has Python run in every such step.
+    """
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         recording = _recording.get()
         if recording is None:
             return function(*args, **kwargs)
+        _name(f"{function.__module__}.{function.__qualname__}")
         with recording.paused():
             context = copy_context()
             result = function(*args, **kwargs)
@@ -146,6 +153,11 @@ def by_call(function: Callable[P, R]) -> Callable[P, R]:
             return recording.note(again, args, kwargs, result)  # type: ignore[no-any-return]
 
     return call
+
+
+@cache
+def _name(function: str) -> None:
+    log.info("recorded steps call %s: it has no native form, or none for their tensors", function)
 
 
 def _record(function: Callable[[], object], arena: Arena) -> Any:

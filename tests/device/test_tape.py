@@ -1,6 +1,7 @@
 """Tapes: replayed, they do what the function does, in memory that they share and give back."""
 
 import gc
+import logging
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -59,6 +60,20 @@ def test_a_replay_does_what_the_function_does() -> None:
             function()
             assert torch.equal(found, function.out)
             function.out.fill_(np.nan)
+
+
+def test_the_log_names_once_what_tapes_call(caplog: pytest.LogCaptureFixture) -> None:
+    @by_call
+    def reads(x: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(x.tolist())
+
+    with caplog.at_level(logging.INFO, "minisgl"), torch.inference_mode():
+        reads(torch.ones(3))
+        assert not caplog.messages
+        for _ in range(2):
+            TapeGraph(lambda: reads(torch.ones(3)), Arena()).replay()
+    [message] = caplog.messages
+    assert "test_the_log_names_once_what_tapes_call.<locals>.reads" in message
 
 
 def test_tapes_of_many_sizes_share_their_memory() -> None:
