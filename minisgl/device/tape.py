@@ -31,6 +31,8 @@ from minisgl.trace import detailed
 
 log = get_logger(__name__)
 
+_named = cache(partial(log.info, "recorded steps call %s, which is not native for their tensors"))
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -145,7 +147,7 @@ def by_call(function: Callable[P, R]) -> Callable[P, R]:
         recording = _recording.get()
         if recording is None:
             return function(*args, **kwargs)
-        _name(f"{function.__module__}.{function.__qualname__}")
+        _named(f"{function.__module__}.{function.__qualname__}")
         with recording.paused():
             context = copy_context()
             result = function(*args, **kwargs)
@@ -153,11 +155,6 @@ def by_call(function: Callable[P, R]) -> Callable[P, R]:
             return recording.note(again, args, kwargs, result)  # type: ignore[no-any-return]
 
     return call
-
-
-@cache
-def _name(function: str) -> None:
-    log.info("recorded steps call %s: it has no native form, or none for their tensors", function)
 
 
 def _record(function: Callable[[], object], arena: Arena) -> Any:

@@ -23,18 +23,9 @@ def moe_route_cpu(
         return moe_route_twin(logits, top_k, renormalize)
     weights = torch.empty(tokens, top_k, dtype=torch.float32)
     ids = torch.empty(tokens, top_k, dtype=torch.int32)
-    native.moe_route(
-        logits.data_ptr(),
-        logits.stride(0),
-        weights.data_ptr(),
-        ids.data_ptr(),
-        tokens,
-        experts,
-        top_k,
-        renormalize,
-        logits.dtype == torch.bfloat16,
-        torch.get_num_threads(),
-    )
+    addresses = (logits.data_ptr(), logits.stride(0), weights.data_ptr(), ids.data_ptr())
+    how = (renormalize, logits.dtype == torch.bfloat16, torch.get_num_threads())
+    native.moe_route(*addresses, tokens, experts, top_k, *how)
     return weights, ids
 
 
@@ -54,27 +45,17 @@ def moe_experts_cpu(
         return moe_experts_twin(x, gate_up, down, weights, ids, activation)
     native = model_ops(x, gate_up.values, down.values)
     (tokens, top_k), (experts, hidden, inner) = ids.shape, down.shape
-    fits = x.shape == (tokens, hidden) and gate_up.shape == (experts, 2, inner, hidden)
-    if native is None or not fits or weights.shape != ids.shape:
+    shapes = (*x.shape, *weights.shape, *gate_up.shape)
+    fits = shapes == (tokens, hidden, tokens, top_k, experts, 2, inner, hidden)
+    fits = fits and all(tensor.is_contiguous() for tensor in (x, weights, ids))
+    if native is None or not fits:
         return moe_experts_twin(x, gate_up, down, weights, ids, activation)
-    x = x if x.stride(1) == 1 else x.contiguous()
-    weights, ids = weights.contiguous(), ids.contiguous()
-    middle = torch.empty(tokens * top_k, inner, dtype=x.dtype)
-    parts = torch.empty(tokens * top_k, hidden, dtype=x.dtype)
+    middle, parts = (x.new_empty(tokens * top_k, width) for width in (inner, hidden))
     out = torch.empty(tokens, hidden, dtype=x.dtype)
-    read = (gate_up.values, down.values, weights, ids)
-    native.moe_experts(
-        x.data_ptr(),
-        x.stride(0),
-        *(tensor.data_ptr() for tensor in (*read, middle, parts, out)),
-        tokens,
-        experts,
-        top_k,
-        hidden,
-        inner,
-        activation == "gelu_tanh",
-        torch.get_num_threads(),
-    )
+    tensors = (gate_up.values, down.values, weights, ids, middle, parts, out)
+    addresses = (x.data_ptr(), x.stride(0), *(tensor.data_ptr() for tensor in tensors))
+    sizes = (tokens, experts, top_k, hidden, inner)
+    native.moe_experts(*addresses, *sizes, activation == "gelu_tanh", torch.get_num_threads())
     return out
 
 
@@ -93,7 +74,6 @@ def moe_experts_twin(
     order = torch.argsort(flat, stable=True)
     chosen, counts = torch.unique_consecutive(flat[order], return_counts=True)
     output = torch.zeros(x.shape, dtype=torch.float32)
-    act = ACTIVATIONS[activation]
     start = 0
     for expert, count in zip(chosen.tolist(), counts.tolist(), strict=True):
         pairs = order[start : start + count]
@@ -101,7 +81,7 @@ def moe_experts_twin(
         if not 0 <= expert < num_experts:
             continue
         tokens = pairs // top_k
-        hidden = act(linear_cpu(x[tokens], _matrix(gate_up, expert)))
+        hidden = ACTIVATIONS[activation](linear_cpu(x[tokens], _matrix(gate_up, expert)))
         y = linear_cpu(hidden, _matrix(down, expert), wide=True)
         output.index_add_(0, tokens, y * weights.flatten()[pairs, None])
     return output.to(x.dtype)

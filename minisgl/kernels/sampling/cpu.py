@@ -44,8 +44,8 @@ def adjust_logits_cpu(
         adjust_logits_twin(*tensors)
         return
     addresses = [tensor.data_ptr() for tensor in tensors]
-    sizes = (*logits.shape, bias_ids.shape[1], drafts.shape[1])
-    native.adjust_logits(*addresses, *sizes, torch.get_num_threads())
+    sizes = (*logits.shape, bias_ids.shape[1], drafts.shape[1], torch.get_num_threads())
+    native.adjust_logits(*addresses, *sizes)
 
 
 @by_call
@@ -95,7 +95,7 @@ def mask_logits_cpu(logits: torch.Tensor, indices: torch.Tensor, bits: torch.Ten
         mask_logits_twin(*tensors)
         return
     addresses = [tensor.data_ptr() for tensor in tensors]
-    native.mask_logits(*addresses, len(indices), logits.shape[1], torch.get_num_threads())
+    native.mask_logits(*addresses, len(bits), logits.shape[1], torch.get_num_threads())
 
 
 mask_logits_twin = by_call(mask_logits_reference)
