@@ -71,13 +71,6 @@ struct Best {
     }
 };
 
-Best largest(const float *x, Index begin, Index end) {
-    Best best;
-    const float most = maximum(x + begin, end - begin);
-    if (most > -INF) best.consider(most, std::find(x + begin, x + end, most) - x);
-    return best;
-}
-
 // The id in [begin, end) with the largest x / temperature + noise. v >= 2^e bounds the noise by
 // -e ln 2, so a logarithm is taken only where a value may win.
 Best drawn(const float *x, Index begin, Index end, float temperature, const Noise &noise) {
@@ -162,14 +155,16 @@ struct Piece {
 class Row {
   public:
     Row(const float *x, Index n, const Params &p, Index position)
-        : x_(x), p_(p), k_(p.top_k > 0 && p.top_k < n ? p.top_k : 0), noise_(p.key, position),
+        : x_(x), n_(n), p_(p), k_(p.top_k > 0 && p.top_k < n ? p.top_k : 0), noise_(p.key, position),
           draws_(p.temperature != 0.0f),
           filters_(draws_ && (k_ || p.top_p < 1.0f || p.min_p > 0.0f)) {}
 
-    // The best of a piece: of a row with filters the largest value.
+    // The best of a piece. Where nothing is drawn yet that is its largest value, and where it begins.
     void look(Piece &piece, Index begin, Index end) const {
-        piece.best = draws_ && !filters_ ? drawn(x_, begin, end, p_.temperature, noise_)
-                                         : largest(x_, begin, end);
+        if (draws_ && !filters_)
+            piece.best = drawn(x_, begin, end, p_.temperature, noise_);
+        else
+            piece.best = {maximum(x_ + begin, end - begin), begin};
     }
 
     // Takes the best of all pieces for the token.
@@ -180,11 +175,16 @@ class Row {
         return best.score;
     }
 
-    // Whether filters choose among values of which `most` is the largest; an infinite one has all mass.
+    // Whether filters choose among values of which `most` is the largest, in the piece that begins at
+    // `token`. If not, that is the token: an infinite one has all mass.
     bool begin_filters(float most) {
+        if (draws_ && !filters_) return false;
         most_ = most;
         top_ = most / p_.temperature;
-        return filters_ && most > -INF && most < INF;
+        if (filters_ && most > -INF && most < INF) return true;
+        const Index found = std::find(x_ + token, x_ + n_, most) - x_;
+        token = found < n_ ? found : 0;
+        return false;
     }
 
     // All ids of a piece within `depth` of the top.
@@ -279,6 +279,7 @@ class Row {
     }
 
     const float *x_;
+    const Index n_;
     const Params &p_;
     const Index k_;  // 0 = off
     const Noise noise_;
