@@ -74,10 +74,7 @@ def moe_experts_twin(
     order = torch.argsort(flat, stable=True)
     chosen, counts = torch.unique_consecutive(flat[order], return_counts=True)
     output = torch.zeros(x.shape, dtype=torch.float32)
-    start = 0
-    for expert, count in zip(chosen.tolist(), counts.tolist(), strict=True):
-        pairs = order[start : start + count]
-        start += count
+    for expert, pairs in zip(chosen.tolist(), order.split(counts.tolist()), strict=True):
         if not 0 <= expert < num_experts:
             continue
         tokens = pairs // top_k
