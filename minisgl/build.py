@@ -14,13 +14,13 @@ from minisgl.config import EngineConfig
 from minisgl.core.costmodel import DEVICES, CostModel, DevicePeaks, ModelSizes, cascade_min_tokens
 from minisgl.core.draft_policy import DraftPolicy
 from minisgl.core.executor import Limits
+from minisgl.core.grammar import GrammarBackend
 from minisgl.core.ngram import NGramProposer
 from minisgl.core.scheduler import Scheduler
 from minisgl.core.speculation import Speculation, propose_on_device
 from minisgl.device import Device, pick_device
 from minisgl.engine.engine import Engine
 from minisgl.engine.messages import EngineInfo
-from minisgl.grammar.backend import LlgBackend
 from minisgl.log import get_logger
 from minisgl.models.hub import model_directory
 from minisgl.ranks.executor import load_ranks
@@ -83,7 +83,8 @@ def build_engine(config: EngineConfig) -> Engine:
             profile_dir=config.profile_dir,
         )
     except BaseException:
-        grammars.close()
+        if grammars is not None:
+            grammars.close()
         executor.close()
         raise
 
@@ -131,7 +132,13 @@ def _scheduler(facts: Facts, device: Device, limits: Limits) -> Scheduler:
     return scheduler
 
 
-def _grammar_backend(config: EngineConfig, info: EngineInfo) -> LlgBackend:
+def _grammar_backend(config: EngineConfig, info: EngineInfo) -> GrammarBackend | None:
+    """None where its library is missing, as on machines that only measure: forms are refused."""
+    try:
+        from minisgl.grammar.backend import LlgBackend
+    except ModuleNotFoundError as error:
+        log.warning("structured output is refused: %s", error)
+        return None
     return LlgBackend(
         Path(info.model_path) / "tokenizer.json",
         info.limits.vocab_size,
