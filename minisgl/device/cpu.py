@@ -81,6 +81,7 @@ class CpuDevice:
         self._tasks = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._closed = False
+        self._opening = threading.Lock()  # nothing is put behind the end, where it would never run
         self._arena = Arena()
         # Static buffers that are uploaded to, and as numpy sees them; by the tensor's id.
         self._buffers: dict[int, tuple[torch.Tensor, np.ndarray]] = {}
@@ -116,9 +117,10 @@ class CpuDevice:
         self._put(partial(function, *args), always=False)
 
     def _put(self, call: Callable[[], object], *, always: bool) -> None:
-        if self._closed:
-            raise RuntimeError("the device is closed")
-        self._tasks.put((call, always))
+        with self._opening:
+            if self._closed:
+                raise RuntimeError("the device is closed")
+            self._tasks.put((call, always))
 
     def run(self, function: Callable[..., T], *args: object) -> T:
         if threading.current_thread() is self._thread:
@@ -177,9 +179,10 @@ class CpuDevice:
 
     def close(self) -> None:
         with held_back():
-            if not self._closed:
-                self._closed = True
-                self._tasks.put(None)
+            with self._opening:
+                if not self._closed:
+                    self._closed = True
+                    self._tasks.put(None)
             if threading.current_thread() is not self._thread:
                 self._thread.join()
                 atexit.unregister(self.close)
@@ -189,13 +192,14 @@ def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Zeros whose pages are committed at first touch; large ones in huge pages, where there are
     such: a fault for every 4 KiB of KV takes a tenth of a prompt's time."""
     size = math.prod(shape) * dtype.itemsize
-    if size < HUGE_PAGE:
+    if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         raw = np.zeros(size + CACHE_LINE, np.uint8)
     else:
-        memory = mmap.mmap(-1, size + CACHE_LINE)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with suppress(OSError):  # a kernel without them
-                memory.madvise(mmap.MADV_HUGEPAGE)
+        # Private: of shared memory, which is Python's default, most kernels make small pages only.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        memory = mmap.mmap(-1, size + CACHE_LINE, flags=flags)
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
         raw = np.frombuffer(memory, np.uint8)
     start = -raw.ctypes.data % CACHE_LINE
     return torch.from_numpy(raw[start : start + size]).view(dtype).view(tuple(shape))

@@ -5,13 +5,15 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from minisgl.device import CpuDevice, pick_device
-from minisgl.device.cpu import default_num_threads
+from minisgl.device.cpu import default_num_threads, lazy_zeros
 
 
 def streams() -> set[threading.Thread]:
@@ -209,3 +211,32 @@ def test_uploads_go_where_they_are_told_and_downloads_are_copies(device: CpuDevi
     place.zero_()
     device.landed().wait()
     assert back.tolist() == [3, 4, 5, -1, -1]
+
+
+def _offers_huge_pages() -> bool:
+    offered = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return offered.exists() and "[never]" not in offered.read_text()
+
+
+@pytest.mark.skipif(not _offers_huge_pages(), reason="this kernel has no huge pages to give")
+def test_large_buffers_lie_in_huge_pages():
+    def huge_kilobytes() -> int:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
+
+    before = huge_kilobytes()
+    buffer = lazy_zeros((64 * 2**20,), torch.uint8)
+    assert huge_kilobytes() == before  # nothing is committed before it is touched
+    buffer.fill_(1)
+    assert huge_kilobytes() - before >= 32 * 1024
+
+
+def test_a_call_is_run_or_refused_while_the_device_closes():
+    for _ in range(200):
+        device = CpuDevice(num_threads=1)
+        closer = threading.Thread(target=device.close)
+        closer.start()
+        with suppress(RuntimeError):  # "the device is closed"
+            while True:
+                assert device.run(lambda: 7) == 7
+        closer.join()
