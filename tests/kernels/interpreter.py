@@ -137,15 +137,15 @@ def _repair_conversions(builder: type) -> None:
 
 
 def _widen_dot(builder: type) -> None:
-    """numpy multiplies 16-bit matrices without BLAS; float32 holds their products exactly."""
+    """Products are added in float64 and rounded once: on some CPUs (Zen 5) the order in which BLAS
+    adds depends on where in its block a row lies, and no kernel here has a say in that."""
     dot = builder.create_dot
 
-    def widened(self: Any, a: Any, b: Any, *args: Any) -> Any:
-        a, b = (
-            Handle(x.data.astype(np.float32), tl.float32) if x.dtype.scalar == tl.float16 else x
-            for x in (a, b)
-        )
-        return dot(self, a, b, *args)
+    def widened(self: Any, a: Any, b: Any, sums: Any, *args: Any) -> Any:
+        if sums.data.dtype != np.float32 or a.data.itemsize == 1:  # whole numbers, or fp8
+            return dot(self, a, b, sums, *args)
+        products = np.matmul(a.data, b.data, dtype=np.float64)
+        return Handle(products.astype(np.float32) + sums.data, sums.dtype.scalar)
 
     builder.create_dot = widened
 
