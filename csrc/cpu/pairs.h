@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include <cstring>
+
 #include "vec.h"
 
 // Sums that are held in registers: of so many rows, in so many vectors of columns.
@@ -28,9 +30,9 @@ inline void add_products(f32x16 &sums, const Both &a, const Both &b) {
 
 // Eight pairs of a row, and eight of zeros.
 inline u32x16 half_of_pairs(const bf16 *p) {
-    typedef uint32_t u32x8 __attribute__((vector_size(32)));
-    return __builtin_shufflevector(load_as<u32x8>(p), u32x8{}, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11,
-                                   12, 13, 14, 15);
+    u32x16 v{};
+    std::memcpy(&v, p, sizeof v / 2);
+    return v;
 }
 
 // Sixteen values of each of two rows, side by side.

@@ -1,6 +1,6 @@
 // The pool of threads. A job is published by one store of its number and its count of blocks; a thread
 // takes a block by lowering the count while the number is still the same, so what it has read of
-// the job is of that job, however long ago it read it.
+// the job is of that job (numbers come again after 2^32 jobs).
 
 #include "pool.h"
 
@@ -11,6 +11,7 @@
 #include <atomic>
 #include <chrono>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 namespace {
@@ -54,7 +55,8 @@ class Pool {
             body(context, blocks);
             return;
         }
-        while (helpers_ < threads - 1) start();
+        while (helpers_ < threads - 1 && start()) {
+        }
         body_.store(body, std::memory_order_relaxed);
         context_.store(context, std::memory_order_relaxed);
         count_.store(count, std::memory_order_relaxed);
@@ -88,17 +90,26 @@ class Pool {
         const void *context = context_.load(std::memory_order_relaxed);
         if (!blocks.take()) return;
         blocks.has_first_ = true;
-        body(context, blocks);
+        // A body that threw would leave blocks for which all others wait: it ends the process.
+        [&]() noexcept { body(context, blocks); }();
         if (unfinished_.fetch_sub(blocks.taken_) == blocks.taken_) unfinished_.notify_one();
     }
 
-    void start() {
-        sigset_t all, before;  // signals are for the threads that Python knows
-        sigfillset(&all);
-        pthread_sigmask(SIG_SETMASK, &all, &before);
-        std::thread([this, helper = helpers_] { work(helper); }).detach();
+    // One more helper; false where the system gives no thread: then the others do the work.
+    bool start() {
+        sigset_t ours, before;  // signals are for the threads that Python knows, but for faults
+        sigfillset(&ours);
+        for (int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) sigdelset(&ours, fault);
+        pthread_sigmask(SIG_SETMASK, &ours, &before);
+        bool started = true;
+        try {
+            std::thread([this, helper = helpers_] { work(helper); }).detach();
+            ++helpers_;
+        } catch (const std::system_error &) {
+            started = false;
+        }
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
-        ++helpers_;
+        return started;
     }
 
     void work(int helper) {

@@ -67,23 +67,34 @@ inline float sum(f32x16 v) {
     return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
+// The lanes of a (0 to 15) and b (16 to 31) in this order.
+inline f32x16 shuffled(f32x16 a, f32x16 b, i32x16 order) {
+#if defined(__clang__)
+    f32x16 v;
+    for (int i = 0; i < 16; ++i) v[i] = order[i] < 16 ? a[order[i]] : b[order[i] - 16];
+    return v;
+#else
+    return __builtin_shuffle(a, b, order);
+#endif
+}
+
 // Four vectors' sums as four lanes each: lanes 4i to 4i + 3 of the result add up to the sum of v[i].
 inline f32x16 fold4(const f32x16 (&v)[4]) {
     const auto halves = [](f32x16 a, f32x16 b) {
         const i32x16 low = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
-        return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, low + 8);
+        return shuffled(a, b, low) + shuffled(a, b, low + 8);
     };
     const f32x16 ab = halves(v[0], v[1]), cd = halves(v[2], v[3]);
     const i32x16 low = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
-    return __builtin_shuffle(ab, cd, low) + __builtin_shuffle(ab, cd, low + 4);
+    return shuffled(ab, cd, low) + shuffled(ab, cd, low + 4);
 }
 
 // The sums of four vectors, each in the order of `sum`.
 inline void sum4(const f32x16 (&v)[4], float *out) {
     f32x16 abcd = fold4(v);
     const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    abcd += __builtin_shuffle(abcd, lanes ^ 2);
-    abcd += __builtin_shuffle(abcd, lanes ^ 1);
+    abcd += shuffled(abcd, abcd, lanes ^ 2);
+    abcd += shuffled(abcd, abcd, lanes ^ 1);
     for (int i = 0; i < 4; ++i) out[i] = abcd[4 * i];
 }
 
@@ -91,11 +102,11 @@ inline void sum4(const f32x16 (&v)[4], float *out) {
 inline f32x16 sum16(const f32x16 (&folded)[4]) {
     const i32x16 low = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
     const auto pairs = [&](f32x16 a, f32x16 b) {  // lanes a0 + a2, b0 + b2, a1 + a3, b1 + b3 of four
-        return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, low + 2);
+        return shuffled(a, b, low) + shuffled(a, b, low + 2);
     };
     const f32x16 a = pairs(folded[0], folded[1]), b = pairs(folded[2], folded[3]);
     const i32x16 first = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
-    return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, first + 2);
+    return shuffled(a, b, first) + shuffled(a, b, first + 2);
 }
 
 inline f32x16 splat(float x) { return x - f32x16{}; }

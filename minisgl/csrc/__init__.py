@@ -32,7 +32,6 @@ __all__ = [
     "Target",
     "Unavailable",
     "cpu_level",
-    "is_coming",
     "load",
     "loaded",
 ]
@@ -59,12 +58,6 @@ def loaded(name: str) -> ModuleType | None:
     return _unit(name, None).module
 
 
-def is_coming(name: str) -> bool:
-    """Whether the CPU module `name` is loaded, or is being built; the first call starts that."""
-    load(name)
-    return _unit(name, None).is_coming
-
-
 @functools.cache
 def _unit(name: str, arch: str | None) -> "Unit":
     module = find_module(name)
@@ -87,15 +80,10 @@ class Unit:
         """Load a finished build, else build in a thread; with `wait`, return when that is done."""
         with self._lock:
             if not self.started:
-                self.started = True
                 self._begin()
+                self.started = True
         if wait and self._thread is not None:
             self._thread.join()
-
-    @property
-    def is_coming(self) -> bool:
-        building = self._thread is not None and self._thread.is_alive()
-        return self.module is not None or building
 
     def _begin(self) -> None:
         try:

@@ -38,13 +38,14 @@ Matrix = torch.Tensor | Panels  # the weight [N, K] of a product
 def packed(weight: torch.Tensor) -> Matrix:
     """Weights [..., N, K] in the form that products on their device read fastest.
 
-    That is itself but on a CPU that has the native product, or is about to. Panels are made in the
+    That is itself but on a CPU that has the native product, whose build is waited for: by the
+    twin, panels would be unpacked in every step. Panels are made in the
     place of the weight, which is then gone, where its rows are whole panels.
     """
     *others, n, k = weight.shape
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or k % 2 or n == 0:
         return weight
-    if not csrc.is_coming("model_ops"):
+    if csrc.load("model_ops", wait=True) is None:
         return weight
     if n % WIDTH or not weight.is_contiguous():
         padded = weight.new_zeros(*others, -(-n // WIDTH) * WIDTH, k)
