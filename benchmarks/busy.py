@@ -3,8 +3,7 @@
     python -m benchmarks.busy                # the bundled model, beside four busy loops
     python -m benchmarks.busy --loops 8 --rounds 5
 
-Each way in which threads may wait for each other is a row: as minisgl sets it, as libgomp has it by
-itself, sleeping at once, and one thread, which waits for nobody. Every figure is the median of
+As many threads as cores are a row, and one thread, which waits for nobody. Figures are medians of
 processes that take turns. Columns are alone, beside the busy loops, and their ratio. Run it on an
 idle machine: whatever else runs is in both columns. The last line is JSON.
 """
@@ -20,13 +19,8 @@ from contextlib import ExitStack, contextmanager
 
 from benchmarks.results import Results, add_options
 
-WAYS = {
-    "as minisgl sets it": {},
-    "libgomp's own": {"GOMP_SPINCOUNT": "300000"},
-    "sleeping at once": {"OMP_WAIT_POLICY": "passive"},
-    "one thread": {"OMP_NUM_THREADS": "1"},
-}
-SETTINGS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+WAYS = {"as many threads as cores": {}, "one thread": {"OMP_NUM_THREADS": "1"}}
+SETTINGS = ("OMP_NUM_THREADS",)
 DECODE = """
 import json, sys, time
 from minisgl import LLM, SamplingParams
