@@ -32,6 +32,7 @@ __all__ = [
     "Target",
     "Unavailable",
     "cpu_level",
+    "is_coming",
     "load",
     "loaded",
 ]
@@ -56,6 +57,12 @@ def load(name: str, arch: str | None = None, wait: bool = False) -> ModuleType |
 def loaded(name: str) -> ModuleType | None:
     """The CPU module `name` if it is loaded; starts nothing."""
     return _unit(name, None).module
+
+
+def is_coming(name: str) -> bool:
+    """Whether the CPU module `name` is loaded, or is being built; the first call starts that."""
+    load(name)
+    return _unit(name, None).is_coming
 
 
 @functools.cache
@@ -84,6 +91,11 @@ class Unit:
                 self.started = True
         if wait and self._thread is not None:
             self._thread.join()
+
+    @property
+    def is_coming(self) -> bool:
+        building = self._thread is not None and self._thread.is_alive()
+        return self.module is not None or building
 
     def _begin(self) -> None:
         try:

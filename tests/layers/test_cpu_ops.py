@@ -14,7 +14,7 @@ from minisgl.kernels.attention.paged import paged_case
 from minisgl.kernels.cascade import cascade
 from minisgl.kernels.decode import decode
 from minisgl.kernels.linear import linear
-from minisgl.kernels.linear.panels import Panels, embedding, packed, unpacked
+from minisgl.kernels.linear.panels import LARGE, Panels, embedding, packed, unpacked
 from minisgl.kernels.moe import moe_experts, moe_route_reference, packed_experts
 from minisgl.kernels.op import Case, Op, all_ops
 from minisgl.kernels.rmsnorm import rmsnorm
@@ -120,6 +120,24 @@ def test_packing_takes_the_place_of_the_weight() -> None:
     panels = packed(weight)
     assert isinstance(panels, Panels)
     assert panels.values.data_ptr() == weight.data_ptr()
+
+
+def test_large_weights_are_packed_for_what_is_built_alone() -> None:
+    """While it is built, unpacking a large weight in every step would cost more than the build."""
+    small = torch.ones(64, 64, dtype=torch.bfloat16)
+    large = torch.ones(LARGE // 128 + 1, 64, dtype=torch.bfloat16)
+    waited = []
+
+    def load(name: str, wait: bool) -> None:
+        waited.append(wait)
+
+    with (
+        patch.object(csrc, "load", load),
+        patch.object(csrc, "is_coming", side_effect=[True, False]),
+    ):
+        assert isinstance(packed(small), Panels)
+        assert packed(large) is large  # its build has failed meanwhile
+    assert waited == [False, True]
 
 
 @pytest.mark.skipif(NATIVE is None, reason="no compiler: there is no native attention to test")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from minisgl import csrc
 
 WIDTH = 32
+LARGE = 8 * 2**20  # bytes that are too many to unpack in every step, as until the build has ended
 _AT_ONCE = 64  # panels that are packed together: what packing takes besides
 
 
@@ -38,14 +39,15 @@ Matrix = torch.Tensor | Panels  # the weight [N, K] of a product
 def packed(weight: torch.Tensor) -> Matrix:
     """Weights [..., N, K] in the form that products on their device read fastest.
 
-    That is itself but on a CPU that has the native product, whose build is waited for: by the
-    twin, panels would be unpacked in every step. Panels are made in the
-    place of the weight, which is then gone, where its rows are whole panels.
+    That is itself but on a CPU that has the native product, or is about to: a large weight waits
+    for its build, a small one does not. Panels are made in the place of the weight, which is then
+    gone, where its rows are whole panels.
     """
     *others, n, k = weight.shape
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or k % 2 or n == 0:
         return weight
-    if csrc.load("model_ops", wait=True) is None:
+    native = csrc.load("model_ops", wait=weight.nbytes > LARGE)
+    if native is None and not csrc.is_coming("model_ops"):
         return weight
     if n % WIDTH or not weight.is_contiguous():
         padded = weight.new_zeros(*others, -(-n // WIDTH) * WIDTH, k)
