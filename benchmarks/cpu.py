@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -63,6 +64,7 @@ class Engine:
             text=True,
             env=environment,
             cwd=tree,
+            start_new_session=True,  # some have processes of their own, which end with it
         )
         self.release = str(self._answer()["release"])
 
@@ -84,7 +86,7 @@ class Engine:
         return found
 
     def close(self) -> None:
-        self._process.kill()
+        os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
 
