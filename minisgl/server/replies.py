@@ -185,6 +185,7 @@ class Reply:
         shape = ChatShape if call.kind == "chat" else CompletionShape
         self._shape = shape(call, tokenizer)
         self._call = call
+        self._told: set[int] = set()  # choices whose stream has had the warnings
 
     def choice(self, parts: list[Part]) -> msgspec.Raw:
         """All parts of one choice as JSON, in an answer that is not streamed."""
@@ -205,7 +206,8 @@ class Reply:
                 chunk["usage"] = usage_json(usage)
             elif self._call.stream_options.include_usage:
                 chunk["usage"] = None
-            yield chunk | (self._warnings if part.is_first else {})
+            yield chunk | ({} if part.choice in self._told else self._warnings)
+            self._told.add(part.choice)
 
     def last_chunk(self, usage: Usage) -> Json | None:
         """The chunk with the usage, where it was asked for."""

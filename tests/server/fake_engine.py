@@ -61,6 +61,7 @@ class FakeEngine:
         self.delay = 0.0  # seconds before each token
         self.tokens_per_delta = 1
         self.refusal: str | None = None
+        self.warnings: list[str] | None = None
         self.dead: str | None = None
         self.fail_after: int | None = None  # tokens of a choice before an error
         self.crash = False
@@ -90,6 +91,8 @@ class FakeEngine:
         open_choices = set(range(request.params.n))
         ids, ended_by_eos = self.ids(request)
         self.running.add(request.id)
+        if self.warnings is not None:
+            yield Delta(request.id, 0, [], warnings=self.warnings)
         try:
             for choice in sorted(open_choices):
                 for scored in prompt_logprobs(request):

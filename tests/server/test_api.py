@@ -41,6 +41,17 @@ def test_the_engine_is_told_where_the_tokenizer_ends_a_text(client, engine):
     assert [request.eos_token_id for request in engine.requests] == [eos] * 3
 
 
+@pytest.mark.parametrize("ask", [chat, complete])
+def test_each_choice_of_a_stream_is_warned_once(client, engine, ask):
+    engine.text, engine.warnings = "🚀 up", ["#/not: it is left out"]  # a token shows nothing yet
+    told = []
+    for chunk in ask(client, n=2, stream=True):
+        if "minisgl_warnings" in chunk.model_dump():
+            assert chunk.minisgl_warnings == engine.warnings
+            told.append(chunk.choices[0].index)
+    assert sorted(told) == [0, 1]
+
+
 @pytest.mark.parametrize("tokens_per_delta", [1, 3, 100])
 @pytest.mark.parametrize("stop", [None, "größ", ["ld", "xx"]])
 def test_streamed_chat_equals_the_whole(client, engine, stop, tokens_per_delta):
