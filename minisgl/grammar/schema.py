@@ -132,7 +132,7 @@ class Reader:
                 reason = (
                     f"oneOf: branches {first} and {second} are not proved to exclude each other"
                 )
-                self._leave_out(at, reason)
+                self._leave_out(at, reason, "it is read as anyOf")
             key = "anyOf"
         if key not in made or key not in ("anyOf", "allOf"):
             made[key] = each
@@ -141,10 +141,10 @@ class Reader:
         else:  # two lists of branches: both must hold
             made["allOf"] = [*made.get("allOf", []), {key: each}]
 
-    def _leave_out(self, path: str, reason: str) -> None:
+    def _leave_out(self, path: str, reason: str, instead: str = "it is left out") -> None:
         if self._strict:
             raise Refused(path, reason)
-        self.warnings.append(f"{_cut(path)}: {reason}; it is left out")
+        self.warnings.append(f"{_cut(path)}: {reason}; {instead}")
 
     # ---- oneOf ----------------------------------------------------------------------------------
 

@@ -132,7 +132,8 @@ def _with_schemas_read(lark: str) -> tuple[str, list[Any], list[str]]:
                 raise ValueError("#: the schema is unsatisfiable: it is false")
         schemas.append(schema if isinstance(schema, dict) else {})
         made.append(json.dumps(schemas[-1] | {"x-guidance": _options(reader)}))
-        warnings += reader.warnings
+        place = f"structured_outputs.grammar: %json {len(schemas) - 1}"
+        warnings += [f"{place}: {each}" for each in reader.warnings]
     return "".join([*made, lark[at:]]), schemas, _first(warnings)
 
 
