@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Mapping
 from reprlib import repr as shown  # cut where it is long
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
@@ -193,7 +193,8 @@ def _check_types(params: SamplingParams) -> None:
         raise TypeError(f"ignore_eos must be a bool, got {shown(params.ignore_eos)}")
 
 
-# Kind of structured output -> the types it may have.
+# Kind of structured output -> the types it may have, and their names in JSON.
+_JSON_NAMES = {dict: "object", bool: "boolean", str: "string", list: "array"}
 STRUCTURES: dict[str, tuple[type, ...]] = {
     "json": (dict, bool, str),
     "json_object": (bool,),
@@ -210,19 +211,7 @@ def _structured_outputs(params: SamplingParams) -> str:
         made = msgspec.json.decode(given if isinstance(given, str) else msgspec.json.encode(given))
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{name} cannot be read as JSON: {error}") from error
-    if not isinstance(made, dict):
-        raise TypeError(f"{name} must be an object, got {shown(made)}")
-    made = {key: value for key, value in made.items() if value is not None}
-    text = msgspec.json.encode(made)
-    kinds = made.keys() - {"strict"}
-    if len(kinds) != 1 or not kinds < STRUCTURES.keys():
-        raise ValueError(f"{name} must hold one of {list(STRUCTURES)}, got {sorted(made)}")
-    (kind,) = kinds
-    if type(made[kind]) not in STRUCTURES[kind] or (kind == "json_object" and not made[kind]):
-        types = " or ".join(each.__name__ for each in STRUCTURES[kind])
-        raise TypeError(f"{name}.{kind} must be of type {types}, got {shown(made[kind])}")
-    if "strict" in made and (kind != "json" or type(made["strict"]) is not bool):
-        raise ValueError(f"{name}.strict must be a bool beside json, got {shown(made['strict'])}")
+    text = msgspec.json.encode(checked_structure(made))
     _require(f"number of bytes of {name}", len(text), 0, MAX_GRAMMAR_BYTES)
     for field, value in (("min_tokens", params.min_tokens), ("ignore_eos", params.ignore_eos)):
         if value:
@@ -231,6 +220,27 @@ def _structured_outputs(params: SamplingParams) -> str:
                 f"end: got {value}"
             )
     return text.decode()
+
+
+def checked_structure(given: object) -> dict[str, Any]:
+    """`structured_outputs` of one kind, without nulls. Raises ValueError or TypeError."""
+    name = "structured_outputs"
+    if not isinstance(given, dict):
+        raise TypeError(f"{name} must be an object, got {shown(given)}")
+    made = {key: value for key, value in given.items() if value is not None}
+    kinds = made.keys() - {"strict"}
+    if len(kinds) != 1 or not kinds < STRUCTURES.keys():
+        raise ValueError(f"{name} must hold one of {list(STRUCTURES)}, got {sorted(made)}")
+    (kind,) = kinds
+    if kind == "json_object" and made[kind] is False:
+        raise ValueError(f"{name}.json_object must be true where it is given, got false")
+    if type(made[kind]) not in STRUCTURES[kind]:
+        types = " or ".join(_JSON_NAMES[each] for each in STRUCTURES[kind])
+        raise TypeError(f"{name}.{kind} must be of type {types}, got {shown(made[kind])}")
+    if "strict" in made and (kind != "json" or type(made["strict"]) is not bool):
+        found = shown(made["strict"])
+        raise ValueError(f"{name}.strict must be a boolean beside json, got {found}")
+    return made
 
 
 # Number -> the types it may have, and the least and the most it may be.

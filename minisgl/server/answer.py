@@ -1,6 +1,6 @@
 """What a model wrote -> its reasoning, its text and its tool calls, as they come."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -34,6 +34,7 @@ class AnswerForm:
     most_calls: float = float("inf")
     is_open: bool = False  # the prompt ends in reasoning's opening mark
     finish_reason: str = "tool_calls"  # where there are calls
+    holds_text: bool = False  # to a schema: an answer is text as a whole, or calls
 
     @property
     def marks(self) -> set[str]:
@@ -72,8 +73,8 @@ class AnswerParser(Reader):
 
     @property
     def has_calls(self) -> bool:
-        """Whether there are calls, each written to its end."""
-        return 0 < self.num_calls == self.num_ended
+        """Whether calls are shown, each written to its end."""
+        return 0 < min(self.num_calls, self._form.most_calls) == self.num_ended
 
     def _read(self) -> Reading[None]:
         yield
@@ -86,8 +87,11 @@ class AnswerParser(Reader):
                 yield from self._call(tools, known=True)
             else:
                 self.give_back(len(self.held))
+        marks = tools.opens if tools else ()
+        if self._form.holds_text and not (yield from self._at_one_of(marks)):
+            marks = ()
         while True:
-            yield from self.say_until(tools.opens if tools else ())
+            yield from self.say_until(marks)
             if tools is not None:
                 yield from self._call(tools, known=False)
 
@@ -115,6 +119,14 @@ class AnswerParser(Reader):
             yield from self.skip_space()
             if (yield from self.literal(tools.closes)):
                 self.held.clear()
+
+    def _at_one_of(self, marks: Sequence[str]) -> Reading[bool]:
+        """Whether one of them comes next."""
+        for mark in marks:
+            if (yield from self.literal(mark)):
+                self.give_back(len(mark))
+                return True
+        return False
 
     def _drop_space(self) -> Reading[None]:
         yield from self.skip_space()

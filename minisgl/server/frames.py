@@ -1,7 +1,8 @@
 """A grammar of an answer: reasoning, then text or tool calls, whose arguments fit their schemas.
 
 In Lark's syntax as llguidance reads it: `%json` is a schema, `<[7]>` the token of that id. Marks
-that are tokens of their own stand as these, for no text spells them.
+that are tokens of their own stand as these. Other tokens may spell them too, where it does no harm:
+within JSON, which is read as JSON. Text that is free has none.
 """
 
 import json
@@ -29,7 +30,7 @@ def grammar(
     *,
     must_call: bool,
     exact: Collection[str],
-    text: Mapping[str, Any] | None = None,
+    text: Mapping[str, Any] | bool | None = None,
 ) -> str | None:
     """What an answer may be; None where the form of its calls cannot be held to a grammar.
 

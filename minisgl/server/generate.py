@@ -10,10 +10,9 @@ from minisgl.core.request import Delta, FinishReason, Request, TokenLogprobs
 from minisgl.engine.client import EngineDeadError, ProcessClient
 from minisgl.server.body import ApiError
 from minisgl.server.openai import Call
-from minisgl.server.structured import refused
+from minisgl.server.structured import in_clients_words, refused
 from minisgl.server.text import TextStream
 from minisgl.server.tokenizer import Tokenizer
-from minisgl.server.tools import schema_named
 
 T = TypeVar("T")
 
@@ -96,14 +95,14 @@ class Generation:
     def _part(self, index: int, delta: Delta) -> Part | None:
         if delta.refused:
             reason = delta.error or "the request is refused"
-            reason = schema_named(reason, self.call.form)
-            raise refused(reason, self.call.structured_by)
+            raise refused(reason, self.call.structured_by, self.call.form)
         if delta.finish_reason == "error":
             raise engine_failed(delta.error or "the engine failed")
         if delta.finish_reason == "abort":
             raise engine_failed("the request was aborted: the server is shutting down", 503)
         if delta.warnings is not None:
-            self.call.warnings[:] = delta.warnings
+            by, form = self.call.structured_by, self.call.form
+            self.call.warnings[:] = [in_clients_words(each, by, form) for each in delta.warnings]
             return None
         choice = index * self._n + delta.choice
         stream = self._streams[choice]

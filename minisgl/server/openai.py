@@ -262,7 +262,8 @@ def _params(
             param = "max_completion_tokens"
             message = message.replace("max_tokens", param, 1)
         by = _structured_by(body)
-        raise refused(message, by, by if param == "structured_outputs" else param) from error
+        own = by if param == "structured_outputs" else param
+        raise refused(message, by, param=own) from error
     _check_token_ids(params.stop_token_ids, "stop_token_ids", model)
     _check_token_ids([token_id for token_id, _ in params.logit_bias], "logit_bias", model)
     return params

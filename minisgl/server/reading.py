@@ -29,7 +29,8 @@ class Reader:
     def __init__(self, most_calls: float) -> None:
         self.held: list[str] = []
         self.kind: Literal["text", "reasoning", "name", "arguments"] = "text"  # of what is said
-        self.num_calls = self.num_ended = 0  # calls, those beyond the limit included
+        self.num_calls = 0  # those beyond the limit included
+        self.num_ended = 0  # of those within it
         self._most_calls = most_calls
         self._news: list[News] = []
         self._text, self._at = "", 0
@@ -63,7 +64,7 @@ class Reader:
         self.kind = "arguments"
 
     def end_call(self) -> None:
-        self.num_ended += 1
+        self.num_ended += self.num_calls <= self._most_calls
         self.kind = "text"
         self.held.clear()
 

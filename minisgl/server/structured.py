@@ -1,14 +1,17 @@
 """`response_format` and `structured_outputs` of a body -> what `SamplingParams` takes of them."""
 
+import json
+import re
 from typing import Annotated, Any, Literal
 
 import msgspec
 
+from minisgl.core.request import checked_structure
 from minisgl.server import fields
 from minisgl.server.answer import AnswerForm
 from minisgl.server.body import ApiError, read_object, shown
 
-SCHEMA = "response_format.json_schema."
+AS_IT_IS = AnswerForm()  # how an answer is read that holds nothing to be told apart
 
 
 class ResponseFormat(msgspec.Struct):
@@ -36,7 +39,7 @@ def read_structured(body: fields.Sampling) -> dict[str, Any] | None:
         )
         raise ApiError(message, param="response_format.json_schema")
     if form.type == "text":
-        return body.structured_outputs
+        return _checked(body.structured_outputs)
     if body.structured_outputs is not None:
         message = f"structured_outputs cannot be given with a response_format of type {form.type}"
         raise ApiError(message, param="structured_outputs")
@@ -47,13 +50,52 @@ def read_structured(body: fields.Sampling) -> dict[str, Any] | None:
     return {"json": schema, "strict": bool(asked.strict)}
 
 
-def refused(reason: str, body_field: str | None, param: str | None = None) -> ApiError:
-    """The answer to what the engine refuses for its `structured_outputs`, by the client's names."""
+def _checked(given: dict[str, Any] | None) -> dict[str, Any] | None:
+    try:
+        return None if given is None else checked_structure(given)
+    except (ValueError, TypeError) as error:
+        raise ApiError(str(error), param="structured_outputs") from error
+
+
+def schema_of(asked: dict[str, Any], body_field: str) -> Any:
+    """The schema of an answer in JSON, to stand in a grammar; None where another form is asked."""
+    schema = asked.get("json", {"type": "object"} if "json_object" in asked else None)
+    wrong = ""
+    try:
+        schema = json.loads(schema) if isinstance(schema, str) else schema
+    except (ValueError, RecursionError) as error:
+        wrong = f" cannot be read as JSON: {error}"
+    if isinstance(schema, dict) and "x-guidance" in schema:  # the server's own word in grammars
+        wrong = ": #/x-guidance: x-guidance is not supported"
+    elif not isinstance(schema, dict | bool | None) and not wrong:
+        wrong = f" must be a schema, an object or a boolean, got {shown(schema)}"
+    if wrong:
+        raise refused(f"structured_outputs.json{wrong}", body_field)
+    return schema
+
+
+def in_clients_words(reason: str, body_field: str | None, form: AnswerForm = AS_IT_IS) -> str:
+    """What the engine says of its `structured_outputs`, by the names of what the client sent."""
+
+    def named(found: re.Match[str]) -> str:
+        names = [f"tools: parameters of {name}" for name in form.schemas]
+        return [*names, "structured_outputs.json"][int(found[1])]
+
+    if form != AS_IT_IS:  # else a grammar is the client's own, with its own numbers
+        reason = re.sub(r"^structured_outputs\.grammar: %json (\d+)", named, reason)
     if body_field == "response_format":
         for ours in ("structured_outputs.json:", "structured_outputs.json "):
             reason = reason.replace(ours, f"response_format.json_schema.schema{ours[-1]}")
     if body_field is not None:
         reason = reason.replace("structured_outputs", body_field)
+    return reason
+
+
+def refused(
+    reason: str, body_field: str | None, form: AnswerForm = AS_IT_IS, *, param: str | None = None
+) -> ApiError:
+    """The answer to what the engine refuses for its `structured_outputs`."""
+    reason = in_clients_words(reason, body_field, form)
     is_of_tools = reason.startswith("tools: ")
     return ApiError(reason, param=param or ("tools" if is_of_tools else body_field))
 
@@ -70,4 +112,4 @@ def check_form(form: AnswerForm, body_field: str) -> AnswerForm:
             'be one that chat_template_kwargs {"enable_thinking": false} turns off'
         )
         raise ApiError(message, param=body_field)
-    return AnswerForm()
+    return AS_IT_IS

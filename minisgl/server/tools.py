@@ -1,6 +1,6 @@
 """Tools of a chat body, and the calls of its messages -> what a chat template and a parser get."""
 
-import re
+import dataclasses
 import uuid
 from typing import Any
 
@@ -10,7 +10,7 @@ from minisgl.server import fields
 from minisgl.server.answer import AnswerForm, ReasoningFormat
 from minisgl.server.body import ApiError, check_work, read_object, shown
 from minisgl.server.frames import LENIENT, grammar
-from minisgl.server.structured import check_form, read_structured
+from minisgl.server.structured import AS_IT_IS, check_form, read_structured, schema_of
 from minisgl.server.tokenizer import Tokenizer
 from minisgl.server.tool_formats import TOOL_FORMATS, ToolFormat
 
@@ -32,9 +32,19 @@ def read_tools(body: fields.ChatBody) -> list[dict[str, Any]]:
             message = f"{path}name must be another for each tool, got {shown(function.name)} twice"
             raise ApiError(message, param=f"{path}name")
         names.add(function.name)
+        _check_parameters(function.parameters or {}, f"{path}parameters")
     if body.tool_choice not in (None, "none", "auto"):
         _check_choice(body.tool_choice, names)
     return [_for_template(tool) for tool in tools if body.tool_choice != "none"]
+
+
+def _check_parameters(schema: dict[str, Any], path: str) -> None:
+    """Arguments are an object."""
+    if schema.get("type", "object") not in ("object", ["object"]):
+        message = f'{path}.type must be "object", got {shown(schema["type"])}'
+        raise ApiError(message, param=f"{path}.type")
+    if "x-guidance" in schema:  # the server's own word in grammars
+        raise _not_supported(f"{path}.x-guidance", schema["x-guidance"])
 
 
 def _check_choice(choice: str | dict[str, Any], names: set[str]) -> None:
@@ -107,12 +117,15 @@ def held_to(
     must_call = form.tools is not None and body.tool_choice not in (None, "auto")
     text: Any = None
     if asked is not None:
-        text = asked.get("json", {"type": "object"} if "json_object" in asked else None)
-        is_bare = form.tools is not None and form.tools.bare
-        if not isinstance(text, dict) or is_bare or form == AnswerForm():
-            by = "response_format" if body.structured_outputs is None else "structured_outputs"
+        if form == AS_IT_IS:
+            return asked, form
+        by = "response_format" if body.structured_outputs is None else "structured_outputs"
+        text = schema_of(asked, by)
+        if text is None or (form.tools is not None and form.tools.bare):
             return asked, check_form(form, by)
-        text = text | ({} if asked.get("strict", True) else LENIENT)
+        if isinstance(text, dict) and not asked.get("strict", True):
+            text = text | LENIENT
+        form = dataclasses.replace(form, holds_text=True)
     elif not (must_call or exact):
         return None, form
     made = grammar(form, tokenizer.added_id, must_call=must_call, exact=exact, text=text)
@@ -125,16 +138,6 @@ def held_to(
         )
         raise ApiError(message, param=param, code="unsupported_parameter")
     return {"grammar": made}, form
-
-
-def schema_named(reason: str, form: AnswerForm) -> str:
-    """What the grammar's compiler says of a tool's schema, with the name of the tool."""
-
-    def named(found: re.Match[str]) -> str:
-        names = [f"tools: parameters of {name}" for name in form.schemas]
-        return [*names, "structured_outputs.json"][int(found[1])]
-
-    return re.sub(r"^structured_outputs\.grammar: %json (\d+)", named, reason)
 
 
 def read_messages(given: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -171,17 +171,22 @@ def test_refusals_and_warnings_reach_the_caller():
     [
         ({"json": {}, "regex": "a"}, "must hold one of .* got .'json', 'regex'."),
         ({"jsn": {}}, "must hold one of .* got .'jsn'."),
-        ({"regex": 1}, r"structured_outputs.regex must be of type str, got 1"),
-        ({"choice": "ab"}, r"structured_outputs.choice must be of type list, got 'ab'"),
-        ({"json_object": False}, r"structured_outputs.json_object must be of type bool, got False"),
-        ({"regex": "a", "strict": True}, "structured_outputs.strict must be a bool beside json"),
-        ({"json": {}, "strict": 1}, "structured_outputs.strict must be a bool beside json, got 1"),
+        ({"regex": 1}, r"structured_outputs.regex must be of type string, got 1"),
+        ({"choice": "ab"}, r"structured_outputs.choice must be of type array, got 'ab'"),
+        ({"json_object": False}, "structured_outputs.json_object must be true .*, got false"),
+        ({"json_object": 1}, "structured_outputs.json_object must be of type boolean, got 1"),
+        ({"json": 1}, "structured_outputs.json must be of type object or boolean or string, got"),
+        ({"regex": "a", "strict": True}, "structured_outputs.strict must be a boolean beside json"),
+        (
+            {"json": {}, "strict": 1},
+            "structured_outputs.strict must be a boolean beside json, got 1",
+        ),
         ({"choice": ["\ud800"]}, "cannot be read as JSON: .*surrogates"),
         ({"regex": "a" * 2**20}, "bytes of structured_outputs must be .* at most 1048576, got"),
         ([1], "structured_outputs must be an object, got .1."),
         ("{", "structured_outputs cannot be read as JSON"),
     ],
-    ids=range(11),
+    ids=range(13),
 )
 def test_wrong_values_are_refused_where_they_are_made(given, says):
     with pytest.raises((ValueError, TypeError), match=says):

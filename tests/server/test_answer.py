@@ -275,6 +275,30 @@ def test_calls_beyond_the_most_are_left_out():
     assert (found.text, found.values, found.has_calls) == ("a b", [("clock", {})], True)
 
 
+@pytest.mark.parametrize(("first", "second"), [(True, False), (False, True), (False, False)])
+def test_what_is_not_shown_changes_no_finish_reason(first, second):
+    broken = "<tool_call><function=clock><parameter=a\n</tool_call>\n"
+    whole = xml("clock", {"a": "1"}, {})
+    text = (whole if first else broken) + (whole if second else broken)
+    found = read(text, "qwen3_coder", most_calls=1)
+    assert (len(found.calls), found.has_calls) == (1, first)
+
+
+@pytest.mark.parametrize("tools", ["hermes", "mistral"])
+def test_a_text_that_is_held_has_no_calls_within(tools):
+    (mark,) = TOOL_FORMATS[tools].opens
+    call = STREAMS[tools] % "x"
+    for text in (json.dumps({"a": call}), f'["{mark}f{{}}"]', f" {call}", "[", "[]", "", "1"):
+        for cut in ([text], text):
+            found = read(cut, tools, holds_text=True)
+            assert (found.text, found.calls) == (text, [])
+    for thought in ("", "<think>x</think>\n"):
+        found = read(thought + call * 2, tools, "think", holds_text=True)
+        assert (found.text, found.values) == ("", [("look_up", {"text": "x"})] * 2)
+    found = read(f'<think>x</think>\n{{"a": "{mark}f{{}}"}}', tools, "think", holds_text=True)
+    assert (found.text, found.calls) == (f'{{"a": "{mark}f{{}}"}}', [])
+
+
 @pytest.mark.parametrize(
     ("text", "is_open", "reasoning", "said"),
     [

@@ -43,13 +43,14 @@ def token_id(backend):
     return added.get
 
 
-def fits(world, form, said, **options):
-    """Whether an answer may be this, and end behind it."""
+def fits(world, form, said, is_spelled=False, **options):
+    """Whether an answer may be this, and end behind it; spelled: without marks as tokens."""
     backend, made, end = world
     spec = grammar(form, token_id(backend), **{"must_call": True, "exact": ["weather"]} | options)
     compiled: Future = made.compile(json.dumps({"grammar": spec}))
     state = compiled.result(30).copy()
-    ids = backend.encode(said, add_special_tokens=False).ids
+    pieces = said if is_spelled else [said]
+    ids = [i for text in pieces for i in backend.encode(text, add_special_tokens=False).ids]
     return not any(state.accept(i) for i in [*ids, end])
 
 
@@ -176,6 +177,16 @@ def test_an_answer_to_a_schema_stands_behind_reasoning(world, is_open):
         alone = fits(world, shape, '{"name": "x"}', must_call=False, text=ANSWER)
         assert alone == (not is_open)
         assert fits(world, shape, thought + "[]", must_call=False, text={})
+
+
+@pytest.mark.parametrize("name", ["hermes", "mistral"])
+def test_an_answer_to_a_schema_may_spell_marks_and_stays_text(world, name):
+    shape = form(name, holds_text=True)
+    mark = shape.tools.opens[0]
+    for text in (f'{{"a": "{mark}clock{{}}"}}', f'["{mark}", "{shape.tools.closes}"]'):
+        assert fits(world, shape, text, is_spelled=True, must_call=False, text={})
+        parser = AnswerParser(shape)
+        assert [(n.kind, n.text) for n in (*parser.push(text), *parser.end())] == [("text", text)]
 
 
 def test_forms_without_json_are_not_held():

@@ -95,8 +95,15 @@ def test_what_cannot_be_kept_is_refused_with_its_place(client):
     assert caught.value.param == "tools"
     lenient = [{"type": "function", "function": function}]
     choice = {"type": "function", "function": {"name": "f"}}
+    answer = ask(client, tools=[*TOOLS, *lenient], tool_choice="required")
+    warning = "parameters of f: #/properties/a/not: not is not supported; it is left out"
+    assert answer.model_dump()["minisgl_warnings"] == [f"tools: {warning}"]
     message = ask(client, tools=lenient, tool_choice=choice).choices[0].message
     assert isinstance(json.loads(message.tool_calls[0].function.arguments), dict)
+    named = {"name": "n", "schema": {"not": {}, "enum": [1]}}
+    answer = ask(client, response_format={"type": "json_schema", "json_schema": named})
+    (warning,) = answer.model_dump()["minisgl_warnings"]
+    assert warning.startswith("response_format.json_schema.schema: #/not: ")
 
 
 def test_an_answer_by_a_schema_may_be_a_call_instead(client):

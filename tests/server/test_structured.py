@@ -194,6 +194,16 @@ def test_a_response_format_is_refused_in_the_clients_words(client, model, given,
         ({"structured_outputs": {"regex": "("}}, "structured_outputs", "unclosed group"),
         ({"structured_outputs": {}}, "structured_outputs", "must hold one of"),
         ({"structured_outputs": {"a": 1}}, "structured_outputs", "got ['a']"),
+        (
+            {"structured_outputs": {"grammar": 'start: a\na: %json {"not": {}}'}},
+            "structured_outputs",
+            "structured_outputs.grammar: %json 0: #/not: not is not supported",
+        ),
+        (
+            {"structured_outputs": {"grammar": 'start: a b\na: %json {}\nb: %json {"not": {}}'}},
+            "structured_outputs",
+            "structured_outputs.grammar: %json 1: #/not: not is not supported",
+        ),
         ({"structured_outputs": {"regex": "a"}, "min_tokens": 2}, "min_tokens", "cannot be given"),
         ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos", "got True"),
         (
@@ -202,7 +212,7 @@ def test_a_response_format_is_refused_in_the_clients_words(client, model, given,
             "cannot be given with a response_format of type json_object",
         ),
     ],
-    ids=range(6),
+    ids=range(8),
 )
 def test_the_extra_field_is_refused_by_name(client, model, asked, param, says):
     found, message = refusal(client, model, extra_body=asked)

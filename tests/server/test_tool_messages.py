@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from minisgl.server.answer import AnswerParser
 from minisgl.server.body import ApiError
 from minisgl.server.openai import parse_chat
 from minisgl.server.tool_formats import TOOL_FORMATS
@@ -72,6 +73,26 @@ def called(**changes):
         ({"tools": [function(name="größe")]}, "tools[0].function.name", "größe"),
         ({"tools": [function(), function()]}, "tools[1].function.name", '"f" twice'),
         ({"tools": [function(parameters=[])]}, "tools[0].function.parameters", "object"),
+        (
+            {"tools": [CLOCK, function(parameters={"type": "string"})]},
+            "tools[1].function.parameters.type",
+            'tools[1].function.parameters.type must be "object", got "string"',
+        ),
+        (
+            {"tools": [function(parameters={"type": ["object", "null"]})]},
+            "tools[0].function.parameters.type",
+            'got ["object", "null"]',
+        ),
+        (
+            {"tools": [function(parameters={"type": None})]},
+            "tools[0].function.parameters.type",
+            "got null",
+        ),
+        (
+            {"tools": [function(strict=True, parameters={"x-guidance": {"lenient": True}})]},
+            "tools[0].function.parameters.x-guidance",
+            'got {"lenient": true}',
+        ),
         ({"tools": [function(strict=1)]}, "tools[0].function.strict", "got 1"),
         ({"tools": [function(returns={})]}, "tools[0].function.returns", "not a field"),
         ({"tools": {}}, "tools", "got {}"),
@@ -174,6 +195,59 @@ def test_a_structured_answer_begins_behind_reasoning(thinking):
         assert parse_chat(json.dumps(regex).encode(), model()).form.reasoning is None
 
 
+S = {"type": "object", "required": ["a"]}
+
+
+@pytest.mark.parametrize("tools", [None, [CLOCK]], ids=["reasoning", "tools"])
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"json": S, "regex": "a+"}, "must hold one of"),
+        ({"json_object": False}, "structured_outputs.json_object must be true"),
+        ({"json": S, "strict": 0}, "structured_outputs.strict must be a boolean"),
+        ({"json": 1}, "of type object or boolean or string, got 1"),
+        ({"json": "{"}, "structured_outputs.json cannot be read as JSON"),
+        (
+            {"json": "[1]"},
+            "json must be a schema, an object or a boolean, got [1]",
+        ),
+        (
+            {"json": S | {"x-guidance": {"lenient": True}}},
+            "structured_outputs.json: #/x-guidance: x-guidance is not supported",
+        ),
+    ],
+    ids=range(7),
+)
+def test_structured_outputs_are_checked_beside_tools_and_reasoning(tools, asked, says):
+    param, message = refusal(tools=tools, structured_outputs=asked)
+    assert param == "structured_outputs"
+    assert says in message
+
+
+@pytest.mark.parametrize("tools", [None, [CLOCK]], ids=["reasoning", "tools"])
+def test_structured_outputs_are_read_alike_beside_tools_and_reasoning(tools):
+    def last_rule(**asked):
+        body = {"messages": USER, "tools": tools} | asked
+        call = parse_chat(json.dumps(body).encode(), model())
+        return json.loads(call.params.structured_outputs)["grammar"].splitlines()[-1]
+
+    strict = f"text: %json {json.dumps(S)}"
+    for asked in (
+        {"json": S},
+        {"json": S, "strict": None},
+        {"json": json.dumps(S)},
+        {"json": S, "regex": None},
+    ):
+        assert last_rule(structured_outputs=asked) == strict
+    assert "lenient" in last_rule(structured_outputs={"json": json.dumps(S), "strict": False})
+    assert last_rule(structured_outputs={"json": "true"}) == "text: %json true"
+    named = {"name": "n", "schema": S | {"x-guidance": {"lenient": True}}, "strict": True}
+    wrong = {"type": "json_schema", "json_schema": named}
+    param, message = refusal(tools=tools, response_format=wrong)
+    assert param == "response_format"
+    assert message.startswith("response_format.json_schema.schema: #/x-guidance: ")
+
+
 def test_arguments_of_too_many_values_are_refused_before_they_are_read():
     lists = '{"a": [' + "[]," * 15_000 + "[]]}"
     called_twice = [CALLED | {"function": CALLED["function"] | {"arguments": lists}}] * 2
@@ -209,6 +283,10 @@ def test_a_structured_answer_may_be_a_call_instead():
         (lark,) = json.loads(call.params.structured_outputs).values()
         assert lark.endswith('\ntext: %json {"type": "object"}')
         assert prompt({"messages": USER, "tools": tools, "response_format": {"type": "text"}})
+        call = parse_chat(json.dumps(body).encode(), model(MISTRAL, "mistral"))
+        text = '{"a": "[TOOL_CALLS]f{}"}'
+        parser = AnswerParser(call.form)
+        assert [(n.kind, n.text) for n in (*parser.push(text), *parser.end())] == [("text", text)]
     body = {"messages": USER, "tools": [strict], "response_format": form, "tool_choice": "none"}
     call = parse_chat(json.dumps(body).encode(), model())
     assert (call.form.tools, call.structured_by) == (None, "response_format")
