@@ -23,6 +23,7 @@ log = get_logger(__name__)
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 BLOCK = 1_000_003  # random numbers; prime: no two rows of a matrix begin at the same one
+OPENED_FOR = 16  # tensors: what is read of a file is this process's memory until it is closed
 _SHOWN = 5  # names in an error message
 
 T = TypeVar("T")
@@ -135,9 +136,9 @@ def _fill_from_files(decoder: Decoder, stored: Stored) -> None:
         raise ValueError(f"weights missing from the checkpoint: {_some(sorted(missing))}")
     in_order = sorted(stored.items(), key=lambda item: item[1])
     shown = progress(in_order, "loading weights", "tensor")
-    for file, entries in groupby(shown, key=lambda item: item[1][0]):
+    for (file, _), some in groupby(enumerate(shown), lambda at: (at[1][1][0], at[0] // OPENED_FOR)):
         with _open(file) as tensors:
-            for name, (_, inside) in entries:
+            for _, (name, (_, inside)) in some:
                 weight, tensor = wanted[name], tensors.get_slice(inside)
                 shape = tuple(tensor.get_shape())
                 if shape != weight.shape:

@@ -3,6 +3,8 @@
 import io
 import json
 import logging
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -285,3 +287,32 @@ def test_a_model_on_the_hub_without_safetensors_is_refused_by_name(
     with pytest.raises(ValueError, match=rf"model 'some/model' on the hub holds {reason}"):
         model_directory("some/model")
     assert model_directory("some/model", weights=False) == tmp_path
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+import torch
+from minisgl.layers.weights import Placement
+from minisgl.models.config import ModelConfig
+from minisgl.models.loader import load_model
+from minisgl.parallel import Communicator
+folder = Path(sys.argv[1])
+config = ModelConfig.from_hf(folder)
+at = Placement(torch.float32, torch.device("cpu"), Communicator())
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+before = peak()
+decoder = load_model(config, folder, at)
+grown = (peak() - before) * 1024
+print(grown / sum(weight.target.nbytes for weight in decoder.weights()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_what_was_read_of_a_file_does_not_stay_in_memory(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
+    config = transformers.LlamaConfig(**sizes, vocab_size=512, num_attention_heads=8)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    command = [sys.executable, "-c", PEAK, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1.5  # 2 where the whole file stays
