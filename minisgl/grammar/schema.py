@@ -66,11 +66,13 @@ class Reader:
         self._root = root
         self._strict = strict
         self._work = 0
+        inner = {k: v for k, v in root.items() if k != "$id"} if isinstance(root, dict) else root
+        self._has_bases = bool(_strings(inner, "$id"))  # what `#` means depends on the place
 
     def read(self) -> Schema:
         """The schema without what asks for nothing, `oneOf` as `anyOf` where both are the same."""
         made = self._read(self._root, "#", 0)
-        references = _references(self._root)
+        references = _strings(self._root, "$ref")
         if len(references) > MAX_REFERENCES:
             found = len(references)
             raise Refused("#", f"$ref may name {MAX_REFERENCES} places at most, got {found}")
@@ -98,7 +100,7 @@ class Reader:
             if key == "format" and not (isinstance(value, str) and value in FORMATS):
                 self._leave_out(at, f"format {value!r} is not supported")
             elif key == "pattern" and isinstance(value, str):
-                made[key] = safe_pattern(value)
+                self._keep_pattern(made, value, at)
             elif key in PLAIN:
                 made[key] = value
             elif key in ONE or (key == "items" and not isinstance(value, list)):
@@ -121,8 +123,17 @@ class Reader:
     def _check_names(self, patterns: dict[str, Schema], at: str) -> None:
         """A name that fits no pattern is an additional one: here nothing errs on the safe side."""
         for name in patterns:
-            if safe_pattern(name) != name:
-                raise Refused(f"{at}/{name}", "classes without quotes or backslashes are not kept")
+            try:
+                if safe_pattern(name) != name:
+                    raise ValueError("classes without quotes or backslashes are not kept")
+            except ValueError as error:
+                raise Refused(f"{at}/{name}", str(error)) from error
+
+    def _keep_pattern(self, made: dict[str, Any], pattern: str, at: str) -> None:
+        try:
+            made["pattern"] = safe_pattern(pattern)
+        except ValueError as error:
+            self._leave_out(at, str(error))
 
     def _keep_list(self, made: dict[str, Any], key: str, each: list[Schema], at: str) -> None:
         if key == "oneOf":
@@ -197,7 +208,7 @@ class Reader:
         return True
 
     def _target(self, reference: Any) -> Schema:
-        if not isinstance(reference, str) or not reference.startswith("#"):
+        if self._has_bases or not isinstance(reference, str) or not reference.startswith("#"):
             return True
         node = self._root
         for part in reference[1:].split("/")[1:]:
@@ -214,8 +225,10 @@ class Reader:
 
     def _can_end(self) -> bool:
         """Whether some finite value may fit; a schema that requires itself has none."""
+        if self._has_bases:
+            return self._ends(self._root, {*_strings(self._root, "$ref")}, 0)
         ending: set[str] = set()
-        waiting = {"#", *_references(self._root)}
+        waiting = {"#", *_strings(self._root, "$ref")}
         while waiting:
             found = {ref for ref in waiting if self._ends(self._target(ref), ending, 0)}
             if "#" in found or self._work > MAX_WORK:
@@ -341,14 +354,15 @@ def _property(node: dict[str, Any], name: Any) -> Schema:
     return node.get("additionalProperties") is not False or "patternProperties" in node
 
 
-def _references(node: Any) -> set[str]:
+def _strings(node: Any, key: str) -> set[str]:
+    """Those that stand under `key` anywhere in `node`."""
     found: set[str] = set()
     stack = [node]
     while stack:
         each = stack.pop()
         if isinstance(each, dict):
-            if isinstance(each.get("$ref"), str):
-                found.add(each["$ref"])
+            if isinstance(each.get(key), str):
+                found.add(each[key])
             stack += each.values()
         elif isinstance(each, list):
             stack += each

@@ -7,17 +7,19 @@ from contextlib import contextmanager
 from typing import Any
 
 from llguidance import LLMatcher
-from llguidance.gbnf_to_lark import any_to_lark, is_lark_syntax
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from minisgl.grammar.schema import Reader, Refused, locate
 
 # Where JSON may have blanks: one, or a new line indented by four for each level.
 BLANKS = r"( |\n[ ]{0,%d})"
 LENIENT = {"lenient": True}
-# A schema within a grammar; or a string, a comment or a regular expression, which may look so.
+# A schema within a grammar; or a string, a comment or a regular expression, which may look so. One
+# that is not closed reaches to the end of its line, and no character is read twice (`*+`).
 JSON_BLOCK = re.compile(
-    r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/|(?P<json>%json)\s*(?=[{\[tf])'
+    r'"(?:\\.|[^"\\\n])*+"?|//[^\n]*+|/(?:\\.|[^/\\\n])*+/?|(?P<json>%json)\s*+(?=[{\[tf])'
 )
+IS_LARK = re.compile(r"^[^\S\n]*+(?:%llguidance\b|start\s*+:)", re.MULTILINE)
 MAX_CHOICE = 4096  # characters of one: every mask costs more where it is longer
 TRIED = 4  # tokens that a new grammar is tried with, before a request is
 MAX_EBNF_BYTES = 2**14  # read in Python, in a time that grows with the square
@@ -41,7 +43,7 @@ def compile_spec(spec: str, make: Make) -> tuple[LLMatcher, list[str]]:
     elif kind == "regex":
         text = LLMatcher.grammar_from_regex(what)
     else:
-        lark, schemas, warnings = _with_schemas_read(_lark(what))
+        lark, schemas, warnings = with_schemas_read(as_lark(what))
         text = LLMatcher.grammar_from_lark(lark)
     matcher = make(text)
     if error := first_error(matcher):
@@ -112,7 +114,7 @@ def _first(warnings: list[str]) -> list[str]:
     return [*map(said, warnings[:MAX_WARNINGS]), *([f"and {more} more"] if more > 0 else [])]
 
 
-def _with_schemas_read(lark: str) -> tuple[str, list[Any], list[str]]:
+def with_schemas_read(lark: str) -> tuple[str, list[Any], list[str]]:
     """The grammar with each schema behind `%json` checked as one that comes by itself; these; and
     warnings, of those with `"x-guidance": {"lenient": true}`."""
     made, schemas, warnings, at = list[str](), list[Any](), list[str](), 0
@@ -167,14 +169,16 @@ def _escaped(character: str) -> str:
     return character if character.isprintable() else f"\\x{{{ord(character):x}}}"
 
 
-def _lark(text: str) -> str:
+def as_lark(text: str) -> str:
     """A grammar in Lark's syntax, or in EBNF as llama.cpp writes it (`root ::= ...`)."""
-    if len(text) > MAX_EBNF_BYTES and not is_lark_syntax(text):
+    if IS_LARK.search(text):
+        return text
+    if len(text) > MAX_EBNF_BYTES:
         raise ValueError(
             f"structured_outputs.grammar must have at most {MAX_EBNF_BYTES} characters where it is "
             f"EBNF (Lark begins with `start:`), got {len(text)}"
         )
     try:
-        return any_to_lark(text)
+        return gbnf_to_lark(text)
     except Exception as error:  # its own kinds, and IndexError and such for what is no grammar
         raise ValueError(said(f"structured_outputs.grammar: {error}")) from error

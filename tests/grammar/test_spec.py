@@ -1,16 +1,21 @@
 """What is refused, where it says that it is, and which `oneOf` are proved to be `anyOf`."""
 
+import contextlib
 import json
 import re
+import time
 
 import jsonschema
 import pytest
+import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisgl.build import BUNDLED_MODEL
 from minisgl.grammar.backend import LlgBackend
+from minisgl.grammar.pattern import safe_pattern
 from minisgl.grammar.schema import Reader, Refused
+from minisgl.grammar.spec import as_lark, with_schemas_read
 from minisgl.server.tokenizer import Tokenizer
 
 
@@ -89,6 +94,115 @@ def test_a_schema_is_refused_with_its_place(backend, schema, says):
 )
 def test_other_kinds_are_refused_by_name(backend, spec, says):
     assert re.search(says, refusal(backend, **spec))
+
+
+MISREAD = [
+    ("[[:^punct:]]", 0, "a class"),
+    ('[[^"]]', 0, "a class"),
+    ("x[[a]]", 1, "a class"),
+    ("[a&&b]", 0, "a class"),
+    ("[+--]", 0, "a class"),
+    ("[a~~b]", 0, "a class"),
+    ("a[^]b", 1, "a class"),
+    ("(?ix)[^#]", 0, "the flag x"),
+    ("(?P<a[>\\P{Po})]", 0, "a group's name"),
+    ('[^"\x01]|\\x01', 6, "U+0001"),
+    ("a\x01", 1, "U+0001"),
+    ("\\x{0001}", 0, "U+0001"),
+]
+
+
+@pytest.mark.parametrize(("pattern", "at", "says"), MISREAD, ids=[p for p, _, _ in MISREAD])
+def test_a_pattern_with_two_readings_is_refused_with_its_place(backend, pattern, at, says):
+    found = refusal(backend, json={"items": {"type": "string", "pattern": pattern}})
+    assert found.startswith(f"structured_outputs.json: #/items/pattern: character {at}: {says}")
+    made = backend.compile(json.dumps({"json": {"pattern": pattern}, "strict": False})).result(30)
+    assert says in made.warnings[0]
+    named = refusal(backend, json={"patternProperties": {pattern: {}}})
+    assert f"character {at}: {says}" in named
+
+
+# What leaves out a quote: none of these may let one pass that is written with a backslash.
+NO_QUOTES = [
+    r'^[^"]$',
+    r'^[^]"]$',
+    r"^\P{Po}$",
+    r"^\P{P}$",
+    r"^[\P{Po}]$",
+    r"^[^\p{Po}-]$",
+    r"^\p{Cc}$",
+    r'^(?:[^\s"]|\s)$',
+    r"^(?:[\x00-\x0f]|[\x10-\x21])$",
+    r"^[#-~\x00-\x1f-]$",
+    r'^(?<a>[^"])$',
+    r"^\pL$",
+    r"^\PP$",
+]
+
+
+@pytest.mark.parametrize("pattern", NO_QUOTES)
+def test_a_pattern_without_quotes_lets_no_quote_pass(backend, pattern):
+    """And lets pass what it has, as another library reads it."""
+    tokenizer = Tokenizer.from_directory(BUNDLED_MODEL)
+    made = backend.compile(json.dumps({"json": {"type": "string", "pattern": pattern}})).result(30)
+
+    def fits(character: str) -> bool:
+        state = made.copy()
+        tokens = tokenizer.encode(json.dumps(character, ensure_ascii=False))
+        return all(state.accept(token) is None for token in tokens) and state.accept(2) is None
+
+    assert not fits('"')
+    assert not fits("ab")
+    as_python = regex.compile(pattern)
+    for character in "a#]-!. é":
+        assert fits(character) == (as_python.match(character) is not None), character
+
+
+def seconds(work) -> float:
+    """The least of three."""
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        with contextlib.suppress(ValueError):
+            work()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: safe_pattern("[" * n),
+        lambda n: safe_pattern("(?<" * n),
+        lambda n: safe_pattern("\\p{" * n),
+        lambda n: safe_pattern("[]" * n),
+        lambda n: with_schemas_read('start: "' + '\\"' * n),
+        lambda n: with_schemas_read("start: /" + "\\/" * n),
+        lambda n: with_schemas_read("start: " + "%json " * n),
+        lambda n: with_schemas_read("start: %json" + " " * n),
+        lambda n: as_lark("\n" * n),
+        lambda n: as_lark(" \n" * n),
+        lambda n: as_lark(" " * n),
+        lambda n: as_lark("start\n" * n),
+    ],
+)
+def test_a_text_of_twice_the_size_is_read_in_about_twice_the_time(make, monkeypatch):
+    """Python's expressions let no other thread run: the engine would stand still meanwhile."""
+    monkeypatch.setattr("minisgl.grammar.pattern.MAX_PATTERN", 2**30)
+    monkeypatch.setattr("minisgl.grammar.spec.MAX_EBNF_BYTES", 0)
+    assert seconds(lambda: make(64_000)) < 0.005 + 4 * seconds(lambda: make(32_000))
+
+
+def test_a_long_pattern_is_refused_with_the_numbers(backend):
+    found = refusal(backend, json={"pattern": "[" * 130_000})
+    assert "#/pattern: must have at most 8192 characters, got 130000" in found
+
+
+def test_what_is_not_closed_hides_no_schema(backend):
+    """Behind it on the same line stands nothing that llguidance would read."""
+    for text in ('" ', "/ ", '"\\" ', "a / "):
+        made = f'start: {text}%json {{"not": {{}}}}'
+        assert refusal(backend, grammar=made).startswith("structured_outputs.grammar: ")
 
 
 def test_what_is_not_strict_leaves_out_with_a_warning(backend):
@@ -196,6 +310,19 @@ def test_one_of_is_any_of_where_it_is_proved(branches):
 def test_one_of_that_may_overlap_is_refused_with_its_place(branches):
     with pytest.raises(Refused, match=r"#/properties/x/oneOf: .* 0 and 1 are not proved"):
         Reader({"properties": {"x": {"oneOf": branches}}, **DEFS}, strict=True).read()
+
+
+def test_one_of_behind_a_changed_base_is_not_proved():
+    """`#` is the schema with the `$id` there; for the root, its own changes nothing."""
+    inner = {
+        "$id": "https://example.com/inner",
+        "$defs": {"a": tagged("b"), "b": tagged("b")},
+        "oneOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}],
+    }
+    with pytest.raises(Refused, match=r"#/properties/x/oneOf: .* 0 and 1 are not proved"):
+        Reader({"properties": {"x": inner}, **DEFS}, strict=True).read()
+    own = {"$id": "https://example.com/root", "oneOf": inner["oneOf"], **DEFS}
+    assert "anyOf" in Reader(own, strict=True).read()
 
 
 def test_one_of_beside_other_branches_keeps_them_all():
