@@ -20,8 +20,8 @@ class Grammar(Protocol):
     def accept(self, token_id: int) -> str | None:
         """Advance by one token, an end of text included; why it cannot, or None: it has."""
 
-    def copy(self) -> Self:
-        """The same state, for another sequence."""
+    def copy(self, end: int | None = None) -> Self:
+        """The same state, for another sequence, whose text `end` ends too."""
 
 
 class Wanted(NamedTuple):

@@ -47,10 +47,14 @@ class Compiling:
         self._pending[request.id] = _Pending(request, backend.compile(spec), deadline)
 
     def drop(self, request_id: str) -> None:
-        self._pending.pop(request_id, None)
+        """What nobody waits for any more is not compiled, unless it has been begun."""
+        dropped = self._pending.pop(request_id, None)
+        if dropped and all(each.grammar is not dropped.grammar for each in self._pending.values()):
+            dropped.grammar.cancel()
 
-    def ready(self, *, wait_for_one: bool) -> Iterator[tuple[Request, Grammar | ValueError]]:
-        """Take out those that need wait no longer, each with its grammar or why there is none."""
+    def ready(self, *, wait_for_one: bool) -> Iterator[tuple[Request, list[Grammar] | ValueError]]:
+        """Take out those that need wait no longer, each with a grammar for every choice, or with
+        why there is none."""
         if wait_for_one:
             futures = [each.grammar for each in self._pending.values()]
             wait(futures, LOOK_SECONDS, return_when=FIRST_COMPLETED)
@@ -58,16 +62,18 @@ class Compiling:
         for request, future, deadline in list(self._pending.values()):
             if not future.done() and now < deadline:
                 continue
-            del self._pending[request.id]
-            yield request, self._result(future)
+            grammars = self._grammars(request, future)
+            self.drop(request.id)
+            yield request, grammars
 
-    def _result(self, future: Future[Grammar]) -> Grammar | ValueError:
+    def _grammars(self, request: Request, future: Future[Grammar]) -> list[Grammar] | ValueError:
         assert self._backend is not None
-        try:
-            return future.result(0)
-        except TimeoutError:
+        if not future.done():
             most = self._backend.timeout
             return ValueError(f"structured_outputs took longer than {most:g} s to compile")
+        try:
+            grammar = future.result()
+            return [grammar.copy(request.eos_token_id) for _ in range(request.params.n)]
         except ValueError as error:
             return error
         except Exception as error:  # a bug of the backend: it ends this request alone

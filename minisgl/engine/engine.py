@@ -264,11 +264,11 @@ class Engine:
 
     def _admit_compiled(self) -> None:
         """Queue the requests whose grammars are compiled; refuse those that cannot be."""
-        for request, grammar in self._compiling.ready(wait_for_one=not self._scheduler.has_work):
+        for request, grammars in self._compiling.ready(wait_for_one=not self._scheduler.has_work):
             choices = self._open[request.id]
             try:
-                if isinstance(grammar, ValueError):
-                    raise grammar
+                if isinstance(grammars, ValueError):
+                    raise grammars
                 uids = self._scheduler.add(request)
             except ValueError as error:
                 end = Delta(request.id, 0, [], "error", error=str(error), refused=True)
@@ -277,13 +277,13 @@ class Engine:
             for choice, uid in enumerate(uids):
                 if choice in choices:
                     choices[choice] = uid
-                    self._grammars[uid] = grammar.copy()
+                    self._grammars[uid] = grammars[choice]
                 else:  # it was aborted meanwhile
                     self._scheduler.abort(request.id, choice)
-            if grammar.warnings:
-                log.warning("request %s: %s", request.id, "; ".join(grammar.warnings))
+            if warnings := grammars[0].warnings:
+                log.warning("request %s: %s", request.id, "; ".join(warnings))
                 first = next(iter(choices))
-                self._deltas.append(Delta(request.id, first, [], warnings=grammar.warnings))
+                self._deltas.append(Delta(request.id, first, [], warnings=warnings))
 
     def _grammar_of(self, chunk: Chunk) -> Grammar | None:
         return self._grammars.get(chunk.uid) if chunk.samples else None

@@ -4,10 +4,10 @@ Compiling takes up to seconds and happens on threads of its own, without Python'
 `schema` checks. Ends of text are decided here: llguidance does not count one that it was told of.
 """
 
+import json
 import os
 import sys
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +28,8 @@ LIMITS = llg.LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 # Bytes of a compiled grammar, measured generously: of a byte of its text, and besides.
 BYTES_PER_BYTE, BYTES_BESIDES = 64, 2**16
 
+_Read = tuple[llg.LLTokenizer, frozenset[int]]
+
 
 class LlgGrammar:
     """The state of one sequence."""
@@ -44,8 +46,9 @@ class LlgGrammar:
             return None
         return said(self.matcher.get_error()) or f"token {token_id} is not allowed"
 
-    def copy(self) -> "LlgGrammar":
-        return LlgGrammar(self.matcher.deep_copy(), self.ends, self.warnings)
+    def copy(self, end: int | None = None) -> "LlgGrammar":
+        ends = self.ends if end is None else self.ends | {end}
+        return LlgGrammar(self.matcher.deep_copy(), ends, self.warnings)
 
     def before_end(self, drafts: list[int]) -> list[int]:
         """Drafts up to an end of text, behind which all is discarded."""
@@ -66,8 +69,9 @@ class LlgBackend:
         max_bytes: int = 2**17,
         cache_bytes: int = 2**28,
     ) -> None:
-        """tokenizer: a tokenizer.json, read on a thread; ends: tokens that end a text; max_bytes:
-        of a specification; cache_bytes: of compiled grammars that are kept."""
+        """tokenizer: a tokenizer.json, read on a thread with the configs beside it; ends: tokens
+        that end a text, besides the tokenizer's own; timeout: seconds, for those who wait;
+        max_bytes: of a specification; cache_bytes: of compiled grammars that are kept."""
         self.timeout = timeout
         self._max_bytes, self._cache_bytes = max_bytes, cache_bytes
         self._ends = frozenset(ends)
@@ -89,7 +93,7 @@ class LlgBackend:
             if spec in self._kept:
                 self._kept.move_to_end(spec)
                 return self._kept[spec][0]
-            future = self._threads.submit(self._compile, spec, time.monotonic() + self.timeout)
+            future = self._threads.submit(self._compile, spec)
             self._kept[spec] = future, BYTES_PER_BYTE * len(spec) + BYTES_BESIDES
             total = sum(size for _, size in self._kept.values())
             while total > self._cache_bytes and len(self._kept) > 1:
@@ -123,29 +127,35 @@ class LlgBackend:
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
 
-    def _read_tokenizer(self, path: Path, vocab_size: int) -> llg.LLTokenizer:
+    def _read_tokenizer(self, path: Path, vocab_size: int) -> _Read:
+        """It, with the special tokens that the server knows; and all tokens that end a text."""
         if not path.is_file():
             raise ValueError(f"structured_outputs needs a tokenizer.json, and {path} is none")
-        if not self._ends:
-            raise ValueError("structured_outputs needs a model that names its end-of-text tokens")
-        text = path.read_text(encoding="utf-8")
-        return llg.LLTokenizer(text, n_vocab=vocab_size, eos_token=sorted(self._ends))
+        from minisgl.server.tokenizer import Tokenizer  # its imports take time
 
-    def _compile(self, spec: str, deadline: float) -> Grammar:
+        known = Tokenizer.from_directory(path.parent)
+        named = set() if known.eos_token_id is None else {known.eos_token_id}
+        ends = frozenset(i for i in self._ends | named if i < vocab_size)
+        if not ends:
+            raise ValueError("structured_outputs needs a model that names its end-of-text tokens")
+        spelled = json.loads(known.to_json())  # configs may name tokens that the model has not
+        spelled["added_tokens"] = [t for t in spelled["added_tokens"] if t["id"] < vocab_size]
+        text = json.dumps(spelled)
+        return llg.LLTokenizer(text, n_vocab=vocab_size, eos_token=sorted(ends)), ends
+
+    def _compile(self, spec: str) -> Grammar:
         if (size := len(spec.encode())) > self._max_bytes:
             raise ValueError(
                 f"structured_outputs must have at most {self._max_bytes} bytes as JSON "
                 f"(--grammar-max-bytes), got {size}"
             )
-        tokenizer = self._tokenizer.result()
-        if time.monotonic() > deadline:  # nobody waits for it any more
-            raise ValueError(f"structured_outputs took longer than {self.timeout:g} s to compile")
+        tokenizer, ends = self._tokenizer.result()
 
         def make(grammar: str) -> llg.LLMatcher:
             return llg.LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
 
         matcher, warnings = compile_spec(spec, make)
-        return LlgGrammar(matcher, self._ends, warnings)
+        return LlgGrammar(matcher, ends, warnings)
 
     def _forget(self, spec: str, done: Future[Grammar]) -> None:
         """What could not be compiled is not kept: it may have waited too long."""

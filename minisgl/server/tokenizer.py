@@ -157,6 +157,10 @@ class Tokenizer:
         """Those of the special tokens that are spelled like one of these."""
         return frozenset(i for i in self._special_ids if self._backend.id_to_token(i) in texts)
 
+    def to_json(self) -> str:
+        """As a tokenizer.json that has what the configs add."""
+        return self._backend.to_str()
+
     def added_id(self, text: str) -> int | None:
         """The token of this text that was added to the vocabulary, if there is one."""
         return self._added.get(text)

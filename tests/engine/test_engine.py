@@ -361,10 +361,83 @@ def test_what_is_aborted_while_it_compiles_never_runs():
     engine.add(Request("late", [1, 2, 3], digits("late", n=2)))
     engine.abort("late")
     assert {d.finish_reason for d in run(engine)} == {"abort"}
-    backend.late.set_result(Digits())
+    assert backend.late.cancelled()
     assert not engine.has_work()
     engine.close()
     assert backend.closed
+
+
+def test_what_another_request_waits_for_is_compiled_all_the_same():
+    engine = make_engine(grammar_backend=(backend := DigitsBackend()))
+    for name in "abc":
+        engine.add(Request(name, [1, 2, 3], digits("late")))
+    engine.abort("a")
+    engine.abort("b")
+    assert not backend.late.cancelled()
+    backend.late.set_result(Digits())
+    assert len(gather(run(engine))["c", 0]) == 30
+
+
+def test_what_is_joined_may_take_as_long_as_the_last_one_waits():
+    engine = make_engine(grammar_backend=(backend := DigitsBackend()))
+    engine.add(Request("first", [1], digits("late")))
+    time.sleep(0.15)
+    engine.add(Request("second", [1], digits("late")))
+    time.sleep(0.1)
+    (refused,) = engine.step()
+    assert (refused.request_id, refused.refused) == ("first", True)
+    assert not backend.late.cancelled()
+    backend.late.set_result(Digits())
+    assert len(gather(run(engine))["second", 0]) == 30
+
+
+def test_a_state_that_cannot_be_copied_ends_its_request_alone():
+    class Uncopied(Digits):
+        def copy(self, end=None):
+            raise RuntimeError("planted: no copy")
+
+    class Backend(DigitsBackend):
+        def begin(self, text):
+            return Uncopied() if text == "uncopied" else super().begin(text)
+
+    engine = make_engine(grammar_backend=Backend())
+    engine.add(Request("bad", [1, 2], digits("uncopied", n=2)))
+    engine.add(Request("good", [7], digits()))
+    deltas = run(engine)
+    ends = [d for d in deltas if d.request_id == "bad"]
+    assert [(d.finish_reason, d.refused) for d in ends] == [("error", True)] * 2
+    assert all("RuntimeError: planted: no copy" in d.error for d in ends)
+    assert len(gather(deltas)["good", 0]) == 30
+    check_books(engine.scheduler)
+
+
+def test_an_end_by_the_requests_own_tokenizer_needs_a_grammar_that_may_end():
+    class Ending(Digits):
+        ends: tuple[int, ...] = ()
+
+        def copy(self, end=None):
+            made = super().copy()
+            made.ends = () if end is None else (end,)
+            return made
+
+        def accept(self, token_id):
+            return "the text ends before it may" if token_id in self.ends else None
+
+    class Backend(DigitsBackend):
+        def begin(self, text):
+            return Ending()
+
+        def fill_masks(self, wanted, bits):
+            return {}
+
+    engine = make_engine(grammar_backend=Backend())
+    free = make_engine(grammar_backend=Backend())
+    free.add(Request("a", [1, 2, 3], digits()))
+    third = gather(run(free))["a", 0][2]
+    engine.add(Request("a", [1, 2, 3], digits(), eos_token_id=third))
+    (end,) = [d for d in run(engine) if d.finish_reason]
+    assert (end.finish_reason, end.refused) == ("error", True)
+    assert "the text ends before it may" in end.error
 
 
 def test_an_end_that_the_grammar_refuses_is_an_error_and_no_stop():

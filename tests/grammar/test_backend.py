@@ -2,15 +2,19 @@
 
 import json
 import random
+import shutil
 import threading
 import time
 
 import numpy as np
 import pytest
 import regex
+from llguidance import LLMatcher
 
 from minisgl.build import BUNDLED_MODEL
 from minisgl.core.grammar import Wanted
+from minisgl.core.request import Request, SamplingParams
+from minisgl.engine.compiling import Compiling
 from minisgl.grammar.backend import BYTES_BESIDES, LlgBackend
 from minisgl.server.tokenizer import Tokenizer
 
@@ -207,22 +211,69 @@ def test_what_is_too_large_is_refused_with_the_numbers(tmp_path):
     small.close()
 
 
-def test_what_waited_too_long_is_not_compiled_any_more(backend):
-    hurried = LlgBackend(BUNDLED_MODEL / "tokenizer.json", VOCAB, [END], timeout=0.0)
-    with pytest.raises(ValueError, match="took longer than 0 s to compile"):
-        hurried.compile(json.dumps({"regex": "a"})).result(30)
-    hurried.close()
+def test_what_nobody_waits_for_is_not_compiled(monkeypatch):
+    """What is queued is cancelled, and compiled for one who asks for it later."""
+    begun, go_on = [], threading.Event()
+
+    def compile_spec(spec, make):
+        begun.append(spec)
+        assert go_on.wait(30)
+        return make(LLMatcher.grammar_from_regex("a")), []
+
+    monkeypatch.setattr("minisgl.grammar.backend.compile_spec", compile_spec)
+    made = LlgBackend(BUNDLED_MODEL / "tokenizer.json", VOCAB, [END])
+    waiting = Compiling(made)
+    specs = [f'{{"regex":"{each}"}}' for each in "abcde"]
+    for spec in specs:
+        waiting.add(Request(spec, [1], SamplingParams(structured_outputs=spec)))
+    waiting.add(Request("d too", [1], SamplingParams(structured_outputs=specs[3])))
+    for name in (*specs[2:4], specs[4]):
+        waiting.drop(name)
+    last = made.compile(specs[4])
+    go_on.set()
+    last.result(30)
+    made.close()
+    assert sorted(begun) == sorted([*specs[:2], specs[3], specs[4]])
+
+
+def test_ends_and_special_tokens_are_those_of_the_server(tmp_path):
+    """The tokenizer's end besides the model's, and marks that its config alone names."""
+    spelled = json.loads((BUNDLED_MODEL / "tokenizer.json").read_text())
+    texts = {each["id"]: each["content"] for each in spelled["added_tokens"]}
+    for each in spelled["added_tokens"]:
+        each["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spelled))
+    model_end, mark, end = 0, 1, END
+    beyond = "<beyond the model's vocabulary>"
+    config = {"eos_token": texts[end], "additional_special_tokens": [texts[mark], beyond]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    made = LlgBackend(tmp_path / "tokenizer.json", VOCAB, [model_end])
+    grammar = grammar_of(made, regex=".{3}|<.*")
+    assert allowed_next(made, grammar).isdisjoint({end, mark, model_end})
+    assert "ends before it may" in grammar.accept(end)
+    own = grammar.copy(301)
+    assert "ends before it may" in own.accept(301)
+    for token in Tokenizer.from_directory(tmp_path).encode("abc", add_special_tokens=False):
+        assert grammar.accept(token) is None
+    assert allowed_next(made, grammar) == {end, model_end}
+    assert grammar.accept(end) is None
+    made.close()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": texts[end]}))
+    alone = LlgBackend(tmp_path / "tokenizer.json", VOCAB, [])
+    assert grammar_of(alone, regex="a").ends == {end}
+    alone.close()
 
 
 @pytest.mark.parametrize(
     ("tokenizer", "ends", "says"),
     [
         (BUNDLED_MODEL / "absent.json", [END], "needs a tokenizer.json, and .*absent.json is none"),
-        (BUNDLED_MODEL / "tokenizer.json", [], "needs a model that names its end-of-text tokens"),
+        ("tokenizer.json", [], "needs a model that names its end-of-text tokens"),
     ],
 )
-def test_a_model_that_cannot_be_constrained_says_so(tokenizer, ends, says):
-    unable = LlgBackend(tokenizer, VOCAB, ends)
+def test_a_model_that_cannot_be_constrained_says_so(tmp_path, tokenizer, ends, says):
+    shutil.copy(BUNDLED_MODEL / "tokenizer.json", tmp_path)  # and no config
+    unable = LlgBackend(tmp_path / tokenizer, VOCAB, ends)
     with pytest.raises(ValueError, match=says):
         unable.compile(json.dumps({"regex": "a"})).result(30)
     unable.close()

@@ -16,7 +16,7 @@ class PlainGrammar:
 
     warnings: Sequence[str] = ()
 
-    def copy(self) -> Any:
+    def copy(self, end: int | None = None) -> Any:
         return copy.deepcopy(self)
 
     def fill_mask(self, bits: np.ndarray) -> str | None:
