@@ -73,7 +73,8 @@ class Limits(msgspec.Struct, frozen=True):
             if num_prompt + (count or 1) - 1 > capacity:
                 raise ValueError(
                     f"{self._most}. However, {prompt} has {num_prompt} tokens and {name} asks for "
-                    f"{count}: {num_prompt + (count or 1) - 1} together"
+                    f"{count}, the last of which needs no room: "
+                    f"{num_prompt + (count or 1) - 1} together"
                 )
         return num_prompt + (params.max_tokens or max(capacity - num_prompt, params.min_tokens, 1))
 

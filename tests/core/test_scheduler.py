@@ -64,12 +64,12 @@ def finish(scheduler: Scheduler, token=1) -> list[Delta]:
         ),
         (
             ask([1] * 100, max_tokens=30),
-            "128 tokens here, .* 100 tokens and max_tokens asks for 30: 129 together",
+            "128 tokens here, .* 100 tokens and max_tokens asks for 30, .* no room: 129 together",
         ),
         (ask([1, 1000]), "below the vocabulary size 1000, got 1000"),
         (
             ask([1] * 100, min_tokens=30),
-            "128 tokens here, .* 100 tokens and min_tokens asks for 30: 129 together",
+            "128 tokens here, .* 100 tokens and min_tokens asks for 30, .* no room: 129 together",
         ),
         (ask([-1, 5]), "at least 0 .*, got -1"),
         (ask([1], stop_token_ids=[1000]), "stop_token_ids: .* below .* 1000, got 1000"),
