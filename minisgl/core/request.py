@@ -238,8 +238,8 @@ def checked_structure(given: object) -> dict[str, Any]:
         types = " or ".join(_JSON_NAMES[each] for each in STRUCTURES[kind])
         raise TypeError(f"{name}.{kind} must be of type {types}, got {shown(made[kind])}")
     if "strict" in made and (kind != "json" or type(made["strict"]) is not bool):
-        found = shown(made["strict"])
-        raise ValueError(f"{name}.strict must be a boolean beside json, got {found}")
+        found = f"{shown(made['strict'])} beside {kind}"
+        raise ValueError(f"{name}.strict must be a boolean, and goes with json alone, got {found}")
     return made
 
 

@@ -55,7 +55,7 @@ def _check_choice(choice: str | dict[str, Any], names: set[str]) -> None:
         if not names:
             raise ApiError("tool_choice needs tools, got none", param="tool_choice")
     elif (name := _named(choice)) not in names:
-        message = f"tool_choice.function.name must be one of the tools', got {shown(name)}"
+        message = f"tool_choice.function.name must be the name of one of tools, got {shown(name)}"
         raise ApiError(message, param="tool_choice.function.name")
 
 
