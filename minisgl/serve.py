@@ -21,7 +21,7 @@ from minisgl.log import configure, get_logger
 if TYPE_CHECKING:
     from minisgl.engine.messages import EngineInfo
     from minisgl.engine.process import EngineProcess
-    from minisgl.server.openai import ServedModel
+    from minisgl.server.calls import ServedModel
 
 FACTORY = "minisgl.build:build_engine"
 BACKLOG = 2048  # connections that wait to be accepted
@@ -140,7 +140,7 @@ async def _serve(
 
 def _served_model(info: "EngineInfo", config: ServerConfig) -> "ServedModel":
     from minisgl.server.answer import REASONING_FORMATS, chosen
-    from minisgl.server.openai import ServedModel
+    from minisgl.server.calls import ServedModel
     from minisgl.server.tokenizer import Tokenizer
     from minisgl.server.tool_formats import TOOL_FORMATS
 

@@ -18,16 +18,11 @@ from starlette.types import Receive, Scope, Send
 from minisgl.engine.client import EngineDeadError, ProcessClient
 from minisgl.log import get_logger
 from minisgl.server.body import ApiError, cut, read, shown
+from minisgl.server.calls import Call, ServedModel, check_answer, unknown_model
+from minisgl.server.chat import parse_chat
+from minisgl.server.completions import parse_completion
 from minisgl.server.generate import Generation, Part, engine_failed
 from minisgl.server.metrics import CallClock, Metrics
-from minisgl.server.openai import (
-    Call,
-    ServedModel,
-    check_answer,
-    parse_chat,
-    parse_completion,
-    unknown_model,
-)
 from minisgl.server.replies import Reply
 
 MAX_BODY_BYTES = 16 * 2**20

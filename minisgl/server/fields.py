@@ -19,21 +19,19 @@ class StreamOptions(msgspec.Struct):
 
 
 class Sampling(msgspec.Struct, kw_only=True):
-    """The fields that chat and completions share."""
+    """The fields that all bodies share."""
 
     model: str | None = None
-    max_tokens: Int | None = None
     temperature: float | None = None
     top_p: float | None = None
-    n: Int | None = None
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
+    # of OpenAI's for chat and completions, beside which these are extras
     stop: str | list[str] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, Any] | None = None
     seed: int | None = None
-    response_format: dict[str, Any] | None = None
     # extras
     structured_outputs: dict[str, Any] | None = None
     top_k: Int | None = None
@@ -46,7 +44,15 @@ class Sampling(msgspec.Struct, kw_only=True):
     cache_salt: str | None = None
 
 
-class ChatBody(Sampling, kw_only=True):
+class Choices(Sampling, kw_only=True):
+    """The fields that chat and completions share."""
+
+    max_tokens: Int | None = None
+    n: Int | None = None
+    response_format: dict[str, Any] | None = None
+
+
+class ChatBody(Choices, kw_only=True):
     messages: list[dict[str, Any]]
     max_completion_tokens: Int | None = None
     logprobs: bool | None = None
@@ -57,7 +63,7 @@ class ChatBody(Sampling, kw_only=True):
     parallel_tool_calls: bool | None = None
 
 
-class CompletionBody(Sampling, kw_only=True):
+class CompletionBody(Choices, kw_only=True):
     prompt: Any
     logprobs: Int | None = None
     echo: bool | None = None

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 from minisgl.core.request import Delta, FinishReason, Request, TokenLogprobs
 from minisgl.engine.client import EngineDeadError, ProcessClient
 from minisgl.server.body import ApiError
-from minisgl.server.openai import Call
+from minisgl.server.calls import Call
 from minisgl.server.structured import in_clients_words, refused
 from minisgl.server.text import TextStream
 from minisgl.server.tokenizer import Tokenizer

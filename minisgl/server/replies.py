@@ -8,9 +8,9 @@ import msgspec
 from minisgl import __version__
 from minisgl.core.request import FinishReason
 from minisgl.server.answer import AnswerParser
+from minisgl.server.calls import Call
 from minisgl.server.echo import Offsets
 from minisgl.server.generate import Part, Scored, Usage
-from minisgl.server.openai import Call
 from minisgl.server.reading import News
 from minisgl.server.tokenizer import Tokenizer
 from minisgl.server.tools import new_call

@@ -1,8 +1,8 @@
-"""`response_format` and `structured_outputs` of a body -> what `SamplingParams` takes of them."""
+"""Formats and `structured_outputs` that bodies ask for -> what `SamplingParams` takes of them."""
 
 import json
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -11,6 +11,11 @@ from minisgl.server import fields
 from minisgl.server.answer import AnswerForm
 from minisgl.server.body import ApiError, read_object, shown
 
+# Field that asks for a format -> where its schema stands.
+_SCHEMAS = {
+    "response_format": "response_format.json_schema.schema",
+    "text.format": "text.format.schema",
+}
 AS_IT_IS = AnswerForm()  # how an answer is read that holds nothing to be told apart
 
 
@@ -26,7 +31,14 @@ class JsonSchema(msgspec.Struct):
     description: str | None = None
 
 
-def read_structured(body: fields.Sampling) -> dict[str, Any] | None:
+class Structure(NamedTuple):
+    """What a text must hold to."""
+
+    asked: dict[str, Any]  # as `SamplingParams` takes it
+    by: str  # the field of the body that asks for it
+
+
+def read_structured(body: fields.Choices) -> Structure | None:
     """What the text must hold to. Raises ApiError."""
     form = ResponseFormat("text")
     if body.response_format is not None:
@@ -38,21 +50,31 @@ def read_structured(body: fields.Sampling) -> dict[str, Any] | None:
             f"got {shown(given)} with {shown(form.type)}"
         )
         raise ApiError(message, param="response_format.json_schema")
-    if form.type == "text":
-        return _checked(body.structured_outputs)
-    if body.structured_outputs is not None:
-        message = f"structured_outputs cannot be given with a response_format of type {form.type}"
+    asked = None
+    if given is not None:
+        asked = read_object(given, JsonSchema, {}, "response_format.json_schema.")
+    return structure(body, "response_format", form.type, asked)
+
+
+def structure(
+    body: fields.Sampling, by: str, kind: str, asked: JsonSchema | None
+) -> Structure | None:
+    """That of a format of this kind, which the body's field `by` asks for, or of the extra."""
+    given = body.structured_outputs
+    if kind == "text":
+        return None if given is None else Structure(_checked(given), "structured_outputs")
+    if given is not None:
+        message = f"structured_outputs cannot be given with a {by} of type {kind}"
         raise ApiError(message, param="structured_outputs")
-    if given is None:
-        return {"json_object": True}
-    asked = read_object(given, JsonSchema, {}, "response_format.json_schema.")
+    if asked is None:
+        return Structure({"json_object": True}, by)
     schema = {"type": "object"} if asked.schema is None else asked.schema
-    return {"json": schema, "strict": bool(asked.strict)}
+    return Structure({"json": schema, "strict": bool(asked.strict)}, by)
 
 
-def _checked(given: dict[str, Any] | None) -> dict[str, Any] | None:
+def _checked(given: dict[str, Any]) -> dict[str, Any]:
     try:
-        return None if given is None else checked_structure(given)
+        return checked_structure(given)
     except (ValueError, TypeError) as error:
         raise ApiError(str(error), param="structured_outputs") from error
 
@@ -83,9 +105,9 @@ def in_clients_words(reason: str, body_field: str | None, form: AnswerForm = AS_
 
     if form != AS_IT_IS:  # else a grammar is the client's own, with its own numbers
         reason = re.sub(r"^structured_outputs\.grammar: %json (\d+)", named, reason)
-    if body_field == "response_format":
+    if (schema := _SCHEMAS.get(body_field or "")) is not None:
         for ours in ("structured_outputs.json:", "structured_outputs.json "):
-            reason = reason.replace(ours, f"response_format.json_schema.schema{ours[-1]}")
+            reason = reason.replace(ours, f"{schema}{ours[-1]}")
     if body_field is not None:
         reason = reason.replace("structured_outputs", body_field)
     return reason

@@ -2,6 +2,8 @@
 
 import dataclasses
 import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -10,32 +12,75 @@ from minisgl.server import fields
 from minisgl.server.answer import AnswerForm, ReasoningFormat
 from minisgl.server.body import ApiError, check_work, read_object, shown
 from minisgl.server.frames import LENIENT, grammar
-from minisgl.server.structured import AS_IT_IS, check_form, read_structured, schema_of
+from minisgl.server.structured import AS_IT_IS, Structure, check_form, schema_of
 from minisgl.server.tokenizer import Tokenizer
 from minisgl.server.tool_formats import TOOL_FORMATS, ToolFormat
 
 MAX_TOOLS = 1024  # of one body
 MAX_CALLS = 1024  # of one message
+# None, a word, or the name of the one that must be called, behind where it stands in the body.
+Choice = str | tuple[str, str] | None
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def read_tools(body: fields.ChatBody) -> list[dict[str, Any]]:
-    """The tools as a chat template shows them; none where none may be called. Raises ApiError."""
-    tools, names = body.tools or [], set[str]()
-    _at_most(MAX_TOOLS, len(tools), "tools")
-    for index, given in enumerate(tools):
+@dataclass(frozen=True)
+class Tools:
+    """What may be called in an answer, and what must be."""
+
+    functions: Sequence[fields.Function] = ()
+    must_call: bool = False
+    named: str | None = None  # the one that must be called, once
+    parallel: bool = True
+
+    @property
+    def most_calls(self) -> float:
+        return 1 if self.named or not self.parallel else float("inf")
+
+    def for_template(self) -> list[dict[str, Any]]:
+        """As a chat template shows them, without what is no business of the model's."""
+        return [{"type": "function", "function": _for_template(each)} for each in self.functions]
+
+
+def read_tools(body: fields.ChatBody) -> Tools:
+    """None where none may be called. Raises ApiError."""
+    functions: dict[str, fields.Function] = {}
+    _at_most(MAX_TOOLS, len(body.tools or ()), "tools")
+    for index, given in enumerate(body.tools or ()):
         path = f"tools[{index}]."
         tool = read_object(given, fields.Tool, fields.NEUTRAL_TOOL, path)
         path += "function."
-        function = read_object(tool.function, fields.Function, fields.NEUTRAL_TOOL, path)
+        functions[path] = read_object(tool.function, fields.Function, fields.NEUTRAL_TOOL, path)
+    asked, parallel = body.tool_choice, body.parallel_tool_calls is not False
+    if not isinstance(asked, dict):
+        return chosen_tools(functions, asked, parallel=parallel)
+    tool, path = read_object(asked, fields.Tool, {}, "tool_choice."), "tool_choice.function."
+    chosen = read_object(tool.function, fields.Chosen, {}, path)
+    return chosen_tools(functions, (f"{path}name", chosen.name), parallel=parallel)
+
+
+def chosen_tools(functions: dict[str, fields.Function], choice: Choice, *, parallel: bool) -> Tools:
+    """The functions, by where they stand in the body, of which the choice leaves these."""
+    names = set[str]()
+    for path, function in functions.items():
         if function.name in names:
             message = f"{path}name must be another for each tool, got {shown(function.name)} twice"
             raise ApiError(message, param=f"{path}name")
         names.add(function.name)
         _check_parameters(function.parameters or {}, f"{path}parameters")
-    if body.tool_choice not in (None, "none", "auto"):
-        _check_choice(body.tool_choice, names)
-    return [_for_template(tool) for tool in tools if body.tool_choice != "none"]
+    named = None
+    if isinstance(choice, tuple):
+        where, named = choice
+        if named not in names:
+            message = f"{where} must be the name of one of tools, got {shown(named)}"
+            raise ApiError(message, param=where)
+    elif choice not in (None, "none", "auto", "required"):
+        raise _not_supported("tool_choice", choice)
+    elif choice == "required" and not names:
+        raise ApiError("tool_choice needs tools, got none", param="tool_choice")
+    elif choice == "none":
+        return Tools()
+    must_call = choice not in (None, "auto")
+    return Tools([*functions.values()], must_call, named, parallel)
 
 
 def _check_parameters(schema: dict[str, Any], path: str) -> None:
@@ -47,37 +92,14 @@ def _check_parameters(schema: dict[str, Any], path: str) -> None:
         raise _not_supported(f"{path}.x-guidance", schema["x-guidance"])
 
 
-def _check_choice(choice: str | dict[str, Any], names: set[str]) -> None:
-    """A call is asked for: any, or one of a certain tool."""
-    if isinstance(choice, str):
-        if choice != "required":
-            raise _not_supported("tool_choice", choice)
-        if not names:
-            raise ApiError("tool_choice needs tools, got none", param="tool_choice")
-    elif (name := _named(choice)) not in names:
-        message = f"tool_choice.function.name must be the name of one of tools, got {shown(name)}"
-        raise ApiError(message, param="tool_choice.function.name")
-
-
-def _named(choice: str | dict[str, Any] | None) -> str | None:
-    """The tool that must be called, if it is a certain one."""
-    if not isinstance(choice, dict):
-        return None
-    tool = read_object(choice, fields.Tool, {}, "tool_choice.")
-    return read_object(tool.function, fields.Chosen, {}, "tool_choice.function.").name
-
-
-def _for_template(tool: dict[str, Any]) -> dict[str, Any]:
-    """A tool without what is no business of the model's."""
-    kept = {name: value for name, value in tool["function"].items() if value is not None}
-    kept.pop("strict", None)
-    return {"type": "function", "function": kept}
+def _for_template(function: fields.Function) -> dict[str, Any]:
+    given = msgspec.structs.asdict(function)
+    return {name: value for name, value in given.items() if value is not None and name != "strict"}
 
 
 def answer_form(
-    tools: list[dict[str, Any]],
+    tools: Tools,
     frame: str,
-    body: fields.ChatBody,
     tool_format: ToolFormat | None,
     reasoning: ReasoningFormat | None,
 ) -> AnswerForm:
@@ -85,49 +107,45 @@ def answer_form(
     if reasoning is not None and frame.rstrip().endswith(reasoning.closes):
         reasoning = None  # the template has closed it: there is none
     is_open = reasoning is not None and frame.rstrip().endswith(reasoning.opens)
-    if not tools:
+    if not tools.functions:
         return AnswerForm(reasoning, is_open=is_open)
     if tool_format is None:
         message = (
             "tools need a model whose chat template shows how it calls them, or a server with "
-            f"--tool-call-parser, one of {list(TOOL_FORMATS)}; got {len(tools)} tools"
+            f"--tool-call-parser, one of {list(TOOL_FORMATS)}; got {len(tools.functions)} tools"
         )
         raise ApiError(message, param="tools", code="unsupported_parameter")
-    schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
+    schemas = {function.name: function.parameters for function in tools.functions}
     if next(iter(schemas)) not in frame:
         raise ApiError("tools are left out by the chat template of this model", param="tools")
-    name = _named(body.tool_choice)
-    most = 1 if name or body.parallel_tool_calls is False else float("inf")
-    ended = "stop" if name else "tool_calls"  # as OpenAI has it
-    kept = {name: schemas[name]} if name else schemas
-    return AnswerForm(reasoning, tool_format, kept, most, is_open, ended)
+    ended = "stop" if tools.named else "tool_calls"  # as OpenAI has it
+    kept = {tools.named: schemas[tools.named]} if tools.named else schemas
+    return AnswerForm(reasoning, tool_format, kept, tools.most_calls, is_open, ended)
 
 
 def held_to(
-    form: AnswerForm, body: fields.ChatBody, tokenizer: Tokenizer
+    form: AnswerForm, tools: Tools, structure: Structure | None, tokenizer: Tokenizer
 ) -> tuple[dict[str, Any] | None, AnswerForm]:
     """What `structured_outputs` hold an answer to, and how it is read then.
 
     A grammar where it must call, where calls are exact, and where JSON stands behind reasoning or
     may be a call instead.
     """
-    asked = read_structured(body)
-    functions = [tool["function"] for tool in body.tools or ()]
-    exact = {each["name"] for each in functions if each.get("strict")} & {*form.schemas}
-    must_call = form.tools is not None and body.tool_choice not in (None, "auto")
+    exact = {each.name for each in tools.functions if each.strict} & {*form.schemas}
     text: Any = None
-    if asked is not None:
+    if structure is not None:
+        asked, by = structure
         if form == AS_IT_IS:
             return asked, form
-        by = "response_format" if body.structured_outputs is None else "structured_outputs"
         text = schema_of(asked, by)
         if text is None or (form.tools is not None and form.tools.bare):
             return asked, check_form(form, by)
         if isinstance(text, dict) and not asked.get("strict", True):
             text = text | LENIENT
         form = dataclasses.replace(form, holds_text=True)
-    elif not (must_call or exact):
+    elif not (tools.must_call or exact):
         return None, form
+    must_call = tools.must_call
     made = grammar(form, tokenizer.added_id, must_call=must_call, exact=exact, text=text)
     if made is None:
         able = [name for name, form in TOOL_FORMATS.items() if form.frames]
@@ -160,11 +178,16 @@ def read_messages(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for index, message in enumerate(messages)
         for i, call in enumerate(message.get("tool_calls", ()))
     }
+    read_arguments(functions)
+    return messages
+
+
+def read_arguments(functions: dict[str, dict[str, Any]]) -> None:
+    """Has the arguments of called functions, by where they stand in the body, as objects."""
     arguments = (function["arguments"].encode() for function in functions.values())
-    check_work(b",".join(arguments), "the arguments of tool_calls")
+    check_work(b",".join(arguments), "the arguments of tool calls")
     for path, function in functions.items():  # templates write objects as JSON
         function["arguments"] = _object(path, function["arguments"])
-    return messages
 
 
 def _message(path: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from minisgl.core.executor import Limits
 from minisgl.core.request import NEUTRAL, Delta, Request, TokenLogprobs
 from minisgl.engine.client import EngineDeadError, Health
 from minisgl.server.app import Api
+from minisgl.server.calls import ServedModel
 from minisgl.server.chat_template import ChatTemplate
 from minisgl.server.connections import Bounds, HttpServer
-from minisgl.server.openai import ServedModel
 from minisgl.server.tokenizer import Tokenizer
 from tests.server import small_tokenizers
 

@@ -7,8 +7,7 @@ import openai
 import pytest
 
 from minisgl.core.request import SamplingParams
-from minisgl.server import app
-from minisgl.server import openai as openai_bodies
+from minisgl.server import app, calls
 from tests.server.calls import MODEL, USER, chat, complete, sse
 from tests.server.fake_engine import CACHED, CONTEXT
 
@@ -350,7 +349,7 @@ def test_an_answer_is_the_same_where_it_is_written(client, engine, monkeypatch):
 def test_an_answer_that_outgrows_its_limit_is_refused_unless_it_is_streamed(
     client, engine, monkeypatch
 ):
-    monkeypatch.setattr(openai_bodies, "MAX_LOGPROBS", 12)  # 4 tokens with 2 likeliest
+    monkeypatch.setattr(calls, "MAX_LOGPROBS", 12)  # 4 tokens with 2 likeliest
     fields = {"logprobs": True, "top_logprobs": 2}
     assert chat(client, **fields, max_tokens=4).choices[0].finish_reason == "length"
     with pytest.raises(

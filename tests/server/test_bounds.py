@@ -7,7 +7,7 @@ import pytest
 
 from minisgl.core.executor import Limits
 from minisgl.server.body import MAX_COMMAS, MAX_CONTAINERS, MAX_SHOWN, ApiError, decode, shown
-from minisgl.server.openai import parse_completion
+from minisgl.server.completions import parse_completion
 from tests.server.fake_engine import VOCAB, served_model
 
 MODEL = served_model()

@@ -13,8 +13,10 @@ import minisgl
 from minisgl.core.executor import Limits
 from minisgl.server import pieces, tokenizer
 from minisgl.server.body import ApiError
+from minisgl.server.calls import ServedModel
+from minisgl.server.chat import parse_chat
 from minisgl.server.chat_template import ChatTemplate
-from minisgl.server.openai import ServedModel, parse_chat, parse_completion
+from minisgl.server.completions import parse_completion
 from minisgl.server.tokenizer import Tokenizer
 from tests.server.small_tokenizers import CORPUS, byte_level, sentence_piece
 

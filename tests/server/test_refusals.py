@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from minisgl.core.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from minisgl.server.body import ApiError
+from minisgl.server.chat import parse_chat
 from minisgl.server.chat_template import ChatTemplate
-from minisgl.server.openai import MAX_PROMPTS, parse_chat, parse_completion
+from minisgl.server.completions import MAX_PROMPTS, parse_completion
 from minisgl.server.tokenizer import Tokenizer
 from tests.server import small_tokenizers
 from tests.server.fake_engine import CONFIG, CONTEXT, VOCAB, served_model

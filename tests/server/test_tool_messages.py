@@ -7,7 +7,7 @@ import pytest
 
 from minisgl.server.answer import AnswerParser
 from minisgl.server.body import ApiError
-from minisgl.server.openai import parse_chat
+from minisgl.server.chat import parse_chat
 from minisgl.server.tool_formats import TOOL_FORMATS
 from minisgl.server.tools import MAX_CALLS, MAX_TOOLS
 from tests.server import small_tokenizers
@@ -254,7 +254,7 @@ def test_arguments_of_too_many_values_are_refused_before_they_are_read():
     _, message = refusal(**said({"role": "assistant", "tool_calls": called_twice[:1]}))
     assert message.startswith("This model's maximum context length is")
     _, message = refusal(**said({"role": "assistant", "tool_calls": called_twice}))
-    assert message.startswith("the arguments of tool_calls must hold at most 20000 arrays")
+    assert message.startswith("the arguments of tool calls must hold at most 20000 arrays")
 
 
 def test_schemas_nested_as_deep_as_can_be_are_answered():

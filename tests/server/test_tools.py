@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from openai import OpenAI
 
 from minisgl.server.app import LONG_TEXT
-from minisgl.server.openai import parse_chat
+from minisgl.server.chat import parse_chat
 from tests.server.calls import USER
 from tests.server.fake_engine import ServerThread
 from tests.server.tool_models import CALL, CLOCK, HERMES, MISTRAL, WEATHER, model, prompt

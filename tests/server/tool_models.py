@@ -7,8 +7,8 @@ import tokenizers
 
 from minisgl.core.executor import Limits
 from minisgl.server.answer import REASONING_FORMATS
+from minisgl.server.chat import parse_chat
 from minisgl.server.chat_template import ChatTemplate
-from minisgl.server.openai import parse_chat
 from minisgl.server.tokenizer import Tokenizer
 from minisgl.server.tool_formats import TOOL_FORMATS
 from tests.server import small_tokenizers
