@@ -9,10 +9,10 @@ and a folder of the model, of their own.
 
 First the limits of the machine: how fast its threads read memory and multiply bf16 matrices. Then
 every engine is loaded, each in its own process, and they answer in turns, so that all meet the same
-machine; those that wait use nothing. Prompts are random and never repeat. Rows are medians of the
-rounds: a decode step is (time of N + 1 tokens less time of 1) / N after a prompt of 32. `others` is
-the share of a core that other programs used meanwhile: figures of a busy machine mean little. The
-last line is JSON.
+machine. Those that wait are stopped: vLLM keeps a core busy for a second after its last answer.
+Prompts are random and never repeat. Rows are medians of the rounds: a decode step is (time of N + 1
+tokens less time of 1) / N after a prompt of 32. `others` is the share of a core that other programs
+used meanwhile: figures of a busy machine mean little. The last line is JSON.
 """
 
 import argparse
@@ -67,15 +67,19 @@ class Engine:
             start_new_session=True,  # some have processes of their own, which end with it
         )
         self.release = str(self._answer()["release"])
+        self._signal(signal.SIGSTOP)
 
     def seconds(self, prompts: list[list[int]], outputs: list[int]) -> float:
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         print(
             json.dumps({"prompts": prompts, "outputs": outputs}),
             file=self._process.stdin,
             flush=True,
         )
-        return float(self._answer()["seconds"])
+        seconds = float(self._answer()["seconds"])
+        self._signal(signal.SIGSTOP)
+        return seconds
 
     def _answer(self) -> dict[str, float | str]:
         assert self._process.stdout is not None
@@ -85,8 +89,11 @@ class Engine:
         found: dict[str, float | str] = json.loads(line)
         return found
 
+    def _signal(self, number: signal.Signals) -> None:
+        os.killpg(self._process.pid, number)
+
     def close(self) -> None:
-        os.killpg(self._process.pid, signal.SIGKILL)
+        self._signal(signal.SIGKILL)
         self._process.wait()
 
 
