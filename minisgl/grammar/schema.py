@@ -70,7 +70,7 @@ class Reader:
         self._has_bases = bool(_strings(inner, "$id"))  # what `#` means depends on the place
 
     def read(self) -> Schema:
-        """The schema without what asks for nothing, `oneOf` as `anyOf` where both are the same."""
+        """The schema without what asks for nothing; `oneOf` may be read as `anyOf`."""
         made = self._read(self._root, "#", 0)
         references = _strings(self._root, "$ref")
         if len(references) > MAX_REFERENCES:
@@ -108,8 +108,10 @@ class Reader:
             elif key in LISTS or key == "items":
                 if not isinstance(value, list):
                     raise Refused(at, f"must be an array, got {type(value).__name__}")
-                each = [self._read(v, f"{at}/{i}", depth + 1) for i, v in enumerate(value)]
-                self._keep_list(made, key, each, at)
+                made[key] = [self._read(v, f"{at}/{i}", depth + 1) for i, v in enumerate(value)]
+                if key == "oneOf" and (pair := self._overlap(made[key])):
+                    reason = "oneOf: branches {} and {} are not proved to exclude each other"
+                    self._leave_out(at, reason.format(*pair), "it is read as anyOf")
             elif key in NAMED:
                 if not isinstance(value, dict):
                     raise Refused(at, f"must be an object, got {type(value).__name__}")
@@ -134,23 +136,6 @@ class Reader:
             made["pattern"] = safe_pattern(pattern)
         except ValueError as error:
             self._leave_out(at, str(error))
-
-    def _keep_list(self, made: dict[str, Any], key: str, each: list[Schema], at: str) -> None:
-        if key == "oneOf":
-            overlap = self._overlap(each)
-            if overlap is not None:
-                first, second = overlap
-                reason = (
-                    f"oneOf: branches {first} and {second} are not proved to exclude each other"
-                )
-                self._leave_out(at, reason, "it is read as anyOf")
-            key = "anyOf"
-        if key not in made or key not in ("anyOf", "allOf"):
-            made[key] = each
-        elif key == "allOf":
-            made[key] = made[key] + each
-        else:  # two lists of branches: both must hold
-            made["allOf"] = [*made.get("allOf", []), {key: each}]
 
     def _leave_out(self, path: str, reason: str, instead: str = "it is left out") -> None:
         if self._strict:
@@ -208,18 +193,7 @@ class Reader:
         return True
 
     def _target(self, reference: Any) -> Schema:
-        if self._has_bases or not isinstance(reference, str) or not reference.startswith("#"):
-            return True
-        node = self._root
-        for part in reference[1:].split("/")[1:]:
-            part = part.replace("~1", "/").replace("~0", "~")
-            if isinstance(node, dict) and part in node:
-                node = node[part]
-            elif isinstance(node, list) and part.isdecimal() and int(part) < len(node):
-                node = node[int(part)]
-            else:
-                return True
-        return node if reference in ("#", "") or reference.startswith("#/") else True
+        return True if self._has_bases else target(self._root, reference)
 
     # ---- an end ---------------------------------------------------------------------------------
 
@@ -261,35 +235,66 @@ class Reader:
         return True
 
 
-def children(node: Schema, path: str) -> Iterator[tuple[str, Schema]]:
-    """The schemas directly within one, with their paths."""
+def target(root: Schema, reference: Any) -> Schema:
+    """What a local `$ref` names; True where it names no place in the schema."""
+    if not isinstance(reference, str) or reference[:2] not in ("", "#", "#/"):
+        return True
+    node = root
+    for part in reference.split("/")[1:]:
+        part = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(node, dict) and part in node:
+            node = node[part]
+        elif isinstance(node, list) and part.isdecimal() and int(part) < len(node):
+            node = node[int(part)]
+        else:
+            return True
+    return node
+
+
+def _parts(root: Schema, node: Schema, path: str) -> Iterator[tuple[str, Schema, Schema]]:
+    """The schemas directly within one, or behind its `$ref`: path, schema, the one without it."""
     for key, value in node.items() if isinstance(node, dict) else ():
         at = f"{path}/{key}"
-        if key in NAMED and isinstance(value, dict):
-            yield from ((f"{at}/{name}", each) for name, each in value.items())
+        if key == "$ref":
+            yield str(value), target(root, value), {k: v for k, v in node.items() if k != key}
+        elif key in NAMED and isinstance(value, dict):
+            for name, each in value.items():
+                yield f"{at}/{name}", each, node | {key: value | {name: True}}
         elif (key in LISTS or key == "items") and isinstance(value, list):
-            yield from ((f"{at}/{i}", each) for i, each in enumerate(value))
+            for i, each in enumerate(value):
+                yield f"{at}/{i}", each, node | {key: [*value[:i], True, *value[i + 1 :]]}
         elif key in ONE or key == "items":
-            yield at, value
+            yield at, value, node | {key: True}
 
 
-def locate(root: Schema, error: str, fails: Callable[[Schema], str]) -> str:
-    """The path at which a schema fails to compile: of the innermost schema that fails with the same
-    `error` alone, and of the keyword without which it would not."""
+def locate(root: Schema, fails: Callable[[Schema], str]) -> tuple[str, str]:
+    """Where a schema fails to compile, and the error there. It is followed into what fails by
+    itself and is the reason why the schema around it does; then comes the keyword at fault."""
     shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
     end = time.monotonic() + SECONDS_TO_LOCATE
 
-    def same(node: Schema) -> bool:
+    def error(node: Schema) -> str:
         whole = shared | node if isinstance(node, dict) else node
-        return time.monotonic() < end and fails(whole) == error
+        return fails(whole) if time.monotonic() < end else ""
 
-    node, path = root, "#"
-    while inner := next((pair for pair in children(node, path) if same(pair[1])), None):
-        path, node = inner
-    for key in node if isinstance(node, dict) else ():
-        if key not in shared and not same({k: v for k, v in node.items() if k != key}):
-            return f"{path}/{key}" if time.monotonic() < end else path
-    return path
+    def reason(node: Schema, path: str, found: str) -> tuple[Schema, str, str] | None:
+        for at, part, rest in _parts(root, node, path):
+            inner = "" if at in seen else error(part)
+            if inner and (inner == found or error(rest) != found):
+                return part, at, inner
+        return None
+
+    step: tuple[Schema, str, str] | None = (root, "#", fails(root))
+    seen = set[str]()
+    while step is not None:
+        node, path, found = step
+        seen.add(path)
+        step = reason(node, path, found)
+    keys = [key for key in node if key not in shared] if isinstance(node, dict) else []
+    for key in sorted(keys, key=lambda key: key == "type"):  # what it does not go with says more
+        if error({k: v for k, v in node.items() if k != key}) != found:
+            return (f"{path}/{key}" if time.monotonic() < end else path), found
+    return path, found
 
 
 def _cut(path: str) -> str:

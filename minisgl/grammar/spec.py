@@ -19,11 +19,20 @@ LENIENT = {"lenient": True}
 JSON_BLOCK = re.compile(
     r'"(?:\\.|[^"\\\n])*+"?|//[^\n]*+|/(?:\\.|[^/\\\n])*+/?|(?P<json>%json)\s*+(?=[{\[tf])'
 )
-IS_LARK = re.compile(r"^[^\S\n]*+(?:%llguidance\b|start\s*+:)", re.MULTILINE)
+# The rule that a grammar begins with tells its language.
+IS_LARK = re.compile(r"^[^\S\n]*+[?!]?start\b[^:\n]*+:(?!:=)", re.MULTILINE)
+IS_EBNF = re.compile(r"^[^\S\n]*+root\s*+::=", re.MULTILINE)
+# What llguidance says of a regular expression or of a place in a grammar, which it then repeats.
+OF_REGEX = re.compile(r"regex parse error:\n {4}(.*)\n {4}( *)\^.*\nerror: (.*)")
+PLACE = re.compile(r'(?:at )?(\d+)\((\d+)\): (?:invalid regex ".*" \(in \w+\): )?')
+REPEATED = re.compile(r"\n +\d+ \| (?s:.*)|<non-verbose/>| while processing json-schema:\S+")
+CHARACTER = re.compile(r"\\.|.", re.DOTALL)  # as a regular expression spells it
 MAX_CHOICE = 4096  # characters of one: every mask costs more where it is longer
 TRIED = 4  # tokens that a new grammar is tried with, before a request is
 MAX_EBNF_BYTES = 2**14  # read in Python, in a time that grows with the square
-MAX_SAID = 400  # characters of what llguidance says, which repeats the grammar
+MAX_SAID = 400  # characters of what llguidance says
+NEAR = 20  # characters shown before and behind an error
+MAX_SHOWN = 80  # characters of a grammar that is none
 MAX_WARNINGS = 20
 ESCAPED = set(r"\.+*?()|[]{}^$#&-~/")  # in a regular expression
 
@@ -50,7 +59,9 @@ def compile_spec(spec: str, make: Make) -> tuple[LLMatcher, list[str]]:
         for index, schema in enumerate(schemas):  # it may be by one of these
             with _place_of(index):
                 _compile_schema({"json": schema}, make)
-        raise ValueError(f"structured_outputs.{kind}: {said(error)}")
+        regex = what if kind == "regex" else None
+        reason = said(error, pattern=regex, has_lines=kind == "grammar" and not is_ebnf(what))
+        raise ValueError(f"structured_outputs.{kind}: {reason}")
     return matcher, warnings
 
 
@@ -71,8 +82,20 @@ def first_error(matcher: LLMatcher) -> str:
     return begun.get_error()
 
 
-def said(error: str) -> str:
-    error = " ".join(error.replace("<non-verbose/>", "").split())
+def said(error: str, *, pattern: str | None = None, has_lines: bool = True) -> str:
+    """What llguidance says, in the user's terms. `pattern`: the whole that was given, of which it
+    repeats another spelling; has_lines: whether its lines are those that the user wrote."""
+
+    def at_character(found: re.Match[str]) -> str:
+        text, before, reason = found.groups()
+        at = len(before)
+        if pattern is not None:
+            index = len(CHARACTER.findall(text[:at]))
+            text, at = pattern, sum(map(len, CHARACTER.findall(pattern)[:index]))
+        return f"character {at}: {reason}, near {text[max(0, at - NEAR) : at + NEAR]!r}"
+
+    error = PLACE.sub(r"line \1, column \2: " if has_lines and pattern is None else "", error, 1)
+    error = " ".join(REPEATED.sub("", OF_REGEX.sub(at_character, error)).split())
     return error if len(error) <= MAX_SAID else f"{error[:MAX_SAID]}..."
 
 
@@ -97,16 +120,15 @@ def _compile_schema(given: dict[str, Any], make: Make) -> tuple[LLMatcher, list[
 
     try:
         matcher = compiled(schema)
-        if wrong := first_error(matcher):
-            place = locate(schema, wrong, lambda part: first_error(compiled(part)))
-            raise Refused(place, wrong)
+        if first_error(matcher):
+            raise Refused(*locate(schema, lambda part: first_error(compiled(part))))
     except ValueError as error:
         raise ValueError(said(f"structured_outputs.json: {error}")) from error
     return matcher, _first(reader.warnings)
 
 
 def _options(reader: Reader) -> Any:
-    return {"whitespace_pattern": BLANKS % (4 * reader.levels)}
+    return {"whitespace_pattern": BLANKS % (4 * reader.levels), "coerce_one_of": True}
 
 
 def _first(warnings: list[str]) -> list[str]:
@@ -169,14 +191,27 @@ def _escaped(character: str) -> str:
     return character if character.isprintable() else f"\\x{{{ord(character):x}}}"
 
 
+def is_ebnf(text: str) -> bool:
+    """Whether a grammar is in EBNF as llama.cpp writes it, else in Lark's syntax. Raises ValueError
+    where it is neither."""
+    if IS_EBNF.search(text) is not None:
+        return True
+    if IS_LARK.search(text) is None:
+        raise ValueError(
+            "structured_outputs.grammar must be Lark with a line `start: ...`, or EBNF with a line "
+            f"`root ::= ...`, got {text[:MAX_SHOWN]!r}"
+        )
+    return False
+
+
 def as_lark(text: str) -> str:
-    """A grammar in Lark's syntax, or in EBNF as llama.cpp writes it (`root ::= ...`)."""
-    if IS_LARK.search(text):
+    """A grammar in either language, in Lark's syntax."""
+    if not is_ebnf(text):
         return text
     if len(text) > MAX_EBNF_BYTES:
         raise ValueError(
             f"structured_outputs.grammar must have at most {MAX_EBNF_BYTES} characters where it is "
-            f"EBNF (Lark begins with `start:`), got {len(text)}"
+            f"EBNF (`root ::= ...`), got {len(text)}"
         )
     try:
         return gbnf_to_lark(text)
