@@ -51,6 +51,8 @@ ALWAYS = {
     "--metrics": "/metrics always answers",
     "--enable-auto-tool-choice": "tools may always be given, where --tool-call-parser finds a form",
     "--cont-batching": "requests are always batched continuously",
+    "--guided-decoding-backend": "structured output is always there, by llguidance",
+    "--grammar-backend": "structured output is always there, by llguidance",
     "--seed": "each request has a seed of its own, in its body",
 }
 

@@ -3,8 +3,8 @@
 import difflib
 import json
 import re
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, get_args
 
 import msgspec
 import numpy as np
@@ -16,6 +16,16 @@ MAX_SHOWN = 80  # characters of anything a client sent that an error repeats
 
 T = TypeVar("T")
 
+# What other engines' bodies call our fields, and what is within them.
+_ELSEWHERE = {
+    "structured_outputs.json": "guided_json json_schema",
+    "structured_outputs.regex": "guided_regex regex",
+    "structured_outputs.choice": "guided_choice",
+    "structured_outputs.grammar": "guided_grammar grammar ebnf",
+    "max_tokens": "max_new_tokens n_predict",
+    "repetition_penalty": "repeat_penalty",
+}
+OTHER_NAMES = {name: ours for ours, names in _ELSEWHERE.items() for name in names.split()}
 # Fields that are not supported -> the values that ask for nothing, or None: whatever the value is,
 # it could not change the answer. null always asks for nothing.
 Neutral = Mapping[str, tuple[Any, ...] | None]
@@ -98,11 +108,14 @@ def read_object(given: dict[str, Any], kind: type[T], neutral: Neutral, path: st
             continue
         elif name not in neutral:
             near = difflib.get_close_matches(name[:MAX_SHOWN], known, 1)
+            ours = OTHER_NAMES.get(name, "")
+            near = [ours] if ours.split(".")[0] in known else near
             hint = f"; did you mean {near[0]}?" if near else ""
             message = f"{path}{cut(name)} is not a field that is supported{hint}"
             raise ApiError(message, param=param, code="unknown_parameter")
-        elif not _asks_for_nothing(value, neutral[name]):
-            message = f"{param} is not supported, got {shown(value)}"
+        elif not _asks_for_nothing(value, allowed := neutral[name]):
+            may = f"; it may be {alternatives(allowed)}" if allowed else ""
+            message = f"{param} is not supported, got {shown(value)}{may}"
             raise ApiError(message, param=param, code="unsupported_parameter")
     return convert(kept, kind, path)
 
@@ -122,8 +135,14 @@ def convert(given: Any, kind: type[T], path: str = "") -> T:
         got = "" if value is msgspec.UNSET else f", got {shown(value)}"
         expected = reason[0].lower() + reason.split(", got")[0][1:]
         if expected.startswith("invalid enum value"):
-            expected = "not a value that is supported"
+            allowed = get_args(kind.__annotations__[place.removeprefix(".")])
+            raise ApiError(f"{param} must be {alternatives(allowed)}{got}", param=param) from error
         raise ApiError(f"{param or 'the body'}: {expected}{got}", param=param or None) from error
+
+
+def alternatives(values: Sequence[Any]) -> str:
+    """Values of which a field may have one."""
+    return " or ".join(filter(None, [", ".join(map(shown, values[:-1])), shown(values[-1])]))
 
 
 def shown(value: Any) -> str:

@@ -76,7 +76,7 @@ class TextPart(msgspec.Struct):
 
 
 class MessageBody(msgspec.Struct):
-    role: str
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[dict[str, Any]] | None = None
     name: str | None = None
     reasoning_content: str | None = None

@@ -26,7 +26,7 @@ class ResponseFormat(msgspec.Struct):
 
 class JsonSchema(msgspec.Struct):
     name: Annotated[str, msgspec.Meta(pattern=r"\A[a-zA-Z0-9_-]{1,64}\Z")]
-    schema: dict[str, Any] | None = None
+    schema: dict[str, Any]
     strict: bool | None = None
     description: str | None = None
 
@@ -68,8 +68,7 @@ def structure(
         raise ApiError(message, param="structured_outputs")
     if asked is None:
         return Structure({"json_object": True}, by)
-    schema = {"type": "object"} if asked.schema is None else asked.schema
-    return Structure({"json": schema, "strict": bool(asked.strict)}, by)
+    return Structure({"json": asked.schema, "strict": bool(asked.strict)}, by)
 
 
 def _checked(given: dict[str, Any]) -> dict[str, Any]:

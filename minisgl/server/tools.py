@@ -10,7 +10,7 @@ import msgspec
 
 from minisgl.server import fields
 from minisgl.server.answer import AnswerForm, ReasoningFormat
-from minisgl.server.body import ApiError, check_work, read_object, shown
+from minisgl.server.body import ApiError, alternatives, check_work, read_object, shown
 from minisgl.server.frames import LENIENT, grammar
 from minisgl.server.structured import AS_IT_IS, Structure, check_form, schema_of
 from minisgl.server.tokenizer import Tokenizer
@@ -20,7 +20,7 @@ MAX_TOOLS = 1024  # of one body
 MAX_CALLS = 1024  # of one message
 # None, a word, or the name of the one that must be called, behind where it stands in the body.
 Choice = str | tuple[str, str] | None
-_ROLES = ("system", "developer", "user", "assistant", "tool")
+CHOICES = ("none", "auto", "required")
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,9 @@ def chosen_tools(functions: dict[str, fields.Function], choice: Choice, *, paral
         if named not in names:
             message = f"{where} must be the name of one of tools, got {shown(named)}"
             raise ApiError(message, param=where)
-    elif choice not in (None, "none", "auto", "required"):
-        raise _not_supported("tool_choice", choice)
+    elif choice is not None and choice not in CHOICES:
+        message = f"tool_choice must be a tool, {alternatives(CHOICES)}, got {shown(choice)}"
+        raise ApiError(message, param="tool_choice")
     elif choice == "required" and not names:
         raise ApiError("tool_choice needs tools, got none", param="tool_choice")
     elif choice == "none":
@@ -192,9 +193,6 @@ def read_arguments(functions: dict[str, dict[str, Any]]) -> None:
 
 def _message(path: str, given: dict[str, Any]) -> dict[str, Any]:
     parsed = read_object(given, fields.MessageBody, fields.NEUTRAL_MESSAGE, path)
-    if parsed.role not in _ROLES:
-        message = f"{path}role must be one of {list(_ROLES)}, got {shown(parsed.role)}"
-        raise ApiError(message, param=f"{path}role")
     for name, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
         if getattr(parsed, name) and parsed.role != role:
             message = f"{path}{name} needs the role {role}, got {shown(parsed.role)}"

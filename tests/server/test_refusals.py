@@ -64,13 +64,11 @@ UNSUPPORTED_CHAT = {
     "reasoning_effort": "low",
     "service_tier": "flex",
     "store": True,
-    "tool_choice": "sometimes",
     "verbosity": "low",
     "web_search_options": {},
 }
 UNKNOWN = {
     "best_of": 2,
-    "guided_json": {},
     "include_stop_str_in_output": True,
     "length_penalty": 1.0,
     "logits_processors": [],

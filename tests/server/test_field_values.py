@@ -1,0 +1,79 @@
+"""Refusals that say what would have been right: a field's few values, and names we give it."""
+
+import json
+
+import pytest
+
+from minisgl.core.request import STRUCTURES, SamplingParams
+from minisgl.server.body import OTHER_NAMES, ApiError
+from minisgl.server.chat import parse_chat
+from tests.server.fake_engine import served_model
+
+USER = {"role": "user", "content": "hi"}
+TOOL = {"type": "function", "function": {"name": "f"}}
+CALLING = {"role": "assistant", "tool_calls": [{"id": "a", "type": "x", "function": {}}]}
+ROLES = '"system", "developer", "user", "assistant" or "tool"'
+CHOICES = 'a tool, "none", "auto" or "required"'
+
+
+def refusal(**fields):
+    with pytest.raises(ApiError) as caught:
+        parse_chat(json.dumps({"messages": [USER]} | fields).encode(), served_model())
+    return caught.value.body["error"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "allowed", "got"),
+    [
+        (
+            {"response_format": {"type": "xml"}},
+            "response_format.type",
+            '"text", "json_object" or "json_schema"',
+            "xml",
+        ),
+        ({"tool_choice": "sometimes"}, "tool_choice", CHOICES, "sometimes"),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "any", "function": {"name": "f"}}},
+            "tool_choice.type",
+            '"function"',
+            "any",
+        ),
+        ({"tools": [TOOL, TOOL | {"type": "web"}]}, "tools[1].type", '"function"', "web"),
+        ({"messages": [USER, USER | {"role": "bot"}]}, "messages[1].role", ROLES, "bot"),
+        (
+            {"messages": [USER | {"content": [{"type": "image_url", "text": ""}]}]},
+            "messages[0].content[0].type",
+            '"text"',
+            "image_url",
+        ),
+        ({"messages": [CALLING]}, "messages[0].tool_calls[0].type", '"function"', "x"),
+    ],
+    ids=lambda given: given if isinstance(given, str) else "",
+)
+def test_a_field_of_few_values_names_them(fields, param, allowed, got):
+    error = refusal(**fields)
+    assert error["message"] == f'{param} must be {allowed}, got "{got}"'
+    assert error["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "allowed"),
+    [
+        ("service_tier", "flex", '"auto" or "default"'),
+        ("modalities", ["audio"], '["text"]'),
+        ("store", True, "false"),
+    ],
+)
+def test_a_field_that_is_not_supported_names_what_asks_for_nothing(name, given, allowed):
+    message = f"{name} is not supported, got {json.dumps(given)}; it may be {allowed}"
+    assert refusal(**{name: given})["message"] == message
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_a_field_of_another_engine_suggests_ours(name):
+    ours = OTHER_NAMES[name]
+    message = f"{name} is not a field that is supported; did you mean {ours}?"
+    assert refusal(**{name: "x"})["message"] == message
+    field, _, kind = ours.partition(".")
+    assert field in SamplingParams.__struct_fields__
+    assert not kind or kind in STRUCTURES
