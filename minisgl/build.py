@@ -139,8 +139,9 @@ def _grammar_backend(config: EngineConfig, info: EngineInfo) -> GrammarBackend |
     except ModuleNotFoundError as error:
         log.warning("structured output is refused: %s", error)
         return None
+    path = Path(info.model_path)
     return LlgBackend(
-        Path(info.model_path) / "tokenizer.json",
+        path if path.is_file() else path / "tokenizer.json",
         info.limits.vocab_size,
         info.eos_token_ids,
         timeout=config.grammar_timeout,

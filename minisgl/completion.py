@@ -138,7 +138,7 @@ class NoTokenizer(Tokenizer):
 def load_tokenizer(info: EngineInfo) -> Tokenizer:
     """The tokenizer of the engine's model, or what stands in for it where there is none."""
     directory = Path(info.model_path)
-    if any((directory / name).is_file() for name in TOKENIZER_FILES):
+    if directory.is_file() or any((directory / name).is_file() for name in TOKENIZER_FILES):
         return Tokenizer.from_directory(directory)
     return NoTokenizer(info.model_path)
 

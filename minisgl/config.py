@@ -42,11 +42,13 @@ class EngineConfig:
     """Everything that shapes the engine. Field names are the flags with underscores."""
 
     model: str | None = _option(
-        None, "HF directory or hub id; the bundled model when absent", aliases=("--model-path",)
+        None,
+        "HF directory, GGUF file, hub id or smollm2; the bundled model when absent",
+        aliases=("--model-path",),
     )
     dtype: DType = _option("auto", "weights and activations; auto follows the checkpoint")
     device: str = _option("auto", "cuda, cpu, or auto: cuda when there is one")
-    load_format: LoadFormat = _option("auto", "auto reads safetensors, dummy fills random weights")
+    load_format: LoadFormat = _option("auto", "auto reads the files, dummy fills random weights")
     tp_size: int = _option(1, "tensor-parallel ranks", aliases=("--tp",))
     nnodes: int = _option(1, "machines that share the ranks equally")
     node_rank: int = _option(0, "which of them this is; 0 serves, the others run theirs", least=0)

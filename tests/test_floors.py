@@ -27,13 +27,13 @@ MAX_FUNCTION_LINES = 60  # in the package; jitted kernels and what launches them
 ALLOWED: dict[str, int] = {}
 # Lines of code (blank lines, comments and docstrings are free). The kernels have a budget of their
 # own, because a kernel's room holds its specification, cases and cost formulas too.
-BUDGETS = {"kernels/": 5_420, "all but kernels/": 13_660}
+BUDGETS = {"kernels/": 5_420, "all but kernels/": 14_360}
 
 # Room (a folder or file of minisgl/) -> what it may import from the package besides itself:
 # rooms, or single modules of a room.
 BASE = {"log", "config", "csrc", "child", "interrupts", "libraries"}
 DEVICE = BASE | {"device", "kernels", "trace"}
-MODELS = DEVICE | {"parallel", "layers", "models"}
+MODELS = DEVICE | {"parallel", "layers", "models", "gguf"}
 PLANS = {"core.batch", "core.request", "core.executor", "core.grammar"}  # data and protocols
 FLOORS: dict[str, set[str]] = {
     "__init__": {"llm", "completion", "core.request"},  # by name, at first use
@@ -50,13 +50,14 @@ FLOORS: dict[str, set[str]] = {
     "kernels": BASE | {"device", "trace"},
     "parallel": DEVICE,
     "layers": DEVICE | {"parallel"},
-    "models": DEVICE | {"parallel", "layers"},
+    "gguf": set(),
+    "models": DEVICE | {"parallel", "layers", "gguf"},
     "step": MODELS | PLANS,
     "start": MODELS | PLANS | {"step"},
     "ranks": MODELS | PLANS | {"step", "start"},
     "engine": BASE | {"core", "trace"},
     "grammar": BASE | {"core.grammar", "server.tokenizer"},
-    "server": BASE | {"engine.client", "core.executor", "core.request"},
+    "server": BASE | {"engine.client", "core.executor", "core.request", "gguf"},
     "build": MODELS | {"step", "start", "ranks", "engine", "core", "grammar"},
 }
 TOP = {"serve", "chat", "llm", "completion", "analyze"}  # what people run: may import everything
@@ -69,6 +70,7 @@ PACKAGES: dict[str, set[str]] = {
     "triton": {"kernels", "device"},
     "nvtx": {"trace"},
     "llguidance": {"grammar"},
+    "gguf": {"gguf"},
 }
 STDLIB_ONLY = {"log", "csrc", "config", "flags", "child", "interrupts", "libraries", "__init__"}
 LATE_ONLY = {"transformers", "nvtx", "cuda"}  # optional at run time: inside functions only

@@ -133,7 +133,7 @@ class LlgBackend:
             raise ValueError(f"structured_outputs needs a tokenizer.json, and {path} is none")
         from minisgl.server.tokenizer import Tokenizer  # its imports take time
 
-        known = Tokenizer.from_directory(path.parent)
+        known = Tokenizer.from_directory(path if path.suffix == ".gguf" else path.parent)
         named = set() if known.eos_token_id is None else {known.eos_token_id}
         ends = frozenset(i for i in self._ends | named if i < vocab_size)
         if not ends:

@@ -117,15 +117,16 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, path: str | Path) -> "ModelConfig":
-        """Read config.json, and generation_config.json where there is one, of a directory.
+        """Read config.json, and generation_config.json where there is one, of a directory; or what
+        a GGUF file says of the same.
 
         Raises FileNotFoundError without a config.json, and ValueError naming the field for
         anything that is missing, wrong, or asks for what is not supported.
         """
         path = Path(path)
-        config = read_json(path / "config.json")
-        generation_file = path / "generation_config.json"
-        generation = read_json(generation_file) if generation_file.exists() else {}
+        if path.suffix == ".gguf":
+            return cls.from_dict(_of_gguf(path)[0], where=str(path))
+        config, generation = read_json(path / "config.json"), read_generation(path)[0]
         return cls.from_dict(config, generation, where=str(path / "config.json"))
 
     @classmethod
@@ -173,6 +174,24 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value
+
+
+def read_generation(path: Path) -> tuple[dict[str, Any], str]:
+    """generation_config.json of a directory, or what a GGUF file says of it, and where it stands.
+
+    Empty where there is none.
+    """
+    if path.suffix == ".gguf":
+        return _of_gguf(path)[1], str(path)
+    file = path / "generation_config.json"
+    return read_json(file) if file.exists() else {}, str(file)
+
+
+def _of_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    from minisgl.gguf.config import read_config
+    from minisgl.gguf.header import read_gguf
+
+    return read_config(read_gguf(path))
 
 
 def _read(

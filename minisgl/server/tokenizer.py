@@ -51,13 +51,17 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> Self:
-        """Read tokenizer.json, tokenizer_config.json and the chat template, wherever it is kept.
+        """Read tokenizer.json, tokenizer_config.json and the chat template, wherever it is kept; or
+        what a GGUF file says of the same.
 
         special_tokens_map.json and added_tokens.json count where tokenizer_config.json has no
         `added_tokens_decoder`, which holds all that they do: transformers' rule.
         Raises FileNotFoundError when there is no tokenizer, ValueError when it is not understood.
         """
         root = Path(directory)
+        if root.suffix == ".gguf":
+            backend, config = _read_gguf(root)
+            return cls(backend, config, _template(config.get("chat_template"), config))
         config = _read_json(root / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:
             config |= _read_json(root / "special_tokens_map.json")
@@ -65,9 +69,7 @@ class Tokenizer:
             config["added_tokens_decoder"] = {str(ids[text]): text for text in ids}
         path = root / "tokenizer.json"
         backend = _read_tokenizer(path) if path.is_file() else _convert_with_transformers(root)
-        source = _template_source(root, config)
-        template = ChatTemplate(source, _named_tokens(config)) if source is not None else None
-        return cls(backend, config, template)
+        return cls(backend, config, _template(_template_source(root, config), config))
 
     def encode(
         self, text: str, *, add_special_tokens: bool = True, check: Check | None = None
@@ -291,6 +293,10 @@ def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
     return named
 
 
+def _template(source: str | None, config: dict[str, Any]) -> ChatTemplate | None:
+    return None if source is None else ChatTemplate(source, _named_tokens(config))
+
+
 def _template_source(root: Path, config: dict[str, Any]) -> str | None:
     """The chat template: its own file, else a processor's, else the one in the config."""
     own = root / "chat_template.jinja"
@@ -315,6 +321,18 @@ def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no narrower type for what it cannot read
         raise ValueError(f"{path} is not a tokenizer: {error}") from error
+
+
+def _read_gguf(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    from minisgl.gguf.header import read_gguf
+    from minisgl.gguf.tokenizer import read_tokenizer
+
+    described, config = read_tokenizer(read_gguf(path))
+    text = json.dumps(described)
+    try:
+        return tokenizers.Tokenizer.from_str(text), config
+    except Exception as error:  # as above
+        raise ValueError(f"{path} holds no valid tokenizer: {error}") from error
 
 
 def _convert_with_transformers(root: Path) -> tokenizers.Tokenizer:

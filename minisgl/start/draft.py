@@ -53,10 +53,16 @@ def read_draft(
 
 
 def _tokens(path: Path) -> tuple[Any, Any] | None:
-    """Vocabulary and added tokens of a tokenizer.json, if there is one."""
+    """Vocabulary and added tokens of a tokenizer.json or a GGUF file, if there is one."""
     file = path / "tokenizer.json"
-    if not file.is_file():
+    if path.suffix == ".gguf":
+        from minisgl.gguf.header import read_gguf
+        from minisgl.gguf.tokenizer import read_tokenizer
+
+        parsed = read_tokenizer(read_gguf(path))[0]
+    elif file.is_file():
+        parsed = json.loads(file.read_text(encoding="utf-8"))
+    else:
         return None
-    parsed = json.loads(file.read_text(encoding="utf-8"))
     added = {entry["id"]: entry["content"] for entry in parsed.get("added_tokens", [])}
     return parsed["model"].get("vocab"), added

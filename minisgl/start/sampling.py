@@ -5,7 +5,7 @@ from pathlib import Path
 from minisgl.config import EngineConfig
 from minisgl.core.request import NEUTRAL, SamplingParams
 from minisgl.log import get_logger
-from minisgl.models.config import read_json
+from minisgl.models.config import read_generation
 from minisgl.models.fields import Fields
 
 log = get_logger(__name__)
@@ -17,9 +17,9 @@ def read_sampling_defaults(config: EngineConfig, path: Path) -> dict[str, int | 
     All is NEUTRAL with the config's `sampling_defaults` openai. A `do_sample` of false makes the
     model greedy. Raises ValueError naming file, field and value.
     """
-    file = path / "generation_config.json"
-    recommends = config.sampling_defaults == "model" and file.exists()
-    stated = Fields(read_json(file) if recommends else {}, str(file), {})
+    recommended, file = read_generation(path)
+    recommends = config.sampling_defaults == "model" and bool(recommended)
+    stated = Fields(recommended if recommends else {}, file, {})
     try:
         said = SamplingParams(**{name: stated.values.get(name) for name in NEUTRAL}).completed()
     except (TypeError, ValueError) as error:

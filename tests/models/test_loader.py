@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib import invalidate_caches
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from minisgl.log import ROOT_LOGGER
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
 from minisgl.models.families import find_family
-from minisgl.models.hub import model_directory
+from minisgl.models.hub import PACKAGED, model_directory
 from minisgl.models.loader import checkpoint_name, load_model
 from minisgl.parallel import Communicator
 from tests.world.checkpoints import make
@@ -234,12 +235,56 @@ def test_meta_device_allocates_nothing(checkpoint: Path) -> None:
 
 def test_model_directory(tmp_path: Path) -> None:
     assert model_directory(str(tmp_path)) == tmp_path
-    file = tmp_path / "weights.gguf"
+    file = tmp_path / "weights.bin"
     file.touch()
-    with pytest.raises(ValueError, match="is a file"):
+    with pytest.raises(ValueError, match=r"a directory, a GGUF file or a hub id, but .* is none"):
         model_directory(str(file))
-    with pytest.raises(ValueError, match="neither a directory here nor"):
+    with pytest.raises(ValueError, match="neither a file or directory here nor"):
         model_directory("/nowhere/at/all")
+
+
+def test_a_gguf_file_or_the_folder_of_one(tmp_path: Path) -> None:
+    for name in ("mmproj.gguf", "a.gguf"):
+        (tmp_path / name).touch()
+    assert model_directory(str(tmp_path)) == tmp_path / "a.gguf"
+    (tmp_path / "b.gguf").touch()
+    assert model_directory(str(tmp_path / "b.gguf")) == tmp_path / "b.gguf"
+    with pytest.raises(ValueError, match=r"several GGUF files \(a.gguf, b.gguf\); name one"):
+        model_directory(str(tmp_path))
+    (tmp_path / "model.safetensors").touch()
+    assert model_directory(str(tmp_path)) == tmp_path
+
+
+def test_a_name_is_found_in_its_package_or_says_how(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, file = PACKAGED["smollm2"]
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    with pytest.raises(ValueError, match="smollm2 is not installed: `make smollm2`, or `pip"):
+        model_directory("smollm2")
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (tmp_path / package / file).touch()
+    invalidate_caches()
+    assert model_directory("smollm2") == tmp_path / package / file
+
+
+def test_a_gguf_file_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, asked = ["README.md", "x-Q8_0.gguf"], []
+
+    def hf_hub_download(repo: str, name: str) -> str:
+        asked.append((repo, name))
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda _: names)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    assert model_directory("some/model") == tmp_path / "x-Q8_0.gguf"
+    assert model_directory("some/model/q4/y.gguf") == tmp_path / "q4/y.gguf"
+    assert asked == [("some/model", "x-Q8_0.gguf"), ("some/model", "q4/y.gguf")]
+    names.append("x-Q4_0.gguf")
+    with pytest.raises(ValueError, match="some/model' on the hub holds several GGUF files"):
+        model_directory("some/model")
 
 
 def test_a_home_that_is_nowhere_is_a_wrong_name_and_no_other_error() -> None:
@@ -270,8 +315,8 @@ def test_hub_id_is_downloaded_without_code_and_pickles(
     ("names", "reason"),
     [
         (["config.json", "pytorch_model.bin"], r"pickle checkpoints \(pytorch_model\.bin\)"),
-        (["config.json", "model.gguf"], r"no \.safetensors file"),
-        (ConnectionError("offline"), r"no \.safetensors file"),
+        (["config.json", "mmproj.gguf"], r"no \.safetensors or \.gguf file"),
+        (ConnectionError("offline"), r"no \.safetensors or \.gguf file"),
     ],
 )
 def test_a_model_on_the_hub_without_safetensors_is_refused_by_name(

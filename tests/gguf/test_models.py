@@ -1,0 +1,73 @@
+"""Every family from a GGUF file against transformers, by one rank and by two."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+
+from minisgl.layers.weights import Placement
+from minisgl.models.config import ModelConfig
+from minisgl.models.decoder import Decoder
+from minisgl.models.loader import load_model
+from minisgl.parallel import Communicator
+from tests.models.driver import Paged
+from tests.models.test_parity import compare_fp32
+from tests.models.test_ranks import Thread
+from tests.world.gguf_files import CASES, make_gguf
+
+CPU = torch.device("cpu")
+
+
+def load(
+    path: Path, comm: Communicator | None = None, dtype: torch.dtype = torch.float32
+) -> Decoder:
+    at = Placement(dtype, CPU, comm or Communicator())
+    return load_model(ModelConfig.from_hf(path), path, at)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fp32_logits_and_greedy_tokens(name: str, tmp_path: Path) -> None:
+    oracle = make_gguf(name, tmp_path / "model.gguf")
+    compare_fp32(oracle, load(tmp_path / "model.gguf"))
+
+
+@pytest.mark.parametrize(
+    "kind", [Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1]
+)
+def test_of_rounded_weights(kind: Type, tmp_path: Path) -> None:
+    oracle = make_gguf("llama2", tmp_path / "model.gguf", kind)
+    compare_fp32(oracle, load(tmp_path / "model.gguf"))
+    found = ModelConfig.from_hf(tmp_path / "model.gguf").dtype
+    assert found == (torch.float16 if kind == Type.F16 else torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("llama2", Type.Q8_0), ("qwen3-moe", Type.Q4_1), ("gemma2", Type.F32)]
+)
+def test_two_ranks_equal_one(name: str, kind: Type, tmp_path: Path) -> None:
+    """Of a row of 160 in blocks of 32 each rank has two blocks and a half."""
+    path, size = tmp_path / "model.gguf", 2
+    make_gguf(name, path, kind)
+    desk: list[torch.Tensor | None] = [None] * size
+    barrier = threading.Barrier(size)
+    prompt = {0: torch.randint(3, 211, (30,), generator=torch.manual_seed(3)).tolist()}
+
+    def logits(comm: Communicator) -> torch.Tensor:
+        return Paged(load(path, comm), 1, 30).prefill(prompt, chunk=11)[0]
+
+    with ThreadPoolExecutor(size) as pool:
+        parts = list(pool.map(logits, (Thread(r, size, True, desk, barrier) for r in range(size))))
+    torch.testing.assert_close(parts[0], logits(Communicator()), atol=1e-4, rtol=0)
+
+
+def test_weights_are_copied_in_pieces_of_any_size(tmp_path: Path, monkeypatch) -> None:
+    """Pieces of 7 rows cut through the heads whose rows change places."""
+    path = tmp_path / "model.gguf"
+    make_gguf("llama2", path, Type.Q8_0)
+    whole = {weight.name: weight.target.clone() for weight in load(path).weights()}
+    monkeypatch.setattr("minisgl.models.loader.PIECE", 7 * 96)
+    for weight in load(path).weights():
+        torch.testing.assert_close(weight.target, whole[weight.name], rtol=0, atol=0)
