@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from minisgl.engine.client import EngineDeadError, ProcessClient
 from minisgl.log import get_logger
+from minisgl.server import fields
 from minisgl.server.body import ApiError, cut, read, shown
 from minisgl.server.calls import Call, ServedModel, check_answer, unknown_model
 from minisgl.server.chat import parse_chat
@@ -24,6 +25,8 @@ from minisgl.server.completions import parse_completion
 from minisgl.server.generate import Generation, Part, engine_failed
 from minisgl.server.metrics import CallClock, Metrics
 from minisgl.server.replies import Reply
+from minisgl.server.response_reply import ResponseReply
+from minisgl.server.responses import parse_response
 
 MAX_BODY_BYTES = 16 * 2**20
 AMBIGUOUS = "ambiguous_length"
@@ -34,6 +37,7 @@ LONG_TEXT = 2**15  # characters of an answer, likewise
 HUGE_BODY_BYTES = 2**18  # these one at a time, and the memory they took is given back
 
 T = TypeVar("T")
+AnyReply = Reply | ResponseReply
 Parse = Callable[[bytes, ServedModel], Call]
 
 logger = get_logger(__name__)
@@ -44,10 +48,6 @@ class ProfileBody(msgspec.Struct):
 
     num_steps: int | None = None
     traces: bool = True
-
-
-class NoBody(msgspec.Struct):
-    """A body without fields."""
 
 
 class Api:
@@ -61,6 +61,7 @@ class Api:
         self.app = Starlette()
         self.app.add_route("/v1/chat/completions", self.chat, ["POST"])
         self.app.add_route("/v1/completions", self.completions, ["POST"])
+        self.app.add_route("/v1/responses", self.responses, ["POST"])
         self.app.add_route("/v1/models", self.models)
         self.app.add_route("/v1/models/", self.models)  # before the next, which it would match
         self.app.add_route("/v1/models/{name:path}", self.model_by_name)
@@ -81,6 +82,9 @@ class Api:
 
     async def completions(self, request: Request) -> Response:
         return await self._answer(request, "completions", parse_completion)
+
+    async def responses(self, request: Request) -> Response:
+        return await self._answer(request, "responses", parse_response)
 
     async def models(self, _: Request) -> Response:
         return _json({"object": "list", "data": [_model_json(self._served())]})
@@ -110,7 +114,7 @@ class Api:
 
     async def stop_profile(self, request: Request) -> Response:
         self._served()
-        read(await _read_body(request) or b"{}", NoBody, {})
+        read(await _read_body(request) or b"{}", fields.Empty, {})
         with _profile_errors():
             return _json({"files": await self._engine.stop_profile()})
 
@@ -125,7 +129,7 @@ class Api:
             model, clock = self._served(), CallClock(self.metrics)
             call = await self._parse(await _read_body(request), parse, model)
             generation = Generation(call, self._engine, model.tokenizer)
-            reply = Reply(call, model.tokenizer)
+            reply = (ResponseReply if call.kind == "response" else Reply)(call, model.tokenizer)
             if call.stream:
                 parts = generation.parts()
                 # Until the first part, a refusal can still set the status of the answer.
@@ -166,7 +170,7 @@ class Api:
         first: Part | None,
         parts: AsyncGenerator[Part, None],
         generation: Generation,
-        reply: Reply,
+        reply: AnyReply,
         clock: CallClock,
     ) -> AsyncGenerator[bytes, None]:
         """The server-sent events of a call whose first part is there."""
@@ -175,21 +179,19 @@ class Api:
             part = first
             while part is not None:
                 clock.part(part)
-                if chunks := b"".join(map(_event, reply.chunks(part, generation.usage))):
-                    yield chunks
+                if events := reply.events(part, generation.usage):
+                    yield events
                 part = await _next(parts)
             clock.end(generation.usage)
-            if (last := reply.last_chunk(generation.usage)) is not None:
-                yield _event(last)
             ended = "ok"
-            yield b"data: [DONE]\n\n"
+            yield reply.end(generation.usage)
         except ApiError as error:
             ended = "failed"
-            yield _event(error.body)
+            yield reply.failure(error.body)
         except Exception:
             ended = "failed"
             logger.exception("call %s failed with an unexpected error", generation.call.id)
-            yield _event(_internal_error().body)
+            yield reply.failure(_internal_error().body)
         finally:
             self.metrics.requests.labels(endpoint, ended).inc()
 
@@ -230,7 +232,7 @@ class _EventStream(StreamingResponse):
                 await unless_disconnected(receive, self.stream_response(send))
 
 
-async def _collect(generation: Generation, reply: Reply, clock: CallClock) -> dict[str, Any]:
+async def _collect(generation: Generation, reply: AnyReply, clock: CallClock) -> dict[str, Any]:
     """The body of an answer that is not streamed. Each choice is written as soon as it is whole."""
     parts: dict[int, list[Part]] = {}
     written: dict[int, msgspec.Raw] = {}
@@ -310,10 +312,6 @@ def _model_json(model: ServedModel) -> dict[str, Any]:
         "max_model_len": model.limits.max_context,
         "sampling_defaults": model.sampling_defaults,
     }
-
-
-def _event(content: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(content) + b"\n\n"
 
 
 def _json(content: dict[str, Any], status: int = 200) -> Response:

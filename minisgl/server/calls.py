@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Literal
 
 from minisgl.core.executor import Limits
-from minisgl.core.request import Request, SamplingParams
+from minisgl.core.request import MAX_TOP_LOGPROBS, Request, SamplingParams
 from minisgl.server import fields
 from minisgl.server.answer import AnswerForm, ReasoningFormat
 from minisgl.server.body import ApiError, cut, read_object, shown
@@ -57,6 +57,7 @@ class Call:
     form: AnswerForm = field(default_factory=AnswerForm)
     structured_by: str | None = None  # the body's field that asks for structured output
     warnings: list[str] = field(default_factory=list)  # of that; filled in when the engine says so
+    repeated: dict[str, Any] = field(default_factory=dict)  # what an answer repeats of its body
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -129,6 +130,17 @@ def check_answer(num_tokens: int, top: int | None) -> None:
             f"the answer has 1, and those of the likeliest), got at least {found}"
         )
         raise ApiError(message, param="logprobs")
+
+
+def asked_logprobs(top: int | None, is_asked: bool, needs: str) -> int | None:
+    """How many of the likeliest tokens to tell, where log-probabilities are asked for."""
+    if top and not is_asked:
+        message = f"top_logprobs needs {needs}, got top_logprobs {top}"
+        raise ApiError(message, param="top_logprobs")
+    if top is not None and not 0 <= top <= MAX_TOP_LOGPROBS:
+        message = f"top_logprobs must be at least 0 and at most {MAX_TOP_LOGPROBS}, got {top}"
+        raise ApiError(message, param="top_logprobs")
+    return (top or 0) if is_asked else None
 
 
 def stream_options(body: fields.Choices) -> fields.StreamOptions:

@@ -3,13 +3,13 @@
 import dataclasses
 import uuid
 
-from minisgl.core.request import MAX_TOP_LOGPROBS
 from minisgl.server import fields
 from minisgl.server.body import ApiError, decode, read_object
 from minisgl.server.calls import (
     Call,
     Conversation,
     ServedModel,
+    asked_logprobs,
     check_model,
     conversation_call,
     stream_options,
@@ -35,7 +35,7 @@ def parse_chat(content: bytes, model: ServedModel) -> Call:
         structure=read_structured(body),
         max_tokens=max_tokens,
         limit=limit,
-        logprobs=_logprobs(body),
+        logprobs=asked_logprobs(body.top_logprobs, bool(body.logprobs), "logprobs to be true"),
     )
     call = conversation_call("chat", f"chatcmpl-{uuid.uuid4().hex}", said, body, model)
     return dataclasses.replace(call, stream_options=stream_options(body))
@@ -50,14 +50,3 @@ def _max_completion_tokens(body: fields.ChatBody) -> tuple[str, int | None]:
         )
         raise ApiError(message, param="max_completion_tokens")
     return ("max_tokens", old) if new is None else ("max_completion_tokens", new)
-
-
-def _logprobs(body: fields.ChatBody) -> int | None:
-    top = body.top_logprobs
-    if top and not body.logprobs:
-        message = f"top_logprobs needs logprobs to be true, got top_logprobs {top}"
-        raise ApiError(message, param="top_logprobs")
-    if top is not None and not 0 <= top <= MAX_TOP_LOGPROBS:
-        message = f"top_logprobs must be at least 0 and at most {MAX_TOP_LOGPROBS}, got {top}"
-        raise ApiError(message, param="top_logprobs")
-    return (top or 0) if body.logprobs else None

@@ -13,6 +13,10 @@ Int = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
 ToolName = Annotated[str, msgspec.Meta(pattern=rf"\A{TOOL_NAME.pattern}\Z")]
 
 
+class Empty(msgspec.Struct):
+    """An object none of whose fields is honoured."""
+
+
 class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None  # at the end
     continuous_usage_stats: bool | None = None  # in each chunk

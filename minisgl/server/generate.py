@@ -1,7 +1,7 @@
 """One API call in the engine: submits its requests, turns their deltas into text."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
@@ -33,6 +33,7 @@ class Part(NamedTuple):
     scored: list[Scored]  # empty unless log-probabilities were asked for
     finish_reason: FinishReason | None
     is_first: bool  # of its choice
+    texts: Sequence[str] = ()  # what each token added; an echoed prompt is in none
 
 
 @dataclass
@@ -121,7 +122,8 @@ class Generation:
                 text = self.call.echo[index].text + text
                 if self.call.params.prompt_logprobs is not None:
                     scored.insert(0, Scored(self.call.requests[index].prompt_token_ids[0], None))
-        return Part(choice, text, len(piece.token_ids), scored, piece.finish_reason, is_first)
+        count, ended = len(piece.token_ids), piece.finish_reason
+        return Part(choice, text, count, scored, ended, is_first, piece.texts)
 
 
 def engine_failed(reason: str, status: int = 500) -> ApiError:

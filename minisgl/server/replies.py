@@ -1,4 +1,4 @@
-"""Parts of text -> OpenAI's objects: the whole answer, or the chunks of a stream."""
+"""Parts of text -> objects of the chat and completions APIs: whole, or the chunks of a stream."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -100,22 +100,27 @@ class ChatShape:
     def _logprobs(self, scored: list[Scored]) -> Json | None:
         if not self._with_logprobs:
             return None
-        content = []
-        for _, entry in scored:
-            if entry is not None:
-                top = zip(entry.top_ids, entry.top_logprobs, strict=True)
-                own = self._token(entry.token_id, entry.logprob)
-                entry_json = own | {"top_logprobs": [self._token(*pair) for pair in top]}
-                content.append(_written(entry_json))
-        return {"content": content, "refusal": None}
+        return {"content": scored_json(scored, self._tokenizer), "refusal": None}
 
-    def _token(self, token_id: int, logprob: float) -> Json:
-        spelled = self._tokenizer.token_bytes(token_id)
+
+def scored_json(scored: list[Scored], tokenizer: Tokenizer) -> list[msgspec.Raw]:
+    """Tokens with their log-probabilities and those of the likeliest."""
+
+    def token(token_id: int, logprob: float) -> Json:
+        spelled = tokenizer.token_bytes(token_id)
         return {
             "token": spelled.decode("utf-8", errors="replace"),
             "logprob": max(logprob, LOWEST_LOGPROB),
             "bytes": list(spelled),
         }
+
+    content = []
+    for _, entry in scored:
+        if entry is not None:
+            top = zip(entry.top_ids, entry.top_logprobs, strict=True)
+            likeliest = {"top_logprobs": [token(*pair) for pair in top]}
+            content.append(written(token(entry.token_id, entry.logprob) | likeliest))
+    return content
 
 
 class CompletionShape:
@@ -155,7 +160,7 @@ class CompletionShape:
             "token_logprobs": [e and max(e.logprob, LOWEST_LOGPROB) for e in entries],
             "top_logprobs": [
                 e
-                and _written(
+                and written(
                     {
                         self._spelled(token_id): max(logprob, LOWEST_LOGPROB)
                         for token_id, logprob in (
@@ -191,15 +196,30 @@ class Reply:
         """All parts of one choice as JSON, in an answer that is not streamed."""
         scored = [entry for part in parts for entry in part.scored]
         text, last = "".join(part.text for part in parts), parts[-1]
-        return _written(self._shape.whole(last.choice, text, scored, last.finish_reason))
+        return written(self._shape.whole(last.choice, text, scored, last.finish_reason))
 
     def whole(self, choices: Iterable[msgspec.Raw], usage: Usage) -> Json:
         """The body of an answer that is not streamed, of its choices in order."""
         whole = self._object(self._shape.whole_object, [*choices]) | {"usage": usage_json(usage)}
         return whole | self._warnings
 
-    def chunks(self, part: Part, usage: Usage) -> Iterator[Json]:
+    def events(self, part: Part, usage: Usage) -> bytes:
         """The chunks of a stream that a part gives; `usage` is the call's up to here."""
+        return b"".join(map(_framed, self._chunks(part, usage)))
+
+    def end(self, usage: Usage) -> bytes:
+        """The end of a stream, behind a chunk with the usage where it was asked for."""
+        last = b""
+        if self._call.stream_options.include_usage:
+            chunk = self._object(self._shape.chunk_object, [])
+            last = _framed(chunk | {"usage": usage_json(usage)})
+        return last + b"data: [DONE]\n\n"
+
+    def failure(self, body: Json) -> bytes:
+        """The last event of a stream that fails, by the body of the error."""
+        return _framed(body)
+
+    def _chunks(self, part: Part, usage: Usage) -> Iterator[Json]:
         for choice in self._shape.chunks(part):
             chunk = self._object(self._shape.chunk_object, [choice])
             if self._call.stream_options.continuous_usage_stats:
@@ -208,12 +228,6 @@ class Reply:
                 chunk["usage"] = None
             yield chunk | ({} if part.choice in self._told else self._warnings)
             self._told.add(part.choice)
-
-    def last_chunk(self, usage: Usage) -> Json | None:
-        """The chunk with the usage, where it was asked for."""
-        if not self._call.stream_options.include_usage:
-            return None
-        return self._object(self._shape.chunk_object, []) | {"usage": usage_json(usage)}
 
     @property
     def _warnings(self) -> Json:
@@ -230,7 +244,11 @@ class Reply:
         }
 
 
-def _written(value: Json) -> msgspec.Raw:
+def _framed(content: Json) -> bytes:
+    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+
+
+def written(value: object) -> msgspec.Raw:
     """As JSON already: a tenth of the memory, where there are many."""
     return msgspec.Raw(msgspec.json.encode(value))
 

@@ -12,6 +12,7 @@ class Piece(NamedTuple):
     """What one `Delta` added to a choice. `token_ids` include the token that ended it."""
 
     text: str
+    texts: list[str]  # the same, by token
     token_ids: list[int]
     logprobs: list[TokenLogprobs]
     finish_reason: FinishReason | None
@@ -87,20 +88,21 @@ class TextStream:
     def feed(self, delta: Delta) -> Piece:
         """The delta as text. Once the choice has ended, later deltas give empty pieces."""
         if self.finish_reason is not None:
-            return Piece("", [], [], None)
-        text: list[str] = []
+            return Piece("", [], [], [], None)
+        texts: list[str] = []
         taken = 0
         for taken, token_id in enumerate(delta.token_ids, start=1):
-            text.append(self._push(token_id, is_last=taken == len(delta.token_ids), delta=delta))
+            texts.append(self._push(token_id, is_last=taken == len(delta.token_ids), delta=delta))
             if self.stop_string is not None:
                 break
         if self.stop_string is not None:
             self.finish_reason = "stop"
         elif delta.finish_reason is not None:
             self.finish_reason = delta.finish_reason
-            text.append(self._end())
+            texts[-1:] = ["".join((*texts[-1:], self._end()))]
         logprobs = (delta.logprobs or [])[:taken]
-        return Piece("".join(text), delta.token_ids[:taken], logprobs, self.finish_reason)
+        token_ids = delta.token_ids[:taken]
+        return Piece("".join(texts), texts, token_ids, logprobs, self.finish_reason)
 
     def _push(self, token_id: int, *, is_last: bool, delta: Delta) -> str:
         self.num_tokens += 1

@@ -44,7 +44,7 @@ class Tools:
 def read_tools(body: fields.ChatBody) -> Tools:
     """None where none may be called. Raises ApiError."""
     functions: dict[str, fields.Function] = {}
-    _at_most(MAX_TOOLS, len(body.tools or ()), "tools")
+    at_most(MAX_TOOLS, len(body.tools or ()), "tools")
     for index, given in enumerate(body.tools or ()):
         path = f"tools[{index}]."
         tool = read_object(given, fields.Tool, fields.NEUTRAL_TOOL, path)
@@ -203,7 +203,7 @@ def _message(path: str, given: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(content, str):
         content = [_part(f"{path}content[{i}].", part) for i, part in enumerate(content)]
     calls = parsed.tool_calls or []
-    _at_most(MAX_CALLS, len(calls), f"{path}tool_calls")
+    at_most(MAX_CALLS, len(calls), f"{path}tool_calls")
     optional = {
         "name": parsed.name,
         "reasoning_content": parsed.reasoning_content,
@@ -240,7 +240,7 @@ def new_call(form: ToolFormat | None, name: str) -> dict[str, Any]:
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": ""}}
 
 
-def _at_most(limit: int, found: int, param: str) -> None:
+def at_most(limit: int, found: int, param: str) -> None:
     if found > limit:
         raise ApiError(f"{param} must hold at most {limit}, got {found}", param=param)
 
