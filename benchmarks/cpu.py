@@ -1,34 +1,44 @@
-"""One user, a prompt and many requests on a CPU, beside other engines or another commit.
+"""One user, a prompt, many requests and a server's streams on a CPU, beside other engines.
 
     python -m benchmarks.cpu --shape qwen3-0.6b --against ../before
     python -m benchmarks.cpu --model M --engine transformers vllm=VLLM/bin/python \\
-        openvino=OV/bin/python:M_openvino
+        openvino=OV/bin/python:M_openvino llamacpp=http://127.0.0.1:8080
 
-The first compares with another checkout of minisgl, the second with engines that may have a Python,
-and a folder of the model, of their own.
+The first compares with another checkout of minisgl as well, the second with engines that may have a
+Python, and a form of the model, of their own; a server given by its URL takes token ids at
+/v1/completions. Without --engine those are measured that this Python can import and that read the
+model as it is: the folder, OpenVINO's export in it, or a GGUF file in it.
 
 First the limits of the machine: how fast its threads read memory and multiply bf16 matrices. Then
 every engine is loaded, each in its own process, and they answer in turns, so that all meet the same
-machine. Those that wait are stopped: vLLM keeps a core busy for a second after its last answer.
-Prompts are random and never repeat. Rows are medians of the rounds: a decode step is (time of N + 1
-tokens less time of 1) / N after a prompt of 32. `others` is the share of a core that other programs
-used meanwhile: figures of a busy machine mean little. The last line is JSON.
+machine; those that wait are stopped (`cpu_processes.py`). Then the same with the servers of those
+that serve, each with --streams clients in a closed loop (a client sends its next request when its
+last one has ended), which share the machine's cores.
+
+Prompts are random and never repeat. A figure is the median of the rounds, with the lowest and the
+highest: a decode step is (time of N + 1 tokens less time of 1) / N after a prompt of 32. `others`
+is the share of a core that other programs used meanwhile, servers given by a URL among them:
+figures of a busy machine mean little. The last line is JSON.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import random
-import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from benchmarks import models
+from benchmarks.cpu_processes import SERVERS, Engine, Offline, OwnServer, Served, Side, cpu_seconds
+from benchmarks.http_load import Job, percentile
 from benchmarks.results import ROOT, Results, add_options
 
 LIMITS = """
@@ -50,51 +60,23 @@ print(json.dumps({
 """
 
 
-class Engine:
-    """A process that has loaded the model and waits for questions."""
+# Engine -> the module that is imported, and a file by which a folder says that it can be read.
+IMPORTABLE = {
+    "transformers": ("transformers", "*.safetensors"),
+    "vllm": ("vllm", "*.safetensors"),
+    "openvino": ("openvino_genai", "openvino_model.xml"),
+    "llamacpp": ("llama_cpp", "*.gguf"),
+}
 
-    def __init__(self, name: str, python: str, tree: Path, engine: str, model: str) -> None:
-        self.name = name
-        script = str(Path(__file__).with_name("cpu_engines.py"))
-        environment = {**os.environ, "PYTHONPATH": str(tree)}
-        self._process = subprocess.Popen(
-            [python, script, engine, model],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            cwd=tree,
-            start_new_session=True,  # some have processes of their own, which end with it
-        )
-        self.release = str(self._answer()["release"])
-        self._signal(signal.SIGSTOP)
+E = TypeVar("E", bound=Engine)
 
-    def seconds(self, prompts: list[list[int]], outputs: list[int]) -> float:
-        assert self._process.stdin is not None
-        self._signal(signal.SIGCONT)
-        print(
-            json.dumps({"prompts": prompts, "outputs": outputs}),
-            file=self._process.stdin,
-            flush=True,
-        )
-        seconds = float(self._answer()["seconds"])
-        self._signal(signal.SIGSTOP)
-        return seconds
 
-    def _answer(self) -> dict[str, float | str]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.name} has ended: rc {self._process.wait()}")
-        found: dict[str, float | str] = json.loads(line)
-        return found
+@dataclass(frozen=True)
+class Row(Generic[E]):
+    """What one question tells: the figures, with whether more of each is better."""
 
-    def _signal(self, number: signal.Signals) -> None:
-        os.killpg(self._process.pid, number)
-
-    def close(self) -> None:
-        self._signal(signal.SIGKILL)
-        self._process.wait()
+    titles: Sequence[tuple[str, bool]]
+    measure: Callable[[E], Sequence[float]]
 
 
 class Load:
@@ -104,64 +86,143 @@ class Load:
         self._args = args
         self._vocab = min(vocab, 10_000)
         self._random = random.Random(args.seed)
-        lengths = random.Random(args.seed)  # the same in every round, for every engine
-        pairs = [
-            (lengths.randint(*args.input_len), lengths.randint(*args.output_len))
-            for _ in range(args.num_requests)
-        ]
-        self._inputs, self._outputs = map(list, zip(*pairs, strict=True))
+        self._lengths = random.Random(args.seed)  # the same in every round, for every engine
+        self._requests = self._pairs(args.num_requests, args.input_len, args.output_len)
+        count = args.streams * args.stream_requests
+        self._streamed = self._pairs(count, args.stream_input_len, args.stream_output_len)
+
+    def _pairs(self, count: int, inputs: list[int], outputs: list[int]) -> list[tuple[int, int]]:
+        draw = self._lengths.randint
+        return [(draw(*inputs), draw(*outputs)) for _ in range(count)]
 
     def _prompt(self, length: int) -> list[int]:
         return [self._random.randrange(16, self._vocab) for _ in range(length)]
 
-    def decode(self, engine: Engine) -> float:
+    def offline(self) -> list[Row[Engine]]:
+        args = self._args
+        return [
+            Row([("decode, ms a token", False)], self.decode),
+            Row([(f"prompt of {args.prompt_tokens}, tok/s", True)], self.prefill),
+            Row([(f"{args.num_requests} requests, output tok/s", True)], self.many),
+        ]
+
+    def served(self) -> list[Row[Served]]:
+        titles = [
+            (f"server, {self._args.streams} streams: output tok/s", True),
+            ("time to first token p50, ms", False),
+            ("time to first token p99, ms", False),
+            ("gap between tokens p99, ms", False),
+        ]
+        return [Row(titles, self.streams)]
+
+    def decode(self, engine: Engine) -> list[float]:
         """Milliseconds a token, for one user."""
         prompt, count = self._prompt(32), self._args.decode_tokens
         first = engine.seconds([prompt], [1])
-        return (engine.seconds([prompt], [1 + count]) - first) / count * 1e3
+        return [(engine.seconds([prompt], [1 + count]) - first) / count * 1e3]
 
-    def prefill(self, engine: Engine) -> float:
+    def prefill(self, engine: Engine) -> list[float]:
         """Prompt tokens a second."""
         length = self._args.prompt_tokens
-        return length / engine.seconds([self._prompt(length)], [1])
+        return [length / engine.seconds([self._prompt(length)], [1])]
 
-    def many(self, engine: Engine) -> float:
+    def many(self, engine: Engine) -> list[float]:
         """Output tokens a second of many requests at once."""
-        prompts = [self._prompt(length) for length in self._inputs]
-        return sum(self._outputs) / engine.seconds(prompts, self._outputs)
+        prompts = [self._prompt(length) for length, _ in self._requests]
+        outputs = [count for _, count in self._requests]
+        return [sum(outputs) / engine.seconds(prompts, outputs)]
+
+    def streams(self, server: Served) -> list[float]:
+        """Output tokens a second; milliseconds to the first token and between tokens."""
+        jobs = [Job(self._prompt(length), count) for length, count in self._streamed]
+        outcomes, seconds = server.outcomes(jobs, self._args.streams)
+        first = [outcome.ttft * 1e3 for outcome in outcomes]
+        gaps = [gap * 1e3 for outcome in outcomes for gap in outcome.gaps]
+        speed = sum(outcome.output_tokens for outcome in outcomes) / seconds
+        return [speed, percentile(first, 0.5), percentile(first, 0.99), percentile(gaps, 0.99)]
 
 
-def cpu_seconds() -> tuple[float, float]:
-    """Of all programs, and of this one with its children that are alive."""
-    tick = os.sysconf("SC_CLK_TCK")
-    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
-    everyone = sum(map(int, fields)) - int(fields[3]) - int(fields[4])  # less idle, and waiting
-    own, parents = 0, {os.getpid()}
-    for folder in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
-        try:
-            parts = (folder / "stat").read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue  # it has ended
-        if int(folder.name) in parents or int(parts[1]) in parents:
-            parents.add(int(folder.name))
-            own += int(parts[11]) + int(parts[12])
-    return everyone / tick, own / tick
+class Table:
+    """Measures rows in turns, and prints them."""
+
+    def __init__(self, results: Results, rounds: int) -> None:
+        self._results = results
+        self._rounds = rounds
+
+    def head(self, engines: Sequence[Engine]) -> None:
+        names = "".join(f"{engine.name:>26}" for engine in engines)
+        print(f"{'':<38}{names}  others  minisgl faster than each", flush=True)
+
+    def add(self, row: Row[E], engines: Sequence[E]) -> None:
+        if self._results.is_late(row.titles[0][0]):
+            return
+        for engine in engines:
+            with engine.awake():
+                row.measure(engine)  # warm
+        began, (all_before, own_before) = time.perf_counter(), cpu_seconds()
+        found: dict[str, list[Sequence[float]]] = {engine.name: [] for engine in engines}
+        for _ in range(self._rounds):
+            for engine in engines:
+                with engine.awake():
+                    found[engine.name].append(row.measure(engine))
+        all_after, own_after = cpu_seconds()
+        others = (all_after - all_before) - (own_after - own_before)
+        share = max(others, 0.0) / (time.perf_counter() - began)
+        for index, (title, more_is_better) in enumerate(row.titles):
+            values = {name: [figures[index] for figures in each] for name, each in found.items()}
+            self._show(title, more_is_better, values, share)
+
+    def _show(
+        self, title: str, more_is_better: bool, values: dict[str, list[float]], others: float
+    ) -> None:
+        medians = {name: statistics.median(each) for name, each in values.items()}
+        spans = {name: (min(each), max(each)) for name, each in values.items()}
+        ours, *theirs = medians.values()
+        ratios = [ours / other if more_is_better else other / ours for other in theirs]
+        cells = [
+            f"{short(medians[name])} ({short(low)}-{short(high)})"
+            for name, (low, high) in spans.items()
+        ]
+        faster = ", ".join(f"{ratio:.2f}x" for ratio in ratios)
+        print(
+            f"{title:<38}{''.join(f'{c:>26}' for c in cells)}  {others:>6.2f}  {faster}", flush=True
+        )
+        row = {"row": title, "others": round(others, 2)}
+        row |= {"range": {name: [round(each, 3) for each in span] for name, span in spans.items()}}
+        row |= {"median": {name: round(value, 3) for name, value in medians.items()}}
+        self._results.add("rows", {**row, "faster": [round(ratio, 3) for ratio in ratios]})
 
 
-def started(args: argparse.Namespace, model: str, stack: ExitStack) -> list[Engine]:
-    asked = [("minisgl", sys.executable, ROOT, "minisgl", model)]
+def short(value: float) -> str:
+    """With three digits at least."""
+    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+
+
+def chosen_sides(args: argparse.Namespace, model: str) -> list[Side]:
+    """minisgl first, then whatever is compared with it."""
+    sides = [Side("minisgl", "minisgl", sys.executable, ROOT, model)]
     if args.against is not None:
         before = Path(args.against).absolute()
-        asked.append((before.name, sys.executable, before, "minisgl", model))
-    for text in args.engine:
+        sides.append(Side(before.name, "minisgl", sys.executable, before, model))
+    for text in importable(Path(model)) if args.engine is None else args.engine:
         name, _, rest = text.partition("=")
+        url = rest if rest.startswith(("http://", "https://")) else None
+        if url is None and name not in IMPORTABLE:
+            raise SystemExit(
+                f"--engine {text}: {name} is none of {', '.join(IMPORTABLE)}, or a URL"
+            )
         python, _, own_model = rest.partition(":")
-        asked.append((name, python or sys.executable, ROOT, name, own_model or model))
-    engines = []
-    for facts in asked:
-        engines.append(Engine(*facts))
-        stack.callback(engines[-1].close)
-    return engines
+        python = sys.executable if url or not python else python
+        sides.append(Side(name, name, python, ROOT, own_model or model, url))
+    return sides
+
+
+def importable(model: Path) -> list[str]:
+    return [
+        engine
+        for engine, (module, file) in IMPORTABLE.items()
+        if importlib.util.find_spec(module) is not None and any(model.glob(file))
+    ]
 
 
 def main() -> None:
@@ -173,8 +234,7 @@ def main() -> None:
     parser.add_argument(
         "--engine",
         nargs="*",
-        default=[],
-        help="of transformers, vllm and openvino, each as NAME[=PYTHON[:MODEL]]",
+        help=f"of {', '.join(IMPORTABLE)}, each as NAME[=PYTHON[:MODEL]]; any server as NAME=URL",
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--decode-tokens", type=int, default=64, help="of one user")
@@ -182,6 +242,10 @@ def main() -> None:
     parser.add_argument("--num-requests", type=int, default=16)
     parser.add_argument("--input-len", type=int, nargs=2, default=[32, 256])
     parser.add_argument("--output-len", type=int, nargs=2, default=[32, 128])
+    parser.add_argument("--streams", type=int, default=16, help="of a server; 0: no server")
+    parser.add_argument("--stream-requests", type=int, default=4, help="of each stream")
+    parser.add_argument("--stream-input-len", type=int, nargs=2, default=[64, 256])
+    parser.add_argument("--stream-output-len", type=int, nargs=2, default=[64, 128])
     parser.add_argument("--seed", type=int, default=0)
     add_options(parser)
     args = parser.parse_args()
@@ -189,43 +253,32 @@ def main() -> None:
     limits = json.loads(subprocess.check_output([sys.executable, "-c", LIMITS], text=True))
     results.put(model=models.name(args), limits=limits, load_before=round(os.getloadavg()[0], 1))
     print(" ".join(f"{name} {value}" for name, value in limits.items()), flush=True)
+    table = Table(results, args.rounds)
     with ExitStack() as stack:
         model, _ = stack.enter_context(models.chosen(args))
         path = Path(model) if model is not None else ROOT / "minisgl/assets/tiny"
         vocab = json.loads((path / "config.json").read_text())["vocab_size"]
-        engines, load = started(args, str(path), stack), Load(args, vocab)
-        results.put(releases={engine.name: engine.release for engine in engines})
-        rows: dict[str, tuple[Callable[[Engine], float], bool]] = {
-            "decode, ms a token": (load.decode, False),
-            f"prompt of {args.prompt_tokens}, tok/s": (load.prefill, True),
-            f"{args.num_requests} requests, output tok/s": (load.many, True),
-        }
-        width = max(map(len, rows))
-        names = "".join(f"{engine.name:>16}" for engine in engines)
-        print(f"{'':<{width}}{names}  others  minisgl faster than each", flush=True)
-        for title, (measure, more_is_better) in rows.items():
-            if results.is_late(title):
-                break
-            for engine in engines:
-                measure(engine)  # warm
-            began, (all_before, own_before) = time.perf_counter(), cpu_seconds()
-            found: dict[str, list[float]] = {engine.name: [] for engine in engines}
-            for _ in range(args.rounds):
-                for engine in engines:
-                    found[engine.name].append(measure(engine))
-            all_after, own_after = cpu_seconds()
-            others = (all_after - all_before) - (own_after - own_before)
-            share = max(others, 0.0) / (time.perf_counter() - began)
-            medians = {name: statistics.median(values) for name, values in found.items()}
-            ours, *theirs = medians.values()
-            ratios = [ours / other if more_is_better else other / ours for other in theirs]
-            shown = "".join(f"{value:>16,.2f}" for value in medians.values())
-            faster = ", ".join(f"{ratio:.2f}x" for ratio in ratios)
-            print(f"{title:<{width}}{shown}  {share:>6.2f}  {faster}", flush=True)
-            spans = {name: [round(min(v), 3), round(max(v), 3)] for name, v in found.items()}
-            row = {"row": title, "others": round(share, 2), "range": spans}
-            row |= {"median": {name: round(value, 3) for name, value in medians.items()}}
-            results.add("rows", {**row, "faster": [round(ratio, 3) for ratio in ratios]})
+        sides, load = chosen_sides(args, str(path)), Load(args, vocab)
+        with ExitStack() as offline:
+            engines: list[Engine] = []
+            for side in sides:
+                engines.append(Served(side.name, side.url) if side.url else Offline(side))
+                offline.callback(engines[-1].close)
+            results.put(releases={engine.name: engine.release for engine in engines})
+            table.head(engines)
+            for row in load.offline():
+                table.add(row, engines)
+        serving = [side for side in sides if side.url or side.engine in SERVERS]
+        if args.streams == 0 or not (path / "tokenizer.json").exists():  # a shape has none
+            serving = []
+        servers: list[Served] = []
+        for side in serving:
+            servers.append(Served(side.name, side.url) if side.url else OwnServer(side))
+            stack.callback(servers[-1].close)
+        if servers:
+            table.head(servers)
+            for served in load.served():
+                table.add(served, servers)
     results.finish()
 
 

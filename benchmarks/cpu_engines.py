@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,6 @@ def transformers(model: str) -> tuple[Generate, str]:
 
 
 def vllm(model: str) -> tuple[Generate, str]:
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{(os.cpu_count() or 1) - 1}")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
     llm = LLM(model=model, dtype="bfloat16", max_model_len=2560, max_num_seqs=256)
@@ -100,11 +98,30 @@ def openvino(model: str) -> tuple[Generate, str]:
     return generate, version("openvino-genai")
 
 
+def llamacpp(model: str) -> tuple[Generate, str]:
+    """Of a GGUF file, or a folder with one. The binding computes one request after another."""
+    from llama_cpp import Llama  # type: ignore[import-not-found]
+
+    path = Path(model)
+    file = path if path.is_file() else next(path.glob("*.gguf"))
+    cores = os.cpu_count()
+    llama = Llama(str(file), n_ctx=4096, n_threads=cores, n_threads_batch=cores, verbose=False)
+
+    def generate(prompts: list[list[int]], outputs: list[int]) -> list[int]:
+        return [
+            len([*islice(llama.generate(prompt, temp=0.0, repeat_penalty=1.0), count)])
+            for prompt, count in zip(prompts, outputs, strict=True)
+        ]
+
+    return generate, version("llama-cpp-python")
+
+
 ENGINES: dict[str, Callable[[str], tuple[Generate, str]]] = {
     "minisgl": minisgl,
     "transformers": transformers,
     "vllm": vllm,
     "openvino": openvino,
+    "llamacpp": llamacpp,
 }
 
 

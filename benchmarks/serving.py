@@ -14,108 +14,19 @@ last line is JSON.
 import argparse
 import asyncio
 import json
-import math
 import random
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
+
+from benchmarks.http_load import Client, Job, Outcome, percentile
 
 WORDS = (
     *("time", "page", "token", "batch", "cache", "prompt", "step"),
     *("queue", "model", "stream", "tree", "copy", "plan", "order"),
 )
-
-
-@dataclass
-class Job:
-    prompt: str | list[int]
-    max_tokens: int
-    at: float = 0.0  # seconds after the start; not before
-
-
-@dataclass
-class Outcome:
-    """What one client saw. Seconds are counted from when its request was due."""
-
-    start: float
-    chunks: list[float] = field(default_factory=list)  # when each chunk with text came
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    end: float = 0.0
-    error: str | None = None
-
-    @property
-    def ttft(self) -> float:
-        return self.chunks[0] - self.start
-
-    @property
-    def latency(self) -> float:
-        return self.end - self.start
-
-    @property
-    def tpot(self) -> float:
-        """Seconds per output token after the first."""
-        return (self.chunks[-1] - self.chunks[0]) / max(self.output_tokens - 1, 1)
-
-    @property
-    def gaps(self) -> list[float]:
-        return [b - a for a, b in zip(self.chunks, self.chunks[1:], strict=False)]
-
-
-# ---- a small HTTP client: cheaper than the general ones, whose cost would be measured, too -------
-
-
-@asynccontextmanager
-async def http(
-    url: SplitResult, method: str, path: str, body: object = None, key: str | None = None
-) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
-    """One request on a connection of its own: the status, and the body in pieces as they come."""
-    secure = url.scheme == "https"
-    port = url.port or (443 if secure else 80)
-    reader, writer = await asyncio.open_connection(url.hostname, port, ssl=secure or None)
-    try:
-        content = b"" if body is None else json.dumps(body).encode()
-        head = [f"{method} {url.path.rstrip('/')}{path} HTTP/1.1", f"Host: {url.netloc}"]
-        head += [f"Content-Length: {len(content)}", "Connection: close"]
-        head += ["Content-Type: application/json"] if content else []
-        head += [f"Authorization: Bearer {key}"] if key else []
-        writer.write("\r\n".join([*head, "", ""]).encode() + content)
-        status = int((await reader.readline()).split()[1])
-        headers = {}
-        while line := (await reader.readline()).strip().decode():
-            name, _, value = line.partition(":")
-            headers[name.lower()] = value.strip()
-        yield status, _pieces(reader, headers.get("transfer-encoding") == "chunked")
-    finally:
-        writer.close()
-
-
-async def _pieces(reader: asyncio.StreamReader, chunked: bool) -> AsyncIterator[bytes]:
-    if not chunked:
-        while piece := await reader.read(65536):
-            yield piece
-        return
-    while size := int(await reader.readline(), 16):
-        yield await reader.readexactly(size)
-        await reader.readline()
-
-
-async def _lines(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    rest = b""
-    async for piece in pieces:
-        *whole, rest = (rest + piece).split(b"\n")
-        for line in whole:
-            yield line
-    if rest:
-        yield rest
-
-
-# ---- the load ------------------------------------------------------------------------------------
 
 
 def make_jobs(args: argparse.Namespace) -> list[Job]:
@@ -134,101 +45,6 @@ def make_jobs(args: argparse.Namespace) -> list[Job]:
         if args.rate is not None:
             at += generator.expovariate(args.rate)
     return jobs
-
-
-class Load:
-    """Sends jobs to one server."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._url = urlsplit(args.url.rstrip("/").removesuffix("/v1") + "/v1")
-        self._args = args
-        self.model: str = args.model or ""
-
-    async def find_model(self) -> None:
-        """Ask the server what it serves, unless it was said."""
-        if not self.model:
-            async with http(self._url, "GET", "/models", key=self._args.api_key) as (status, body):
-                content = b"".join([piece async for piece in body])
-                if status != 200:
-                    raise SystemExit(f"{self._url.netloc} answers {status}: {content.decode()}")
-                self.model = json.loads(content)["data"][0]["id"]
-
-    async def send(self, job: Job, start: float) -> Outcome:
-        """One request, streamed to its end."""
-        outcome = Outcome(start)
-        body = {
-            "model": self.model,
-            "prompt": job.prompt,
-            "max_tokens": job.max_tokens,
-            "temperature": self._args.temperature,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        if not self._args.respect_eos:
-            body["ignore_eos"] = True
-        try:
-            async with http(self._url, "POST", "/completions", body, self._args.api_key) as answer:
-                await self._read(*answer, outcome)
-        except (OSError, ValueError, LookupError, asyncio.IncompleteReadError) as error:
-            outcome.error = f"{type(error).__name__}: {error}"
-        outcome.end = time.perf_counter()
-        if outcome.error is None:
-            outcome.error = self._fault(job, outcome)
-        return outcome
-
-    async def _read(self, status: int, pieces: AsyncIterator[bytes], outcome: Outcome) -> None:
-        if status != 200:
-            said = b"".join([piece async for piece in pieces]).decode(errors="replace")
-            outcome.error = f"{status}: {said[:200]}"
-            return
-        async for line in _lines(pieces):
-            data = line.strip().removeprefix(b"data: ")
-            if not data or data == b"[DONE]":
-                continue
-            chunk = json.loads(data)
-            if "error" in chunk:
-                outcome.error = str(chunk["error"])
-            elif chunk["choices"]:
-                outcome.chunks.append(time.perf_counter())
-            if usage := chunk.get("usage"):
-                outcome.prompt_tokens = usage["prompt_tokens"]
-                outcome.output_tokens = usage["completion_tokens"]
-
-    def _fault(self, job: Job, outcome: Outcome) -> str | None:
-        """Whether what came is not what was asked for: then its speed means nothing."""
-        if not outcome.chunks or not outcome.output_tokens:
-            return "the stream had no text or no usage"
-        if not self._args.respect_eos and outcome.output_tokens != job.max_tokens:
-            return f"{outcome.output_tokens} tokens came, {job.max_tokens} were asked for"
-        return None
-
-    async def closed_loop(self, jobs: Sequence[Job], clients: int) -> list[Outcome]:
-        waiting, outcomes = iter(jobs), []
-
-        async def client() -> None:
-            for job in waiting:
-                outcomes.append(await self.send(job, time.perf_counter()))
-
-        await asyncio.gather(*(client() for _ in range(clients)))
-        return outcomes
-
-    async def open_loop(self, jobs: Sequence[Job]) -> list[Outcome]:
-        start = time.perf_counter()
-
-        async def client(job: Job) -> Outcome:
-            await asyncio.sleep(start + job.at - time.perf_counter())
-            return await self.send(job, start + job.at)
-
-        return await asyncio.gather(*(client(job) for job in jobs))
-
-
-# ---- figures -------------------------------------------------------------------------------------
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` of all do not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(len(ordered) * share) - 1)]
 
 
 def summarize(outcomes: list[Outcome], seconds: float, args: argparse.Namespace) -> dict[str, Any]:
@@ -287,21 +103,34 @@ def show(figures: dict[str, Any], args: argparse.Namespace, load: str) -> None:
         print(f"{name:<12}{row}")
 
 
+def connected(args: argparse.Namespace) -> Client:
+    return Client(
+        args.url,
+        model=args.model or "",
+        api_key=args.api_key,
+        temperature=args.temperature,
+        ignore_eos=not args.respect_eos,
+    )
+
+
 async def measure(args: argparse.Namespace) -> dict[str, Any]:
-    load, jobs = Load(args), make_jobs(args)
-    await load.find_model()
-    warm = await load.send(Job(jobs[0].prompt, jobs[0].max_tokens), time.perf_counter())
+    client, jobs = connected(args), make_jobs(args)
+    try:
+        await client.find_model()
+    except OSError as fault:
+        raise SystemExit(str(fault)) from None
+    warm = await client.send(Job(jobs[0].prompt, jobs[0].max_tokens), time.perf_counter())
     if warm.error is not None:
         raise SystemExit(f"the warm-up request failed: {warm.error}")
     start = time.perf_counter()
     if args.rate is not None:
-        outcomes = await load.open_loop(jobs)
+        outcomes = await client.open_loop(jobs)
     else:
-        outcomes = await load.closed_loop(jobs, args.concurrency)
+        outcomes = await client.closed_loop(jobs, args.concurrency)
     figures = summarize(outcomes, time.perf_counter() - start, args)
     for error in sorted({outcome.error for outcome in outcomes if outcome.error})[:3]:
         print(f"failed: {error}", file=sys.stderr)
-    return {"benchmark": "serving", "model": load.model, **figures}
+    return {"benchmark": "serving", "model": client.model, **figures}
 
 
 def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
