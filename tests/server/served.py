@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,8 +12,17 @@ from resource import RLIMIT_NOFILE, setrlimit
 
 import openai
 
+from tests.server.templates import HERMES
+
 ROOT = Path(__file__).parents[2]
 PATIENCE = 180  # seconds, for machines that do much else
+
+
+def calling_model(parent: Path) -> Path:
+    """The bundled model in a folder of its own, with a chat template that knows tools."""
+    folder = shutil.copytree(ROOT / "minisgl/assets/tiny", parent / "tiny")
+    (folder / "chat_template.jinja").write_text(HERMES)
+    return folder
 
 
 class Served:
@@ -22,11 +32,12 @@ class Served:
         self,
         *flags: str,
         module: str = "minisgl.serve",
+        python: str | Path = sys.executable,
         descriptors: tuple[int, int] | None = None,  # soft and hard limit
     ) -> None:
         self.process = subprocess.Popen(
             [
-                sys.executable,
+                python,
                 "-m",
                 module,
                 "--device=cpu",

@@ -1,15 +1,13 @@
 """The openai client's helpers against the real server, whose model is held to what they ask."""
 
 import json
-import shutil
 from typing import Literal
 
 import openai
 import pydantic
 import pytest
 
-from tests.server.served import ROOT, Served
-from tests.server.tool_models import HERMES
+from tests.server.served import Served, calling_model
 
 USER = [{"role": "user", "content": "How is the weather in Oslo?"}]
 
@@ -24,9 +22,7 @@ class Weather(pydantic.BaseModel):
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    shutil.copytree(ROOT / "minisgl/assets/tiny", folder)
-    (folder / "chat_template.jinja").write_text(HERMES)
+    folder = calling_model(tmp_path_factory.mktemp("model"))
     server = Served(f"--model={folder}", "--reasoning-parser=none", "--served-model-name=tiny")
     with server.client() as client:
         yield client

@@ -1,13 +1,11 @@
 """Calls of a model that was never trained for them, held to their schemas, over a real server."""
 
 import json
-import shutil
 
 import openai
 import pytest
 
-from tests.server.served import ROOT, Served
-from tests.server.tool_models import HERMES
+from tests.server.served import Served, calling_model
 
 WEATHER = {
     "type": "object",
@@ -27,9 +25,7 @@ TOOLS = [
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
-    model = tmp_path_factory.mktemp("model") / "tiny"
-    shutil.copytree(ROOT / "minisgl/assets/tiny", model)
-    (model / "chat_template.jinja").write_text(HERMES)
+    model = calling_model(tmp_path_factory.mktemp("model"))
     server = Served("--model", str(model), "--reasoning-parser=none")
     with server.client() as client:
         yield client

@@ -12,7 +12,8 @@ from minisgl.server.tool_formats import TOOL_FORMATS
 from minisgl.server.tools import MAX_CALLS, MAX_TOOLS
 from tests.server import small_tokenizers
 from tests.server.calls import USER
-from tests.server.tool_models import CALLED, CLOCK, MISTRAL, model, prompt
+from tests.server.templates import MISTRAL
+from tests.server.tool_models import CALLED, CLOCK, model, prompt
 
 
 def test_what_is_no_business_of_the_models_is_left_out():

@@ -12,7 +12,8 @@ from minisgl.server.app import LONG_TEXT
 from minisgl.server.chat import parse_chat
 from tests.server.calls import USER
 from tests.server.fake_engine import ServerThread
-from tests.server.tool_models import CALL, CLOCK, HERMES, MISTRAL, WEATHER, model, prompt
+from tests.server.templates import HERMES, MISTRAL
+from tests.server.tool_models import CALL, CLOCK, WEATHER, model, prompt
 
 
 @pytest.fixture(scope="module")
