@@ -6,8 +6,9 @@
 DIR holds JSON files, {"schema": ..., "tests": [{"valid": bool, "data": ...}]} each, as MaskBench's
 do, or lists of such objects; tests/grammar/cases is one. An instance is written by Python's json
 and accepted where every token of it is and the text may then end. The engine's figures are of sides
-that take turns in one process: one request free and constrained, and 64 of which none or half are.
-The last line is JSON.
+that take turns in one process: one request free and constrained, and 64 of which none or half are;
+then records in JSON, with tokens that the schema forces drawn one by one, and not. The last line is
+JSON.
 """
 
 import argparse
@@ -42,6 +43,35 @@ ENDLESS = {
         "required": ["name", "age"],
         "additionalProperties": False,
     },
+}
+
+
+# A record as programs ask for them: long names, short values.
+RECORD = {
+    "type": "object",
+    "properties": {
+        "customer_name": {"type": "string", "maxLength": 16},
+        "shipping_address": {
+            "type": "object",
+            "properties": {
+                "street_name": {"type": "string", "maxLength": 16},
+                "postal_code": {"type": "string", "pattern": "^[0-9]{5}$"},
+            },
+            "required": ["street_name", "postal_code"],
+            "additionalProperties": False,
+        },
+        "payment_method": {"enum": ["credit_card", "bank_transfer", "cash_on_delivery"]},
+        "number_of_items": {"type": "integer", "minimum": 1, "maximum": 99},
+        "is_express": {"type": "boolean"},
+    },
+    "required": [
+        "customer_name",
+        "shipping_address",
+        "payment_method",
+        "number_of_items",
+        "is_express",
+    ],
+    "additionalProperties": False,
 }
 
 
@@ -175,7 +205,60 @@ def decode_seconds(engine: Engine, asked: list[Request]) -> list[float]:
     return took[4:-4]
 
 
-def measure_engine(args: argparse.Namespace, results: Results) -> None:
+def records(count: int, name: str) -> list[Request]:
+    """Requests for a record each, all with seeds of their own."""
+    spec, asked = json.dumps({"json": RECORD}), []
+    for i in range(count):
+        params = SamplingParams(max_tokens=400, temperature=0.7, seed=i, structured_outputs=spec)
+        asked.append(Request(f"{name}-{i}", [*range(5, 21), 30 + i], params))
+    return asked
+
+
+def serve(engine: Engine, asked: list[Request]) -> tuple[dict[str, list[int]], float, int]:
+    """What is answered, in how many seconds and in how many steps."""
+    answers: dict[str, list[int]] = {request.id: [] for request in asked}
+    begun, started = engine.stats().steps, time.perf_counter()
+    for request in asked:
+        engine.add(request)
+    while engine.has_work():
+        for delta in engine.step():
+            answers[delta.request_id] += delta.token_ids
+            if delta.error:
+                raise SystemExit(f"{delta.request_id}: {delta.error}")
+    return answers, time.perf_counter() - started, engine.stats().steps - begun
+
+
+def measure_forced(args: argparse.Namespace, results: Results) -> None:
+    """Records, one after another and `--together` at once, with and without forced tokens."""
+    sides = {"drawn": {"disable_forced_tokens": True}, "forced": {}}
+    engines = {name: open_engine(args, **options) for name, options in sides.items()}
+    for together in (1, args.together):
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+        forced = dict.fromkeys(sides, 0)
+        for turn in range(args.rounds + 1):
+            for name, engine in engines.items():
+                before = engine.stats().scheduler.num_forced_tokens
+                asked = records(max(8, together), f"{name} {together} {turn}")
+                parts = [
+                    serve(engine, asked[i : i + together]) for i in range(0, len(asked), together)
+                ]
+                tokens = sum(len(ids) for answers, _, _ in parts for ids in answers.values())
+                seconds, steps = sum(part[1] for part in parts), sum(part[2] for part in parts)
+                forced[name] = engine.stats().scheduler.num_forced_tokens - before
+                if turn:
+                    found[name].append((1e3 * seconds / tokens, tokens / steps))
+        for name, each in found.items():
+            ms, per_step = (statistics.median(values) for values in zip(*each, strict=True))
+            print(
+                f"{together} at once, {name}: {ms:.3f} ms a token, {per_step:.3f} tokens a step, "
+                f"{forced[name]} of {tokens} not drawn"
+            )
+            results.add("records", {"together": together, "side": name, "ms_and_tokens": each})
+    for engine in engines.values():
+        engine.close()
+
+
+def open_engine(args: argparse.Namespace, **options: Any) -> Engine:
     with models.chosen(args) as (model, load_format):
         config = EngineConfig(
             model=model,
@@ -184,8 +267,13 @@ def measure_engine(args: argparse.Namespace, results: Results) -> None:
             max_total_tokens=64 * (args.tokens + 64),
             max_running_requests=64,
             log_level="warning",
+            **options,
         )
-        engine = build_engine(config)
+        return build_engine(config)
+
+
+def measure_engine(args: argparse.Namespace, results: Results) -> None:
+    engine = open_engine(args)
     sides = {"1 free": (1, 0), "1 constrained": (0, 1), "64 free": (64, 0), "32 of 64": (32, 32)}
     times: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(args.rounds + 1):
@@ -214,6 +302,8 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="every refusal and wrong verdict")
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--together", type=int, default=16, help="records at once")
+    parser.add_argument("--only-forced", action="store_true")
     parser.add_argument("--device", default="auto")
     models.add_options(parser)
     add_options(parser)
@@ -223,7 +313,9 @@ def main() -> None:
         judge_all(args.schemas, args.tokenizer, results, args.show)
     else:
         results.put(model=models.name(args), device=args.device)
-        measure_engine(args, results)
+        if not args.only_forced:
+            measure_engine(args, results)
+        measure_forced(args, results)
     results.finish()
 
 

@@ -80,6 +80,7 @@ def build_engine(config: EngineConfig) -> Engine:
             info,
             overlap=overlap,
             grammar_backend=grammars,
+            force_tokens=not config.disable_forced_tokens,
             profile_dir=config.profile_dir,
         )
     except BaseException:

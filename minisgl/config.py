@@ -116,6 +116,9 @@ class EngineConfig:
         2**17, "bytes of a schema or grammar as JSON, at most", most=MAX_GRAMMAR_BYTES
     )
     grammar_cache_bytes: int = _option(2**28, "bytes of compiled grammars that are kept")
+    disable_forced_tokens: bool = _option(
+        False, "draw tokens that a schema or grammar leaves no choice about, one in a step"
+    )
     random_seed: int = _option(0, "seed of dummy weights", least=0)
     profile_dir: str | None = _option(None, "folder of profiler traces; start and stop by request")
     log_level: LogLevel = _option("info", "what is logged to stderr")

@@ -2,7 +2,7 @@
 
 A trie over the page ids of decoding sequences, its unbranched runs compressed (Morrison, PATRICIA,
 1968). While a sequence decodes, the pages of the tokens it was fed stay as they are, so its pages
-are looked at once, when it joins. Cascade attention reads the pages of a group once for all; a
+are looked at when it joins alone. Cascade attention reads the pages of a group once for all; a
 sequence can be in one group only, though it may share a short prefix with many and a longer one
 with few. On each path of the trie either a node's sequences are one group, or its children decide,
 whichever saves more reads.
@@ -55,7 +55,11 @@ class PrefixGroups:
         self.num_spared = 0  # those of all steps
 
     def join(self, uid: int, pages: Pages) -> None:
-        """A sequence begins to decode; `pages` are its first ones, filled by what it was fed."""
+        """A sequence begins to decode; `pages` are its first ones, filled by what it was fed.
+
+        One that has been fed more joins anew: `KVCache.commit` may have replaced pages.
+        """
+        self.leave(uid)
         node, done = self._root, 0
         while done < len(pages):
             child = node.children.get(int(pages[done]))

@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 
+MOST_FORCED = 64  # tokens appended at once: looking for more would delay the others
+
 
 class Grammar(Protocol):
     """The state of one constrained sequence."""
@@ -20,8 +22,18 @@ class Grammar(Protocol):
     def accept(self, token_id: int) -> str | None:
         """Advance by one token, an end of text included; why it cannot, or None: it has."""
 
+    def forced(self, most: int) -> list[int]:
+        """The tokens, `most` at most, that masks would allow alone, one after another."""
+
     def copy(self, end: int | None = None) -> Self:
         """The same state, for another sequence, whose text `end` ends too."""
+
+
+class Forced(NamedTuple):
+    """What must come next of a sequence."""
+
+    token_ids: list[int]
+    drafts: list[int]  # of the step in flight, if there is one
 
 
 class Wanted(NamedTuple):

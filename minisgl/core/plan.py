@@ -15,6 +15,8 @@ class Plan:
     chunks: list[Chunk] = field(default_factory=list)
     sequences: list[Sequence] = field(default_factory=list)  # aligned with `chunks`
     num_decode: int = 0  # chunks[:num_decode] are decode chunks
+    num_streams: int = 0  # chunks that are no prompts: those, and what grammars force behind them
+    num_forced: int = 0  # tokens of those beyond one for each
     setups: list[RowSetup] = field(default_factory=list)
     copies: list[CopyJob] = field(default_factory=list)
     cascade_groups: list[CascadeGroup] = field(default_factory=list)

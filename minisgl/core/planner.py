@@ -51,7 +51,7 @@ class Planner:
         self._fairness = running.waiting.fairness
         self._clock = clock
         self._chunk_size = config.chunked_prefill_size
-        self._budget = TokenBudget(config, cost_model)
+        self.budget = TokenBudget(config, cost_model)
 
     def plan(self) -> Plan | None:
         """The next step, or None when nothing can be computed before the next update."""
@@ -60,7 +60,6 @@ class Planner:
             self._running.age()
         plan = Plan(self.num_steps)
         prefilling = self._plan_decode(plan)
-        plan.num_decode = len(plan.chunks)
         if prefilling or self._can_admit(plan):
             self._plan_prefill(plan, prefilling)
         plan.copies = self._cache.finish()
@@ -73,13 +72,15 @@ class Planner:
         return plan
 
     def _plan_decode(self, plan: Plan) -> list[Sequence]:
-        """Plan all sequences whose next input is on the device; returns those with prompt left."""
+        """Plan all sequences that decode, those that a grammar has tokens for behind the others;
+        returns those with prompt left."""
         running = tuple(self._running.sequences)
         prefilling = [seq for seq in running if seq.num_computed < seq.num_fed]
         chunks, planned, speculation = plan.chunks, plan.sequences, self._speculation
         prefills = bool(prefilling) or self._can_admit(plan)
         drafting = speculation.begin(len(running) - len(prefilling), prefills)
         num_tokens = num_context = 0
+        forced = []
         for seq in running:
             start = seq.num_computed
             if start < seq.num_fed:
@@ -87,8 +88,11 @@ class Planner:
             ahead = seq.num_tokens + seq.num_pending + seq.num_slack
             if ahead >= seq.limit or seq.status is not RUNNING:
                 continue
-            end = start + seq.num_slack + 1
+            end = max(start + seq.num_slack + 1, seq.num_tokens)
             if end > seq.kv.capacity and not self._running.grow(plan, seq, end):
+                continue
+            if seq.num_tokens > start + 1:
+                forced.append(seq)
                 continue
             drafts = NONE
             if drafting:
@@ -118,6 +122,11 @@ class Planner:
             )
             num_read -= self._prefixes.spared * self._cache.page_size
         plan.work = Work(num_tokens, num_context, num_read, num_tokens)
+        plan.num_decode = len(plan.chunks)
+        plan.num_streams = len(plan.chunks) + len(forced)
+        for seq in forced:
+            seq.num_fed = seq.num_tokens
+            plan.num_forced += self._add_prefill(plan, seq, seq.num_tokens) - 1
         return prefilling
 
     def _plan_prefill(self, plan: Plan, prefilling: list[Sequence]) -> None:
@@ -129,7 +138,7 @@ class Planner:
         longest = max((seq.num_tokens for seq in plan.sequences), default=0)
         start = line[0].num_computed if line else 0
         decode = decode_work(plan.work.num_tokens, plan.work.num_pairs)
-        left = self._budget.prefill_tokens(decode, start, longest)
+        left = self.budget.prefill_tokens(decode, start, longest)
         if self._can_admit(plan):
             tries = min(len(self._running.free_rows), left) + self._fairness.scan_limit
             line += self._waiting.candidates(tries, self._clock(), self._cache)
@@ -168,7 +177,7 @@ class Planner:
         return left
 
     def _add_prefill(self, plan: Plan, seq: Sequence, left: int) -> int:
-        """Plan up to `left` of a sequence's prompt tokens; returns how many."""
+        """Plan up to `left` of the tokens that a sequence is fed; returns how many."""
         start = seq.num_computed
         stop = min(start + left, seq.num_fed)
         samples = stop == seq.num_fed
@@ -219,7 +228,7 @@ class Planner:
         was_passed = waiting.times_passed(seq) >= self._fairness.max_passed
         context = admission.context + seq.num_tokens
         longest = max(admission.longest, seq.num_tokens if was_passed else 0)
-        holds_target = self._budget.admits(len(running.sequences), context, longest)
+        holds_target = self.budget.admits(len(running.sequences), context, longest)
         if holds_target or any(running.victims(seq)):
             headroom = self._headroom(seq.epoch)
             refused = None if running.may_make_room(seq) else cache.refused(seq, headroom)

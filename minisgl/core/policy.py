@@ -144,7 +144,7 @@ class TokenBudget:
         alone = model.cost(decode)
         busy = max(alone.compute_seconds, alone.memory_seconds)
         filled = max(DECODE_SLOWDOWN * busy, alone.overhead / FIXED_SHARE, UNSEEN)
-        limit = self._limit(max(longest, start))
+        limit = self.limit(max(longest, start))
 
         def exceeds(count: int) -> bool:
             cost = model.cost(decode + prefill_work(count, start))
@@ -163,9 +163,9 @@ class TokenBudget:
         """
         if self._target is None or self._model is None or not num_running:
             return True
-        return self._model.predict(decode_work(num_running + 1, context)) <= self._limit(longest)
+        return self._model.predict(decode_work(num_running + 1, context)) <= self.limit(longest)
 
-    def _limit(self, longest: int) -> float:
+    def limit(self, longest: int) -> float:
         """Seconds that a step may take where the longest stream has `longest` tokens."""
         model, target = self._model, self._target
         if target is None or model is None:

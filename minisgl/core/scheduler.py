@@ -5,7 +5,7 @@ Prefill, chunked prefill, prefix hits, decode, recompute after preemption and dr
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from time import monotonic
 
 from minisgl.config import EngineConfig
@@ -13,6 +13,8 @@ from minisgl.core.batch import Batch, Chunk, StepOutput
 from minisgl.core.cascade import PrefixGroups
 from minisgl.core.costmodel import CostModel
 from minisgl.core.executor import Limits
+from minisgl.core.forced_policy import ForcedPolicy
+from minisgl.core.grammar import Forced
 from minisgl.core.kvcache import KVCache
 from minisgl.core.plan import Plan
 from minisgl.core.planner import Planner
@@ -23,6 +25,7 @@ from minisgl.core.sequence import ENDED, RUNNING, Sequence, make_sequences
 from minisgl.core.speculation import Speculation, propose_on_device
 from minisgl.core.stats import SchedulerStats
 
+NOT_FORCED = Forced([], [])
 MAX_SCORED = 512  # prompt tokens in a delta with their log-probabilities: 140 kB of 20 each
 
 
@@ -65,6 +68,8 @@ class Scheduler:
         self._requests: dict[str, list[Sequence]] = {}  # unended choices
         self.plans: deque[Plan] = deque()  # their steps are in flight
         self._next_uid = 0
+        self._forced = ForcedPolicy()
+        self._num_forced = 0
 
     def add(self, request: Request) -> list[int]:
         """Queue a request; returns the uids of its sequences, one per choice.
@@ -110,6 +115,7 @@ class Scheduler:
             num_hit_tokens=self._planner.num_hit,
             num_spared_tokens=spared * self.limits.page_size,
             num_preemptions=self.running.num_preemptions,
+            num_forced_tokens=self._num_forced,
             num_drafts=speculation.num_drafts,
             num_tried_drafts=speculation.num_tried,
             num_accepted_drafts=speculation.num_accepted,
@@ -132,17 +138,67 @@ class Scheduler:
         if self.cost_model is not None:
             self.cost_model.observe(plan.work, output.seconds)
         self._speculation.observe(batch, output)
+        if plan.work.num_tokens == plan.num_streams + plan.num_forced:
+            self._forced.observe(plan.num_streams, plan.num_forced, output.seconds)
         deltas: list[Delta] = []
         for index, (seq, chunk) in enumerate(zip(plan.sequences, batch.chunks, strict=True)):
             seq.in_flight -= 1
             if seq.status is not ENDED:
                 if seq.num_unscored and index in output.prompt_logprobs:
                     deltas += _scored(seq, chunk, output.prompt_logprobs[index])
-                if chunk.samples:
+                if chunk.samples and not _is_foretold(seq, output.token_ids[index]):
                     deltas.append(self._take_tokens(seq, chunk, index, output))
             if seq.status is not RUNNING:
                 self.running.settle(seq)
         return deltas
+
+    def looks_ahead(self) -> bool:
+        """Whether grammars should be asked now for what to `force`."""
+        return self._forced.looks()
+
+    def force(self, runs: Mapping[int, Forced]) -> list[Delta]:
+        """Append tokens that grammars leave no choice about, by uid, where that saves time.
+
+        They are computed in one chunk. A step in flight, the only one, samples the first of them.
+        """
+        running, taken, asked = self.running.sequences, [], []
+        decoding = [seq for seq in running if seq.num_computed >= seq.num_fed]
+        num_forced = 0
+        for seq in decoding:
+            params, (run, drafts) = seq.request.params, runs.get(seq.uid, NOT_FORCED)
+            known = 0  # drafts that will be accepted
+            while known < min(len(run), len(drafts)) and run[known] == drafts[known]:
+                known += 1
+            # What is reported with a token, or counted, is known where it is drawn.
+            reports = params.logprobs is not None or seq.num_unscored or params.needs_counts
+            if known == len(run) or reports:
+                continue
+            saved = seq.num_tokens + len(run) - seq.num_computed - known - 1
+            if seq.num_tokens + len(run) >= seq.limit or not seq.stop_ids.isdisjoint(run):
+                taken.append((seq, run, drafts, known))  # it ends: nothing is left to compute
+            elif saved:
+                asked.append((seq, run, drafts, known))
+                num_forced += saved
+        if asked:
+            limit = self._planner.budget.limit(max(seq.num_tokens for seq in decoding))
+            beside = len(asked) < len(decoding)
+            # A step with prompts is ragged anyway.
+            prefills = len(decoding) < len(running)
+            if prefills or self._forced.pays(len(decoding), num_forced, limit, beside=beside):
+                taken += asked
+        return [self._append_forced(*each) for each in taken]
+
+    def _append_forced(
+        self, seq: Sequence, run: list[int], drafts: list[int], num_accepted: int
+    ) -> Delta:
+        if seq.num_pending:
+            seq.foretold = run[: num_accepted + 1]
+            seq.num_computed += num_accepted
+            seq.num_pending = seq.num_slack = 0
+            if drafts:
+                self._speculation.take(seq, len(drafts), num_accepted)
+        self._num_forced += len(run) - len(seq.foretold)
+        return self._append(seq, run, len(drafts), num_accepted)
 
     def _oldest_plan(self, batch: Batch) -> Plan:
         if not self.plans or self.plans[0].step != batch.step:
@@ -151,7 +207,7 @@ class Scheduler:
         return self.plans.popleft()
 
     def _take_tokens(self, seq: Sequence, chunk: Chunk, index: int, output: StepOutput) -> Delta:
-        """Append a chunk's sampled tokens up to the sequence's end."""
+        """Append what a chunk has sampled."""
         new = output.token_ids[index]
         seq.num_pending -= 1
         num_drafts, num_accepted = len(chunk.drafts), len(new) - 1
@@ -161,9 +217,19 @@ class Scheduler:
             seq.num_computed += num_accepted
             seq.num_slack -= num_drafts
             self._speculation.take(seq, num_drafts, num_accepted)
+        return self._append(seq, new, num_drafts, num_accepted, output.logprobs.get(index))
+
+    def _append(
+        self,
+        seq: Sequence,
+        new: list[int],
+        num_drafts: int,
+        num_accepted: int,
+        logprobs: list[TokenLogprobs] | None = None,
+    ) -> Delta:
+        """Append tokens up to the sequence's end."""
         new, reason, stopped_by = seq.accept(new)
         num_accepted = min(num_accepted, len(new))
-        logprobs = output.logprobs[index][: len(new)] if index in output.logprobs else None
         if reason is not None:
             self._forget(seq)
         return Delta(
@@ -172,7 +238,7 @@ class Scheduler:
             new,
             reason,
             stopped_by,
-            logprobs,
+            None if logprobs is None else logprobs[: len(new)],
             num_cached_tokens=seq.num_cached,
             num_accepted_drafts=num_accepted,
             num_rejected_drafts=num_drafts - num_accepted if num_drafts else 0,
@@ -185,6 +251,14 @@ class Scheduler:
         if not choices:
             del self._requests[seq.request.id]
         self.running.end(seq)
+
+
+def _is_foretold(seq: Sequence, new: list[int]) -> bool:
+    """Whether `seq` holds the tokens sampled already, because its grammar forced them."""
+    foretold, seq.foretold = seq.foretold, []
+    if foretold and new != foretold:
+        raise ValueError(f"sequence {seq.uid}: {new} sampled, but its grammar forces {foretold}")
+    return bool(foretold)
 
 
 def _scored(seq: Sequence, chunk: Chunk, new: list[TokenLogprobs]) -> Iterator[Delta]:

@@ -63,8 +63,8 @@ class Sequence:
 
     Under overlap some results are unread. Counts are then the host's lower bounds: every sampling
     step in flight brings at least one token (`num_pending`), and up to `num_slack` more where its
-    drafts are accepted. KV positions before `num_computed` are written once the steps in flight
-    have run.
+    drafts are accepted. Where a grammar forces what is pending, it is held already (`foretold`).
+    KV positions before `num_computed` are written once the steps in flight have run.
     """
 
     # What was asked. Never changes.
@@ -81,7 +81,9 @@ class Sequence:
     epoch: int = 0  # how many times it has been preempted
     aged: bool = False  # has waited so long that it comes first, whatever its priority
     row: int = -1
-    num_fed: int = 0  # tokens held when it took its row; later inputs are the device's own samples
+    # Tokens whose ids the host sends: those held when it took its row, and a grammar's forced ones.
+    # Other inputs are the device's own samples.
+    num_fed: int = 0
 
     # Its tokens. Written by `accept`.
     output: list[int] = field(default_factory=list)
@@ -93,6 +95,7 @@ class Sequence:
     num_computed: int = 0
     num_pending: int = 0
     num_slack: int = 0
+    foretold: list[int] = field(default_factory=list)  # held tokens that the step in flight samples
     num_cached: int = 0  # prompt tokens found in the cache when it first ran
     num_unscored: int = 0  # last prompt tokens whose log-probabilities are wanted, and not sent yet
 

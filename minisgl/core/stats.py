@@ -17,6 +17,7 @@ class SchedulerStats(msgspec.Struct, frozen=True, kw_only=True):
     num_hit_tokens: int  # of those, found
     num_spared_tokens: int  # of keys and values, not read again thanks to cascade groups
     num_preemptions: int
+    num_forced_tokens: int  # of grammars, appended without being drawn
     num_drafts: int  # verified
     num_tried_drafts: int  # of those: up to the first of a step that was wrong
     num_accepted_drafts: int

@@ -2,13 +2,14 @@
 
 import time
 from collections import deque
+from collections.abc import Mapping
 
 import msgspec
 import numpy as np
 
 from minisgl.core.batch import Batch, Chunk
 from minisgl.core.executor import Executor, GrammarMasks
-from minisgl.core.grammar import Grammar, GrammarBackend, Wanted
+from minisgl.core.grammar import MOST_FORCED, Forced, Grammar, GrammarBackend, Wanted
 from minisgl.core.request import Delta, Request
 from minisgl.core.scheduler import Scheduler
 from minisgl.engine.compiling import Compiling
@@ -26,6 +27,7 @@ class Engine:
 
     With `overlap`, one step stays in flight when `step` returns, so that planning and emitting
     happen while the device works. Without, every step is collected before the next is planned.
+    With `force_tokens`, tokens that a grammar leaves no choice about need no steps of their own.
     Not thread-safe: one thread owns an engine.
     """
 
@@ -37,6 +39,7 @@ class Engine:
         *,
         overlap: bool = True,
         grammar_backend: GrammarBackend | None = None,
+        force_tokens: bool = True,
         profile_dir: str | None = None,
     ) -> None:
         self.info = info
@@ -49,6 +52,7 @@ class Engine:
         self._open: dict[str, dict[int, int]] = {}  # request -> choice that runs -> its uid
         self._deltas: list[Delta] = []  # not returned by `step` yet
         self._backend = grammar_backend
+        self._forces = force_tokens
         self._compiling = Compiling(grammar_backend)
         self._grammars: dict[int, Grammar] = {}  # by uid, of constrained sequences
         self._steps = self._tokens = self._output_tokens = 0
@@ -189,6 +193,10 @@ class Engine:
     def _begin_next(self) -> bool:
         """Plan and dispatch a step. False: none can be before the steps in flight are read."""
         span, step = self._profiler.span, self._next_step
+        if not self._in_flight:
+            self._force({uid: (grammar, []) for uid, grammar in self._grammars.items()})
+            if not self._scheduler.has_work:
+                return False
         with span("plan", step):
             batch = self._scheduler.plan()
         if batch is None:
@@ -314,7 +322,20 @@ class Engine:
         bits = np.full((len(indices), words), 2**32 - 1, np.uint32)
         for index, reason in self._backend.fill_masks(wanted, bits).items():
             self._end_constrained(uids[index], reason)
+        runs = zip(uids, wanted, strict=True)
+        self._force({uid: (each.grammar, each.drafts) for uid, each in runs})
         return GrammarMasks(indices, bits)
+
+    def _force(self, known: Mapping[int, tuple[Grammar, list[int]]]) -> None:
+        """Have the scheduler append what grammars force; `known`: by uid, with drafts in flight."""
+        if not (known and self._forces and self._scheduler.looks_ahead()):
+            return
+        runs = {}
+        for uid, (grammar, drafts) in known.items():
+            if run := grammar.forced(MOST_FORCED):
+                runs[uid] = Forced(run, drafts)
+        if runs:
+            self._take(self._scheduler.force(runs))
 
     def _end_constrained(self, uid: int, reason: str) -> None:
         """End a sequence whose mask failed; what is sampled for it is dropped."""

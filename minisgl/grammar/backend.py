@@ -38,13 +38,31 @@ class LlgGrammar:
         self.matcher = matcher
         self.warnings = warnings
         self.ends = ends
+        self._run: list[int] = []  # forced from here on, as far as it was asked for
 
     def accept(self, token_id: int) -> str | None:
         if token_id in self.ends:
             return None if self.matcher.is_accepting() else "the text ends before it may"
         if self.matcher.try_consume_tokens([token_id]) == 1:
+            self._run = self._run[1:]
             return None
         return said(self.matcher.get_error()) or f"token {token_id} is not allowed"
+
+    def forced(self, most: int) -> list[int]:
+        if not self._run:
+            self._run = self._look_ahead(most)
+        return self._run[:most]
+
+    def _look_ahead(self, most: int) -> list[int]:
+        run, matcher = list[int](), self.matcher
+        # One by one, as masks are filled: what may still merge with a later token is held back.
+        while len(run) < most and (ahead := matcher.compute_ff_tokens()):
+            matcher.try_consume_tokens(ahead[:1])
+            run.append(ahead[0])
+        only_ends = matcher.is_stopped() and not matcher.is_error()
+        if run:
+            matcher.rollback(len(run))
+        return [*run, *self.ends] if only_ends and len(self.ends) == 1 else run
 
     def copy(self, end: int | None = None) -> "LlgGrammar":
         ends = self.ends if end is None else self.ends | {end}

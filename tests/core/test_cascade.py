@@ -153,3 +153,14 @@ def test_brute_force_finds_what_is_plain_to_see():
     assert most_saved(paths, 1) == 2
     assert most_saved(paths, 3) == 0
     assert most_saved([*paths, (4,), (1, 3)], 1) == 2 + 2 + 1
+
+
+def test_who_joins_anew_counts_once_and_with_its_new_pages():
+    groups, pairs = PrefixGroups(1), [[0, 1, 2, 3, *range(t, t + 6)] for t in (10, 20)]
+    for uid in range(4):
+        groups.join(uid, np.array(pairs[uid % 2], np.int32))
+    for _ in range(10):
+        groups.join(4, np.array([5, 6], np.int32))
+        groups.join(4, np.array([0, 1, 2, 3], np.int32))
+    _, found = arranged(groups, dict.fromkeys(range(5)))
+    assert [(g.count, g.num_pages) for g in found] == [(2, 10)] * 2  # 20 reads against 16

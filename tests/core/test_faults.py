@@ -162,8 +162,8 @@ FAULTS = {
     "unread drafts get no pages": (
         Planner,
         "_plan_decode",
-        "end = start + seq.num_slack + 1",
-        "end = start + 1",
+        "start + seq.num_slack + 1, seq.num_tokens",
+        "start + 1, seq.num_tokens",
     ),
     "drafts that were rejected count as the draft model's": (
         Speculation,
@@ -224,6 +224,48 @@ FAULTS = {
         "arrange",
         "self._chosen and sequences != self._arranged",
         "False",
+    ),
+    "what a step samples is appended, though it was foretold": (
+        Scheduler,
+        "update",
+        " and not _is_foretold(seq, output.token_ids[index])",
+        "",
+    ),
+    "tokens whose log-probabilities are wanted are forced": (
+        Scheduler,
+        "force",
+        "params.logprobs is not None or",
+        "",
+    ),
+    "forced tokens come before the prompt's log-probabilities": (
+        Scheduler,
+        "force",
+        "seq.num_unscored or",
+        "",
+    ),
+    "forced tokens are not counted by penalties": (
+        Scheduler,
+        "force",
+        " or params.needs_counts",
+        "",
+    ),
+    "drafts that a grammar forces are computed again": (
+        Scheduler,
+        "_append_forced",
+        "seq.num_computed += num_accepted",
+        "pass",
+    ),
+    "drafts that a grammar decides about stay undecided": (
+        Scheduler,
+        "_append_forced",
+        "seq.num_pending = seq.num_slack = 0",
+        "seq.num_pending = 0",
+    ),
+    "forced tokens get no pages": (
+        Planner,
+        "_plan_decode",
+        "seq.num_slack + 1, seq.num_tokens",
+        "seq.num_slack + 1, 0",
     ),
     "min_tokens is ignored": (
         Sequence,

@@ -18,7 +18,7 @@ SHARDS = [*FEW, *(pytest.param(shard, marks=pytest.mark.thorough) for shard in M
 
 @pytest.mark.parametrize("shard", SHARDS)
 def test_random_traces(shard):
-    hits = preemptions = grouped = 0
+    hits = preemptions = grouped = forced = 0
     for seed in range(shard * TRIALS, (shard + 1) * TRIALS):
         try:
             trial = run_trial(seed)
@@ -29,10 +29,12 @@ def test_random_traces(shard):
         hits += stats.num_hit_tokens
         preemptions += stats.num_preemptions
         grouped += trial.executor.num_grouped
+        forced += stats.num_forced_tokens
     # The traces are worth running only while they reach what they are about.
     assert hits > 5 * TRIALS
     assert preemptions > 0.1 * TRIALS
     assert grouped > TRIALS
+    assert forced > TRIALS
 
 
 @settings(

@@ -111,6 +111,33 @@ def test_masks_along_drafts_are_those_of_single_steps(backend, tokenizer):
             assert allowed(bits[rows]) == allowed_next(backend, plain)
 
 
+FORCING = {"a_long_name": {"const": "of fixed text"}, "ab": {"enum": ["x1", "x2"]}, "c": {}}
+
+
+def test_forced_tokens_are_those_that_masks_allow_alone(backend, tokenizer):
+    """At every state of random texts, and the state stays as it is; many are forced at once."""
+    names = [*FORCING]
+    schema = {"properties": FORCING, "required": names, "additionalProperties": False}
+    generator, longest = random.Random(0), 0
+    for _ in range(8):
+        grammar = grammar_of(backend, json={"type": "object", **schema})
+        for _ in range(60):
+            run, single = grammar.forced(64), grammar.copy()
+            assert grammar.forced(3) == run[:3]
+            longest = max(longest, len(run))
+            for token in run:
+                assert allowed_next(backend, single) == {token}
+                assert single.accept(token) is None
+            token = generator.choice(sorted(allowed_next(backend, grammar)))
+            if token == END:
+                break
+            assert grammar.accept(token) is None
+    assert longest > 5
+    ended = grammar_of(backend, choice=["a"])
+    assert ended.forced(64)[-1] == END
+    assert END not in ended.copy(END + 1).forced(64)  # which of two is for the model to say
+
+
 def test_a_text_may_end_only_where_the_grammar_may(backend, tokenizer):
     grammar = grammar_of(backend, regex="ab?")
     assert END not in allowed_next(backend, grammar)

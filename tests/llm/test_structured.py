@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.speculative import SIDES
 from minisgl import LLM, SamplingParams
+from minisgl.core.forced_policy import ForcedPolicy
 
 BASE: dict[str, Any] = {
     "dtype": "float32",
@@ -44,6 +45,13 @@ PROMPTS = ["Describe the KV cache: ", "KV KV KV KV KV", '{"name": "a", "age": 3,
 def open_llm(**options: Any) -> LLM:
     with patch("minisgl.build.DraftPolicy", lambda *_, **__: None):  # drafts, if it pays or not
         return LLM(**BASE | options)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _force() -> Iterator[None]:
+    """Forced tokens too."""
+    with patch.multiple(ForcedPolicy, looks=lambda _: True, pays=lambda *_, **__: True):
+        yield
 
 
 def requests() -> tuple[list[str], list[SamplingParams]]:
@@ -111,6 +119,7 @@ def test_what_is_said_holds(plain):
 
 
 SETTINGS = {
+    "tokens drawn one by one": {"disable_forced_tokens": True},
     "no overlap": {"disable_overlap_schedule": True},
     "a draft model": SIDES["draft"],
     "a draft model without overlap": SIDES["draft"] | {"disable_overlap_schedule": True},
@@ -144,6 +153,7 @@ def test_every_setting_says_the_same(plain, name):
                         assert x.token_id == y.token_id
                         assert x.logprob == pytest.approx(y.logprob, abs=1e-3)
         stats = llm.stats().scheduler
+        assert (stats.num_forced_tokens > 0) == (name != "tokens drawn one by one")
         assert stats.num_hit_tokens > 0 or name == "no prefix cache"
         assert stats.num_preemptions > 0 or not name.startswith("preemptions")
         assert stats.num_accepted_drafts > 0 or not {"draft", "n-grams"} & {*name.split()}

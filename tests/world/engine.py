@@ -29,6 +29,7 @@ def make_engine(
     limits: Limits = LIMITS,
     overlap: bool = True,
     grammar_backend: GrammarBackend | None = None,
+    force_tokens: bool = True,
     fail_at: int | None = None,
     seconds: float | None = None,
     profile_dir: str | None = None,
@@ -43,6 +44,7 @@ def make_engine(
         info,
         overlap=overlap,
         grammar_backend=grammar_backend,
+        force_tokens=force_tokens,
         profile_dir=profile_dir,
     )
     engine.executor = executor  # type: ignore[attr-defined]

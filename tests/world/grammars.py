@@ -19,6 +19,18 @@ class PlainGrammar:
     def copy(self, end: int | None = None) -> Any:
         return copy.deepcopy(self)
 
+    def forced(self, most: int) -> list[int]:
+        state, run = self.copy(), list[int]()
+        while len(run) < most:
+            bits = np.zeros(64, np.uint32)
+            failed = state.fill_mask(bits)
+            allowed = np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little"))
+            if failed is not None or len(allowed) != 1:
+                break
+            run.append(int(allowed[0]))
+            state.accept(run[-1])
+        return run
+
     def fill_mask(self, bits: np.ndarray) -> str | None:
         """Set the allowed tokens in `bits`, which are all 0; why it cannot, or None."""
         raise NotImplementedError

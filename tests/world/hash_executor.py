@@ -52,6 +52,12 @@ def next_token(
     return drawn % vocab if allowed is None else allowed[drawn % len(allowed)]
 
 
+def allowed_at(form: int, position: int, vocab: int) -> list[int]:
+    """The tokens that a form, a number, allows at a position: often a single one."""
+    drawn = hash((form, position))
+    return [drawn // 8 % vocab] if drawn % 8 < 5 else list(range(drawn % 3, vocab, 2))
+
+
 def run_model(tokens: list[int], salt: str) -> list[int]:
     kv, value = [], first_kv(salt)
     for token in tokens:
@@ -60,7 +66,9 @@ def run_model(tokens: list[int], salt: str) -> list[int]:
     return kv
 
 
-def reference(request: Request, choice: int, limits: Limits) -> tuple[list[int], str]:
+def reference(
+    request: Request, choice: int, limits: Limits, form: int | None = None
+) -> tuple[list[int], str]:
     """What one choice must say, and why it ends, computed without any cache."""
     params, output = request.params, []
     stops = set(params.stop_token_ids) | (set() if params.ignore_eos else {EOS})
@@ -70,7 +78,8 @@ def reference(request: Request, choice: int, limits: Limits) -> tuple[list[int],
     kv = run_model(request.prompt_token_ids, request.cache_salt)
     while True:
         held = request.prompt_token_ids + output
-        token = next_token(kv, params, choice, held, limits.vocab_size)
+        allowed = None if form is None else allowed_at(form, len(held), limits.vocab_size)
+        token = next_token(kv, params, choice, held, limits.vocab_size, allowed)
         output.append(token)
         if token in stops and len(output) >= params.min_tokens:
             return output, "stop"
@@ -100,17 +109,20 @@ class HashExecutor:
         random: Random | None = None,
         salts: Mapping[int, str] | None = None,
         share_right: float = 0.5,
+        forms: Mapping[int, int] | None = None,
         *,
         fail_at: int | None = None,
         seconds: float | None = None,
     ) -> None:
-        """salts: of each sequence, by uid. share_right: of the draft model's proposals. fail_at: a
-        step whose collection fails, and all after it. seconds: how long a step takes, waited for;
-        None: no time, though another is reported."""
+        """salts and forms: of sequences, by uid. share_right: of the draft model's proposals.
+        fail_at: a step whose collection fails, and all after it. seconds: how long a step takes,
+        waited for; None: no time, though another is reported."""
         self.limits = limits
         self.random = random or Random(0)
         self.salts = {} if salts is None else salts
         self.share_right = share_right
+        self.forms = {} if forms is None else forms
+        self.begun: dict[int, Batch] = {}  # steps whose drafts were asked for, with these
         self.fail_at = fail_at
         self.seconds = seconds
         self.calls: list[str] = []  # what was asked, in order
@@ -159,6 +171,13 @@ class HashExecutor:
         self.unsampled = None
         self.most_in_flight = max(self.most_in_flight, len(self.queue))
 
+    def drafts(self, step: int) -> list[list[int]]:
+        assert self.unsampled is not None
+        assert self.unsampled.step == step, "another step was dispatched"
+        assert not self.queue, "drafts rest on tokens that are not sampled"
+        self.begun[step] = self._begin(self.unsampled)
+        return [chunk.drafts for chunk in self.begun[step].chunks]
+
     def collect(self) -> StepOutput:
         batch, masks = self.queue[0]
         begin = time.perf_counter()
@@ -196,7 +215,8 @@ class HashExecutor:
     def close(self) -> None:
         self.closed = True
 
-    def _run(self, batch: Batch, masks: GrammarMasks | None) -> StepOutput:
+    def _begin(self, batch: Batch) -> Batch:
+        """What comes before the forward pass; the batch with the drafts that were proposed."""
         served = {(chunk.uid, chunk.epoch) for chunk in batch.chunks}
         for setup in batch.setups:
             assert (setup.uid, setup.epoch) in served, "a row that the step has nothing for"
@@ -220,13 +240,13 @@ class HashExecutor:
             assert len(chunk.token_ids) == chunk.length > 0
             self._draft(chunk, chunk.start, chunk.token_ids)
         proposed = {c.uid: self._propose(c) for c in batch.chunks if PENDING in c.drafts}
-        batch = msgspec.structs.replace(
-            batch,
-            chunks=[
-                msgspec.structs.replace(c, drafts=proposed.get(c.uid, c.drafts))
-                for c in batch.chunks
-            ],
-        )
+        chunks = [
+            msgspec.structs.replace(c, drafts=proposed.get(c.uid, c.drafts)) for c in batch.chunks
+        ]
+        return msgspec.structs.replace(batch, chunks=chunks)
+
+    def _run(self, batch: Batch, masks: GrammarMasks | None) -> StepOutput:
+        batch = self.begun.pop(batch.step, None) or self._begin(batch)
         ids = {chunk.uid: self._inputs(chunk) for chunk in batch.chunks}
         written: set[tuple[int, int]] = set()
         for chunk in self.random.sample(batch.chunks, len(batch.chunks)):
@@ -311,7 +331,9 @@ class HashExecutor:
         kv = [self._read(row, position) for position in range(row.length)] + [value]
         drafts: list[int] = []
         for index in range(len(chunk.drafts)):
-            token = self._next_token(row, kv, drafts)
+            form, position = self.forms.get(chunk.uid), row.length + 1 + index
+            allowed = None if form is None else allowed_at(form, position, self.limits.vocab_size)
+            token = self._next_token(row, kv, drafts, allowed)
             if self.random.random() >= self.share_right:
                 token = self.random.randrange(self.limits.vocab_size)
             drafts.append(token)

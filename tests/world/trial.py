@@ -1,13 +1,17 @@
 """Random traces: a driver that tortures the scheduler over the hash-chain executor."""
 
 from collections import deque
+from collections.abc import Mapping
 from random import Random
 
+import numpy as np
+
 from minisgl.config import EngineConfig
-from minisgl.core.batch import Batch
+from minisgl.core.batch import PENDING, Batch
 from minisgl.core.costmodel import CostModel, DevicePeaks, ModelSizes
 from minisgl.core.draft_policy import DraftPolicy
-from minisgl.core.executor import Limits
+from minisgl.core.executor import GrammarMasks, Limits
+from minisgl.core.grammar import Forced
 from minisgl.core.ngram import NGramProposer
 from minisgl.core.policy import Fairness
 from minisgl.core.request import Delta, Request, SamplingParams
@@ -15,7 +19,14 @@ from minisgl.core.scheduler import Scheduler
 from minisgl.core.sequence import Sequence
 from minisgl.core.speculation import Speculation, propose_on_device
 from tests.world.books import check_books
-from tests.world.hash_executor import EOS, HashExecutor, next_token, reference, run_model
+from tests.world.hash_executor import (
+    EOS,
+    HashExecutor,
+    allowed_at,
+    next_token,
+    reference,
+    run_model,
+)
 
 VOCAB = 23
 TINY_MODEL = ModelSizes(
@@ -36,11 +47,11 @@ class Fickle(Speculation):
         return self.random.random() < self.steady
 
 
-def make_speculation(random: Random, chunk_size: int) -> Speculation:
+def make_speculation(random: Random, chunk_size: int, forms: Mapping[int, int]) -> Speculation:
     kind = random.choice(["oracle", "ngram", "device", "device", "adaptive"])
     count = random.randrange(1, 5)
     if kind == "oracle":
-        return Speculation(make_drafter(random, random.random()), count)
+        return Speculation(make_drafter(random, random.random(), forms), count)
     if kind == "ngram":
         return Speculation(NGramProposer(1, random.randrange(1, 4)), count)
     device = {"on_device": True, "chunk_size": chunk_size}
@@ -49,7 +60,7 @@ def make_speculation(random: Random, chunk_size: int) -> Speculation:
     return Speculation(propose_on_device, count, policy=DraftPolicy(count), **device)
 
 
-def make_drafter(random: Random, share_right: float):
+def make_drafter(random: Random, share_right: float, forms: Mapping[int, int]):
     """Proposes up to three tokens, right ones or not, pending tokens or not."""
 
     def drafter(sequence: Sequence, most: int) -> list[int]:
@@ -60,7 +71,9 @@ def make_drafter(random: Random, share_right: float):
         # What is pending is unknown here; the oracle may know it, a real drafter's device does.
         for _ in range(sequence.num_pending + random.randrange(1, 4)):
             kv = run_model(held + drafts, request.cache_salt)
-            right = next_token(kv, request.params, sequence.choice, held + drafts, VOCAB)
+            form, text = forms.get(sequence.uid), held + drafts
+            allowed = None if form is None else allowed_at(form, len(text), VOCAB)
+            right = next_token(kv, request.params, sequence.choice, text, VOCAB, allowed)
             first_draft = len(drafts) == sequence.num_pending
             wrong = first_draft or len(drafts) > sequence.num_pending
             wrong = wrong and random.random() >= share_right
@@ -118,16 +131,19 @@ class Trial:
         cost_model = None
         if target is not None or random.random() < 0.2:
             cost_model = CostModel(TINY_MODEL, DevicePeaks(1e6, 1e6, 1e-3))
+        self.forms: dict[int, int] = {}  # by uid
         speculation = None
         if random.random() < 0.4:
-            speculation = make_speculation(random, config.chunked_prefill_size)
+            speculation = make_speculation(random, config.chunked_prefill_size, self.forms)
         self.time = 0.0
         self.scheduler = Scheduler(
             self.limits, config, (EOS,), cost_model, lambda: self.time, speculation, fairness
         )
         self.salts: dict[int, str] = {}
-        self.executor = HashExecutor(self.limits, random, self.salts, random.random())
+        self.executor = HashExecutor(self.limits, random, self.salts, random.random(), self.forms)
         self.requests: dict[str, Request] = {}
+        self.choices: list[tuple[Request, int]] = []  # by uid
+        self.share_formed = random.choice([0.0, 0.5, 1.0])
         self.said: dict[tuple[str, int], list[int]] = {}
         self.scored: dict[tuple[str, int], list[int]] = {}  # prompt tokens
         self.ends: dict[tuple[str, int], str] = {}
@@ -151,7 +167,11 @@ class Trial:
         self.check_end()
 
     def add(self, request: Request) -> None:
+        is_formed = self.random.random() < self.share_formed
         for choice in range(request.params.n):
+            if is_formed:
+                self.forms[len(self.salts)] = self.random.randrange(1000)
+            self.choices.append((request, choice))
             self.salts[len(self.salts)] = request.cache_salt
             self.said[request.id, choice] = []
             self.scored[request.id, choice] = []
@@ -170,16 +190,57 @@ class Trial:
 
     def step(self) -> None:
         """One turn of the engine's loop: plan, dispatch, collect what is due, update."""
+        if not self.in_flight:
+            self.force({uid: [] for uid in self.forms})
         batch = self.scheduler.plan()
         if batch is not None:
             self.executor.dispatch(batch)
-            self.executor.sample(batch.step)
+            if any(chunk.samples and chunk.uid in self.forms for chunk in batch.chunks):
+                self.sample_masked(batch)
+            else:
+                self.executor.sample(batch.step)
             self.in_flight.append(batch)
         elif not self.in_flight:
             assert not self.scheduler.has_work, "work, but nothing planned and nothing in flight"
-        if len(self.in_flight) > (self.depth if batch is not None else 0):
-            self.hear(self.scheduler.update(self.in_flight.popleft(), self.executor.collect()))
+        self.collect(self.depth if batch is not None else 0)
         check_books(self.scheduler)
+
+    def collect(self, down_to: int) -> None:
+        if len(self.in_flight) > down_to:
+            self.hear(self.scheduler.update(self.in_flight.popleft(), self.executor.collect()))
+
+    def sample_masked(self, batch: Batch) -> None:
+        """Masks for what every draft may be, and for what follows the last; all else is read."""
+        self.collect(0)
+        formed = [(i, c) for i, c in enumerate(batch.chunks) if c.samples and c.uid in self.forms]
+        asks = any(PENDING in chunk.drafts for _, chunk in formed)
+        proposed = self.executor.drafts(batch.step) if asks else [c.drafts for c in batch.chunks]
+        indices, bits = [], []
+        for index, chunk in formed:
+            for place in range(1 + len(proposed[index])):
+                indices.append(index)
+                allowed = allowed_at(self.forms[chunk.uid], self.length(chunk.uid) + place, VOCAB)
+                bits.append([sum(1 << token for token in allowed)])
+        self.executor.sample(batch.step, GrammarMasks(indices, np.array(bits, np.uint32)))
+        self.force({chunk.uid: proposed[index] for index, chunk in formed})
+
+    def length(self, uid: int) -> int:
+        request, choice = self.choices[uid]
+        return len(request.prompt_token_ids) + len(self.said[request.id, choice])
+
+    def force(self, drafts: dict[int, list[int]]) -> None:
+        """Have tokens appended that forms leave no choice about, often not all of them."""
+        runs = {}
+        for uid, known in drafts.items():
+            run, most = list[int](), self.random.randrange(9)
+            while len(run) < most:
+                allowed = allowed_at(self.forms[uid], self.length(uid) + len(run), VOCAB)
+                if len(allowed) > 1:
+                    break
+                run += allowed
+            if run:
+                runs[uid] = Forced(run, known)
+        self.hear(self.scheduler.force(runs))
 
     def hear(self, deltas: list[Delta]) -> None:
         for delta in deltas:
@@ -207,8 +268,9 @@ class Trial:
                 assert (delta.error is not None) == (delta.finish_reason == "error")
 
     def check_end(self) -> None:
-        for (request_id, choice), said in self.said.items():
-            expected, reason = reference(self.requests[request_id], choice, self.limits)
+        for uid, (request, choice) in enumerate(self.choices):
+            request_id, said = request.id, self.said[request.id, choice]
+            expected, reason = reference(request, choice, self.limits, self.forms.get(uid))
             ended = self.ends[request_id, choice]
             if ended in ("abort", "error"):
                 assert said == expected[: len(said)], (request_id, choice, said, expected)
