@@ -106,7 +106,8 @@ class Unit:
         except (BuildError, ImportError, OSError) as error:  # a cache that cannot be read, too
             self._report_failure(error)
             return
-        log.info("building %s in the background; until then: %s", self.target, self._twin)
+        # A warning, which shows where nobody has configured a log: it may take minutes.
+        log.warning("%s, in the background; until then: %s", self.target.begins, self._twin)
         name = f"csrc-{self.target.module.name}"
         self._thread = threading.Thread(target=self._build, name=name, daemon=True)
         self._thread.start()
@@ -114,7 +115,7 @@ class Unit:
     def _build(self) -> None:
         begin = time.perf_counter()
         try:
-            library = self.target.build()
+            library = self.target.build(lambda text: log.warning("%s: %s", self.target, text))
             self.module = import_extension(self.target.module.name, library)
         except (BuildError, ImportError) as error:
             self._report_failure(error)

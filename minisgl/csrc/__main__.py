@@ -19,7 +19,9 @@ def report(target: Target) -> bool:
     """Build one target and print one line about it; False if it was tried and failed."""
     try:
         begin, found = time.perf_counter(), target.library.exists()
-        target.build()
+        if not found:
+            print(f"csrc: {target.begins}", flush=True)
+        target.build(lambda text: print(f"csrc: {target}: {text}", flush=True))
     except Unavailable as error:
         print(f"csrc: {target}: not built: {error}; {target.module.twin}")
         return True  # this machine is served by the twin: nothing has failed

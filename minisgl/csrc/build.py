@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -25,6 +26,7 @@ from typing import Literal
 PACKAGE = Path(__file__).parent
 EXTENSION = EXTENSION_SUFFIXES[0]  # names Python's version and platform
 # A wheel carries the sources as minisgl/csrc/src; a checkout has them in its top-level csrc/.
+REPORT_SECONDS = 10
 SOURCES = PACKAGE / "src" if (PACKAGE / "src").is_dir() else PACKAGE.parents[1] / "csrc"
 
 
@@ -125,6 +127,11 @@ class Target:
         return f"{self.module.name} ({'sm_' * (self.module.kind == 'cuda')}{self.arch})"
 
     @property
+    def begins(self) -> str:
+        """What is said where it is built."""
+        return f"building {self} of {len(self.module.sources)} files, once on this machine"
+
+    @property
     def flags(self) -> list[str]:
         if self.module.kind == "cpu":
             extra = ["-Wall", "-Wextra", "-fPIC", "-fvisibility=hidden", "-pthread"]
@@ -150,8 +157,9 @@ class Target:
         name = f"{self.module.name}-{self.arch}-{digest.hexdigest()[:16]}"
         return cache_dir() / name / (self.module.name + EXTENSION)
 
-    def build(self) -> Path:
+    def build(self, progress: Callable[[str], None]) -> Path:
         """Compile unless that has been done, by this or any other process; the library's path.
+        `progress` is told every REPORT_SECONDS how far that is.
 
         The directory is locked meanwhile. The lock is the kernel's, so it cannot outlive its
         holders, and the compiler inherits it: a build outlives a short process that started it,
@@ -163,18 +171,21 @@ class Target:
             with open(library.parent / "lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not library.exists():
-                    self._compile(library, lock.fileno())
+                    self._compile(library, lock.fileno(), progress)
         except OSError as error:
             raise BuildError(f"cannot write {library.parent}: {error}") from error
         return library
 
-    def _compile(self, library: Path, lock: int) -> None:
+    def _compile(self, library: Path, lock: int, progress: Callable[[str], None]) -> None:
         folder = library.parent
         (folder / "build.ninja").write_text(self._ninja_file(library))
         with open(folder / "build.log", "w+") as log:
             command = [find_ninja(), "--quiet", "-C", str(folder)]
-            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock])
-            if done.returncode == 0:
+            ninja = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock])
+            while (code := _ended(ninja)) is None:
+                compiled = len([*folder.glob("*.o")])
+                progress(f"{compiled} of {len(self.module.sources)} files are compiled")
+            if code == 0:
                 return
             log.seek(0)
             ninja_says = ("ninja:", "FAILED:", str(find_compiler(self.module.kind)))
@@ -203,6 +214,14 @@ class Target:
             f"build {_ninja_path(Path(library.name))}: link {' '.join(objects)}",
         ]
         return "\n".join(lines) + "\n"
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int | None:
+    """The exit code; None where it takes longer than REPORT_SECONDS."""
+    try:
+        return process.wait(REPORT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def find_module(name: str) -> Module:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from minisgl.csrc import Module, Target, Unavailable, Unit, cpu_level, load
+from minisgl.csrc.__main__ import report
 from minisgl.csrc.build import find_compiler, find_headers, find_module, find_ninja
 
 ROOT = Path(__file__).parents[2]
@@ -96,6 +97,22 @@ def test_builds_in_the_background_once(target, tmp_path):
 
 
 @needs_compiler
+def test_a_build_says_that_it_begins_and_how_far_it_is(target, monkeypatch, caplog, capsys):
+    monkeypatch.setattr("minisgl.csrc.build.REPORT_SECONDS", 0.02)
+    Unit(target).start(wait=True)
+    first, *others = [record.getMessage() for record in caplog.records]
+    begins = f"building {target} of 1 files, once on this machine"
+    assert first == f"{begins}, in the background; until then: the twin serves"
+    assert others[0] == f"{target}: 0 of 1 files are compiled"
+    shutil.rmtree(target.library.parent)
+    assert report(target)
+    first, second, *_, last = capsys.readouterr().out.splitlines()
+    assert first == f"csrc: {begins}"
+    assert second == f"csrc: {target}: 0 of 1 files are compiled"
+    assert last.startswith(f"csrc: {target}: built in ")
+
+
+@needs_compiler
 def test_two_processes_build_once(target, tmp_path):
     processes = [start_process(target, "wait") for _ in range(3)]
     assert [p.communicate(timeout=120)[0].strip() for p in processes] == ["42"] * 3
@@ -134,7 +151,8 @@ def test_a_failed_build_is_told_once_and_not_repeated(target, tmp_path, caplog):
             unit.start(wait=True)
     assert unit.module is None
     assert compiler_runs(tmp_path) == 1
-    (record,) = caplog.records
+    record = caplog.records[-1]
+    assert [r for r in caplog.records if "failed" in r.getMessage()] == [record]
     assert "nonsense" in record.getMessage()
     assert "the twin serves" in record.getMessage()
 
@@ -226,7 +244,7 @@ PyMODINIT_FUNC PyInit_probe() { return PyModule_Create(&module); }
 def test_a_cuda_module_builds_for_each_arch(target):
     (target.sources / "probe.cu").write_text(CUDA_SOURCE)
     module = Module("probe", "cuda", ("probe.cu",), twin="")
-    libraries = [Target(module, arch, target.sources).build() for arch in ("80", "90a")]
+    libraries = [Target(module, arch, target.sources).build(print) for arch in ("80", "90a")]
     assert libraries[0] != libraries[1]
     for library, arch in zip(libraries, (b"sm_80", b"sm_90a"), strict=True):
         assert arch in library.read_bytes()
