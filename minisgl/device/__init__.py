@@ -21,8 +21,7 @@ def pick_device(name: str, *, index: int = 0, of: int = 1) -> Device:
     """The device called "cpu", "cuda", "cuda:N" or "auto" (cuda when there is one).
 
     For the `index`-th of `of` processes that work together on this machine: each has a GPU of its
-    own, or its share of the cores. ValueError for another name or more processes than GPUs,
-    RuntimeError when CUDA is asked for and absent.
+    own, or its share of the cores. ValueError for another name, or for GPUs that are not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,7 +31,11 @@ def pick_device(name: str, *, index: int = 0, of: int = 1) -> Device:
     if kind != "cuda" or (number and not number.isdigit()):
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if not torch.cuda.is_available():
-        raise RuntimeError(f"device is {name!r} but torch sees no CUDA device")
+        why = "sees no GPU" if torch.version.cuda else "was built without CUDA"
+        raise ValueError(f"device must be auto or cpu where torch {why}, got {name!r}")
+    if number and int(number) >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise ValueError(f"device must be at most cuda:{last}, the last GPU, got {name!r}")
     if of > torch.cuda.device_count():
         raise ValueError(
             f"tp_size must be at most the {torch.cuda.device_count()} GPUs that each machine "

@@ -37,7 +37,7 @@ def open_store(
 ) -> dist.TCPStore:
     """The store at `dist_init_addr`; on one machine, on a free port or the given one.
 
-    RuntimeError when it cannot be served, or is not reached in time.
+    ConnectionError when it cannot be served, or is not reached in time.
     """
     host, number = split_address(config.dist_init_addr or f"{LOOPBACK}:{port or 0}")
     if not serve:
@@ -52,7 +52,7 @@ def open_store(
         )
     except dist.DistError as error:
         what = "cannot be listened on" if serve else "cannot be reached"
-        raise RuntimeError(f"dist_init_addr {host}:{number} {what}: {error}") from error
+        raise ConnectionError(f"dist_init_addr {host}:{number} {what}: {error}") from error
     store.set_timeout(timedelta(seconds=RENDEZVOUS_SECONDS))
     return store
 
@@ -66,7 +66,7 @@ def _wait_until_reachable(host: str, port: int) -> None:
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise RuntimeError(
+                raise ConnectionError(
                     f"dist_init_addr {host}:{port} was not reached within {RENDEZVOUS_SECONDS} s: "
                     f"{error}"
                 ) from error

@@ -162,8 +162,15 @@ def test_unknown_device_names_are_refused(name: str):
 
 def test_cuda_is_refused_where_there_is_none():
     if not torch.cuda.is_available():
-        with pytest.raises(RuntimeError, match="no CUDA device"):
+        with pytest.raises(ValueError, match=r"device must be auto or cpu where .* got 'cuda:0'"):
             pick_device("cuda:0")
+
+
+def test_a_gpu_beyond_the_last_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"device must be at most cuda:1, .* got 'cuda:2'"):
+        pick_device("cuda:2")
 
 
 def test_ranks_of_one_machine_share_its_cores(monkeypatch):

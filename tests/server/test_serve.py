@@ -389,8 +389,12 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path):
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--model=/no/such/folder", "'/no/such/folder' is neither a directory here nor a model"),
+        (
+            "--model=/no/such/folder",
+            "'/no/such/folder' is neither a file or directory here nor a model",
+        ),
         ("--profile-dir=/dev/null", "profile_dir: cannot make /dev/null: File exists"),
+        ("--device=cuda:99", "device must be "),
     ],
 )
 def test_what_cannot_be_used_is_one_line(flag, words):
