@@ -35,6 +35,7 @@ class AnswerForm:
     is_open: bool = False  # the prompt ends in reasoning's opening mark
     finish_reason: str = "tool_calls"  # where there are calls
     holds_text: bool = False  # to a schema: an answer is text as a whole, or calls
+    must_call: bool = False  # and is held to that: what is no reasoning is the frame of calls
 
     @property
     def marks(self) -> set[str]:
@@ -67,8 +68,8 @@ class AnswerParser(Reader):
         rest = "".join(self.held)
         if self.kind == "reasoning" or (self.num_calls and not rest.strip()):
             rest = rest.rstrip()
-        if self.kind != "arguments":  # a call that broke off
-            self.say(rest)
+        if self.kind != "arguments" and not (self.kind == "text" and self._form.must_call):
+            self.say(rest)  # else a call or its frame broke off
         return self.news()
 
     @property

@@ -28,7 +28,6 @@ def grammar(
     form: AnswerForm,
     token_id: TokenId,
     *,
-    must_call: bool,
     exact: Collection[str],
     text: Mapping[str, Any] | bool | None = None,
 ) -> str | None:
@@ -52,8 +51,8 @@ def grammar(
         rules.append(f"{name.upper()}: /(?s:.*)/ & {_without(mark)}")
         return f"{name.upper()} {spelled(mark)}"
 
-    marks, thought, answers = form.reasoning, "", ["text"] * (not must_call)
-    is_free = not must_call and text is None
+    marks, thought, answers = form.reasoning, "", ["text"] * (not form.must_call)
+    is_free = not form.must_call and text is None
     if tools is not None:
         frames = (f for f in tools.frames if not f.needs or token_id(f.needs) is not None)
         if (frame := next(frames, None)) is None:
@@ -79,6 +78,6 @@ def grammar(
         given = {"type": "object"} | (NO_PARAMETERS if schema is None else schema)
         given |= {} if name in exact else LENIENT
         rules.append(f"args{index}: %json {json.dumps(given)}")
-    if text is not None and not must_call:
+    if text is not None and not form.must_call:
         rules.append(f"text: %json {json.dumps(text)}")
     return "\n".join([f"start: {thought} answer", f"answer: {' | '.join(answers)}", *rules])

@@ -121,7 +121,8 @@ def answer_form(
         raise ApiError("tools are left out by the chat template of this model", param="tools")
     ended = "stop" if tools.named else "tool_calls"  # as OpenAI has it
     kept = {tools.named: schemas[tools.named]} if tools.named else schemas
-    return AnswerForm(reasoning, tool_format, kept, tools.most_calls, is_open, ended)
+    most, must_call = tools.most_calls, tools.must_call
+    return AnswerForm(reasoning, tool_format, kept, most, is_open, ended, must_call=must_call)
 
 
 def held_to(
@@ -144,13 +145,12 @@ def held_to(
         if isinstance(text, dict) and not asked.get("strict", True):
             text = text | LENIENT
         form = dataclasses.replace(form, holds_text=True)
-    elif not (tools.must_call or exact):
+    elif not (form.must_call or exact):
         return None, form
-    must_call = tools.must_call
-    made = grammar(form, tokenizer.added_id, must_call=must_call, exact=exact, text=text)
+    made = grammar(form, tokenizer.added_id, exact=exact, text=text)
     if made is None:
         able = [name for name, form in TOOL_FORMATS.items() if form.frames]
-        param = "tool_choice" if must_call else "tools"
+        param = "tool_choice" if form.must_call else "tools"
         message = (
             f"{param} with calls that are held to their schemas (required, named or strict) needs "
             f"a model that writes them as one of {able}"

@@ -1,5 +1,6 @@
 """Answers that are held to a form of calls: they fit, are read as calls, and nothing else fits."""
 
+import dataclasses
 import json
 from concurrent.futures import Future
 
@@ -46,7 +47,8 @@ def token_id(backend):
 def fits(world, form, said, is_spelled=False, **options):
     """Whether an answer may be this, and end behind it; spelled: without marks as tokens."""
     backend, made, end = world
-    spec = grammar(form, token_id(backend), **{"must_call": True, "exact": ["weather"]} | options)
+    form = dataclasses.replace(form, must_call=options.pop("must_call", True))
+    spec = grammar(form, token_id(backend), **{"exact": ["weather"]} | options)
     compiled: Future = made.compile(json.dumps({"grammar": spec}))
     state = compiled.result(30).copy()
     pieces = said if is_spelled else [said]
@@ -191,4 +193,4 @@ def test_an_answer_to_a_schema_may_spell_marks_and_stays_text(world, name):
 
 def test_forms_without_json_are_not_held():
     for name in {*TOOL_FORMATS} - {*HELD}:
-        assert grammar(form(name), lambda text: None, must_call=True, exact=()) is None
+        assert grammar(form(name), lambda text: None, exact=()) is None

@@ -10,6 +10,7 @@ from openai import OpenAI
 
 from minisgl.server.app import LONG_TEXT
 from minisgl.server.chat import parse_chat
+from minisgl.server.tool_formats import TOOL_FORMATS
 from tests.server.calls import USER
 from tests.server.fake_engine import ServerThread
 from tests.server.templates import HERMES, MISTRAL
@@ -131,6 +132,24 @@ def test_finish_reasons_are_true(client, engine, text, options, finish_reason):
     assert whole.message.tool_calls != []
     *_, last = ask(client, stream=True, **options)
     assert last.choices[0].finish_reason == finish_reason
+
+
+@pytest.mark.parametrize("tools", ["hermes", "mistral", "llama3_json"])
+def test_a_frame_that_broke_off_is_no_text(tools):
+    frame = TOOL_FORMATS[tools].frames[-1]
+    start = frame.start + frame.lead
+    whole = f'{start}weather{frame.middle}{{"place": "x"}}{frame.end}{frame.between}{frame.lead}w'
+    server = ServerThread(model=model(tools=tools))
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        for size in range(len(whole)):
+            server.engine.text = f"<think>Which?</think>{whole[:size]}"
+            for parallel in (True, False):
+                options = {"tool_choice": "required", "parallel_tool_calls": parallel}
+                message = ask(client, **options).choices[0].message
+                assert not message.content, message.content
+                assert message.reasoning_content == "Which?"
+                assert bool(message.tool_calls) == (size > len(f"{start}weather"))
+    server.close()
 
 
 def test_one_call_at_most_where_one_is_asked_for(client, engine):
