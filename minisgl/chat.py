@@ -8,6 +8,7 @@ python -m minisgl.chat --url http://127.0.0.1:30000     # any OpenAI-compatible 
 import contextlib
 import http.client
 import json
+import re
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -22,8 +23,10 @@ from minisgl.log import configure
 
 HELP = (
     "Ctrl-C stops an answer, /reset forgets the conversation, /save FILE keeps it in a file, "
-    "/exit or Ctrl-D ends."
+    "/help lists the commands, /exit or Ctrl-D ends."
 )
+COMMAND = re.compile(r"/\w*(?:\s.*)?")  # a path or a comment is none
+COMMANDS = "/help, /reset, /save FILE, /profile, /exit"
 OUTGROWN = "context length"  # in a server's refusal of a conversation that is too long
 HELP_PROFILE = "/profile starts a profile; the next /profile ends and writes it."
 
@@ -138,11 +141,15 @@ def converse(partner: RemotePartner | LocalPartner, system: str | None) -> None:
             messages, file = list(start), ""
         elif said.startswith("/save "):
             file = _save(messages, said.removeprefix("/save ").strip())
+        elif said == "/help":
+            print(f"{HELP}\n{HELP_PROFILE}")
         elif said == "/profile":
             try:
                 print(partner.profile())
             except ValueError as error:
                 print(f"minisgl.chat: {error}", file=sys.stderr)
+        elif COMMAND.fullmatch(said):
+            print(f"minisgl.chat: {said}: the commands are {COMMANDS}", file=sys.stderr)
         elif said:
             answer = _show(partner, [*messages, {"role": "user", "content": said}])
             if answer is not None:

@@ -39,6 +39,16 @@ def test_a_conversation_grows_until_it_is_reset(talk, engine):
     assert "system\nkurz" in third
 
 
+def test_commands_are_listed_and_unknown_ones_are_no_message(talk, engine):
+    code, out, err = talk("/help", "/foo", "/save", "/resett x", "/usr/bin?", "/exit")
+    assert code == 0
+    assert out.count("/help lists the commands") == 2
+    for said_ in ("/foo", "/save", "/resett x"):
+        assert f"minisgl.chat: {said_}: the commands are /help, /reset, /save FILE" in err
+    assert len(said(engine)) == 1
+    assert "/usr/bin?" in said(engine)[0]
+
+
 def test_flags_reach_the_server(talk, engine):
     talk("x", flags=["--temperature", "0", "--max-tokens", "3"])
     params = engine.requests[0].params
