@@ -129,25 +129,25 @@ class NoTokenizer(Tokenizer):
     def encode(self, *_: Any, **__: Any) -> NoReturn:
         raise ValueError(f"{self._directory} has no tokenizer: prompts must be token ids")
 
-    render_chat = encode
+    render_chat = render_both = encode
 
     def is_special(self, token_id: int) -> bool:
         return True
 
 
-def load_tokenizer(info: EngineInfo) -> Tokenizer:
+def load_tokenizer(info: EngineInfo, chat_template: str | None = None) -> Tokenizer:
     """The tokenizer of the engine's model, or what stands in for it where there is none."""
     directory = Path(info.model_path)
     if directory.is_file() or any((directory / name).is_file() for name in TOKENIZER_FILES):
-        return Tokenizer.from_directory(directory)
+        return Tokenizer.from_directory(directory, chat_template)
     return NoTokenizer(info.model_path)
 
 
 class PromptReader:
     """Makes requests of prompts and conversations; counts their ids."""
 
-    def __init__(self, info: EngineInfo) -> None:
-        self.tokenizer = load_tokenizer(info)
+    def __init__(self, info: EngineInfo, chat_template: str | None) -> None:
+        self.tokenizer = load_tokenizer(info, chat_template)
         self._check = partial(info.limits.check_length, at_least="at least ")
         self._ids = itertools.count()
 
@@ -159,9 +159,14 @@ class PromptReader:
             raise TypeError(f"messages must be a list of messages, got {shown(messages)}")
         single = not messages or isinstance(messages[0], Mapping)
         conversations = cast(Sequence[Conversation], [messages] if single else messages)
-        texts = [self.tokenizer.render_chat(each, **options) for each in conversations]
+        both = [self.tokenizer.render_both(each, **options) for each in conversations]
+        for tool in options.get("tools") or ():
+            name = tool.get("function", tool).get("name", "") if isinstance(tool, Mapping) else ""
+            if not name or not all(name in frame for _, frame in both):
+                wrong = "is left out by this model's chat template" if name else "has no name"
+                raise ValueError(f"tools: {shown(tool)} {wrong}")
         encode = partial(self.tokenizer.encode, add_special_tokens=False, check=self._check)
-        return [encode(text) for text in texts], single
+        return [encode(text) for text, _ in both], single
 
     def collector(self, prompt: Prompt, params: SamplingParams) -> Collector:
         if isinstance(prompt, str):

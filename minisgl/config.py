@@ -46,6 +46,9 @@ class EngineConfig:
         "HF directory, GGUF file, hub id or smollm2; the bundled model when absent",
         aliases=("--model-path",),
     )
+    chat_template: str | None = _option(
+        None, "file of a chat template in Jinja; the model's own when absent"
+    )
     dtype: DType = _option("auto", "weights and activations; auto follows the checkpoint")
     device: str = _option("auto", "cuda, cpu, or auto: cuda when there is one")
     load_format: LoadFormat = _option("auto", "auto reads the files, dummy fills random weights")

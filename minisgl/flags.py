@@ -19,6 +19,7 @@ SIMILARITY = 0.8  # of a flag's spelling to one that exists, at least, for a hin
 # Our flag -> what does the same in other engines.
 ELSEWHERE = {
     "--model": "-m --model-id",
+    "--chat-template": "--chat-template-file",
     "--served-model-name": "-a --alias",
     "--tp-size": "--tensor-parallel-size -tp",
     "--dist-init-addr": "--master-addr",

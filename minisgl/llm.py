@@ -8,7 +8,7 @@ import asyncio
 import difflib
 import os
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from dataclasses import fields
 from typing import Any, Self, overload
 
@@ -30,6 +30,8 @@ from minisgl.engine.messages import EngineInfo, EngineStats
 from minisgl.engine.process import EngineProcess
 from minisgl.interrupts import held_back, let_through
 from minisgl.libraries import prepare
+from minisgl.log import shown_by
+from minisgl.server.chat_template import read_template
 from minisgl.server.pieces import PIECE
 from minisgl.server.tokenizer import Tokenizer
 
@@ -43,7 +45,10 @@ def make_config(model: str | os.PathLike[str] | None, options: Mapping[str, Any]
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]!r}?" if close else f"; known are {known}"
         raise TypeError(f"unknown option {name!r}{hint}")
-    return EngineConfig(model=os.fspath(model) if model is not None else None, **options)
+    config = EngineConfig(model=os.fspath(model) if model is not None else None, **options)
+    if config.chat_template is not None:
+        read_template(config.chat_template)  # refused before a model is loaded
+    return config
 
 
 class LLM:
@@ -62,7 +67,7 @@ class LLM:
 
         self._engine = build_engine(made)
         try:
-            self._reader = PromptReader(self._engine.info)
+            self._reader = PromptReader(self._engine.info, made.chat_template)
         except BaseException:
             self._engine.close()
             raise
@@ -218,9 +223,11 @@ class LLM:
 
     def _run(self, collectors: Sequence[Collector], use_tqdm: bool) -> None:
         from tqdm import tqdm
+        from tqdm.contrib.logging import logging_redirect_tqdm
 
         waiting = set(collectors)
-        with tqdm(total=len(collectors), disable=not use_tqdm, unit="prompt") as bar:
+        bar = tqdm(total=len(collectors), disable=not use_tqdm, unit="prompt")
+        with bar, logging_redirect_tqdm([shown_by()]) if use_tqdm else nullcontext():
             while waiting:
                 ended = waiting.intersection(self._step())
                 waiting -= ended
@@ -242,7 +249,9 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str | os.PathLike[str] | None = None, **config: Any) -> None:
-        self._process = EngineProcess("minisgl.build:build_engine", make_config(model, config))
+        made = make_config(model, config)
+        self._chat_template = made.chat_template
+        self._process = EngineProcess("minisgl.build:build_engine", made)
         self._client: ProcessClient | None = None  # made in the event loop of the first call
         self._reader: PromptReader | None = None
         self._closed = False
@@ -361,5 +370,5 @@ class AsyncLLM:
             )
         await self._client.ready()
         if self._reader is None:
-            self._reader = PromptReader(self._client.info)
+            self._reader = PromptReader(self._client.info, self._chat_template)
         return self._client, self._reader

@@ -35,6 +35,12 @@ def configure(level: str = "info", process: str = "") -> None:
         root.propagate = False
 
 
+def shown_by() -> logging.Logger:
+    """The logger whose handlers show minisgl's log: the user's where it was not configured."""
+    ours = logging.getLogger(ROOT_LOGGER)
+    return ours if ours.handlers else logging.getLogger()
+
+
 def shows_progress() -> bool:
     """Whether to show progress bars: stderr is a terminal and the level is info or lower."""
     return sys.stderr.isatty() and logging.getLogger(ROOT_LOGGER).isEnabledFor(logging.INFO)

@@ -42,10 +42,13 @@ def main(args: Sequence[str] | None = None) -> int:
         return _run_ranks(config, early)
     configure(config.log_level, "server")
     try:
+        if config.chat_template is not None:
+            from minisgl.server.chat_template import read_template
+
+            read_template(config.chat_template)  # refused before a model is loaded
         listening = _listen(config)
-    except OSError as error:
-        reason = f"cannot listen on {config.host}:{config.port}: {error.strerror or error}"
-        print(f"minisgl.serve: {reason}", file=sys.stderr)
+    except (OSError, ValueError) as error:
+        print(f"minisgl.serve: {error}", file=sys.stderr)
         return 1
     if early:
         listening.close()
@@ -82,7 +85,11 @@ def _run_ranks(config: ServerConfig, early: list[int]) -> int:
 
 def _listen(config: ServerConfig) -> socket.socket:
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    return socket.create_server((config.host, config.port), family=family, backlog=BACKLOG)
+    try:
+        return socket.create_server((config.host, config.port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"cannot listen on {config.host}:{config.port}: {reason}") from error
 
 
 async def _serve(
@@ -144,7 +151,7 @@ def _served_model(info: "EngineInfo", config: ServerConfig) -> "ServedModel":
     from minisgl.server.tokenizer import Tokenizer
     from minisgl.server.tool_formats import TOOL_FORMATS
 
-    tokenizer = Tokenizer.from_directory(info.model_path)
+    tokenizer = Tokenizer.from_directory(info.model_path, config.chat_template)
     template = tokenizer.chat_template.source if tokenizer.chat_template else ""
     return ServedModel(
         name=config.served_model_name or info.model,

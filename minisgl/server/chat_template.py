@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
@@ -99,6 +100,17 @@ class ChatTemplate:
             return with_texts(texts, False), ""
         role = messages[lost[0]]["role"]
         raise ValueError(f"the chat template leaves out messages[{lost[0]}], of role {role!r}")
+
+
+def read_template(path: str) -> str:
+    """A template's source, of the file that `--chat-template` names. Raises ValueError."""
+    try:
+        source = Path(path).read_text("utf-8")
+        ChatTemplate(source)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"chat_template cannot be read from {path}: {reason}") from error
+    return source
 
 
 def _with_texts(message: Message, texts: list[str], as_parts: bool) -> dict[str, Any]:

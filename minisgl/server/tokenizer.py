@@ -14,7 +14,7 @@ from typing import Any, Self
 import msgspec
 import tokenizers
 
-from minisgl.server.chat_template import ChatTemplate, Message
+from minisgl.server.chat_template import ChatTemplate, Message, read_template
 from minisgl.server.pieces import PIECE, LongTexts
 
 Check = Callable[[int], None]
@@ -50,18 +50,19 @@ class Tokenizer:
         self._bytes_of: dict[int, bytes] = {}
 
     @classmethod
-    def from_directory(cls, directory: str | Path) -> Self:
+    def from_directory(cls, directory: str | Path, chat_template: str | None = None) -> Self:
         """Read tokenizer.json, tokenizer_config.json and the chat template, wherever it is kept; or
-        what a GGUF file says of the same.
+        what a GGUF file says of the same. A file `chat_template` takes the place of the model's.
 
         special_tokens_map.json and added_tokens.json count where tokenizer_config.json has no
         `added_tokens_decoder`, which holds all that they do: transformers' rule.
         Raises FileNotFoundError when there is no tokenizer, ValueError when it is not understood.
         """
         root = Path(directory)
+        given = None if chat_template is None else read_template(chat_template)
         if root.suffix == ".gguf":
             backend, config = _read_gguf(root)
-            return cls(backend, config, _template(config.get("chat_template"), config))
+            return cls(backend, config, _template(given or config.get("chat_template"), config))
         config = _read_json(root / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:
             config |= _read_json(root / "special_tokens_map.json")
@@ -69,7 +70,7 @@ class Tokenizer:
             config["added_tokens_decoder"] = {str(ids[text]): text for text in ids}
         path = root / "tokenizer.json"
         backend = _read_tokenizer(path) if path.is_file() else _convert_with_transformers(root)
-        return cls(backend, config, _template(_template_source(root, config), config))
+        return cls(backend, config, _template(given or _template_source(root, config), config))
 
     def encode(
         self, text: str, *, add_special_tokens: bool = True, check: Check | None = None

@@ -22,6 +22,7 @@ def test_no_flags_give_the_defaults():
 # A value other than the default for every field that is no switch.
 VALUES = {
     "model": "x",
+    "chat_template": "x",
     "dtype": "float32",
     "device": "cpu",
     "load_format": "dummy",
