@@ -10,7 +10,7 @@ import openai
 import pydantic
 import pytest
 
-from tests.server.served import Served
+from tests.server.served import ROOT, Served
 
 USER = [{"role": "user", "content": "What is the KV cache?"}]
 SCHEMA = {
@@ -83,6 +83,30 @@ def test_a_stream_is_the_whole(client, model):
         if choice.finish_reason == "stop":
             found = json.loads(choice.message.content)
             assert found.keys() == {"name", "age"}
+
+
+DOCUMENT = (ROOT / "docs/STRUCTURED.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), re.findall(r"curl \S+(/v1/\S+)[^\n]* -d '(\{.*?\})'", DOCUMENT, re.S)
+)
+def test_requests_of_the_document_are_answered(client, path, body):
+    answer = client.post(path.removeprefix("/v1"), body=json.loads(body), cast_to=dict)
+    (choice,) = answer["choices"]
+    text = choice["text"] if "text" in choice else choice["message"]["content"]
+    assert choice["finish_reason"] == "stop"
+    assert re.fullmatch(r'\{ ?"name".*\}|20\d\d-\d\d-\d\d|\d\d?( \+ \d\d?)?', text.strip(), re.S)
+
+
+def test_code_of_the_document_runs(served, capsys):
+    with_client, offline = re.findall(r"```python\n(.*?)```", DOCUMENT, re.S)
+    exec(with_client.replace("http://127.0.0.1:30000", served.wait_ready()), {})
+    parsed, choice = capsys.readouterr().out.splitlines()
+    assert parsed.startswith("name=")
+    assert choice in ("yes", "no")
+    exec(offline, {})
+    assert capsys.readouterr().out in ('"red"\n', '"green"\n', "3\n")
 
 
 def test_what_is_cut_is_told_as_cut(client, model):
