@@ -182,10 +182,10 @@ class Target:
         with open(folder / "build.log", "w+") as log:
             command = [find_ninja(), "--quiet", "-C", str(folder)]
             ninja = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock])
-            while (code := _ended(ninja)) is None:
+            while not _has_ended(ninja):
                 compiled = len([*folder.glob("*.o")])
                 progress(f"{compiled} of {len(self.module.sources)} files are compiled")
-            if code == 0:
+            if ninja.returncode == 0:
                 return
             log.seek(0)
             ninja_says = ("ninja:", "FAILED:", str(find_compiler(self.module.kind)))
@@ -216,12 +216,11 @@ class Target:
         return "\n".join(lines) + "\n"
 
 
-def _ended(process: subprocess.Popen[bytes]) -> int | None:
-    """The exit code; None where it takes longer than REPORT_SECONDS."""
-    try:
-        return process.wait(REPORT_SECONDS)
-    except subprocess.TimeoutExpired:
-        return None
+def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Whether it has, within REPORT_SECONDS."""
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(REPORT_SECONDS)
+    return process.returncode is not None
 
 
 def find_module(name: str) -> Module:

@@ -39,12 +39,8 @@ ANNOTATIONS = _words(
 # Keywords that are not supported -> values that ask for nothing.
 NOTHING: dict[str, tuple[Any, ...]] = {
     "uniqueItems": (False,),
-    "unevaluatedProperties": (True, {}),
-    "unevaluatedItems": (True, {}),
-    "propertyNames": (True, {}),
-    "dependentRequired": ({},),
-    "dependentSchemas": ({},),
-    "dependencies": ({},),
+    **dict.fromkeys(_words("unevaluatedProperties unevaluatedItems propertyNames"), (True, {})),
+    **dict.fromkeys(_words("dependentRequired dependentSchemas dependencies"), ({},)),
 }
 FORMATS = _words("date-time time date duration email hostname ipv4 ipv6 uuid uri")
 TYPES = {"null", "boolean", "integer", "number", "string", "array", "object"}
@@ -78,8 +74,9 @@ class Reader:
             raise Refused("#", f"$ref may name {MAX_REFERENCES} places at most, got {found}")
         is_open = self.levels == 0 or bool(references)
         self.levels = MOST_LEVELS if is_open else min(self.levels + 1, MOST_LEVELS)
-        if not self._can_end():
-            raise Refused("#", "the schema is unsatisfiable: what it requires never ends")
+        if made is False or not self._can_end():
+            why = "it is false" if made is False else "what it requires never ends"
+            raise Refused("#", f"the schema is unsatisfiable: {why}")
         return made
 
     def _read(self, node: Schema, path: str, depth: int) -> Schema:

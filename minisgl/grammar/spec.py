@@ -110,8 +110,6 @@ def _compile_schema(given: dict[str, Any], make: Make) -> tuple[LLMatcher, list[
         raise ValueError("structured_outputs.json: schemas are nested too deeply") from None
     except ValueError as error:
         raise ValueError(said(f"structured_outputs.json: {error}")) from error
-    if schema is False:
-        raise ValueError("structured_outputs.json: #: the schema is unsatisfiable: it is false")
 
     def compiled(schema: Any) -> LLMatcher:
         # Options need an object; what x-guidance a client sends has been refused.
@@ -152,8 +150,6 @@ def with_schemas_read(lark: str) -> tuple[str, list[Any], list[str]]:
                 schema.pop("x-guidance")
             reader = Reader(schema, strict=not is_lenient)
             schema = reader.read()
-            if schema is False:
-                raise ValueError("#: the schema is unsatisfiable: it is false")
         schemas.append(schema if isinstance(schema, dict) else {})
         made.append(json.dumps(schemas[-1] | {"x-guidance": _options(reader)}))
         place = f"structured_outputs.grammar: %json {len(schemas) - 1}"
