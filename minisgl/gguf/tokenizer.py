@@ -88,8 +88,9 @@ def read_tokenizer(file: Gguf) -> tuple[Json, Json]:
     ]
     ids = special_ids(file, len(vocabulary.tokens))
     config: Json = {name: vocabulary.tokens[i] for name, i in ids.items()}
-    config["add_bos_token"] = file.boolean(f"{KEY}.add_bos_token", adds_bos)
+    config["add_bos_token"] = adds_bos = file.boolean(f"{KEY}.add_bos_token", adds_bos)
     if file.boolean(f"{KEY}.add_eos_token", False):
+        config["add_bos_token"] = adds_bos or None  # as the post-processor says
         if "eos_token" not in config:
             raise file.bad(f"{KEY}.add_eos_token", "false without an eos_token_id", True)
         described["post_processor"] = _with_end(config["eos_token"], ids["eos_token"])

@@ -99,13 +99,13 @@ class GgufSlice:
         return self.shape
 
     def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
-        """Those rows, and columns of a matrix, dequantised to fp32."""
+        """Those rows, one or more, and columns of a matrix, dequantised to fp32."""
         wanted = self._order()[slices[0]]
         if len(self.shape) == 1:
             found = self._dequantised(0, 1)[0, wanted]
         else:
-            low, high = int(wanted.min(initial=self.shape[0])), int(wanted.max(initial=-1)) + 1
-            found = self._dequantised(low, max(low, high))[(wanted - low, *slices[1:])]
+            low = int(wanted.min())
+            found = self._dequantised(low, int(wanted.max()) + 1)[(wanted - low, *slices[1:])]
         return found - np.float32(1.0) if self.unit_offset else found
 
     def blocks(self, first: int, stop: int) -> np.ndarray:
