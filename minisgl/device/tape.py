@@ -37,7 +37,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 ALIGNMENT = 64  # bytes
-BLOCK_BYTES = 64 * 2**20  # of an arena, at least; what is not touched takes no memory
+BLOCK_BYTES = 64 * 2**20  # of an arena's first block; what is not touched takes no memory
 
 aten = torch.ops.aten
 EMPTY = (aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided)
@@ -56,7 +56,12 @@ class Arena:
         self._free: list[tuple[int, int]] = []  # addresses, from byte to byte
         # Free too, but not in the list yet: a tensor may end in any thread and at any point.
         self._returned: deque[tuple[int, int]] = deque()
-        self._bytes = self.most_bytes = 0  # in use, now and at most
+        self.num_tapes = 0  # recorded so far
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all blocks, in use or not."""
+        return sum(block.nbytes for block in self._blocks)
 
     def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
         """A dense tensor of this shape and dtype."""
@@ -68,12 +73,10 @@ class Arena:
         place = next((i for i, (a, b) in enumerate(self._free) if b - a >= size), None)
         if place is None:
             place = len(self._free)
-            self._free.append(self._grow(max(size, BLOCK_BYTES)))
+            self._free.append(self._grow(size))
         start, stop = self._free.pop(place)
         if stop - start > size:
             self._free.insert(place, (start + size, stop))
-        self._bytes += size
-        self.most_bytes = max(self.most_bytes, self._bytes)
         memory = self._at(start, tensor.nbytes)
         weakref.finalize(memory, self._returned.append, (start, start + size))
         return torch.from_numpy(memory).view(tensor.dtype).view(tensor.shape)
@@ -87,7 +90,10 @@ class Arena:
         dense = memory.view(tensor.dtype)
         return dense.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
-    def _grow(self, size: int) -> tuple[int, int]:
+    def _grow(self, least: int) -> tuple[int, int]:
+        """A new block's addresses. Each is twice as large as all before: were it as large as a
+        tensor that grows from tape to tape, every one of them would leave a block behind."""
+        size = max(least, BLOCK_BYTES, 2 * self.num_bytes)
         block = np.zeros(size + ALIGNMENT, np.uint8)
         self._blocks.append(block)
         start = block.ctypes.data + -block.ctypes.data % ALIGNMENT
@@ -103,7 +109,6 @@ class Arena:
         return 0 <= address - block.ctypes.data < block.nbytes
 
     def _take_back(self, start: int, stop: int) -> None:
-        self._bytes -= stop - start
         free = []
         for a, b in self._free:
             if b == start:
@@ -134,6 +139,7 @@ class TapeGraph:
             self._function()
         else:
             self._tape = _record(self._function, self._arena)
+            self._arena.num_tapes += 1
 
 
 def by_call(function: Callable[P, R]) -> Callable[P, R]:
