@@ -95,6 +95,10 @@ class CpuDevice:
         return FP32_ROWS if dtype == torch.float32 else 1
 
     @property
+    def num_recordings(self) -> int:
+        return self._arena.num_tapes
+
+    @property
     def name(self) -> str:
         cores = "core" if self.num_threads == 1 else "cores"
         return f"CPU ({self.num_threads} {cores})"

@@ -63,6 +63,7 @@ class CudaDevice:
     """One CUDA device. One thread uses it."""
 
     captures = True
+    num_recordings = 0  # what is captured is so before serving
 
     def __init__(self, index: int = 0) -> None:
         self.torch_device = torch.device("cuda", index)

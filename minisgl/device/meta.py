@@ -41,6 +41,7 @@ class MetaDevice:
 
     torch_device = torch.device("meta")
     name = "no GPU"
+    num_recordings = 0
 
     def __init__(self, *, captures: bool = True) -> None:
         self.captures = captures

@@ -47,6 +47,10 @@ class Device(Protocol):
     def captures(self) -> bool:
         """Whether graphs of a few sizes are made ahead; else those of any size at first use."""
 
+    @property
+    def num_recordings(self) -> int:
+        """Graphs made so far at their first replay, whose steps take longer than others."""
+
     def row_multiple(self, dtype: torch.dtype) -> int:
         """Matrix products treat a row alike whatever others there are, if their number is half of
         this or a multiple of it; 1 = any number."""

@@ -47,10 +47,16 @@ class Step:
     positions: torch.Tensor | None = None  # [T] int64
     sampled: Sampled = field(default_factory=Sampled)
     events: list[Event] = field(default_factory=list)  # around the forward pass and the sampling
+    num_recordings: int = 0  # within the step, once it is sampled
 
     @property
     def seconds(self) -> float:
-        """Device time of both, without the wait for masks that may lie between."""
+        """Device time of both, without the wait for masks that may lie between.
+
+        0 where a graph was recorded: no other step of this kind will take as long.
+        """
+        if self.num_recordings:
+            return 0.0
         begin, forwarded, masked, end = self.events
         return forwarded.seconds_since(begin) + end.seconds_since(masked)
 
@@ -99,6 +105,7 @@ class Runner:
     def begin(self, step: Step) -> None:
         """Upload the step, and let the draft model propose what it asks for."""
         step.events.append(self._device.record())
+        step.num_recordings = -self._device.num_recordings
         packed = step.packed
         staging = self._staging if packed.replays else None
         words = self._device.upload(join(packed.sections), staging)
@@ -176,4 +183,5 @@ class Runner:
                 packed, step.sent, step.hidden, step.positions, points, masks
             )
         step.hidden = step.positions = step.input_ids = step.sent = None
+        step.num_recordings += device.num_recordings
         step.events.append(self._device.record())

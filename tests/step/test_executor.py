@@ -34,7 +34,11 @@ def test_every_token_is_the_oracles(model, executors, overlap, page_size, graphs
     assert any(result.num_cached for result in served.results.values())
     if page_size > 1:
         assert any(batch.copies for batch in served.batches)
-    assert all(output.seconds > 0 for output in served.outputs)
+    # The time of a step that recorded its graph is none to learn from: others are far shorter.
+    recorded = executor.worker.device.num_recordings
+    assert bool(recorded) == (graphs and csrc.load("model_ops") is not None)
+    assert 0 <= sum(not output.seconds for output in served.outputs) <= recorded
+    assert sum(output.seconds > 0 for output in served.outputs) > 10
 
 
 def test_preempted_sequences_resume_alike(model, executors):
