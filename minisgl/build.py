@@ -71,8 +71,9 @@ def build_engine(config: EngineConfig) -> Engine:
         sampling_defaults=sampling,
     )
     overlap = not config.disable_overlap_schedule
-    grammars = _grammar_backend(config, info)
+    grammars = None
     try:
+        grammars = _grammar_backend(config, info)
         scheduler = _scheduler(facts, device, executor.limits)
         return Engine(
             scheduler,

@@ -172,8 +172,8 @@ class Target:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not library.exists():
                     self._compile(library, lock.fileno(), progress)
-        except OSError as error:
-            raise BuildError(f"cannot write {library.parent}: {error}") from error
+        except OSError as error:  # a folder that cannot be written, a ninja that cannot be run
+            raise BuildError(f"cannot build {library}: {error}") from error
         return library
 
     def _compile(self, library: Path, lock: int, progress: Callable[[str], None]) -> None:

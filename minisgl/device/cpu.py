@@ -177,9 +177,7 @@ class CpuDevice:
         return CallPieces(function)
 
     def free_memory(self) -> int:
-        free = _available()
-        limit = _read_cgroup("memory.max")
-        return free if limit is None else min(free, limit - (_read_cgroup("memory.current") or 0))
+        return int(min(_available(), left_of_quota(Path("/sys/fs/cgroup"))))
 
     def close(self) -> None:
         with held_back():
@@ -238,9 +236,13 @@ def _available() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def _read_cgroup(name: str) -> int | None:
+def left_of_quota(cgroup: Path) -> float:
+    """Bytes until the container's limit; files in the page cache, which a checkpoint that has been
+    read fills, count as free, for the kernel drops them. Infinite without a limit."""
     try:
-        text = Path("/sys/fs/cgroup", name).read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
+        limit = int((cgroup / "memory.max").read_text())  # "max" where there is none
+        used = int((cgroup / "memory.current").read_text())
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        return limit - used + int(stat["active_file"]) + int(stat["inactive_file"])
+    except (OSError, ValueError, KeyError):
+        return math.inf

@@ -58,8 +58,8 @@ def footprint(
     graphs += decode_bytes(sizes, facts.model, facts.dtype, ranks, facts.cascade, captures)
     if not captures:
         workspace += PRODUCTS_KEPT * PRODUCT_BYTES
-    native = facts.dtype == torch.bfloat16 and csrc.load("model_ops") is not None
-    if not captures and not native:
+    ops = csrc.load("model_ops") if facts.dtype == torch.bfloat16 else None
+    if not captures and (ops is None or facts.model.head_dim not in ops.HEAD_DIMS):
         longest = min(facts.max_context, config.max_total_tokens or MODEST_TOKENS)
         workspace += attention_bytes(facts.model, longest, facts.dtype, ranks)
     if draft is not None:  # which computes before the target, never beside it

@@ -53,7 +53,8 @@ def plan_memory(
     token's KV takes.
 
     The budget is `mem_fraction_static` of what was free before the weights. A `modest` pool is also
-    at most MODEST_TOKENS and MODEST_BYTES. A size stated by `max_total_tokens` is used as it is.
+    at most MODEST_TOKENS and MODEST_BYTES. A size stated by `max_total_tokens` is used as
+    it is, in whole pages; the log says so where that is less.
     Raises ValueError, with the numbers, when not even one page fits, or the stated pool does not.
     """
     page_size, stated = config.page_size, config.max_total_tokens
@@ -65,6 +66,13 @@ def plan_memory(
         if num_pages < 1:
             raise ValueError(
                 f"max_total_tokens must be at least page_size ({page_size}), got {stated}"
+            )
+        if rest := stated % page_size:
+            log.warning(
+                "max_total_tokens %d becomes %d: whole pages of %d tokens",
+                stated,
+                stated - rest,
+                page_size,
             )
         if num_pages * page_bytes > left:
             raise ValueError(

@@ -63,6 +63,8 @@ class LocalExecutor:
 
     def drafts(self, step: int) -> list[list[int]]:
         asked = next(each for each in self._in_flight if each.number == step)
+        if asked.step is None:
+            self._worker.device.landed().wait()  # raises what kept it from being packed
         if asked.step is None or asked.proposed is None:
             raise ValueError(f"step {step} has no drafts that the device proposes")
         asked.proposed.wait()

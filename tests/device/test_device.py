@@ -1,5 +1,6 @@
 """The CPU as a device: order, events, failures, an end that may come twice."""
 
+import math
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from minisgl.device import CpuDevice, pick_device
-from minisgl.device.cpu import default_num_threads, lazy_zeros
+from minisgl.device.cpu import default_num_threads, lazy_zeros, left_of_quota
 
 
 def streams() -> set[threading.Thread]:
@@ -152,6 +153,15 @@ def test_graph_replays_on_static_buffers(device: CpuDevice):
 
 def test_memory_is_measured(device: CpuDevice):
     assert 0 < device.free_memory() < 2**50
+
+
+def test_files_in_the_page_cache_are_free_in_a_container(tmp_path: Path):
+    assert left_of_quota(tmp_path) == math.inf
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 250\ninactive_file 400\nactive_file 200\n")
+    for limit, left in (("max", math.inf), ("1000", 700)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        assert left_of_quota(tmp_path) == left
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cpu:0", ""])

@@ -72,8 +72,10 @@ def test_what_is_left_becomes_pages():
 
 
 @pytest.mark.parametrize(("stated", "pages"), [(16, 1), (100, 6), (1600, 100)])
-def test_a_stated_pool_is_what_is_stated(stated: int, pages: int):
+def test_a_stated_pool_is_what_is_stated(stated: int, pages: int, caplog: pytest.LogCaptureFixture):
     assert plan(300 * MIB, max_total_tokens=stated).num_pages == pages
+    says = "max_total_tokens 100 becomes 96: whole pages of 16 tokens"
+    assert (says in caplog.text) == (stated == 100)
 
 
 def test_the_cpu_default_is_modest():
