@@ -35,7 +35,6 @@ _KINDS = {
     "arguments": _CALL,
 }
 _MORE: dict[str, Json] = {"message": {"role": "assistant"}, "reasoning": {"summary": []}}
-_FINAL = {"completed": "response.completed", "incomplete": "response.incomplete"}
 
 
 class ResponseReply:
@@ -73,9 +72,8 @@ class ResponseReply:
 
     def end(self, usage: Usage) -> bytes:
         """The last event of a stream."""
-        return _framed(
-            self._event(_FINAL[self._status], response=self._response(self._output, usage))
-        )
+        response = self._response(self._output, usage)
+        return _framed(self._event(f"response.{self._status}", response=response))
 
     def failure(self, body: Json) -> bytes:
         """The last events of a stream that fails, by the body of the error."""
@@ -95,11 +93,12 @@ class ResponseReply:
             self._num_tokens += 1
             self._unseen += part.scored[index : index + 1]
             thinks = self._parser.kind == "reasoning"
-            for news in self._parser.push(text):
+            said = self._parser.push(text)
+            for news in said:
                 yield from self._tell(news)
             if text and not self._parser.held:  # it was told, or is of a mark
                 self._unseen.clear()
-            if thinks or self._parser.kind == "reasoning":
+            if thinks or "reasoning" in (self._parser.kind, *(news.kind for news in said)):
                 self._num_reasoning = self._num_tokens
         if part.finish_reason is not None:
             for news in self._parser.end():

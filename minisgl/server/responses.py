@@ -6,7 +6,7 @@ Nothing is stored: a body holds all that was said, and what would need a memory 
 import dataclasses
 import uuid
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -27,6 +27,8 @@ from minisgl.server.tools import MAX_TOOLS, Tools, at_most, chosen_tools, read_a
 LOGPROBS = "message.output_text.logprobs"  # what `include` may hold
 
 Json = dict[str, Any]
+Key = Annotated[str, msgspec.Meta(max_length=64)]
+Label = Annotated[str, msgspec.Meta(max_length=512)]
 
 
 class ResponsesBody(fields.Sampling, kw_only=True):
@@ -42,10 +44,10 @@ class ResponsesBody(fields.Sampling, kw_only=True):
     top_logprobs: fields.Int | None = None
     chat_template_kwargs: Json | None = None
     # labels, which the answer repeats
-    metadata: dict[str, str] | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    metadata: Annotated[dict[Key, Label], msgspec.Meta(max_length=16)] | None = None
+    user: Label | None = None
+    safety_identifier: Label | None = None
+    prompt_cache_key: Label | None = None
 
 
 class Text(msgspec.Struct):
@@ -82,14 +84,9 @@ class Part(msgspec.Struct):
     text: str
 
 
-def _refused(*names: str) -> dict[str, tuple[Any, ...] | None]:
-    """Fields whose every value asks for what is not done."""
-    return dict.fromkeys(names, ())
-
-
 _NEUTRAL: Neutral = {
-    **_refused("access_programs", "context_management", "conversation", "image", "moderation"),
-    **_refused("previous_response_id", "prompt"),
+    **dict.fromkeys(("access_programs", "context_management", "conversation", "image"), ()),
+    **dict.fromkeys(("moderation", "previous_response_id", "prompt"), ()),
     "background": (False,),
     "max_tool_calls": None,  # of built-in tools, of which there are none
     "prompt_cache_options": ({"mode": "implicit"},),
@@ -99,20 +96,20 @@ _NEUTRAL: Neutral = {
     "truncation": ("disabled",),
 }
 _NEUTRAL_REASONING: Neutral = {
-    **_refused("effort", "generate_summary", "summary"),
+    **dict.fromkeys(("effort", "generate_summary", "summary"), ()),
     "context": ("auto",),
     "mode": ("standard",),
 }
 _NEUTRAL_TOOL: Neutral = {
     **fields.NEUTRAL_TOOL,
-    **_refused("output_schema"),
+    "output_schema": (),
     "allowed_callers": (["direct"],),
     "async": (False,),
     "defer_loading": (False,),
 }
 # What a client sends back of an earlier answer, beside what was said.
 _NEUTRAL_ITEM: Neutral = {
-    **_refused("encrypted_content", "namespace", "phase"),
+    **dict.fromkeys(("encrypted_content", "namespace", "phase"), ()),
     **dict.fromkeys(("id", "status")),
     "async": (False,),
     "caller": ({"type": "direct"},),

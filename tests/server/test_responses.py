@@ -78,6 +78,7 @@ def test_usage_is_exact(client, engine, stream, tokens_per_delta):
     engine.text, engine.tokens_per_delta = "<think>Hm, so.</think>\n\nYes.", tokens_per_delta
     answer = ask(client, stream=stream)
     usage = ([*answer][-1].response if stream else answer).usage
+    assert usage.output_tokens > 5
     encode = engine.model.tokenizer.encode
     assert usage.input_tokens == len(engine.requests[0].prompt_token_ids)
     assert usage.input_tokens_details.cached_tokens == CACHED
