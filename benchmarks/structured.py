@@ -100,7 +100,12 @@ class Judge:
         if self._end is None:
             raise SystemExit(f"{directory} names no end-of-text token")
         self.backend = LlgBackend(
-            path, self.vocab_size, [self._end], timeout=600.0, max_bytes=2**20, cache_bytes=1
+            lambda: self._tokenizer,
+            self.vocab_size,
+            [self._end],
+            timeout=600.0,
+            max_bytes=2**20,
+            cache_bytes=1,
         )
         self.backend.compile('{"json": {"const": 0}}').result()  # the tokenizer is read
 

@@ -6,7 +6,9 @@ stack is imported.
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -29,6 +31,9 @@ from minisgl.start.facts import Facts, read_facts
 from minisgl.start.load import load_worker
 from minisgl.start.sampling import read_sampling_defaults
 from minisgl.step.executor import LocalExecutor, plan_on_one_thread
+
+if TYPE_CHECKING:
+    from minisgl.server.tokenizer import Tokenizer
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "tiny"
 
@@ -141,15 +146,24 @@ def _grammar_backend(config: EngineConfig, info: EngineInfo) -> GrammarBackend |
     except ModuleNotFoundError as error:
         log.warning("structured output is refused: %s", error)
         return None
-    path = Path(info.model_path)
     return LlgBackend(
-        path if path.is_file() else path / "tokenizer.json",
+        partial(read_tokenizer, Path(info.model_path)),
         info.limits.vocab_size,
         info.eos_token_ids,
         timeout=config.grammar_timeout,
         max_bytes=config.grammar_max_bytes,
         cache_bytes=config.grammar_cache_bytes,
     )
+
+
+def read_tokenizer(model: Path) -> "Tokenizer":
+    """That of a model's directory or GGUF file, as the server reads texts with it. ValueError where
+    it is of another kind, which forms of texts cannot be compiled for."""
+    if not (model.is_file() or (model / "tokenizer.json").is_file()):
+        raise ValueError(f"structured_outputs needs a tokenizer.json, and {model} has none")
+    from minisgl.server.tokenizer import Tokenizer  # its imports take time
+
+    return Tokenizer.from_directory(model)
 
 
 def _log_device(config: EngineConfig, device: Device) -> None:

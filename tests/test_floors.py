@@ -56,9 +56,9 @@ FLOORS: dict[str, set[str]] = {
     "start": MODELS | PLANS | {"step"},
     "ranks": MODELS | PLANS | {"step", "start"},
     "engine": BASE | {"core", "trace"},
-    "grammar": BASE | {"core.grammar", "server.tokenizer"},
+    "grammar": BASE | {"core.grammar"},
     "server": BASE | {"engine.client", "core.executor", "core.request", "gguf"},
-    "build": MODELS | {"step", "start", "ranks", "engine", "core", "grammar"},
+    "build": MODELS | {"step", "start", "ranks", "engine", "core", "grammar", "server.tokenizer"},
 }
 TOP = {"serve", "chat", "llm", "completion", "analyze"}  # what people run: may import everything
 

@@ -9,9 +9,9 @@ import os
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from typing import Protocol
 
 import llguidance as llg
 import numpy as np
@@ -27,6 +27,15 @@ FEW = 4  # masks that take less time than waking a thread
 LIMITS = llg.LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 # Bytes of a compiled grammar, measured generously: of a byte of its text, and besides.
 BYTES_PER_BYTE, BYTES_BESIDES = 64, 2**16
+
+
+class Tokenizer(Protocol):
+    """That of the model, with the special tokens that its texts are read with."""
+
+    eos_token_id: int | None
+
+    def to_json(self) -> str: ...
+
 
 _Read = tuple[llg.LLTokenizer, frozenset[int]]
 
@@ -79,7 +88,7 @@ class LlgBackend:
 
     def __init__(
         self,
-        tokenizer: Path,
+        read_tokenizer: Callable[[], Tokenizer],
         vocab_size: int,
         ends: Collection[int],
         *,
@@ -87,9 +96,9 @@ class LlgBackend:
         max_bytes: int = 2**17,
         cache_bytes: int = 2**28,
     ) -> None:
-        """tokenizer: a tokenizer.json, read on a thread with the configs beside it; ends: tokens
-        that end a text, besides the tokenizer's own; timeout: seconds, for those who wait;
-        max_bytes: of a specification; cache_bytes: of compiled grammars that are kept."""
+        """read_tokenizer: called on a thread; ends: tokens that end a text, besides its own;
+        timeout: seconds, for those who wait; max_bytes: of a specification; cache_bytes: of all
+        compiled grammars that are kept."""
         self.timeout = timeout
         self._max_bytes, self._cache_bytes = max_bytes, cache_bytes
         self._ends = frozenset(ends)
@@ -97,7 +106,7 @@ class LlgBackend:
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(COMPILING, "grammar", initializer=_give_way)
         before = threading.stack_size(STACK_BYTES)
-        self._tokenizer = self._threads.submit(self._read_tokenizer, tokenizer, vocab_size)
+        self._tokenizer = self._threads.submit(self._read, read_tokenizer, vocab_size)
         for _ in range(1, COMPILING):  # a thread for each
             self._threads.submit(self._tokenizer.exception)
         threading.stack_size(before)
@@ -145,13 +154,9 @@ class LlgBackend:
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
 
-    def _read_tokenizer(self, path: Path, vocab_size: int) -> _Read:
-        """It, with the special tokens that the server knows; and all tokens that end a text."""
-        if not path.is_file():
-            raise ValueError(f"structured_outputs needs a tokenizer.json, and {path} is none")
-        from minisgl.server.tokenizer import Tokenizer  # its imports take time
-
-        known = Tokenizer.from_directory(path if path.suffix == ".gguf" else path.parent)
+    def _read(self, read_tokenizer: Callable[[], Tokenizer], vocab_size: int) -> _Read:
+        """The tokenizer, and all tokens that end a text."""
+        known = read_tokenizer()
         named = set() if known.eos_token_id is None else {known.eos_token_id}
         ends = frozenset(i for i in self._ends | named if i < vocab_size)
         if not ends:

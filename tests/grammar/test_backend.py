@@ -5,13 +5,14 @@ import random
 import shutil
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 import regex
 from llguidance import LLMatcher
 
-from minisgl.build import BUNDLED_MODEL
+from minisgl.build import BUNDLED_MODEL, read_tokenizer
 from minisgl.core.grammar import Wanted
 from minisgl.core.request import Request, SamplingParams
 from minisgl.engine.compiling import Compiling
@@ -24,7 +25,7 @@ EVERY = 2**32 - 1
 
 @pytest.fixture(scope="module")
 def backend():
-    made = LlgBackend(BUNDLED_MODEL / "tokenizer.json", VOCAB, [END])
+    made = LlgBackend(partial(read_tokenizer, BUNDLED_MODEL), VOCAB, [END])
     yield made
     made.close()
 
@@ -217,7 +218,10 @@ def test_a_schema_leaves_room_for_its_own_indentation_and_little_more(backend, t
 
 def test_a_content_is_compiled_once_and_kept_within_its_bytes(tmp_path):
     small = LlgBackend(
-        BUNDLED_MODEL / "tokenizer.json", VOCAB, [END], cache_bytes=3 * BYTES_BESIDES + 3 * 64 * 40
+        partial(read_tokenizer, BUNDLED_MODEL),
+        VOCAB,
+        [END],
+        cache_bytes=3 * BYTES_BESIDES + 3 * 64 * 40,
     )
     specs = [json.dumps({"regex": f"a{i}"}) for i in range(4)]
     first = [small.compile(spec) for spec in specs[:3]]
@@ -232,7 +236,7 @@ def test_a_content_is_compiled_once_and_kept_within_its_bytes(tmp_path):
 
 
 def test_what_is_too_large_is_refused_with_the_numbers(tmp_path):
-    small = LlgBackend(BUNDLED_MODEL / "tokenizer.json", VOCAB, [END], max_bytes=100)
+    small = LlgBackend(partial(read_tokenizer, BUNDLED_MODEL), VOCAB, [END], max_bytes=100)
     with pytest.raises(ValueError, match=r"at most 100 bytes.*--grammar-max-bytes.*got 213"):
         small.compile(json.dumps({"regex": "a" * 200})).result(30)
     small.close()
@@ -248,7 +252,7 @@ def test_what_nobody_waits_for_is_not_compiled(monkeypatch):
         return make(LLMatcher.grammar_from_regex("a")), []
 
     monkeypatch.setattr("minisgl.grammar.backend.compile_spec", compile_spec)
-    made = LlgBackend(BUNDLED_MODEL / "tokenizer.json", VOCAB, [END])
+    made = LlgBackend(partial(read_tokenizer, BUNDLED_MODEL), VOCAB, [END])
     waiting = Compiling(made)
     specs = [f'{{"regex":"{each}"}}' for each in "abcde"]
     for spec in specs:
@@ -274,7 +278,7 @@ def test_ends_and_special_tokens_are_those_of_the_server(tmp_path):
     beyond = "<beyond the model's vocabulary>"
     config = {"eos_token": texts[end], "additional_special_tokens": [texts[mark], beyond]}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    made = LlgBackend(tmp_path / "tokenizer.json", VOCAB, [model_end])
+    made = LlgBackend(partial(read_tokenizer, tmp_path), VOCAB, [model_end])
     grammar = grammar_of(made, regex=".{3}|<.*")
     assert allowed_next(made, grammar).isdisjoint({end, mark, model_end})
     assert "ends before it may" in grammar.accept(end)
@@ -286,21 +290,21 @@ def test_ends_and_special_tokens_are_those_of_the_server(tmp_path):
     assert grammar.accept(end) is None
     made.close()
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": texts[end]}))
-    alone = LlgBackend(tmp_path / "tokenizer.json", VOCAB, [])
+    alone = LlgBackend(partial(read_tokenizer, tmp_path), VOCAB, [])
     assert grammar_of(alone, regex="a").ends == {end}
     alone.close()
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "ends", "says"),
+    ("model", "ends", "says"),
     [
-        (BUNDLED_MODEL / "absent.json", [END], "needs a tokenizer.json, and .*absent.json is none"),
-        ("tokenizer.json", [], "needs a model that names its end-of-text tokens"),
+        ("absent", [END], "needs a tokenizer.json, and .*/absent has none"),
+        (".", [], "needs a model that names its end-of-text tokens"),
     ],
 )
-def test_a_model_that_cannot_be_constrained_says_so(tmp_path, tokenizer, ends, says):
+def test_a_model_that_cannot_be_constrained_says_so(tmp_path, model, ends, says):
     shutil.copy(BUNDLED_MODEL / "tokenizer.json", tmp_path)  # and no config
-    unable = LlgBackend(tmp_path / tokenizer, VOCAB, ends)
+    unable = LlgBackend(partial(read_tokenizer, tmp_path / model), VOCAB, ends)
     with pytest.raises(ValueError, match=says):
         unable.compile(json.dumps({"regex": "a"})).result(30)
     unable.close()

@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import time
+from functools import partial
 
 import jsonschema
 import pytest
@@ -11,7 +12,7 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisgl.build import BUNDLED_MODEL
+from minisgl.build import BUNDLED_MODEL, read_tokenizer
 from minisgl.grammar.backend import LlgBackend
 from minisgl.grammar.pattern import safe_pattern
 from minisgl.grammar.schema import Reader, Refused
@@ -21,7 +22,7 @@ from minisgl.server.tokenizer import Tokenizer
 
 @pytest.fixture(scope="module")
 def backend():
-    made = LlgBackend(BUNDLED_MODEL / "tokenizer.json", 2048, [2])
+    made = LlgBackend(partial(read_tokenizer, BUNDLED_MODEL), 2048, [2])
     yield made
     made.close()
 

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 from concurrent.futures import Future
+from functools import partial
 
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minisgl.build import read_tokenizer
 from minisgl.grammar.backend import LlgBackend
 from minisgl.server.answer import REASONING_FORMATS, AnswerForm, AnswerParser
 from minisgl.server.frames import grammar
@@ -34,7 +36,7 @@ def world(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     backend.save(str(path))
     end = backend.token_to_id("<|im_end|>")
-    made = LlgBackend(path, 400, [end])
+    made = LlgBackend(partial(read_tokenizer, path.parent), 400, [end])
     yield backend, made, end
     made.close()
 
