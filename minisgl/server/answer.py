@@ -1,6 +1,6 @@
 """What a model wrote -> its reasoning, its text and its tool calls, as they come."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -89,7 +89,7 @@ class AnswerParser(Reader):
             else:
                 self.give_back(len(self.held))
         marks = tools.opens if tools else ()
-        if self._form.holds_text and not (yield from self._at_one_of(marks)):
+        if self._form.holds_text and not (yield from self.any_of(marks)):
             marks = ()
         while True:
             yield from self.say_until(marks)
@@ -120,14 +120,6 @@ class AnswerParser(Reader):
             yield from self.skip_space()
             if (yield from self.literal(tools.closes)):
                 self.held.clear()
-
-    def _at_one_of(self, marks: Sequence[str]) -> Reading[bool]:
-        """Whether one of them comes next."""
-        for mark in marks:
-            if (yield from self.literal(mark)):
-                self.give_back(len(mark))
-                return True
-        return False
 
     def _drop_space(self) -> Reading[None]:
         yield from self.skip_space()

@@ -112,6 +112,22 @@ class Reader:
                 return False
         return True
 
+    def any_of(self, texts: Sequence[str]) -> Reading[bool]:
+        """Whether one of these follows; nothing is read."""
+        for text in texts:
+            if (yield from self.literal(text)):
+                self.give_back(len(text))
+                return True
+        return False
+
+    def item(self, end: str) -> Reading[bool]:
+        """Whether another item of a list follows, behind commas; else its `end` is read."""
+        while (char := (yield from self.space())) == ",":
+            pass
+        if char != end:
+            self.give_back()
+        return char != end
+
     def word(self, pattern: re.Pattern[str]) -> Reading[str]:
         """The characters that follow and fit, each by itself."""
         found: list[str] = []

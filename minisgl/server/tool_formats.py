@@ -49,14 +49,11 @@ def _json_calls(reader: Reader, tools: Schemas, known: bool) -> Reading[bool]:
 def _json_call(reader: Reader, tools: Schemas, known: bool) -> Reading[bool]:
     begun = said = False
     early = ""  # arguments that came before the name
-    while (char := (yield from reader.space())) != "}":
-        if char == ",":
-            continue
-        reader.give_back()
-        if char != '"':
+    while (yield from reader.item("}")):
+        if not (yield from reader.literal('"')):
             break
         key: list[str] = []
-        yield from reader.json_value((yield from reader.read()), key.append)
+        yield from reader.json_value('"', key.append)
         name, value = "".join(key)[1:-1], list[str]()
         if (yield from reader.space()) != ":":
             reader.give_back()
@@ -178,10 +175,8 @@ def _xml_end(reader: Reader) -> Reading[bool]:
     yield from reader.literal("\n")
     if (yield from reader.literal("</parameter>")):
         yield from reader.skip_space()
-        for mark in ("<parameter=", "</function>"):
-            if (yield from reader.literal(mark)):
-                reader.give_back(len(mark))
-                return True
+        if (yield from reader.any_of(("<parameter=", "</function>"))):
+            return True
     reader.give_back(len(reader.held) - before)
     return False
 
@@ -223,17 +218,11 @@ def _python_calls(reader: Reader, tools: Schemas, known: bool) -> Reading[bool]:
     if (yield from reader.space()) != "[":
         reader.give_back()
         return False
-    while (char := (yield from reader.space())) != "]":
-        if char == ",":
-            continue
-        reader.give_back()
+    while (yield from reader.item("]")):
         name, lead = (yield from reader.word(_NAME_CHARS)), "{"
         if not _is_tool(name, tools, known) or not (yield from reader.literal("(")):
             return False
-        while (char := (yield from reader.space())) != ")":
-            if char == ",":
-                continue
-            reader.give_back()
+        while (yield from reader.item(")")):
             key = yield from reader.word(_IDENTIFIER)
             if not key.isidentifier() or (yield from reader.space()) != "=":
                 reader.give_back()
@@ -252,33 +241,30 @@ def _python_calls(reader: Reader, tools: Schemas, known: bool) -> Reading[bool]:
 
 def _python_value(reader: Reader) -> Reading[None]:
     closers: list[str] = []
-    comma = ""  # said before what follows it: a last one stands for nothing
+    between = ""  # said before what follows it: a last comma stands for nothing
     while True:
         char = yield from reader.space()
         if not closers and char in ",)]}":
             reader.give_back()
             return
+        if char in ",:":
+            between = f"{char} "
+            continue
+        before, between = between, ""
         if char in ")]}":
             reader.say(closers.pop())
-            comma = ""
-        elif char in ",:":
-            comma = ", " if char == "," else ""
-            reader.say("" if comma else ": ")
         elif char in "([{":
             closers.append("}" if char == "{" else "]")
-            reader.say(comma + ("{" if char == "{" else "["))
-            comma = ""
+            reader.say(before + ("{" if char == "{" else "["))
         elif char in "'\"":
-            reader.say(comma + '"')
-            comma = ""
+            reader.say(f'{before}"')
             yield from _python_string(reader, char)
         else:
             word = char + (yield from reader.word(_PYTHON_WORD))
             is_key = closers[-1:] == ["}"] and (yield from reader.space()) == ":"
             if closers[-1:] == ["}"]:
                 reader.give_back()
-            reader.say(comma + (json.dumps(word) if is_key else _python_word(word)))
-            comma = ""
+            reader.say(before + (json.dumps(word) if is_key else _python_word(word)))
 
 
 def _python_word(word: str) -> str:
