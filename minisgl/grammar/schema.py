@@ -97,7 +97,10 @@ class Reader:
             if key == "format" and not (isinstance(value, str) and value in FORMATS):
                 self._leave_out(at, f"format {value!r} is not supported")
             elif key == "pattern" and isinstance(value, str):
-                self._keep_pattern(made, value, at)
+                try:
+                    made[key] = safe_pattern(value)
+                except ValueError as error:
+                    self._leave_out(at, str(error))
             elif key in PLAIN:
                 made[key] = value
             elif key in ONE or (key == "items" and not isinstance(value, list)):
@@ -127,12 +130,6 @@ class Reader:
                     raise ValueError("classes without quotes or backslashes are not kept")
             except ValueError as error:
                 raise Refused(f"{at}/{name}", str(error)) from error
-
-    def _keep_pattern(self, made: dict[str, Any], pattern: str, at: str) -> None:
-        try:
-            made["pattern"] = safe_pattern(pattern)
-        except ValueError as error:
-            self._leave_out(at, str(error))
 
     def _leave_out(self, path: str, reason: str, instead: str = "it is left out") -> None:
         if self._strict:
