@@ -278,7 +278,7 @@ def open_engine(args: argparse.Namespace, **options: Any) -> Engine:
 
 
 def measure_engine(args: argparse.Namespace, results: Results) -> None:
-    engine = open_engine(args)
+    engine = open_engine(args, disable_forced_tokens=True)  # a token of each in every step
     sides = {"1 free": (1, 0), "1 constrained": (0, 1), "64 free": (64, 0), "32 of 64": (32, 32)}
     times: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(args.rounds + 1):
@@ -308,7 +308,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--together", type=int, default=16, help="records at once")
-    parser.add_argument("--only-forced", action="store_true")
+    parser.add_argument("--part", choices=["all", "masks", "forced"], default="all")
     parser.add_argument("--device", default="auto")
     models.add_options(parser)
     add_options(parser)
@@ -318,9 +318,10 @@ def main() -> None:
         judge_all(args.schemas, args.tokenizer, results, args.show)
     else:
         results.put(model=models.name(args), device=args.device)
-        if not args.only_forced:
+        if args.part != "forced":
             measure_engine(args, results)
-        measure_forced(args, results)
+        if args.part != "masks":
+            measure_forced(args, results)
     results.finish()
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import msgspec
 import numpy as np
@@ -193,8 +193,8 @@ class Engine:
     def _begin_next(self) -> bool:
         """Plan and dispatch a step. False: none can be before the steps in flight are read."""
         span, step = self._profiler.span, self._next_step
-        if not self._in_flight:
-            self._force({uid: (grammar, []) for uid, grammar in self._grammars.items()})
+        if self._grammars and not self._in_flight:
+            self._force((uid, grammar, []) for uid, grammar in self._grammars.items())
             if not self._scheduler.has_work:
                 return False
         with span("plan", step):
@@ -323,17 +323,18 @@ class Engine:
         for index, reason in self._backend.fill_masks(wanted, bits).items():
             self._end_constrained(uids[index], reason)
         runs = zip(uids, wanted, strict=True)
-        self._force({uid: (each.grammar, each.drafts) for uid, each in runs})
+        self._force((uid, each.grammar, each.drafts) for uid, each in runs)
         return GrammarMasks(indices, bits)
 
-    def _force(self, known: Mapping[int, tuple[Grammar, list[int]]]) -> None:
-        """Have the scheduler append what grammars force; `known`: by uid, with drafts in flight."""
-        if not (known and self._forces and self._scheduler.looks_ahead()):
+    def _force(self, known: Iterable[tuple[int, Grammar, list[int]]]) -> None:
+        """Have the scheduler append what grammars force; known: uids, and drafts in flight."""
+        if not (self._forces and self._scheduler.looks_ahead()):
             return
-        runs = {}
-        for uid, (grammar, drafts) in known.items():
-            if run := grammar.forced(MOST_FORCED):
-                runs[uid] = Forced(run, drafts)
+        runs = {
+            uid: Forced(run, drafts)
+            for uid, grammar, drafts in known
+            if (run := grammar.forced(MOST_FORCED))
+        }
         if runs:
             self._take(self._scheduler.force(runs))
 
