@@ -143,6 +143,25 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(one_worker: trainer.Job) ->
     assert not torch.equal(whole["model.embed_tokens.weight"], start.model.embed_tokens.weight)
 
 
+def test_a_run_begins_with_given_weights_at_a_given_step(one_worker: trainer.Job) -> None:
+    start = model.Qwen3(SMALL)
+    model.initialise(start, 5)
+    model.save(start, one_worker.work / "start", eos=[1], pad=0)
+    asked: list[int] = []
+
+    def batches_of(step: int) -> list[batches.MicroBatch]:
+        asked.append(step)
+        return random_batches(step)
+
+    options = {"lr": 0.0, "first": 7, "steps": 9, "start": one_worker.work / "start"}
+    trainer.train(replace(one_worker, **options), small_tokenizer(), weighted_loss, batches_of)
+    state = torch.load(one_worker.work / "state.pt", weights_only=True)
+    assert (asked, state["step"]) == ([7, 8], 9)
+    expected = model.load(one_worker.work / "start").state_dict()
+    assert all(torch.equal(state["model"][name], expected[name]) for name in expected)
+    assert trainer.learning_rate(7, 1000, 100, first=7) == 1 / trainer.WARMUP
+
+
 def test_corpus_is_seeded() -> None:
     first, second, other = (
         [corpus.sample(random.Random(seed)).text for _ in range(5)] for seed in (1, 1, 2)

@@ -25,7 +25,7 @@ def weighted_loss(model: Qwen3, batch: batches.MicroBatch) -> Tensor:
 
 def work(rank: int, job: trainer.Job) -> None:
     trainer.meet(rank, job)
-    made = job.work / "model" / "tokenizer.json"
+    made = (job.start or job.work / "model") / "tokenizer.json"
     tok = Tokenizer.from_file(str(made)) if made.exists() else tokenizer.train(job.seed)
     context = job.config.max_position_embeddings
 

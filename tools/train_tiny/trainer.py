@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from tools.train_tiny import batches, corpus, tokenizer
-from tools.train_tiny.model import Config, Qwen3, initialise, save
+from tools.train_tiny.model import Config, Qwen3, initialise, load, save
 from tools.train_tiny.optimizer import optimizers
 
 WARMUP = 40
@@ -28,7 +28,9 @@ LONG_EVERY, LONG_FROM = 8, 500  # one step in so many, from there on, is of 2,04
 
 @dataclass(frozen=True)
 class Job:
-    """What to train and for how long; `teacher` is the folder of the model to distil, if any."""
+    """What to train and for how long; `teacher` is the folder of the model to distil, if any.
+
+    A run begins at step `first`: with the weights in the folder `start`, or with random ones."""
 
     config: Config
     work: Path
@@ -39,6 +41,8 @@ class Job:
     seed: int
     save_every: int
     workers: int
+    first: int = 0
+    start: Path | None = None
     teacher: Path | None = None
 
 
@@ -46,9 +50,9 @@ Loss = Callable[[Qwen3, batches.MicroBatch], Tensor]
 Batches = Callable[[int], list[batches.MicroBatch]]
 
 
-def learning_rate(step: int, steps: int, decay: int) -> float:
-    """The factor on the base rate: warm-up, plateau, linear fall to zero."""
-    return min(1.0, (step + 1) / WARMUP, (steps - step) / decay)
+def learning_rate(step: int, steps: int, decay: int, first: int = 0) -> float:
+    """The factor on the base rate: warm-up from step `first`, plateau, linear fall to zero."""
+    return min(1.0, (step - first + 1) / WARMUP, (steps - step) / decay)
 
 
 def is_long(step: int, first: int = LONG_FROM) -> bool:
@@ -72,10 +76,10 @@ def checkpoint(path: Path, step: int, model: Qwen3, optims: list[torch.optim.Opt
     os.replace(path.with_suffix(".new"), path)
 
 
-def resume(path: Path, model: Qwen3, optims: list[torch.optim.Optimizer]) -> int:
+def resume(path: Path, model: Qwen3, optims: list[torch.optim.Optimizer], first: int = 0) -> int:
     """Load the state, if there is one, and return the next step."""
     if not path.exists():
-        return 0
+        return first
     state = torch.load(path, weights_only=True)
     model.load_state_dict(state["model"])
     for optim, saved in zip(optims, state["optims"], strict=True):
@@ -109,10 +113,12 @@ def train(job: Job, tok: Tokenizer, loss_of: Loss, batches_of: Batches) -> None:
     rank = dist.get_rank()
     model = Qwen3(job.config)
     initialise(model, job.seed)
+    if job.start is not None:
+        model.load_state_dict(load(job.start).state_dict())
     optims = optimizers(model, job.lr)
     base = [group["lr"] for optim in optims for group in optim.param_groups]
     state = job.work / "state.pt"
-    first = resume(state, model, optims)
+    first = resume(state, model, optims, job.first)
     began, seen = time.monotonic(), 0
     for step in range(first, job.steps):
         group = batches_of(step)
@@ -124,7 +130,7 @@ def train(job: Job, tok: Tokenizer, loss_of: Loss, batches_of: Batches) -> None:
             part.backward()
             loss += part.detach()
         share_gradients(list(model.parameters()))
-        factor = learning_rate(step, job.steps, job.decay)
+        factor = learning_rate(step, job.steps, job.decay, job.first)
         for optim, lr in zip(optims, base, strict=True):
             for param_group in optim.param_groups:
                 param_group["lr"] = lr * factor
@@ -148,6 +154,8 @@ def add_options(parser: argparse.ArgumentParser, *, steps: int, decay: int) -> N
     add("--work", type=Path, required=True, help="folder for state and result")
     add("--steps", type=int, default=steps)
     add("--decay", type=int, default=decay, help="steps of the final fall")
+    add("--first", type=int, default=0, help="the step to begin with")
+    add("--start", type=Path, help="folder of the weights to begin with, else random ones")
     add("--tokens", type=int, default=4096, help="tokens per step")
     add("--lr", type=float, default=0.02, help="Muon's rate")
     add("--seed", type=int, default=0)
