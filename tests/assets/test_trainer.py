@@ -12,7 +12,17 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from tools.train_tiny import batches, corpus, generate, knowledge, model, stories, tasks, trainer
+from tools.train_tiny import (
+    batches,
+    corpus,
+    generate,
+    knowledge,
+    mixes,
+    model,
+    stories,
+    tasks,
+    trainer,
+)
 from tools.train_tiny import optimizer as optim
 from tools.train_tiny import tokenizer as tokenizers_
 from tools.train_tiny.train import weighted_loss
@@ -164,7 +174,7 @@ def test_a_run_begins_with_given_weights_at_a_given_step(one_worker: trainer.Job
 
 def test_corpus_is_seeded() -> None:
     first, second, other = (
-        [corpus.sample(random.Random(seed)).text for _ in range(5)] for seed in (1, 1, 2)
+        [mixes.sample(random.Random(seed)).text for _ in range(5)] for seed in (1, 1, 2)
     )
     assert first == second != other
 

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from tools.train_tiny import corpus
+from tools.train_tiny import corpus, mixes
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ def encode(
 def documents(seed: int, step: int, long: bool) -> Iterator[corpus.Sample]:
     """The samples of one step; `long` steps hold samples of a whole context only."""
     rng = random.Random(f"{seed}-{step}")
-    mix = corpus.mix_at(step)
+    mix = mixes.mix_at(step)
     while True:
-        yield corpus.long_sample(rng) if long else corpus.sample(rng, mix)
+        yield mixes.long_sample(rng) if long else mixes.sample(rng, mix)
 
 
 def step_batches(

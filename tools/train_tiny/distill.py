@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from tools.train_tiny import batches, corpus, trainer
+from tools.train_tiny import batches, corpus, mixes, trainer
 from tools.train_tiny.generate import Sampling, generate
 from tools.train_tiny.model import TINY_DRAFT, Qwen3, load
 
@@ -29,7 +29,7 @@ def answered(
     rng = random.Random(f"own-{seed}-{step}")
     prompts = []
     for _ in range(OWN_PROMPTS):
-        kind = rng.choices(list(corpus.TURNS), [corpus.MIX[k] for k in corpus.TURNS])[0]
+        kind = rng.choices(list(corpus.TURNS), [mixes.MIX[k] for k in corpus.TURNS])[0]
         user, _ = corpus.TURNS[kind](rng)
         asked = corpus.chat(kind, [corpus.Message("user", user), corpus.Message("assistant", "")])
         prompts.append(tok.encode(asked.text.removesuffix(corpus.END)).ids)

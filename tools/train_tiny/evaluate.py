@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from tools.train_tiny import corpus, knowledge, stories, tasks
+from tools.train_tiny import corpus, evaluate_tools, knowledge, stories, tasks
+from tools.train_tiny.evaluate_tools import share
 from tools.train_tiny.generate import GREEDY, Sampling, agreement, generate
 from tools.train_tiny.model import Qwen3, load
 from tools.train_tiny.trainer import eos_ids
@@ -40,13 +41,15 @@ class Bench:
         return self.tokenizer.encode(text).ids
 
     def answers(self, users: list[str], sampling: Sampling, limit: int = 96) -> list[str]:
-        prompts = [self.prompt(user) for user in users]
+        return self._generated([self.prompt(user) for user in users], sampling, limit)
+
+    def replies(self, chats: list[str], sampling: Sampling, limit: int = 96) -> list[str]:
+        """What follows conversations, which are texts up to the assistant's turn."""
+        return self._generated([self.tokenizer.encode(chat).ids for chat in chats], sampling, limit)
+
+    def _generated(self, prompts: Prompts, sampling: Sampling, limit: int) -> list[str]:
         outputs = generate(self.model, prompts, limit, self.eos, sampling)
         return [self.tokenizer.decode(ids) for ids in outputs]
-
-
-def share(hits: list[bool]) -> float:
-    return sum(hits) / max(1, len(hits))
 
 
 def facts(bench: Bench, sampling: Sampling, verbose: bool) -> dict[str, float]:
@@ -180,6 +183,15 @@ def table(title: str, rows: dict[str, dict[str, float]]) -> None:
         print(f"{name:14}" + "".join(f"{row[column]:>20.4g}" for column in columns))
 
 
+TOOL_MEASURES: dict[str, Callable[[Bench, Sampling, bool], dict[str, float]]] = {
+    "Calls where one is due, of new tools": evaluate_tools.new_tool_calls,
+    "Calls where one is due, of known tools": evaluate_tools.known_tool_calls,
+    "No call where none is due": evaluate_tools.needless_calls,
+    "What a tool answered, said": evaluate_tools.said_answers,
+    "Answers by new keys and schemas": evaluate_tools.by_schema,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=ASSETS / "tiny")
@@ -205,6 +217,9 @@ def main() -> None:
             table(f"JSON {name}: new names, right whole objects and values", report[name])
         report["story"] = {m: long_story(bench, s) for m, s in modes.items()}
         table("A story to the end of the context", report["story"])
+        for title, measure in TOOL_MEASURES.items():
+            report[title] = {m: measure(bench, s, args.verbose) for m, s in modes.items()}
+            table(title, report[title])
         if not args.no_draft:
             draft = load(args.draft)
             report["agreement"] = {

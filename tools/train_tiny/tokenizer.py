@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tools.train_tiny import corpus
+from tools.train_tiny import corpus, mixes
 
 VOCAB_SIZE = 2048
 SPECIAL = [corpus.DOCUMENT_END, corpus.START, corpus.END]
@@ -21,9 +21,39 @@ WORDS = (
     r"\p{Lu}[\p{L}\p{M}]*| ?[\p{Ll}\p{Lt}\p{Lm}\p{Lo}\p{M}][\p{L}\p{M}]*|\p{N}"
     r"| ?[^\s\p{L}\p{M}\p{N}]+|[\r\n]+|\s+(?!\S)|\s"
 )
+# ChatML. Tools stand in the system message, each as a call with types in place of values, behind
+# its description: the call is then a copy of that line. A call is written as Hermes and Qwen do.
 CHAT_TEMPLATE = (
+    "{%- macro about(schema) %}"
+    "{%- if schema.description %}{{- ' (' + schema.description + ')' }}{%- endif %}"
+    "{%- endmacro %}"
+    "{%- macro typed(schema) %}"
+    "{%- if schema.enum %}{%- for each in schema.enum %}"
+    "{{- (' | ' if not loop.first else '') + (each | tojson) }}"
+    "{%- endfor %}{{- about(schema) }}"
+    "{%- elif schema.type in ('string', 'integer', 'number', 'boolean') %}"
+    "{{- schema.type + about(schema) }}"
+    "{%- else %}{{- schema | tojson }}{%- endif %}"
+    "{%- endmacro %}"
+    "{%- if tools %}{{- '<|im_start|>system\\n' }}"
+    "{%- if messages[0]['role'] == 'system' %}{{- messages[0]['content'] + '\\n\\n' }}{%- endif %}"
+    "{{- 'Tools:' }}"
+    "{%- for tool in tools %}{%- set function = tool['function'] %}"
+    "{%- if function.description %}{{- '\\n' + function.description }}{%- endif %}"
+    '{{- \'\\n{"name": "\' + function.name + \'", "arguments": {\' }}'
+    "{%- for key, schema in ((function.parameters or {}).properties or {}).items() %}"
+    "{{- (', ' if not loop.first else '') + (key | tojson) + ': ' + typed(schema) }}"
+    "{%- endfor %}{{- '}}' }}"
+    "{%- endfor %}{{- '<|im_end|>\\n' }}{%- endif %}"
     "{%- for message in messages %}"
-    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{%- if not (tools and loop.first and message['role'] == 'system') %}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' + (message['content'] or '') }}"
+    "{%- for call in message['tool_calls'] or [] %}"
+    "{{- ('\\n' if message['content'] or not loop.first else '') + '<tool_call>\\n{\"name\": \"' }}"
+    "{{- call['function']['name'] + '\", \"arguments\": ' }}"
+    "{%- set arguments = call['function']['arguments'] %}"
+    "{{- (arguments if arguments is string else arguments | tojson) + '}\\n</tool_call>' }}"
+    "{%- endfor %}{{- '<|im_end|>\\n' }}{%- endif %}"
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
@@ -46,7 +76,7 @@ def train(seed: int, documents: int = 6000) -> Tokenizer:
         show_progress=False,
     )
     rng = random.Random(f"tokenizer-{seed}")
-    texts = [corpus.sample(rng).text for _ in range(documents)]
+    texts = [mixes.sample(rng).text for _ in range(documents)]
     for special in SPECIAL:
         texts = [text.replace(special, "") for text in texts]
     tokenizer.train_from_iterator(texts, trainer)

@@ -1,4 +1,4 @@
-"""The corpus' data files, read once: words and sentence patterns, and facts."""
+"""The corpus' data files, read once: words and sentence patterns, facts, and tools."""
 
 import tomllib
 from pathlib import Path
@@ -14,3 +14,4 @@ def read(name: str) -> dict[str, Any]:
 
 WORDS = read("words.toml")
 FACTS = read("knowledge.toml")
+TOOLS = read("tools.toml")

@@ -1,0 +1,241 @@
+"""What the bundled model is to learn of tools: template, requests and their measurements."""
+
+import itertools
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from minisgl.server.answer import AnswerForm, AnswerParser
+from minisgl.server.chat_template import ChatTemplate
+from minisgl.server.tool_formats import TOOL_FORMATS, TOOL_NAME
+from tools.train_tiny import (
+    batches,
+    corpus,
+    evaluate_tools,
+    mixes,
+    records,
+    skills,
+    tokenizer,
+    tool_chats,
+)
+from tools.train_tiny.generate import GREEDY
+
+TINY = Path(__file__).parents[2] / "minisgl/assets/tiny"
+TEMPLATE = ChatTemplate(tokenizer.CHAT_TEMPLATE)
+ODD_TOOL = {
+    "name": "odd",
+    "description": "Does <it> & 'that'.",
+    "parameters": {
+        "properties": {
+            "items": {"type": "array", "items": {"type": "string"}, "description": "many"},
+            "kind": {"enum": ["ä", 1, None], "description": "which"},
+            "maybe": {"type": ["string", "null"]},
+            "any": True,
+        }
+    },
+}
+CALLED = [
+    {"role": "user", "content": "Weather?"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {"type": "function", "function": {"name": "odd", "arguments": {"kind": "<ä>"}}},
+            {"type": "function", "function": {"name": "clock", "arguments": '{"a": 1}'}},
+        ],
+    },
+    {"role": "tool", "content": "42"},
+    {"role": "assistant", "content": "It is 42."},
+]
+anything = given(st.integers(0, 2**32).map(random.Random))
+
+
+def called(calls) -> list[dict]:
+    """Calls as messages hold them."""
+    return [{"type": "function", "function": {"name": n, "arguments": a}} for n, a in calls]
+
+
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]])
+def test_tools_and_calls_are_rendered_as_transformers_does(system: list[dict]) -> None:
+    import transformers  # seconds to import: only where needed
+
+    theirs = transformers.AutoTokenizer.from_pretrained(TINY)
+    tools = [{"type": "function", "function": f} for f in (ODD_TOOL, {"name": "clock"})]
+    for chat, shown in itertools.product((system + CALLED, system + CALLED[:1]), (tools, None)):
+        expected = theirs.apply_chat_template(
+            chat,
+            tools=shown,
+            chat_template=tokenizer.CHAT_TEMPLATE,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        assert TEMPLATE.render(chat, tools=shown) == expected
+        assert ('"kind": "ä" | 1 | null (which)' in expected) == (shown is not None)
+        assert ("Be brief." in expected) == bool(system)
+
+
+def test_without_tools_nothing_is_rendered_anew() -> None:
+    config = json.loads((TINY / "tokenizer_config.json").read_text())
+    bundled = ChatTemplate(config["chat_template"])
+    chat = [{"role": role, "content": f"a {role} \n"} for role in ("system", "user", "assistant")]
+    for messages in (chat, chat[1:], chat[::-1]):
+        assert TEMPLATE.render(messages) == bundled.render(messages)
+
+
+@settings(max_examples=100, deadline=None)
+@anything
+def test_tools_and_calls_are_learnt_as_they_are_rendered(rng: random.Random) -> None:
+    skill, other = skills.skill(rng), skills.skill(rng, new=True)
+    request = skills.double_request(skill, other, rng)
+    tools = [skill.tool, other.tool]
+    chat = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": request.text},
+        {"role": "assistant", "content": "", "tool_calls": called(request.calls)},
+        {"role": "tool", "content": "1"},
+    ]
+    learnt = [
+        corpus.Message("system", f"Be brief.\n\n{skills.shown(tools)}"),
+        corpus.Message("user", request.text),
+        corpus.Message("assistant", skills.written(request.calls)),
+        corpus.Message("tool", "1"),
+    ]
+    rendered = TEMPLATE.render(chat, tools=tools, add_generation_prompt=False)
+    assert rendered == corpus.chat("any", learnt).text + "\n"
+
+
+@settings(max_examples=200, deadline=None)
+@anything
+def test_calls_that_are_due_are_valid_and_the_server_reads_them(rng: random.Random) -> None:
+    for new in (False, True):
+        found = tool_chats.toolset(rng, new)
+        names = [skill.name for skill in found]
+        assert len({*names}) == len(names)
+        assert all(TOOL_NAME.fullmatch(name) for name in names)
+        request = tool_chats.needing_request(found, rng, new)
+        text = skills.written(request.calls)
+        assert evaluate_tools.read_calls(text) == list(request.calls)
+        assert evaluate_tools.is_valid(list(request.calls), found)
+        schemas = {skill.name: skill.tool["function"]["parameters"] for skill in found}
+        parser = AnswerParser(AnswerForm(None, TOOL_FORMATS["hermes"], schemas))
+        news = [*parser.push(text), *parser.end()]
+        assert parser.has_calls
+        assert parser.num_calls == len(request.calls)
+        assert not [n for n in news if n.kind == "text"]
+
+
+@settings(max_examples=100, deadline=None)
+@anything
+def test_every_string_of_a_call_stands_in_its_request(rng: random.Random) -> None:
+    request = skills.request(skills.skill(rng), rng)
+    for value in request.calls[0][1].values():
+        if not isinstance(value, bool):
+            assert str(value) in request.text
+
+
+def test_nothing_that_is_held_out_is_trained() -> None:
+    texts = skills.TOOLS
+    for name in [name for name in texts if name.startswith("held_out_")]:
+        trained, kept = texts[name.removeprefix("held_out_")], texts[name]
+        assert all(text not in trained for text in kept), name
+    for family in texts["family"]:
+        assert not {*family["asks"]} & {*family["held_out_asks"]}
+    trained_names = {name for family in texts["family"] for name in family["names"]}
+    assert not trained_names & {n for family in texts["held_out_family"] for n in family["names"]}
+
+
+@settings(max_examples=100, deadline=None)
+@anything
+def test_a_record_answers_by_its_schema(rng: random.Random) -> None:
+    for told in (True, False):
+        record = records.record(rng, told=told)
+        assert json.loads(record.answer) == record.values
+        assert evaluate_tools.object_fits(record.values, record.properties, list(record.properties))
+        assert "".join(text for text, _ in record.given_keys()) == record.answer
+        if told:
+            assert all(key in record.request for key in record.values)
+
+
+def test_of_a_record_without_a_schema_the_values_are_learnt_and_the_tokens_are_the_same() -> None:
+    tok = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    for seed in range(50):
+        sample = corpus.keyed_record(random.Random(seed))
+        ids, weights = batches.encode(sample, tok, context=2048)
+        assert ids == tok.encode(sample.text).ids
+        learnt = tok.decode([i for i, w in zip(ids, weights, strict=True) if w == 1.0])
+        assert '":' not in learnt
+        assert learnt.rstrip().endswith("}")
+
+
+def test_what_tools_answer_is_not_learnt() -> None:
+    sample = corpus.chat("any", [corpus.Message("assistant", "a"), corpus.Message("tool", "b")])
+    assert dict(sample.spans)[f"{corpus.START}tool\nb{corpus.END}"] == 0.0
+
+
+def test_the_last_mix_has_tools_and_steps_of_it_are_seeded() -> None:
+    tok = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    assert "tools" not in mixes.mix_at(mixes.TOOLS_FROM - 1)
+    rng = random.Random(0)
+    kinds = {mixes.sample(rng, mixes.mix_at(mixes.TOOLS_FROM)).kind for _ in range(300)}
+    assert {"tools", "record", "keyed record", "fact", "extraction"} <= kinds
+    first, again = (
+        batches.step_batches(0, mixes.TOOLS_FROM + 1, 2048, tok, 2048, long=False) for _ in "ab"
+    )
+    assert all(torch.equal(a.ids, b.ids) for a, b in zip(first, again, strict=True))
+
+
+class Scripted:
+    """Answers what it is told, in turn."""
+
+    def __init__(self, answers: list[str]) -> None:
+        self.answers = answers
+
+    def replies(self, chats, sampling, limit=96) -> list[str]:
+        assert all(chat.endswith(f"{corpus.START}assistant\n") for chat in chats)
+        return self.answers
+
+
+def test_calls_are_counted_as_valid_and_right() -> None:
+    rng = random.Random(3)
+    found = [skills.family_skill(rng, family=family) for family in skills.FAMILIES[False][:3]]
+    asked = [(found, skills.request(skill, rng)) for skill in found]
+    exact = [skills.written(request.calls) for _, request in asked]
+
+    def measured(*answers: str) -> tuple[float, float]:
+        result = evaluate_tools.due_calls(Scripted([*answers]), asked, GREEDY, verbose=False)
+        return result["valid"], result["right"]
+
+    (name, arguments), *_ = asked[0][1].calls
+    key = next(iter(arguments))
+    third = pytest.approx(1 / 3)
+    two_thirds = pytest.approx(2 / 3)
+    assert measured(*exact) == (1, 1)
+    other = skills.written(((name, {**arguments, key: "Nowhere"}),))
+    assert measured(other, *exact[1:]) == (1, two_thirds)
+    for wrong in (
+        "It rains.",
+        skills.written((("no_such_tool", arguments),)),
+        skills.written(((name, {**arguments, "no_such_key": 1}),)),
+        skills.written(((name, {**arguments, key: 1}),)),
+        skills.written(((name, {}),)),
+        exact[0].removesuffix("\n</tool_call>"),
+    ):
+        assert measured(wrong, wrong, exact[2]) == (third, third)
+
+
+def test_answers_by_schema_are_counted(monkeypatch) -> None:
+    monkeypatch.setattr(evaluate_tools, "COUNT", 3)
+    rng = random.Random("by schema")
+    asked = [records.record(rng, new=True) for _ in range(3)]
+    exact = [record.answer for record in asked]
+    result = evaluate_tools.by_schema(Scripted(exact), GREEDY, verbose=False)
+    assert set(result.values()) == {1}
+    broken = evaluate_tools.by_schema(Scripted(["{", '{"no": 1}', exact[2]]), GREEDY, verbose=False)
+    assert (broken["parsed"], broken["by the schema"]) == (2 / 3, 1 / 3)
+    assert broken["right"] == 1 / 3
