@@ -1,5 +1,6 @@
 // y = x W^T + b with W in panels. A panel is one stream in memory, read at the speed of memory by few
-// rows of x; many find it in the second cache. And rows out of panels.
+// rows of x; more find it in the second cache, where it was brought beside the products of the panels
+// before. And rows out of panels.
 
 #include <algorithm>
 #include <string>
@@ -11,6 +12,7 @@
 namespace {
 
 constexpr int TILE_PANELS = TILE_VECTORS / 2;
+constexpr Index HALF = TILE_PANELS * WIDTH / 2;  // of a tile's weights, for each k
 constexpr Index WORTH_SHARING = 500000;  // products: waking a thread for fewer costs more
 
 template <class Y>
@@ -22,14 +24,14 @@ struct Product {
     Index m, n, k, x_stride;
 
     template <int MT, int PANELS>
-    [[gnu::noinline]] void tile(Index row, Index panel) const {
+    [[gnu::noinline]] void tile(Index row, Index panel, const bf16 *ahead) const {
         constexpr int VECTORS = 2 * PANELS;
         const bf16 *from = x + row * x_stride, *panels_from = panels + panel * WIDTH * k;
         const bf16 *rows[MT], *w[VECTORS];
         for (int t = 0; t < MT; ++t) rows[t] = from + t * x_stride;
         for (int v = 0; v < VECTORS; ++v) w[v] = panels_from + (v / 2) * WIDTH * k + (v % 2) * WIDTH;
         f32x16 sums[MT][VECTORS] = {};
-        add_tile(rows, w, k, sums);
+        add_tile(rows, w, k, sums, ahead);
         for (int v = 0; v < VECTORS; ++v) {
             const Index column = panel * WIDTH + v * 16;
             for (int t = 0; t < MT; ++t) put(sums[t][v], y + (row + t) * n + column, column);
@@ -46,25 +48,37 @@ struct Product {
             store(to + c - column, sums[c - column] + (bias ? to_float(bias[c]) : 0.0f));
     }
 
-    // Panels [begin, end) for all rows: one or two stay in the second cache, a tile of x in the first.
-    void block(Index begin, Index end) const {
-        for (Index panel = begin; panel < end; panel += TILE_PANELS)
-            for_tiles(m, [&](Index row, auto height) {
-                constexpr int MT = decltype(height)::value;
-                if (panel + TILE_PANELS <= end)
-                    tile<MT, TILE_PANELS>(row, panel);
-                else
-                    tile<MT, 1>(row, panel);
-            });
+    // TILE_PANELS panels from `panel` on for all rows: they stay in the second cache, a tile of x in
+    // the first. Beside the last two tiles as many are fetched from `next` on, if it is not null.
+    void block(Index panel, const bf16 *next) const {
+        for_tiles(m, [&](Index row, auto height) {
+            constexpr int MT = decltype(height)::value;
+            const Index left = m - row - MT;
+            const bf16 *ahead = next && left <= TILE_ROWS ? next + (left ? 0 : HALF * k) : nullptr;
+            if ((panel + TILE_PANELS) * WIDTH < n + WIDTH)
+                tile<MT, TILE_PANELS>(row, panel, ahead);
+            else
+                tile<MT, 1>(row, panel, ahead);
+        });
     }
 
     void run(int threads) const {
         const Index all = (n + WIDTH - 1) / WIDTH;
         if (m * n * k < WORTH_SHARING) threads = 1;
-        const Index part = all / (4 * threads) / TILE_PANELS * TILE_PANELS;
-        const Index size = std::clamp<Index>(part, TILE_PANELS, 32);
-        share((all + size - 1) / size, threads, [&](Index b) {
-            block(b * size, std::min((b + 1) * size, all));
+        if (m <= TILE_ROWS) {  // read once: as fast as memory is, and long streams are the fastest
+            const Index part = all / (4 * threads) / TILE_PANELS * TILE_PANELS;
+            const Index size = std::clamp<Index>(part, TILE_PANELS, 32);
+            return share((all + size - 1) / size, threads, [&](Index b) {
+                for (Index p = b * size; p < std::min((b + 1) * size, all); p += TILE_PANELS)
+                    block(p, nullptr);
+            });
+        }
+        share_blocks((all + TILE_PANELS - 1) / TILE_PANELS, threads, [&](Blocks &blocks) {
+            Index own, next;
+            for (bool more = blocks.next(own); more; own = next) {
+                more = blocks.next(next);  // a block early, to know what to fetch
+                block(own * TILE_PANELS, more ? panels + next * 2 * HALF * k : nullptr);
+            }
         });
     }
 };
