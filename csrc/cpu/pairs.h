@@ -44,8 +44,6 @@ inline u32x16 interleaved(const bf16 *a, const bf16 *b) {
 }
 
 #if defined(__AVX512BF16__)
-#include <immintrin.h>
-
 typedef __m512bh Pairs;  // of sixteen columns
 
 inline Pairs load_pairs(const bf16 *p) { return (__m512bh)load_as<i32x16>(p); }

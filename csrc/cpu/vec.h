@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
@@ -34,11 +38,15 @@ inline float to_float(bf16 x) {
 
 inline void store16(float *p, f32x16 v) { std::memcpy(p, &v, sizeof v); }
 inline void store16(bf16 *p, f32x16 v) {  // to nearest, ties to even
+#if defined(__AVX512BF16__)
+    const __m256bh narrow = _mm512_cvtneps_pbh((__m512)v);
+#else
     const u32x16 bits = (u32x16)v;
     u32x16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const u32x16 nan = (u32x16)(v != v);
     rounded = (rounded & ~nan) | (nan & 0x7fc0);
     const u16x16 narrow = __builtin_convertvector(rounded, u16x16);
+#endif
     std::memcpy(p, &narrow, sizeof narrow);
 }
 
@@ -143,6 +151,20 @@ inline f32x16 exp16(f32x16 x) {
     const i32x16 exponent = __builtin_convertvector(n, i32x16) << 23;
     y = (f32x16)((i32x16)y + exponent);
     return x < -87.0f ? f32x16{} : y;
+}
+
+// 2^x within 2e-7 of it, for x <= 0 or little above; 0 below -126. A minimax polynomial.
+inline f32x16 power_of_two16(f32x16 x) {
+    const f32x16 shifted = larger(x, splat(-126.0f)) + 12582912.0f;  // an integer in its last bits
+    const f32x16 r = larger(x, splat(-126.0f)) - (shifted - 12582912.0f);
+    f32x16 y = splat(1.3276471519e-3f);
+    y = y * r + 9.6755413307e-3f;
+    y = y * r + 5.5507132750e-2f;
+    y = y * r + 2.4022119724e-1f;
+    y = y * r + 6.9314696706e-1f;
+    y = y * r + 1.0f;
+    y = (f32x16)((i32x16)y + ((i32x16)shifted << 23));
+    return x < -126.0f ? f32x16{} : y;
 }
 
 template <class T>
