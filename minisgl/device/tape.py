@@ -46,6 +46,7 @@ READING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 READS = ("tolist", "numpy", "__array__", "__dlpack__", "__bool__", "is_nonzero")
 
 _recording: ContextVar["_Recording | None"] = ContextVar("recording", default=None)
+_calls: ContextVar[set[str] | None] = ContextVar("calls", default=None)
 
 
 class Arena:
@@ -148,12 +149,16 @@ def by_call(function: Callable[P, R]) -> Callable[P, R]:
     The log names it when it first goes on a tape: it then has Python run in every such step.
     """
 
+    name = f"{function.__module__}.{function.__qualname__}"
+
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         recording = _recording.get()
         if recording is None:
+            if (calls := _calls.get()) is not None:
+                calls.add(name)
             return function(*args, **kwargs)
-        _named(f"{function.__module__}.{function.__qualname__}")
+        _named(name)
         with recording.paused():
             context = copy_context()
             result = function(*args, **kwargs)
@@ -161,6 +166,17 @@ def by_call(function: Callable[P, R]) -> Callable[P, R]:
             return recording.note(again, args, kwargs, result)  # type: ignore[no-any-return]
 
     return call
+
+
+@contextmanager
+def calls_noted() -> Iterator[set[str]]:
+    """Yields a set to which, within the context, `by_call` adds the name of what is called."""
+    names: set[str] = set()
+    token = _calls.set(names)
+    try:
+        yield names
+    finally:
+        _calls.reset(token)
 
 
 def _record(function: Callable[[], object], arena: Arena) -> Any:

@@ -10,10 +10,12 @@ from itertools import product
 import numpy as np
 import torch
 
+from minisgl import csrc
 from minisgl.core.batch import PENDING, Batch, CascadeGroup, Chunk, CopyJob, RowSetup
 from minisgl.core.executor import GrammarMasks, Limits
 from minisgl.core.request import SamplingParams
 from minisgl.device import Device
+from minisgl.device.tape import calls_noted
 from minisgl.log import get_logger
 from minisgl.models.loader import progress
 from minisgl.parallel import Communicator
@@ -132,7 +134,8 @@ def warm_up(worker: Worker, widths: Iterable[int], cascade: bool, everything: bo
     """Run prompts and mixed steps on the padding row, in the stream.
 
     widths: tokens of a decoding sequence. `everything`: with penalties, log-probabilities and
-    masks, too, so that no request is the first to load what it needs.
+    masks, too, so that no request is the first to load what it needs. On a CPU the log then names
+    what of these steps is computed through Python, if there is such.
     """
     limits, runner = worker.limits, worker.runner
     host = HostRows(limits.max_rows, limits.vocab_size)
@@ -146,10 +149,17 @@ def warm_up(worker: Worker, widths: Iterable[int], cascade: bool, everything: bo
         follows = Chunk(0, 0, row, 0, 2, [0, 0], 0, [0], False)
         proposed = Chunk(0, 0, row, 0, 1 + len(pending), [], 0, [], True, pending)
         steps.append((Batch(0, [proposed], 1, draft_chunks=[follows]), None))
-    for batch, masks in steps:
-        step = Step(pack_step(batch, host, eager))
-        runner.forward(step)
-        runner.sample(step, masks)
+    native = csrc.loaded("model_ops") if worker.device.torch_device.type == "cpu" else None
+    with calls_noted() as calls:
+        for batch, masks in steps:
+            step = Step(pack_step(batch, host, eager))
+            runner.forward(step)
+            runner.sample(step, masks)
+    if calls and native:
+        shown = ", ".join(sorted(calls))
+        log.info(
+            "called through Python, for they have no native form (%s): %s", native.LEVEL, shown
+        )
 
 
 def kinds_of_steps(

@@ -1,5 +1,6 @@
 """Decode graphs in two halves: which exist, which a step takes, and that nothing they use moves."""
 
+import logging
 from collections import defaultdict
 from dataclasses import fields
 
@@ -137,6 +138,16 @@ def test_a_warm_up_asks_for_everything_and_leaves_padding_greedy(executors, page
     assert runner.rows.counted[padding] == 0
     requests = mixed_requests(7, seed=8)
     assert serve(executor, requests).tokens == serve(executors(**facts), requests).tokens
+
+
+@pytest.mark.skipif(csrc.load("model_ops", wait=True) is None, reason="no compiler")
+def test_a_warm_up_names_what_has_no_native_form(executors, caplog):
+    worker = executors().worker  # in fp32, of which no native op takes prompts
+    with caplog.at_level(logging.INFO, "minisgl"):
+        worker.device.run(warm_up, worker, (1,), False, False)
+    (named,) = [text for text in caplog.messages if "no native form" in text]
+    called = ["attention.cpu._sequence_by_sequence", "kv_copy.copy_pages_reference"]
+    assert named.endswith(": " + ", ".join(f"minisgl.kernels.{name}" for name in called))
 
 
 @pytest.mark.parametrize(("tokens", "drafts"), [(20, 0), (300, 0), (20, 3)])  # the context is 128
