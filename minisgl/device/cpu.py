@@ -1,6 +1,7 @@
 """The CPU as a device: one worker thread is its stream, and its graphs are tapes."""
 
 import atexit
+import ctypes
 import math
 import mmap
 import os
@@ -24,6 +25,8 @@ from minisgl.interrupts import held_back
 
 CACHE_LINE = 64  # bytes
 HUGE_PAGE = 2 * 2**20
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+MMAP_THRESHOLD = 32 * 2**20  # the most that glibc takes
 FP32_ROWS = 8  # that matrix products take at once; half of them for the last ones
 
 
@@ -104,6 +107,7 @@ class CpuDevice:
         return f"CPU ({self.num_threads} {cores})"
 
     def _work(self) -> None:
+        keep_freed_memory()
         torch.set_num_threads(self.num_threads)
         torch.get_num_threads()  # torch sizes a thread's team at its first use, by the last setting
         self._sized.set()
@@ -188,6 +192,16 @@ class CpuDevice:
             if threading.current_thread() is not self._thread:
                 self._thread.join()
                 atexit.unregister(self.close)
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what a step frees for the next one, up to the thresholds to which
+    glibc raises its own for programs that free as much at once. Else what a prompt of a small model
+    takes goes back to the system after each step, and faults of 4 KiB are a tenth of the next."""
+    with suppress(OSError, AttributeError):  # of another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+        mallopt(M_TRIM_THRESHOLD, 2 * MMAP_THRESHOLD)
 
 
 def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
