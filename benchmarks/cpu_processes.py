@@ -142,7 +142,11 @@ class Offline:
         script = str(Path(__file__).with_name("cpu_engines.py"))
         command = [side.python, script, side.engine, side.model]
         self._process = Process(side, command, stdout=subprocess.PIPE)
-        self.release = str(self._answer()["release"])
+        try:
+            self.release = str(self._answer()["release"])
+        except BaseException:  # Ctrl-C, too
+            self._process.close()
+            raise
         self._process.signal(signal.SIGSTOP)
 
     @contextmanager
@@ -223,8 +227,12 @@ class OwnServer(Served):
             port = free.getsockname()[1]
         super().__init__(side.name, f"http://127.0.0.1:{port}")
         self._process = Process(side, side.server(port))
-        with self.awake():
-            pass
+        try:
+            with self.awake():
+                pass
+        except BaseException:  # Ctrl-C, too
+            self._process.close()
+            raise
 
     @contextmanager
     def awake(self) -> Iterator[None]:
