@@ -3,7 +3,7 @@
 # make test    set up .venv, then check: lint, types, floors, tests (make -k: past a failure)
 # make test-all   the same, then what CI checks besides: more cases, clients of other projects,
 #                 another Triton, other GPUs
-# make test-real   tests of a real model, smollm2, against transformers (about two minutes)
+# make test-real   tests of a real model, smollm2, against transformers (some minutes)
 # make lint | bench | venv | clean
 
 PYTHON ?= python3
