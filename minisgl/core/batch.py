@@ -96,9 +96,9 @@ class StepOutput(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
     `token_ids[i]` are the tokens accepted for chunk i: empty when it does not sample, otherwise
     the matching drafts and the one token after them. `logprobs[i]` and `prompt_logprobs[i]` exist
-    only for chunks that asked for them. `seconds` is the step's time on the device. `spans` exist
-    while a profile runs: when the device began and ended the forward pass, then the sampling, in
-    seconds of this machine's `time.perf_counter`.
+    only for chunks that asked for them. `seconds` is the step's time on the device, 0 where it is
+    no measure of others. `spans` exist while a profile runs: when the device began and ended the
+    forward pass, then the sampling, in seconds of this machine's `time.perf_counter`.
     """
 
     step: int

@@ -51,7 +51,12 @@ class ForcedPolicy:
         return False
 
     def observe(self, num_sequences: int, num_forced: int, seconds: float) -> None:
-        """A step in which so many sequences decoded, with neither prompts nor drafts."""
+        """A step in which so many sequences decoded, with neither prompts nor drafts.
+
+        Times that are not positive are ignored.
+        """
+        if seconds <= 0.0:
+            return
         size = num_sequences.bit_length()
         plain = self._plain[size]
         if not num_forced:

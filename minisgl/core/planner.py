@@ -92,6 +92,7 @@ class Planner:
             if end > seq.kv.capacity and not self._running.grow(plan, seq, end):
                 continue
             if seq.num_tokens > start + 1:
+                seq.num_fed = seq.num_tokens
                 forced.append(seq)
                 continue
             drafts = NONE
@@ -124,10 +125,19 @@ class Planner:
         plan.work = Work(num_tokens, num_context, num_read, num_tokens)
         plan.num_decode = len(plan.chunks)
         plan.num_streams = len(plan.chunks) + len(forced)
-        for seq in forced:
-            seq.num_fed = seq.num_tokens
-            plan.num_forced += self._add_prefill(plan, seq, seq.num_tokens) - 1
-        return prefilling
+        return prefilling + self._plan_forced(plan, forced)
+
+    def _plan_forced(self, plan: Plan, forced: list[Sequence]) -> list[Sequence]:
+        """Plan what grammars force, as much as half a step of prompts; returns sequences for which
+        nothing was left: they are served as prompts are."""
+        left = self._chunk_size // 2
+        for index, seq in enumerate(forced):
+            if left <= 0:
+                return forced[index:]
+            count = self._add_prefill(plan, seq, left)
+            plan.num_forced += count - 1
+            left -= count
+        return []
 
     def _plan_prefill(self, plan: Plan, prefilling: list[Sequence]) -> None:
         """Divide the step's prompt tokens.
@@ -139,6 +149,7 @@ class Planner:
         start = line[0].num_computed if line else 0
         decode = decode_work(plan.work.num_tokens, plan.work.num_pairs)
         left = self.budget.prefill_tokens(decode, start, longest)
+        left = max(left - plan.num_forced, left // 2)  # both together fit in the budget
         if self._can_admit(plan):
             tries = min(len(self._running.free_rows), left) + self._fairness.scan_limit
             line += self._waiting.candidates(tries, self._clock(), self._cache)

@@ -4,6 +4,7 @@ Every sequence has tokens it holds and tokens it has computed; a step closes par
 Prefill, chunked prefill, prefix hits, decode, recompute after preemption and drafts are one case.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from time import monotonic
@@ -182,9 +183,9 @@ class Scheduler:
         if asked:
             limit = self._planner.budget.limit(max(seq.num_tokens for seq in decoding))
             beside = len(asked) < len(decoding)
-            # A step with prompts is ragged anyway.
-            prefills = len(decoding) < len(running)
-            if prefills or self._forced.pays(len(decoding), num_forced, limit, beside=beside):
+            # A step with prompts is ragged anyway, but may have a target to hold.
+            is_free = len(decoding) < len(running) and limit == math.inf
+            if is_free or self._forced.pays(len(decoding), num_forced, limit, beside=beside):
                 taken += asked
         return [self._append_forced(*each) for each in taken]
 
@@ -197,8 +198,9 @@ class Scheduler:
             seq.num_pending = seq.num_slack = 0
             if drafts:
                 self._speculation.take(seq, len(drafts), num_accepted)
-        self._num_forced += len(run) - len(seq.foretold)
-        return self._append(seq, run, len(drafts), num_accepted)
+        delta = self._append(seq, run, len(drafts), num_accepted)
+        self._num_forced += max(len(delta.token_ids) - len(seq.foretold), 0)
+        return delta
 
     def _oldest_plan(self, batch: Batch) -> Plan:
         if not self.plans or self.plans[0].step != batch.step:

@@ -66,7 +66,8 @@ class LlgGrammar:
         run, matcher = list[int](), self.matcher
         # One by one, as masks are filled: what may still merge with a later token is held back.
         while len(run) < most and (ahead := matcher.compute_ff_tokens()):
-            matcher.try_consume_tokens(ahead[:1])
+            if matcher.try_consume_tokens(ahead[:1]) != 1:
+                break  # a limit of the parser, which the token's own step will meet and tell
             run.append(ahead[0])
         only_ends = matcher.is_stopped() and not matcher.is_error()
         if run:

@@ -39,3 +39,14 @@ def test_refusals_make_looks_rare_and_do_not_last_for_ever():
     assert steps > 32 * RETRY
     assert policy.pays(1, 1, math.inf, beside=False)
     assert policy.looks()
+
+
+def test_what_was_not_measured_is_not_learnt():
+    policy = ForcedPolicy()
+    for _ in range(4):  # steps that recorded their graph
+        policy.observe(1, 0, 0.0)
+    for _ in range(2):
+        policy.observe(1, 0, 1e-3)
+        policy.observe(1, 4, 0.0)
+        policy.observe(1, 4, 1.1e-3)
+    assert policy.pays(1, 4, math.inf, beside=False)

@@ -127,6 +127,7 @@ class Trial:
             disable_radix_cache=unshared,
             cascade_min_shared_tokens=None if unshared else random.choice([None, 1, 1, 9]),
         )
+        self.chunk_size = config.chunked_prefill_size
         fairness = Fairness(max_passed=random.choice([1, 64]), headroom=page_size)
         cost_model = None
         if target is not None or random.random() < 0.2:
@@ -194,6 +195,8 @@ class Trial:
             self.force({uid: [] for uid in self.forms})
         batch = self.scheduler.plan()
         if batch is not None:
+            fed = batch.chunks[batch.num_decode :]  # the memory plan relies on their size
+            assert sum(chunk.length - 1 for chunk in fed) <= self.chunk_size
             self.executor.dispatch(batch)
             if any(chunk.samples and chunk.uid in self.forms for chunk in batch.chunks):
                 self.sample_masked(batch)
