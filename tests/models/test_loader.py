@@ -255,6 +255,16 @@ def test_a_gguf_file_or_the_folder_of_one(tmp_path: Path) -> None:
     assert model_directory(str(tmp_path)) == tmp_path
 
 
+def test_parts_of_a_gguf_file_are_to_be_merged(tmp_path: Path) -> None:
+    for part in (1, 2):
+        (tmp_path / f"a-0000{part}-of-00002.gguf").touch()
+    with pytest.raises(ValueError, match=r"\(a-00001-of.*\); merge the parts .*gguf-split --merge"):
+        model_directory(str(tmp_path))
+    (tmp_path / "b.gguf").touch()
+    with pytest.raises(ValueError, match=r"several GGUF files .*; name one, as \.\.\./b\.gguf$"):
+        model_directory(str(tmp_path))
+
+
 def test_a_name_is_found_in_its_package_or_says_how(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
