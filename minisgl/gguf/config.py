@@ -1,12 +1,12 @@
 """What a GGUF file says of its model, by the names of config.json and generation_config.json."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from minisgl.gguf.header import Gguf, TensorInfo
+from minisgl.gguf.header import Gguf, TensorInfo, shown
 from minisgl.gguf.tokenizer import KEY, end_ids
 from minisgl.gguf.weights import LLAMA3_FACTORS, GgufSlice, GgufWeights
 
@@ -22,17 +22,25 @@ class _Family:
     architecture: str
     paired: bool = False  # rows of queries and keys lie in pairs that are rotated together
     gemma: bool = False
+    own: Set[str] = frozenset()  # of its keys, those that not all have
     layers_of_27b: int = 0  # of the one size whose attention scale follows from its hidden size
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
+# Keys that only some architectures have; the others refuse them.
+_EXPERTS = {"expert_count", "expert_used_count", "expert_feed_forward_length"}
+_EXPERTS |= {"expert_weights_norm"}
+_GEMMA2 = {"attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
+_GEMMA3 = {"attention.sliding_window", "attention.sliding_window_pattern"}
+_GEMMA3 |= {"final_logit_softcapping", "rope.freq_base_swa"}
+_OWN = _EXPERTS | _GEMMA2 | _GEMMA3
 _FAMILIES = {
     "llama": _Family("LlamaForCausalLM", paired=True),
     "qwen2": _Family("Qwen2ForCausalLM"),
     "qwen3": _Family("Qwen3ForCausalLM"),
-    "qwen3moe": _Family("Qwen3MoeForCausalLM", fixed={"norm_topk_prob": True}),
-    "gemma2": _Family("Gemma2ForCausalLM", gemma=True, layers_of_27b=46),
-    "gemma3": _Family("Gemma3ForCausalLM", gemma=True, layers_of_27b=62),
+    "qwen3moe": _Family("Qwen3MoeForCausalLM", own=_EXPERTS, fixed={"norm_topk_prob": True}),
+    "gemma2": _Family("Gemma2ForCausalLM", gemma=True, own=_GEMMA2, layers_of_27b=46),
+    "gemma3": _Family("Gemma3ForCausalLM", gemma=True, own=_GEMMA3, layers_of_27b=62),
 }
 # Behind "ARCHITECTURE.": the field, and the limit of an integer.
 _FIELDS: dict[str, tuple[str, int | None]] = {
@@ -44,6 +52,7 @@ _FIELDS: dict[str, tuple[str, int | None]] = {
     "attention.head_count_kv": ("num_key_value_heads", MAX_SIZE),
     "attention.key_length": ("head_dim", MAX_SIZE),
     "attention.sliding_window": ("sliding_window", MAX_CONTEXT),
+    "attention.sliding_window_pattern": ("sliding_window_pattern", MAX_LAYERS),
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps", None),
     "attention.causal": ("is_causal", None),
     "attn_logit_softcapping": ("attn_logit_softcapping", None),
@@ -53,7 +62,9 @@ _FIELDS: dict[str, tuple[str, int | None]] = {
     "expert_count": ("num_experts", MAX_LAYERS),
     "expert_used_count": ("num_experts_per_tok", MAX_LAYERS),
     "expert_feed_forward_length": ("moe_intermediate_size", MAX_SIZE),
+    "expert_weights_norm": ("norm_topk_prob", None),
 }
+_REQUIRED = ("block_count", "embedding_length", "attention.head_count")
 _SCALING = {
     "factor": "factor",
     "original_context_length": "original_max_position_embeddings",
@@ -63,7 +74,8 @@ _SCALING = {
 _SAMPLING = ("temp", "top_k", "top_p", "min_p")
 # Of every file: what is said by the tensors, or of how it was made.
 _KNOWN = {"vocab_size", "rope.dimension_count", "attention.value_length", "rope.scaling.type"}
-_KNOWN |= {"rope.scaling.finetuned"}
+_KNOWN |= {"rope.scaling.finetuned", "rope.scale_linear", "tensor_data_layout"}
+_KNOWN |= {f"rope.scaling.{key}" for key in _SCALING}
 _LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3 |= {"original_max_position_embeddings": 8192}
 
@@ -71,19 +83,12 @@ _LLAMA3 |= {"original_max_position_embeddings": 8192}
 def read_config(file: Gguf) -> tuple[Json, Json]:
     """config.json and generation_config.json, each field checked against its limit.
 
-    Keys of the architecture that are not known are in it under their own names. Raises ValueError
-    naming key and value, or the architectures there are.
+    Raises ValueError naming key and value, or the architectures there are; also for a key of the
+    architecture that is not known, as it may change what is computed.
     """
     name, family = _family(file)
     config: Json = {"architectures": [family.architecture], **family.fixed}
-    unknown = {key for key in file.metadata if key.startswith(f"{name}.")}
-    unknown -= {f"{name}.{key}" for key in _KNOWN | {f"rope.scaling.{key}" for key in _SCALING}}
-    for key, (hf_name, most) in _FIELDS.items():
-        value = file.metadata.get(f"{name}.{key}")
-        if value is not None:
-            config[hf_name] = value if most is None else file.integer(f"{name}.{key}", most)
-        unknown.discard(f"{name}.{key}")
-    config |= {key: file.metadata[key] for key in unknown}
+    config |= _read_fields(file, name, family)
     embedding = file.tensors.get("token_embd.weight")
     tokens = len(file.texts(f"{KEY}.tokens"))
     if embedding is None or embedding.shape[0] != tokens:
@@ -100,13 +105,33 @@ def read_config(file: Gguf) -> tuple[Json, Json]:
     config["head_dim"] = _head_dim(file, name, config)
     config["rope_scaling"] = _rope_scaling(file, name, config)
     if family.gemma:
-        is_27b = config.get("num_hidden_layers") == family.layers_of_27b
-        heads = config.get("num_attention_heads")
-        scale = config["hidden_size"] // heads if heads and is_27b else config["head_dim"]
-        config["query_pre_attn_scalar"] = scale
-    sampling = {key: file.metadata.get(f"general.sampling.{key}") for key in _SAMPLING}
+        is_27b = config["num_hidden_layers"] == family.layers_of_27b
+        of_27b = config["hidden_size"] // config["num_attention_heads"]
+        config["query_pre_attn_scalar"] = of_27b if is_27b else config["head_dim"]
+    sampling = {key: file.scalar(f"general.sampling.{key}") for key in _SAMPLING}
     sampling["temperature"] = sampling.pop("temp")
     return config, {key: value for key, value in sampling.items() if value is not None}
+
+
+def _read_fields(file: Gguf, name: str, family: _Family) -> Json:
+    """What the keys of the architecture say."""
+    found: Json = {}
+    unread = {key for key in file.metadata if key.startswith(f"{name}.")}
+    unread -= {f"{name}.{key}" for key in _KNOWN}
+    for key, (hf_name, most) in _FIELDS.items():
+        full = f"{name}.{key}"
+        value = file.scalar(full) if most is None else file.integer(full, most)
+        if not value and key in _REQUIRED:
+            raise file.bad(full, f"an integer of 1 to {most}", value)
+        # Where another architecture's key is 0, it asks for nothing.
+        if key in family.own or key not in _OWN or value == 0:
+            unread.discard(full)
+            if value is not None:
+                found[hf_name] = value
+    if unread:
+        value = shown(file.metadata[key := min(unread)])
+        raise ValueError(f"{file.path}: {key} is not read for {name}, got {value}")
+    return found
 
 
 def read_weights(file: Gguf) -> GgufWeights:
@@ -129,8 +154,7 @@ def _family(file: Gguf) -> tuple[str, _Family]:
 
 def _head_dim(file: Gguf, name: str, config: Json) -> int:
     """The size of queries, keys and values, of which all is rotated."""
-    hidden, heads = config.get("hidden_size", 0), config.get("num_attention_heads") or 1
-    size: int = config.get("head_dim", hidden // heads)
+    size: int = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
     for key in (f"{name}.attention.value_length", f"{name}.rope.dimension_count"):
         if (given := file.integer(key, MAX_SIZE, size)) != size:
             raise file.bad(key, f"{size}, as the heads' keys have", given)
@@ -147,13 +171,16 @@ def _dtype(file: Gguf) -> str:
 
 def _rope_scaling(file: Gguf, name: str, config: Json) -> Json | None:
     factors = file.tensors.get(LLAMA3_FACTORS)
-    kind = file.text(f"{name}.rope.scaling.type", "none")
+    stated = {hf: file.scalar(f"{name}.rope.scaling.{key}") for key, hf in _SCALING.items()}
+    if stated["factor"] is None:  # older files have that of linear scaling
+        stated["factor"] = file.scalar(f"{name}.rope.scale_linear")
+    unscaled = stated["factor"] in (None, 0, 1)
+    kind = file.text(f"{name}.rope.scaling.type", "none" if unscaled else "linear")
     if factors is not None and _FAMILIES[name].paired:
         if kind != "none":
             raise file.bad(f"{name}.rope.scaling.type", f"none beside {LLAMA3_FACTORS}", kind)
         return _llama3_scaling(file, factors, config)
-    given = {hf: file.metadata.get(f"{name}.rope.scaling.{key}") for key, hf in _SCALING.items()}
-    stated = {hf_name: value for hf_name, value in given.items() if value is not None}
+    stated = {hf_name: value for hf_name, value in stated.items() if value is not None}
     return None if kind == "none" else {"rope_type": kind, **stated}
 
 

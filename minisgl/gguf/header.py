@@ -5,6 +5,7 @@ tensor, then the tensors' bytes.
 """
 
 import math
+import reprlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ MAX_ALIGNMENT = 2**16
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
 _BOOLEAN, _STRING, _ARRAY = 7, 8, 9
+_SHORT = reprlib.Repr()
+_SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxstring, _SHORT.maxother = 8, 8, 200, 200
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,14 @@ class Gguf:
     tensors: Mapping[str, TensorInfo]
 
     def bad(self, key: str, wanted: str, got: object) -> ValueError:
-        return ValueError(f"{self.path}: {key} must be {wanted}, got {got!r}")
+        return ValueError(f"{self.path}: {key} must be {wanted}, got {shown(got)}")
+
+    def scalar(self, key: str) -> Any:
+        """What is no array, or None where there is none."""
+        value = self.metadata.get(key)
+        if isinstance(value, list | np.ndarray):
+            raise self.bad(key, "one value", value)
+        return value
 
     def integer(self, key: str, most: int, default: int | None = None) -> int | None:
         """An integer of 0 to `most`, or the default where there is none."""
@@ -97,6 +107,11 @@ class Gguf:
         return value
 
 
+def shown(value: object) -> str:
+    """As errors show it: of long strings and arrays a part."""
+    return _SHORT.repr(value[:9].tolist() if isinstance(value, np.ndarray) else value)
+
+
 def read_gguf(path: Path) -> Gguf:
     """Read the header of a file of version 2 or 3, little-endian.
 
@@ -121,12 +136,14 @@ def read_gguf(path: Path) -> Gguf:
         if key in metadata:
             raise cursor.bad(f"key {key} is there twice")
         metadata[key] = cursor.value(cursor.number("I", f"the type of {key}"), key)
-    if (parts := metadata.get("split.count", 1)) != 1:
-        raise cursor.bad(f"it is one of {parts} parts (split.count); merge them into one file")
+    parts = metadata.get("split.count", 1)
+    if type(parts) is not int or parts not in (0, 1):  # 0: merged from several
+        how = "merge the parts of a model into one file first (gguf-split --merge)"
+        raise cursor.bad(f"split.count must be 0 or 1, got {shown(parts)}; {how}")
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 0 < alignment <= MAX_ALIGNMENT or alignment % 8:
         wanted = f"a multiple of 8 of at most {MAX_ALIGNMENT}"
-        raise cursor.bad(f"general.alignment must be {wanted}, got {alignment!r}")
+        raise cursor.bad(f"general.alignment must be {wanted}, got {shown(alignment)}")
     infos = [_read_info(cursor, index) for index in range(num_tensors)]
     return Gguf(path, metadata, _placed(cursor, infos, alignment))
 

@@ -1,7 +1,7 @@
 """A GGUF file's vocabulary, as the tokenizer.json and tokenizer_config.json that would say it.
 
-Three kinds: byte-level BPE with merges ("gpt2"), SentencePiece's BPE, whose merges follow from the
-scores of its tokens ("llama"), and SentencePiece's unigram ("t5").
+Two kinds: byte-level BPE with merges ("gpt2"), and SentencePiece's BPE, whose merges follow from
+the scores of its tokens ("llama").
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from minisgl.gguf.header import Gguf
+from minisgl.gguf.header import Gguf, shown
 
 Json = dict[str, Any]
 
@@ -133,7 +133,7 @@ def _ids(file: Gguf, tokens: list[str]) -> dict[str, int]:
     ids = {token: i for i, token in enumerate(tokens)}
     if len(ids) < len(tokens):
         twice = next(token for i, token in enumerate(tokens) if ids[token] != i)
-        raise file.bad(f"{KEY}.tokens", "each another", twice)
+        raise ValueError(f"{file.path}: {KEY}.tokens must all differ, got {shown(twice)} twice")
     return ids
 
 

@@ -97,8 +97,14 @@ WRONG = {
     "general.alignment must be a multiple of 8 of at most 65536, got 7": header(
         key(b"general.alignment", 4, struct.pack("<I", 7)), keys=1
     ),
-    r"it is one of 3 parts \(split.count\)": header(
+    r"split.count must be 0 or 1, got 3; merge the parts": header(
         key(b"split.count", 2, struct.pack("<H", 3)), keys=1
+    ),
+    r"split.count must be 0 or 1, got \[1\]; merge": header(
+        key(b"split.count", 9, struct.pack("<IQi", 5, 1, 1)), keys=1
+    ),
+    r"split.count must be 0 or 1, got \[1, 2\]; merge": header(
+        key(b"split.count", 9, struct.pack("<IQii", 5, 2, 1, 2)), keys=1
     ),
     "tensor t must have 1 to 4 dimensions, got 9": header(tensor(b"t", [1] * 9), tensors=1),
     "tensor t has the type number 77": header(tensor(b"t", [4], 77), tensors=1),
@@ -124,6 +130,12 @@ def test_what_is_wrong_is_named(message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message) as found:
         read_gguf(path)
     assert str(found.value).startswith(str(path))
+
+
+def test_a_file_merged_from_parts_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(header(key(b"split.count", 2, struct.pack("<H", 0)), keys=1))
+    assert read_gguf(path).metadata == {"split.count": 0}
 
 
 def test_what_a_model_needs_and_does_not_have_is_named(tmp_path: Path) -> None:

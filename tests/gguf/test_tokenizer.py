@@ -210,7 +210,7 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     told(changed(pre="falcon"), "ggml.pre must be one of gpt-2, .*, got 'falcon'")
     told(
         changed(tokens=["a", "b", "a"], token_type=[1, 1, 1]),
-        "tokens must be each another, got 'a'",
+        "tokens must all differ, got 'a' twice",
     )
     told(changed(token_type=[1, 1]), r"token_type must be an array of \d+ numbers")
     told(changed(merges=["a b", "a b c"]), "merges must be two tokens with a space .*'a b c'")
