@@ -2,7 +2,7 @@
 
 A trie over the page ids of decoding sequences, its unbranched runs compressed (Morrison, PATRICIA,
 1968). While a sequence decodes, the pages of the tokens it was fed stay as they are, so its pages
-are looked at when it joins alone. Cascade attention reads the pages of a group once for all; a
+are looked at only when it joins. Cascade attention reads the pages of a group once for all; a
 sequence can be in one group only, though it may share a short prefix with many and a longer one
 with few. On each path of the trie either a node's sequences are one group, or its children decide,
 whichever saves more reads.

@@ -25,8 +25,8 @@ from typing import Literal
 
 PACKAGE = Path(__file__).parent
 EXTENSION = EXTENSION_SUFFIXES[0]  # names Python's version and platform
-# A wheel carries the sources as minisgl/csrc/src; a checkout has them in its top-level csrc/.
 REPORT_SECONDS = 10
+# A wheel carries the sources as minisgl/csrc/src; a checkout has them in its top-level csrc/.
 SOURCES = PACKAGE / "src" if (PACKAGE / "src").is_dir() else PACKAGE.parents[1] / "csrc"
 
 
