@@ -159,12 +159,12 @@ class PromptReader:
             raise TypeError(f"messages must be a list of messages, got {shown(messages)}")
         single = not messages or isinstance(messages[0], Mapping)
         conversations = cast(Sequence[Conversation], [messages] if single else messages)
+        names = _tool_names(options.get("tools") or ())
         both = [self.tokenizer.render_both(each, **options) for each in conversations]
-        for tool in options.get("tools") or ():
-            name = tool.get("function", tool).get("name", "") if isinstance(tool, Mapping) else ""
-            if not name or not all(name in frame for _, frame in both):
-                wrong = "is left out by this model's chat template" if name else "has no name"
-                raise ValueError(f"tools: {shown(tool)} {wrong}")
+        for index, name in enumerate(names):
+            if not all(name in frame for _, frame in both):
+                wrong = f"tools[{index}], {shown(name)}, is left out by this model's chat template"
+                raise ValueError(wrong)
         encode = partial(self.tokenizer.encode, add_special_tokens=False, check=self._check)
         return [encode(text) for text, _ in both], single
 
@@ -206,6 +206,19 @@ def one_choice(params: SamplingParams | None) -> SamplingParams:
     if params.n != 1:
         raise ValueError(f"n must be 1 where text is streamed, got {params.n}")
     return params
+
+
+def _tool_names(tools: Any) -> list[str]:
+    if not _is_list(tools):
+        raise TypeError(f"tools must be a list of tools, got {shown(tools)}")
+    names = []
+    for index, tool in enumerate(tools):
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"tools[{index}] must be an object with a name, got {shown(tool)}")
+        names.append(name)
+    return names
 
 
 def _token_ids(prompt: Sequence[int]) -> list[int]:

@@ -106,6 +106,8 @@ def read_template(path: str) -> str:
     """A template's source, of the file that `--chat-template` names. Raises ValueError."""
     try:
         source = Path(path).read_text("utf-8")
+        if not source.strip():
+            raise ValueError("it is empty")
         ChatTemplate(source)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
@@ -136,7 +138,8 @@ def _texts(messages: Sequence[Message]) -> list[list[str]]:
     except msgspec.ValidationError as error:
         reason, _, place = str(error).partition(" - at `$")
         raise ValueError(f"messages{place.rstrip('`')}: {reason}") from error
-    contents = (message.content or [] for message in said)
+    # No parts are an empty text: templates that know strings alone could not read a list.
+    contents = ("" if message.content == [] else message.content or [] for message in said)
     return [[c] if isinstance(c, str) else [part.text for part in c] for c in contents]
 
 

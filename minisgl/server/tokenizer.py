@@ -62,7 +62,8 @@ class Tokenizer:
         given = None if chat_template is None else read_template(chat_template)
         if root.suffix == ".gguf":
             backend, config = _read_gguf(root)
-            return cls(backend, config, _template(given or config.get("chat_template"), config))
+            own = config.get("chat_template")
+            return cls(backend, config, _template(own if given is None else given, config))
         config = _read_json(root / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:
             config |= _read_json(root / "special_tokens_map.json")
@@ -70,7 +71,8 @@ class Tokenizer:
             config["added_tokens_decoder"] = {str(ids[text]): text for text in ids}
         path = root / "tokenizer.json"
         backend = _read_tokenizer(path) if path.is_file() else _convert_with_transformers(root)
-        return cls(backend, config, _template(given or _template_source(root, config), config))
+        own = _template_source(root, config)
+        return cls(backend, config, _template(own if given is None else given, config))
 
     def encode(
         self, text: str, *, add_special_tokens: bool = True, check: Check | None = None

@@ -26,10 +26,13 @@ def test_a_template_from_a_file_takes_the_place_of_the_models(tmp_path):
     with LLM(max_total_tokens=1024, chat_template=paths["plain"]) as llm:
         prompt = llm.chat(USER, SHORT, use_tqdm=False).prompt_token_ids
         assert llm.tokenizer.decode(prompt) == "How is the weather?"
-        with pytest.raises(ValueError, match=r"tools: .*weather.* is left out by this model"):
+        with pytest.raises(ValueError, match=r"tools\[0\], 'weather', is left out by this model"):
             llm.chat(USER, SHORT, tools=[WEATHER])
-        with pytest.raises(ValueError, match=r"tools: .* has no name"):
-            llm.chat([USER], SHORT, tools=["weather"])
+        for tool in ("weather", print, {}, {"name": 5}, {"name": ""}, {"function": "f"}):
+            with pytest.raises(ValueError, match=r"^tools\[1\] must be an object with a name, got"):
+                llm.chat([USER], SHORT, tools=[WEATHER, tool])
+        with pytest.raises(TypeError, match=r"^tools must be a list of tools, got 5"):
+            llm.chat(USER, SHORT, tools=5)
     with LLM(max_total_tokens=1024, chat_template=paths["tools"]) as llm:
         answer = llm.chat(USER, SHORT, tools=[WEATHER], use_tqdm=False)
         assert "How it is outside." in llm.tokenizer.decode(answer.prompt_token_ids)
@@ -46,6 +49,7 @@ def test_a_template_from_a_file_takes_the_place_of_the_models(tmp_path):
     [
         ("{% for m in messages %}", "line 1: Unexpected end of template"),
         ("\xe4", "codec can't decode"),
+        (" \n", "it is empty"),
         (None, "No such file or directory"),
     ],
 )

@@ -189,6 +189,13 @@ def test_a_template_may_refuse_with_its_own_words():
         template.render([*SHORT, *SHORT])
 
 
+def test_a_message_of_no_parts_says_nothing():
+    concatenating = ChatTemplate("{% for m in messages %}{{ '<' + m.content + '>' }}{% endfor %}")
+    for template in (concatenating, ChatTemplate(CHATML)):
+        empty, text = ([{"role": "user", "content": content}] for content in ([], ""))
+        assert template.render_both(empty) == template.render_both(text)
+
+
 def test_no_messages_are_refused():
     with pytest.raises(ValueError, match="at least one message"):
         ChatTemplate(CHATML).render([])
