@@ -236,12 +236,12 @@ async def _collect(generation: Generation, reply: AnyReply, clock: CallClock) ->
     """The body of an answer that is not streamed. Each choice is written as soon as it is whole."""
     parts: dict[int, list[Part]] = {}
     written: dict[int, msgspec.Raw] = {}
-    num_scored = 0
+    call, num_scored = generation.call, 0
     async with aclosing(generation.parts()) as news:
         async for part in news:
             clock.part(part)
             num_scored += len(part.scored)
-            check_answer(num_scored, generation.call.params.logprobs)
+            check_answer(num_scored, call.params.logprobs, call.kind)
             parts.setdefault(part.choice, []).append(part)
             if part.finish_reason is None:
                 continue

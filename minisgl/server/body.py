@@ -16,16 +16,16 @@ MAX_SHOWN = 80  # characters of anything a client sent that an error repeats
 
 T = TypeVar("T")
 
-# What other engines' bodies call our fields, and what is within them.
-_ELSEWHERE = {
+# What bodies of other engines, or of another API, call our fields and what is within them.
+ELSEWHERE = {
     "structured_outputs.json": "guided_json json_schema",
     "structured_outputs.regex": "guided_regex regex",
     "structured_outputs.choice": "guided_choice",
     "structured_outputs.grammar": "guided_grammar grammar ebnf",
-    "max_tokens": "max_new_tokens n_predict",
+    "max_tokens": "max_new_tokens n_predict max_completion_tokens max_output_tokens",
+    "max_output_tokens": "max_new_tokens n_predict max_completion_tokens max_tokens",
     "repetition_penalty": "repeat_penalty",
 }
-OTHER_NAMES = {name: ours for ours, names in _ELSEWHERE.items() for name in names.split()}
 # Fields that are not supported -> the values that ask for nothing, or None: whatever the value is,
 # it could not change the answer. null always asks for nothing.
 Neutral = Mapping[str, tuple[Any, ...] | None]
@@ -107,9 +107,9 @@ def read_object(given: dict[str, Any], kind: type[T], neutral: Neutral, path: st
         elif value is None:
             continue
         elif name not in neutral:
-            near = difflib.get_close_matches(name[:MAX_SHOWN], known, 1)
-            ours = OTHER_NAMES.get(name, "")
-            near = [ours] if ours.split(".")[0] in known else near
+            near = [ours for ours, names in ELSEWHERE.items() if name in names.split()]
+            near = [ours for ours in near if ours.split(".")[0] in known]
+            near = near or difflib.get_close_matches(name[:MAX_SHOWN], known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             message = f"{path}{cut(name)} is not a field that is supported{hint}"
             raise ApiError(message, param=param, code="unknown_parameter")

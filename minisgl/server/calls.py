@@ -101,7 +101,7 @@ def conversation_call(
         raise ApiError(cut(str(error), MAX_TEMPLATE_WORDS), param=where) from error
     calls = (call for each in said.messages for call in each.get("tool_calls", ()))
     if (first := next(calls, None)) and first["function"]["name"] not in frame:
-        message = f"{where}: tool calls of earlier are left out by this model's chat template"
+        message = f"{where}: earlier tool calls are left out by this model's chat template"
         raise ApiError(message, param=where)
     form = answer_form(said.tools, frame, model.tool_format, model.reasoning)
     prompt = encode(text, where, model, add_special_tokens=False)
@@ -122,14 +122,17 @@ def conversation_call(
     )
 
 
-def check_answer(num_tokens: int, top: int | None) -> None:
+def check_answer(num_tokens: int, top: int | None, kind: Kind) -> None:
     """Refuses an answer with more log-probabilities than one may hold."""
     if (found := num_tokens * (1 + (top or 0))) > MAX_LOGPROBS:
+        name = "logprobs"
+        if kind == "response":
+            name = "top_logprobs" if top else "include"
         message = (
-            f"logprobs must ask for at most {MAX_LOGPROBS} log-probabilities in all (each token of "
+            f"{name} must ask for at most {MAX_LOGPROBS} log-probabilities in all (each token of "
             f"the answer has 1, and those of the likeliest), got at least {found}"
         )
-        raise ApiError(message, param="logprobs")
+        raise ApiError(message, param=name)
 
 
 def asked_logprobs(top: int | None, is_asked: bool, needs: str) -> int | None:
@@ -186,12 +189,9 @@ def sampling_params(
             **{name: value for name, value in given.items() if value is not None},
         )
     except (ValueError, TypeError) as error:
-        message = str(error)  # names its field first
-        names = SamplingParams.__struct_fields__
+        message = str(error).replace("max_tokens", limit[0])  # names its field first
+        names = {*SamplingParams.__struct_fields__, limit[0]}
         param = next((word for word in re.findall(r"\w+", message) if word in names), None)
-        if param == "max_tokens":
-            param = limit[0]
-            message = message.replace("max_tokens", param, 1)
         own = structured_by if param == "structured_outputs" else param
         raise refused(message, structured_by, param=own) from error
     _check_token_ids(params.stop_token_ids, "stop_token_ids", model)

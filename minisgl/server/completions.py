@@ -60,7 +60,7 @@ def parse_completion(content: bytes, model: ServedModel) -> Call:
         requests.append(make_request(f"{call_id}-{index}", ids, own, body, model))
         if echo_logprobs is not None:
             num_echoed += len(ids)
-            check_answer(num_echoed, echo_logprobs)
+            check_answer(num_echoed, echo_logprobs, "completion")
         if body.echo:
             echoes.append(Echo.of(prompt, ids, model.tokenizer, echo_logprobs is not None))
     return Call(

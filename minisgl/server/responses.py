@@ -247,6 +247,8 @@ def _read_messages(body: ResponsesBody) -> list[Json]:
             last["content"] = said["content"]
         else:
             messages.append(said)
+    if not messages:
+        raise ApiError("input must hold at least one item, got 0", param="input")
     read_arguments(functions)
     return messages
 

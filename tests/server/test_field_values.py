@@ -5,8 +5,10 @@ import json
 import pytest
 
 from minisgl.core.request import STRUCTURES, SamplingParams
-from minisgl.server.body import OTHER_NAMES, ApiError
+from minisgl.server.body import ELSEWHERE, ApiError
 from minisgl.server.chat import parse_chat
+from minisgl.server.completions import parse_completion
+from minisgl.server.responses import parse_response
 from tests.server.fake_engine import served_model
 
 USER = {"role": "user", "content": "hi"}
@@ -16,9 +18,10 @@ ROLES = '"system", "developer", "user", "assistant" or "tool"'
 CHOICES = 'a tool, "none", "auto" or "required"'
 
 
-def refusal(**fields):
+def refusal(parse=parse_chat, **fields):
+    body = ({"messages": [USER]} if parse is parse_chat else {}) | fields
     with pytest.raises(ApiError) as caught:
-        parse_chat(json.dumps({"messages": [USER]} | fields).encode(), served_model())
+        parse(json.dumps(body).encode(), served_model())
     return caught.value.body["error"]
 
 
@@ -69,11 +72,16 @@ def test_a_field_that_is_not_supported_names_what_asks_for_nothing(name, given, 
     assert refusal(**{name: given})["message"] == message
 
 
-@pytest.mark.parametrize("name", OTHER_NAMES)
-def test_a_field_of_another_engine_suggests_ours(name):
-    ours = OTHER_NAMES[name]
-    message = f"{name} is not a field that is supported; did you mean {ours}?"
-    assert refusal(**{name: "x"})["message"] == message
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [(name, ours) for ours, names in ELSEWHERE.items() for name in names.split()],
+)
+def test_a_field_of_another_engine_suggests_that_of_this_body(name, ours):
     field, _, kind = ours.partition(".")
-    assert field in SamplingParams.__struct_fields__
+    body, parse = {"prompt": "hi"}, parse_completion
+    if field == "max_output_tokens":
+        body, parse = {"input": "hi"}, parse_response
+    message = f"{name} is not a field that is supported; did you mean {ours}?"
+    assert refusal(parse, **body, **{name: 3})["message"] == message
+    assert field in {*SamplingParams.__struct_fields__, "max_output_tokens"}
     assert not kind or kind in STRUCTURES

@@ -115,6 +115,13 @@ def test_more_tokens_at_least_than_fit_are_refused():
     assert "min_tokens asks for 2147483647" in error["message"]
 
 
+def test_the_limit_of_the_output_is_named_as_the_body_names_it():
+    for name in ("max_tokens", "max_completion_tokens"):
+        error = chat_refusal(min_tokens=5, **{name: 4})
+        assert error["message"] == f"min_tokens must be at most {name} (4), got 5"
+        assert error["param"] == "min_tokens"
+
+
 def test_template_arguments_cannot_name_the_method_itself():
     content = json.dumps({"messages": [USER], "chat_template_kwargs": {"self": 1}})
     assert parse_chat(content.encode(), MODEL).requests

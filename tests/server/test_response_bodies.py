@@ -97,6 +97,22 @@ ALIKE = {
             "tools": [WEATHER],
         },
     ),
+    "nothing said": (
+        {
+            "input": [
+                {"role": "user", "content": []},
+                {"type": "function_call", **CALL},
+                {"type": "function_call_output", "call_id": "c1", "output": []},
+            ],
+        },
+        {
+            "messages": [
+                {"role": "user", "content": ""},
+                {"role": "assistant", "content": "", "tool_calls": [CHAT_CALL]},
+                {"role": "tool", "tool_call_id": "c1", "content": ""},
+            ],
+        },
+    ),
     "turns of calls": (
         {
             "input": [
@@ -207,6 +223,7 @@ FORMAT = {"type": "json_schema", "name": "n", "schema": {}}
 REFUSED = [
     ({}, "input", "input is required"),
     ({"input": 3}, "input", "got 3"),
+    ({"input": []}, "input", "input must hold at least one item, got 0"),
     ({"input": "hi", "messages": []}, "messages", "messages is not a field that is supported"),
     ({"input": "hi", "max_tokens": 3}, "max_tokens", "max_tokens is not a field"),
     ({"input": "hi", "n": 2}, "n", "n is not a field"),
@@ -231,6 +248,8 @@ REFUSED = [
     ({"input": "hi", "include": ["message.output_text.logprobs"], "top_logprobs": 21},
      "top_logprobs", "at most 20, got 21"),
     ({"input": "hi", "max_output_tokens": 0}, "max_output_tokens", "max_output_tokens must be at"),
+    ({"input": "hi", "min_tokens": 9, "max_output_tokens": 4}, "min_tokens",
+     "min_tokens must be at most max_output_tokens (4), got 9"),
     ({"input": "hi", "max_output_tokens": 10**6}, "input", "max_output_tokens"),
     ({"input": "x" * 20_000}, "input", "input has at least"),
     ({"input": "hi", "temperature": -1}, "temperature", "got -1"),
@@ -295,6 +314,6 @@ def test_a_models_refusals_name_the_input():
         ALIKE["turns of calls"][0], model("{% for m in messages %}{{ m.content }}{% endfor %}")
     )
     assert error["param"] == "input"
-    assert error["message"].startswith("input: tool calls")
+    assert error["message"].startswith("input: earlier tool calls")
     error = refusal({"input": "hi", "tools": [flat(CLOCK)]}, model(tools=None))
     assert error["param"] == "tools"

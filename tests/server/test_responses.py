@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai import OpenAI
 
+from minisgl.server import calls
 from tests.server.calls import eventually, sse
 from tests.server.fake_engine import CACHED, ServerThread
 from tests.server.tool_models import CALL, CLOCK, WEATHER, model
@@ -189,6 +190,15 @@ def test_log_probabilities_are_of_the_text(client, engine):
     deltas = [event for event in events if event.type == "response.output_text.delta"]
     tokens = [entry.token for event in deltas for entry in event.logprobs]
     assert tokens == [entry.token for entry in part.logprobs]
+
+
+def test_too_many_log_probabilities_are_refused_by_the_fields_that_ask(client, monkeypatch):
+    monkeypatch.setattr(calls, "MAX_LOGPROBS", 2)
+    for name, fields in (("top_logprobs", {}), ("include", {"top_logprobs": 0})):
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(client, **LOGPROBS | fields)
+        assert caught.value.param == name
+        assert f"{name} must ask for at most 2 log-probabilities" in caught.value.message
 
 
 def test_a_conversation_goes_on_with_what_was_said(client, engine):
