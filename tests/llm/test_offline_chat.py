@@ -1,7 +1,6 @@
 """Chats offline: tools and templates that would be ignored are refused; warnings beside a bar."""
 
 import asyncio
-import logging
 import subprocess
 import sys
 
@@ -83,4 +82,3 @@ def test_a_warning_stands_on_a_line_of_its_own_beside_a_bar():
     (shown,) = (line for line in done.stderr.replace("\r", "\n").splitlines() if "#/not" in line)
     assert shown.startswith("request offline-0: ")
     assert "prompt" not in shown
-    assert logging.getLogger("minisgl").handlers == []
