@@ -30,7 +30,7 @@ def changed(data: bytes, random_: random.Random) -> bytes:
     found = bytearray(data)
     for _ in range(random_.choice((1, 1, 1, 2, 4, 16))):
         last = random_.choice((64, 1024, 4096, len(data)))
-        at = random_.randrange(min(last, len(data)))
+        at = random_.randrange(min(last, len(found)))
         kind = random_.random()
         if kind < 0.5:
             found[at] ^= 1 << random_.randrange(8)
