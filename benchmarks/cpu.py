@@ -2,12 +2,13 @@
 
     python -m benchmarks.cpu --shape qwen3-0.6b --against ../before
     python -m benchmarks.cpu --model M --engine transformers vllm=VLLM/bin/python \\
-        openvino=OV/bin/python:M_openvino llamacpp=http://127.0.0.1:8080
+        openvino=OV/bin/python:M_openvino llamacpp=FOLDER:M.gguf other=http://127.0.0.1:8000
 
 The first compares with another checkout of minisgl as well, the second with engines that may have a
 Python, and a form of the model, of their own; a server given by its URL takes token ids at
-/v1/completions. Without --engine those are measured that this Python can import and that read the
-model as it is: the folder, OpenVINO's export in it, or a GGUF file in it.
+/v1/completions. llama.cpp is a folder's that node-llama-cpp was installed in (`cpu_llamacpp.mjs`).
+Without --engine those are measured that this Python can import and that read the model as it is:
+the folder, or OpenVINO's export in it.
 
 First the limits of the machine: how fast its threads read memory and multiply bf16 matrices. Then
 every engine is loaded, each in its own process, and they answer in turns, so that all meet the same
@@ -65,8 +66,8 @@ IMPORTABLE = {
     "transformers": ("transformers", "*.safetensors"),
     "vllm": ("vllm", "*.safetensors"),
     "openvino": ("openvino_genai", "openvino_model.xml"),
-    "llamacpp": ("llama_cpp", "*.gguf"),
 }
+ENGINES = (*IMPORTABLE, "llamacpp")
 
 E = TypeVar("E", bound=Engine)
 
@@ -207,11 +208,11 @@ def chosen_sides(args: argparse.Namespace, model: str) -> list[Side]:
     for text in importable(Path(model)) if args.engine is None else args.engine:
         name, _, rest = text.partition("=")
         url = rest if rest.startswith(("http://", "https://")) else None
-        if url is None and name not in IMPORTABLE:
-            raise SystemExit(
-                f"--engine {text}: {name} is none of {', '.join(IMPORTABLE)}, or a URL"
-            )
+        if url is None and name not in ENGINES:
+            raise SystemExit(f"--engine {text}: {name} is none of {', '.join(ENGINES)}, or a URL")
         python, _, own_model = rest.partition(":")
+        if name == "llamacpp" and url is None and not own_model:
+            raise SystemExit(f"--engine {text}: llamacpp takes FOLDER:MODEL.gguf")
         python = sys.executable if url or not python else python
         sides.append(Side(name, name, python, ROOT, own_model or model, url))
     return sides
@@ -234,7 +235,7 @@ def main() -> None:
     parser.add_argument(
         "--engine",
         nargs="*",
-        help=f"of {', '.join(IMPORTABLE)}, each as NAME[=PYTHON[:MODEL]]; any server as NAME=URL",
+        help=f"of {', '.join(ENGINES)}, each as NAME[=PYTHON[:MODEL]]; any server as NAME=URL",
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--decode-tokens", type=int, default=64, help="of one user")

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -98,30 +97,11 @@ def openvino(model: str) -> tuple[Generate, str]:
     return generate, version("openvino-genai")
 
 
-def llamacpp(model: str) -> tuple[Generate, str]:
-    """Of a GGUF file, or a folder with one. The binding computes one request after another."""
-    from llama_cpp import Llama  # type: ignore[import-not-found]
-
-    path = Path(model)
-    file = path if path.is_file() else next(path.glob("*.gguf"))
-    cores = os.cpu_count()
-    llama = Llama(str(file), n_ctx=4096, n_threads=cores, n_threads_batch=cores, verbose=False)
-
-    def generate(prompts: list[list[int]], outputs: list[int]) -> list[int]:
-        return [
-            len([*islice(llama.generate(prompt, temp=0.0, repeat_penalty=1.0), count)])
-            for prompt, count in zip(prompts, outputs, strict=True)
-        ]
-
-    return generate, version("llama-cpp-python")
-
-
 ENGINES: dict[str, Callable[[str], tuple[Generate, str]]] = {
     "minisgl": minisgl,
     "transformers": transformers,
     "vllm": vllm,
     "openvino": openvino,
-    "llamacpp": llamacpp,
 }
 
 

@@ -1,9 +1,9 @@
 """The engines of `benchmarks.cpu`: processes that wait stopped while another is asked.
 
-An `Offline` engine is asked over its standard input (`cpu_engines.py`), a `Served` one over HTTP.
-An engine that has answered may keep a core busy for seconds, waiting for the next question: vLLM's
-processes made OpenVINO's steps beside them take 20 times as long. So whoever waits is stopped, but
-for a server given by its URL, which is not ours.
+An `Offline` engine is asked over its standard input (`cpu_engines.py`, `cpu_llamacpp.mjs`), a
+`Served` one over HTTP. An engine that has answered may keep a core busy for seconds, waiting for
+the next question: vLLM's processes made OpenVINO's steps beside them take 20 times as long. So
+whoever waits is stopped, but for a server given by its URL, which is not ours.
 """
 
 import asyncio
@@ -36,7 +36,9 @@ SERVERS = {
 
 @dataclass(frozen=True)
 class Side:
-    """What is compared: NAME[=PYTHON[:MODEL]] or NAME=URL, minisgl from one tree or another."""
+    """What is compared: NAME[=PYTHON[:MODEL]] or NAME=URL, minisgl from one tree or another.
+
+    llama.cpp's `python` is the folder that node-llama-cpp was installed in."""
 
     name: str
     engine: str
@@ -66,6 +68,13 @@ class Side:
             if path is None:
                 print(f"{self.name} runs without {Path(name).name}, which its documents recommend")
         return [path for path in found if path is not None]
+
+    def offline(self) -> list[str]:
+        """The command that answers questions on its standard input."""
+        here = Path(__file__).parent
+        if self.engine == "llamacpp":
+            return ["node", str(here / "cpu_llamacpp.mjs"), self.python, self.model]
+        return [self.python, str(here / "cpu_engines.py"), self.engine, self.model]
 
     def server(self, port: int) -> list[str]:
         """The command that serves, of an engine in SERVERS."""
@@ -139,9 +148,7 @@ class Offline:
 
     def __init__(self, side: Side) -> None:
         self.name = side.name
-        script = str(Path(__file__).with_name("cpu_engines.py"))
-        command = [side.python, script, side.engine, side.model]
-        self._process = Process(side, command, stdout=subprocess.PIPE)
+        self._process = Process(side, side.offline(), stdout=subprocess.PIPE)
         try:
             self.release = str(self._answer()["release"])
         except BaseException:  # Ctrl-C, too

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 # The package's files are shorter than those beside it, of which data and documents may be longer.
 MAX_FILE_LINES = dict.fromkeys(("tests", "benchmarks", "profiles", "tools", "csrc"), 500)
 MAX_FILE_LINES["minisgl"] = 400
-SOURCES = {".py", ".sh", ".c", ".h", ".cpp", ".cu", ".cuh"}
+SOURCES = {".py", ".mjs", ".sh", ".c", ".h", ".cpp", ".cu", ".cuh"}
 MAX_FUNCTION_LINES = 60  # in the package; jitted kernels and what launches them may be longer
 # What is longer than its limit, with its size: may shrink, not grow, and is to be empty.
 ALLOWED: dict[str, int] = {}

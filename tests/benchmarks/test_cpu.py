@@ -102,3 +102,10 @@ def test_a_chunk_that_only_closes_a_stream_is_no_token(chunks, counted):
     outcome = asyncio.run(ask())
     assert outcome.error is None
     assert len(outcome.chunks) == counted
+
+
+def test_llama_cpp_is_a_folder_and_a_file(tmp_path):
+    command = Side("llamacpp", "llamacpp", "FOLDER", tmp_path, "M.gguf").offline()
+    assert command[0] == "node"
+    assert Path(command[1]).is_file()
+    assert command[2:] == ["FOLDER", "M.gguf"]
