@@ -105,7 +105,8 @@ def conversation_call(
         raise ApiError(message, param=where)
     form = answer_form(said.tools, frame, model.tool_format, model.reasoning)
     prompt = encode(text, where, model, add_special_tokens=False)
-    asked, form = held_to(form, said.tools, structure, model.tokenizer)
+    ends_freely = not (body.ignore_eos or body.min_tokens)
+    asked, form = held_to(form, said.tools, structure, model.tokenizer, ends_freely=ends_freely)
     by = "tools" if structure is None else structure.by
     params = sampling_params(
         body, model, asked, by, limit=(said.limit, said.max_tokens), logprobs=said.logprobs

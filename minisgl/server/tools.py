@@ -126,14 +126,23 @@ def answer_form(
 
 
 def held_to(
-    form: AnswerForm, tools: Tools, structure: Structure | None, tokenizer: Tokenizer
+    form: AnswerForm,
+    tools: Tools,
+    structure: Structure | None,
+    tokenizer: Tokenizer,
+    *,
+    ends_freely: bool,
 ) -> tuple[dict[str, Any] | None, AnswerForm]:
     """What `structured_outputs` hold an answer to, and how it is read then.
 
     A grammar where it must call, where calls are exact, and where JSON stands behind reasoning or
-    may be a call instead.
+    may be a call instead. And wherever a mark opens calls: behind it they fit their schemas as far
+    as these can be kept. Calls that begin as an answer in JSON may are left free, and so are they
+    where the body has a say in when an answer ends, with which no grammar goes.
     """
+    can = form.tools is not None and form.tools.frames and not form.tools.bare and ends_freely
     exact = {each.name for each in tools.functions if each.strict} & {*form.schemas}
+    must = form.must_call or bool(exact) or structure is not None
     text: Any = None
     if structure is not None:
         asked, by = structure
@@ -145,9 +154,11 @@ def held_to(
         if isinstance(text, dict) and not asked.get("strict", True):
             text = text | LENIENT
         form = dataclasses.replace(form, holds_text=True)
-    elif not (form.must_call or exact):
+    elif not (must or can):
         return None, form
     made = grammar(form, tokenizer.added_id, exact=exact, text=text)
+    if made is None and not must:
+        return None, form
     if made is None:
         able = [name for name, form in TOOL_FORMATS.items() if form.frames]
         param = "tool_choice" if form.must_call else "tools"

@@ -176,6 +176,25 @@ def test_forms_that_cannot_be_held_to_a_schema_refuse_what_needs_it():
     assert prompt({"messages": USER, "tools": [CLOCK]}, served)
 
 
+def test_calls_that_a_mark_opens_fit_their_schemas_though_nobody_asks():
+    def lark(served, **changes):
+        body = {"messages": USER, "tools": [CLOCK]} | changes
+        held = parse_chat(json.dumps(body).encode(), served).params.structured_outputs
+        return held and json.loads(held)["grammar"]
+
+    hermes = model(tools="hermes")
+    for choice in (None, "auto"):
+        found = lark(hermes, tool_choice=choice)
+        assert "answer: text | before" in found
+        assert '"x-guidance": {"lenient": true}' in found
+    assert lark(hermes, tool_choice="none") is None
+    # No grammar goes with these, and without a mark an answer in JSON must remain possible.
+    assert lark(hermes, ignore_eos=True) is None
+    assert lark(hermes, min_tokens=2, max_tokens=4) is None
+    for free in ("llama3_json", "pythonic", "qwen3_coder"):
+        assert lark(model(tools=free)) is None
+
+
 @pytest.mark.parametrize("thinking", [False, True])
 def test_a_structured_answer_begins_behind_reasoning(thinking):
     schema = {"type": "object", "required": ["a"]}
