@@ -94,7 +94,9 @@ class Reader:
             at = f"{path}/{key}"
             if key in ANNOTATIONS or any(_same(value, each) for each in NOTHING.get(key, ())):
                 continue
-            if key == "format" and not (isinstance(value, str) and value in FORMATS):
+            if key == "$id" and not str(node.get("$ref", "#")).startswith("#"):
+                self._leave_out(at, "what $ref names beside $id depends on the draft")
+            elif key == "format" and not (isinstance(value, str) and value in FORMATS):
                 self._leave_out(at, f"format {value!r} is not supported")
             elif key == "pattern" and isinstance(value, str):
                 try:

@@ -69,6 +69,7 @@ REFUSED = [
     ({"allOf": [{"type": "null"}, {"type": "string"}]}, "#/allOf: Unsatisfiable"),
     ({"$ref": "#/$defs/absent"}, "#/$ref: Pointer '/$defs/absent' does not exist"),
     ({"$ref": "https://example.com/s"}, "#/$ref: Resource 'https://example.com/s'"),
+    ({"items": {"$id": "https://a.b/", "$ref": "c"}}, "#/items/$id: what $ref names beside $id"),
     ({"$ref": "#/$defs/n", "$defs": {"n": NODE}}, "what it requires never ends"),
     ({"$ref": "#"}, "what it requires never ends"),
     ({"items": {"$ref": "#"}, "type": "array", "minItems": 1}, "what it requires never ends"),
