@@ -17,7 +17,7 @@ from minisgl.core.executor import GrammarMasks
 from minisgl.step.proposals import number_drafts, pack_drafts
 from minisgl.step.ragged import ragged_sections
 from minisgl.step.rows import ADJUSTS, LOGPROBS, PROMPT_LOGPROBS, HostRows, Sections
-from minisgl.step.sizes import Geometry, cascade_words, decode_words, padded_size
+from minisgl.step.sizes import Geometry, cascade_words, padded_size
 
 
 @dataclass
@@ -36,8 +36,7 @@ class PackedBatch:
 
     batch: Batch
     sections: Sections
-    rows: np.ndarray  # of each chunk
-    offsets: np.ndarray  # where each chunk's tokens begin
+    offsets: Sequence[int]  # where each chunk's tokens begin
     num_tokens: int  # T
     num_sequences: int  # S
     num_decode: int  # sequences of the decode slice, padding included
@@ -102,16 +101,16 @@ def _lay_out_decode(batch: Batch, size: int, width: int, geometry: Geometry) -> 
     are cascade groups.
     """
     chunks, count = batch.chunks, len(batch.chunks)
-    packed = np.zeros(sum(decode_words(size, width)), np.int32)
-    packed[: count * width], starts = _token_ids(chunks, count, width)
-    rows, packed_starts, num_tokens = packed[size * width :].reshape(3, size)
-    rows[:count], rows[count:] = [chunk.row for chunk in chunks], geometry.padding_row
-    packed_starts[:count], num_tokens[:count] = starts, [chunk.length for chunk in chunks]
-    offsets = np.arange(count, dtype=np.int32) * width
+    none = [0] * (size - count)
+    ids, starts = _token_ids(chunks, count, width)
+    words = [*ids, *none * width, *[chunk.row for chunk in chunks]]
+    words += [geometry.padding_row] * len(none)
+    words += [*starts, *none, *[chunk.length for chunk in chunks], *none]
+    offsets = range(0, count * width, width)
     return PackedBatch(
         batch=batch,
-        sections={"decode": packed} | _pack_groups(batch, size, geometry.page_size),
-        rows=rows[:count],
+        sections={"decode": np.array(words, np.int32)}
+        | _pack_groups(batch, size, geometry.page_size),
         offsets=offsets,
         num_tokens=size * width,
         num_sequences=size,
@@ -121,7 +120,7 @@ def _lay_out_decode(batch: Batch, size: int, width: int, geometry: Geometry) -> 
         num_points=size * width,
         max_drafts=width - 1,
         sampling=range(count),
-        first_points=offsets.tolist(),
+        first_points=offsets,
     )
 
 
@@ -131,17 +130,17 @@ def _lay_out_ragged(batch: Batch, geometry: Geometry) -> PackedBatch:
     Sections: those of `ragged_sections` and `_pack_points`; cascade as in `_lay_out_decode`.
     """
     chunks, num_decode = batch.chunks, batch.num_decode
-    chunk_rows = np.array([chunk.row for chunk in chunks], np.int32)
+    rows = np.array([chunk.row for chunk in chunks], np.int32)
     lengths = np.array([chunk.length for chunk in chunks], np.int32)
     width = int(lengths[:num_decode].max()) if num_decode else 1
     widths = lengths.copy()
     widths[:num_decode] = width
     total = int(widths.sum())
-    token_ids, starts = _token_ids(chunks, num_decode, width)
+    token_ids, starts = (np.array(n, np.int32) for n in _token_ids(chunks, num_decode, width))
     offsets = np.cumsum(widths, dtype=np.int32) - widths
     in_pieces, padded = geometry.padded(total)
     padding = padded - total
-    sequences: tuple[np.ndarray, ...] = widths, chunk_rows, starts, lengths
+    sequences: tuple[np.ndarray, ...] = widths, rows, starts, lengths
     if padding:
         # Empty sequences at the end of the decode slice, or one at the very end.
         fits = num_decode > 0 and padding % width == 0 and not in_pieces
@@ -161,8 +160,7 @@ def _lay_out_ragged(batch: Batch, geometry: Geometry) -> PackedBatch:
     step = PackedBatch(
         batch=batch,
         sections=sections | _pack_groups(batch, num_decode, geometry.page_size),
-        rows=chunk_rows,
-        offsets=offsets,
+        offsets=offsets.tolist(),
         num_tokens=padded,
         num_sequences=len(widths),
         num_decode=num_decode,
@@ -170,13 +168,13 @@ def _lay_out_ragged(batch: Batch, geometry: Geometry) -> PackedBatch:
         max_seqlen_q=int(widths[num_decode:].max()) if num_decode < len(widths) else 1,
         in_pieces=in_pieces,
     )
-    _pack_points(step, offsets + lengths, geometry.token_multiple)
+    _pack_points(step, rows, offsets + lengths, geometry.token_multiple)
     return step
 
 
-def _token_ids(chunks: list[Chunk], num_decode: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+def _token_ids(chunks: list[Chunk], num_decode: int, width: int) -> tuple[list[int], list[int]]:
     """The ids of all tokens, decode chunks padded to `width`, and where each chunk starts."""
-    starts = np.array([c.start if c.token_ids else PENDING for c in chunks], np.int32)
+    starts = [c.start if c.token_ids else PENDING for c in chunks]
     if width == 1:
         ids = [c.token_ids[0] if c.token_ids else PENDING for c in chunks[:num_decode]]
     else:
@@ -186,7 +184,7 @@ def _token_ids(chunks: list[Chunk], num_decode: int, width: int) -> tuple[np.nda
             ids += own + [0] * (width - len(own))
     for chunk in chunks[num_decode:]:
         ids += _own_ids(chunk)
-    return np.array(ids, np.int32), starts
+    return ids, starts
 
 
 def _own_ids(chunk: Chunk) -> list[int]:
@@ -212,16 +210,16 @@ def _pack_groups(batch: Batch, size: int, page_size: int) -> Sections:
     return {"cascade": words}
 
 
-def _pack_points(step: PackedBatch, ends: np.ndarray, multiple: int) -> None:
+def _pack_points(step: PackedBatch, rows: np.ndarray, ends: np.ndarray, multiple: int) -> None:
     """Pack the points, where logits are needed: the last 1 + drafts tokens of chunks that sample.
 
-    ends: where each chunk's tokens end. Sections: points [N padded], point_rows [N]; first,
-    sampled_rows [M]; drafts [M * K] and point_drafts [N * K] where there are drafts.
+    rows, ends: each chunk's row, and where its tokens end. Sections: points [N padded], point_rows
+    [N]; first, sampled_rows [M]; drafts [M * K] and point_drafts [N * K] where there are drafts.
     """
     sampling = np.flatnonzero([chunk.samples for chunk in step.batch.chunks])
     if not len(sampling):
         return
-    rows, ends = step.rows[sampling], ends[sampling]
+    rows, ends = rows[sampling], ends[sampling]
     drafts = [step.batch.chunks[i].drafts for i in sampling.tolist()]
     first = np.arange(len(sampling), dtype=np.int32)
     points, point_rows = ends - 1, rows
@@ -248,24 +246,24 @@ def _pack_points(step: PackedBatch, ends: np.ndarray, multiple: int) -> None:
 
 
 def _pack_logprobs(step: PackedBatch, host: HostRows) -> None:
-    flags = host.flags[step.rows]
-    if not flags.any():
-        return
     chunks = step.batch.chunks
+    flags = [host.flags[chunk.row] for chunk in chunks]
+    if not any(flags):
+        return
     for i, first in zip(step.sampling, step.first_points, strict=True):
         step.adjusts |= bool(flags[i] & ADJUSTS)
         if flags[i] & LOGPROBS:
             num_top = host.setups[chunks[i].row].params.logprobs or 0
             step.logprobs.append(LogprobRequest(i, first, 1 + len(chunks[i].drafts), num_top))
     targets: list[int] = []
-    for i in np.flatnonzero(flags & PROMPT_LOGPROBS).tolist():
+    for i in [i for i, each in enumerate(flags) if each & PROMPT_LOGPROBS]:
         chunk, setup = chunks[i], host.setups[chunks[i].row]
         end = min(chunk.start + chunk.length, setup.prompt_length - 1)
         num_top = setup.params.prompt_logprobs or 0
         if chunk.start < setup.prompt_length:
             targets += setup.token_ids[chunk.start + 1 : end + 1]
-            first = int(step.offsets[i])
-            step.prompt_logprobs.append(LogprobRequest(i, first, end - chunk.start, num_top))
+            count = end - chunk.start
+            step.prompt_logprobs.append(LogprobRequest(i, step.offsets[i], count, num_top))
     if step.logprobs:
         spans = [np.arange(r.first, r.first + r.count, dtype=np.int32) for r in step.logprobs]
         step.sections["asked"] = np.concatenate(spans)

@@ -70,7 +70,7 @@ class HostRows:
     """What the host remembers of each row's sequence, and the packing of setups."""
 
     def __init__(self, max_rows: int, vocab: int) -> None:
-        self.flags = np.zeros(max_rows + 1, np.int32)
+        self.flags = [0] * (max_rows + 1)
         self.setups: dict[int, RowSetup] = {}
         self._vocab = vocab
 
