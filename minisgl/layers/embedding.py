@@ -4,8 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from minisgl.kernels.linear import linear
-from minisgl.kernels.linear.panels import Matrix, embedding, packed
+from minisgl.kernels.matrix import Matrix, embedding, packed, product
 from minisgl.layers.weights import Block, Placement, Weight
 
 
@@ -40,5 +39,5 @@ class VocabTable(Block):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [N, hidden]. Returns [N, vocab] fp32 on rank 0, elsewhere this rank's columns."""
-        logits = linear(hidden, self.weight, wide=True)
+        logits = product(hidden, self.weight, wide=True)
         return self.comm.gather(logits)[:, : self.vocab_size]

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minisgl.kernels.linear import linear
-from minisgl.kernels.linear.panels import Matrix, packed
+from minisgl.kernels.matrix import Matrix, packed, product
 from minisgl.layers.weights import Block, Placement, Weight
 from minisgl.parallel import share
 
@@ -58,7 +57,7 @@ class ColumnLinear(Block):
         self.weight = packed(self.weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)  # type: ignore[no-any-return]
+        return product(x, self.weight, self.bias)  # type: ignore[no-any-return]
 
 
 class RowLinear(Block):
@@ -88,4 +87,4 @@ class RowLinear(Block):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's part of y; rank 0's has the bias."""
         bias = self.bias if self.comm.rank == 0 else None
-        return linear(x, self.weight, bias)  # type: ignore[no-any-return]
+        return product(x, self.weight, bias)  # type: ignore[no-any-return]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from minisgl.kernels.activation import gelu_tanh_and_mul, silu_and_mul
-from minisgl.kernels.linear import linear
-from minisgl.kernels.linear.panels import Matrix, packed
+from minisgl.kernels.grouped_linear.weights import Grouped
+from minisgl.kernels.matrix import Matrix, packed, product
 from minisgl.kernels.moe import moe_experts, moe_route, packed_experts
 from minisgl.kernels.op import Op
 from minisgl.layers.linear import ColumnLinear, RowLinear
@@ -69,10 +69,11 @@ class Moe(Block):
 
     def pack(self) -> None:
         self.router = packed(self.router)
-        if isinstance(self.gate_up, torch.Tensor) and isinstance(self.down, torch.Tensor):
-            self.gate_up, self.down = packed_experts(self.gate_up, self.down)
+        gate_up, down, kinds = self.gate_up, self.down, (torch.Tensor, Grouped)
+        if isinstance(gate_up, kinds) and isinstance(down, kinds):
+            self.gate_up, self.down = packed_experts(gate_up, down)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         chosen = self.config.top_k, self.config.renormalize
-        weights, ids = moe_route(linear(x, self.router), *chosen)
+        weights, ids = moe_route(product(x, self.router), *chosen)
         return moe_experts(x, self.gate_up, self.down, weights, ids, self.activation)  # type: ignore[no-any-return]

@@ -10,7 +10,7 @@ import torch
 
 from minisgl.device.cpu import lazy_zeros
 from minisgl.kernels.attention import attention
-from minisgl.kernels.linear.panels import Panels
+from minisgl.kernels.matrix import tensors
 from minisgl.kernels.op import Op
 from minisgl.parallel import Communicator
 
@@ -74,7 +74,9 @@ class Block:
         for block in self.blocks():
             block.pack()
 
-    def padding_bytes(self) -> int:
-        """What the weights take more since they were packed."""
-        own = sum(v.padding_bytes for v in vars(self).values() if isinstance(v, Panels))
-        return own + sum(block.padding_bytes() for block in self.blocks())
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """What is held in memory; what blocks share more than once."""
+        for value in vars(self).values():
+            yield from tensors(value)
+        for block in self.blocks():
+            yield from block.tensors()

@@ -135,9 +135,6 @@ class Decoder(Block):
         self.head = self.embedding
         if not config.tied_embeddings:
             self.head = VocabTable("lm_head", config.vocab_size, config.hidden_size, at)
-        held = [weight.target for weight in self.weights()] + list(tables.values())
-        storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in held}
-        self.weight_bytes = sum(t.untyped_storage().nbytes() for t in storages.values())
         # Rounded to the dtype, as the models were trained.
         self.embedding_scale = None
         if config.embedding_scale is not None:
@@ -148,9 +145,11 @@ class Decoder(Block):
         """Key heads of this rank: what its KV pool holds."""
         return self.layers[0].attention.num_kv_heads
 
-    def pack(self) -> None:
-        super().pack()
-        self.weight_bytes += self.padding_bytes()
+    @property
+    def weight_bytes(self) -> int:
+        """What weights and rotary tables take, as they are packed."""
+        storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in self.tensors()}
+        return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
     @torch.inference_mode()
     def forward(self, inputs: ForwardInputs) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minisgl.kernels.linear.grouped import Grouped, quantized
+from minisgl.kernels.grouped_linear.weights import Grouped, quantized
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -18,7 +18,11 @@ def test_each_weight_is_the_nearest_code(bits: int, group: int) -> None:
     error = (found.dequantized() - weight.float()).abs()
     inside = (found.codes > 0) & (found.codes < 2**bits - 1)  # others may be cut off
     assert (error <= step * 0.5001)[inside].all()
+    assert torch.equal(found.scales, found.scales.half().float())
     low, high = weight.float().unflatten(-1, (-1, group)).aminmax(dim=-1)
+    if bits == 8:  # whose range has zero in its middle
+        high = low.abs().maximum(high)
+        low = -high
     plain = ((high - low) / (2**bits - 1)).square() / 12  # of codes over the whole range
     assert error.square().mean() < 1.05 * plain.mean()
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from minisgl.kernels.linear.panels import Matrix, unpacked
+from minisgl.kernels.linear.panels import Dense, unpacked
 from minisgl.kernels.op import Case, Cost, Expected, Implementation, Op
 
 
 def linear_reference(
-    x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None, wide: bool = False
+    x: torch.Tensor, weight: Dense, bias: torch.Tensor | None = None, wide: bool = False
 ) -> torch.Tensor:
     """x: [..., K], weight: [N, K], bias: [N], all of one type. Returns [..., N] in that type.
 
@@ -24,7 +24,7 @@ def linear_reference(
     return y.float() if wide else y
 
 
-def linear_cost(x: torch.Tensor, weight: Matrix, wide: bool = False, **_: Any) -> Cost:
+def linear_cost(x: torch.Tensor, weight: Dense, wide: bool = False, **_: Any) -> Cost:
     n, k = weight.shape
     outputs = x.numel() // k * n
     read = (x.numel() + n * k) * x.element_size()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from minisgl.kernels.config import batch_invariant
 from minisgl.kernels.linear import linear_reference
-from minisgl.kernels.linear.panels import Matrix, Panels
+from minisgl.kernels.linear.panels import Dense, Panels
 from minisgl.kernels.native import address, model_ops
 
 MANY_ROWS = 192  # from here on, widening the weights to fp32 for PyTorch costs less than it gains
@@ -18,7 +18,7 @@ BLOCK = 2**22  # weights widened at a time: they stay in the last cache
 
 
 def linear_cpu(
-    x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None, wide: bool = False
+    x: torch.Tensor, weight: Dense, bias: torch.Tensor | None = None, wide: bool = False
 ) -> torch.Tensor:
     """See `linear_reference`. With panels, among few rows, or under `fixed_order`, one's result
     does not depend on the others."""

@@ -1,6 +1,5 @@
 """The form in which a CPU's native product reads bf16 weights fastest: panels of 32 rows."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -24,19 +23,18 @@ class Panels(NamedTuple):
     num_rows: int  # N
 
     @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.values,)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return *self.values.shape[:-4], self.num_rows, 2 * self.values.shape[-3]
 
-    @property
-    def padding_bytes(self) -> int:
-        """What the weights take besides."""
-        return self.values.nbytes - math.prod(self.shape) * self.values.itemsize
+
+Dense = torch.Tensor | Panels  # the weight [N, K] of a product, in floats
 
 
-Matrix = torch.Tensor | Panels  # the weight [N, K] of a product
-
-
-def packed(weight: torch.Tensor) -> Matrix:
+def packed(weight: torch.Tensor) -> Dense:
     """Weights [..., N, K] in the form that products on their device read fastest.
 
     That is itself but on a CPU that has the native product, or is about to: a large weight waits
@@ -60,7 +58,7 @@ def packed(weight: torch.Tensor) -> Matrix:
     return Panels(values, n)
 
 
-def unpacked(weight: Matrix) -> torch.Tensor:
+def unpacked(weight: Dense) -> torch.Tensor:
     """The weights [..., N, K], copied out of their panels if they are packed."""
     if not isinstance(weight, Panels):
         return weight
@@ -68,7 +66,7 @@ def unpacked(weight: Matrix) -> torch.Tensor:
     return weight.values.transpose(-3, -2).reshape(*others, -1, k)[..., :n, :]
 
 
-def embedding(ids: torch.Tensor, weight: Matrix) -> torch.Tensor:
+def embedding(ids: torch.Tensor, weight: Dense) -> torch.Tensor:
     """Rows `ids` [T] of the weight. Returns [T, K]. Raises IndexError for an id without a row."""
     if not isinstance(weight, Panels):
         return F.embedding(ids, weight)

@@ -13,8 +13,12 @@ from typing import Any
 import torch
 
 from minisgl.kernels.activation import gelu_tanh_and_mul_reference, silu_and_mul_reference
-from minisgl.kernels.linear.panels import Matrix, Panels, packed, unpacked
+from minisgl.kernels.grouped_linear.weights import Grouped
+from minisgl.kernels.linear.panels import Dense, Panels, packed, unpacked
 from minisgl.kernels.op import Case, Cost, Expected, Implementation, Op
+from minisgl.log import get_logger
+
+log = get_logger(__name__)
 
 ACTIVATIONS = {"silu": silu_and_mul_reference, "gelu_tanh": gelu_tanh_and_mul_reference}
 
@@ -36,8 +40,8 @@ def moe_route_reference(
 
 def moe_experts_reference(
     x: torch.Tensor,
-    gate_up: Matrix,
-    down: Matrix,
+    gate_up: Dense,
+    down: Dense,
     weights: torch.Tensor,
     ids: torch.Tensor,
     activation: str = "silu",
@@ -69,9 +73,16 @@ def moe_experts_reference(
     return output.to(x.dtype)
 
 
-def packed_experts(gate_up: torch.Tensor, down: torch.Tensor) -> tuple[Matrix, Matrix]:
+def packed_experts(
+    gate_up: torch.Tensor | Grouped, down: torch.Tensor | Grouped
+) -> tuple[Dense, Dense]:
     """gate_up [E, 2N, H] and down [E, H, N] in panels, gates [E, 2, N, H] apart from ups; or as
-    they are, where `packed` leaves them so."""
+    they are, where `packed` leaves them so. Those in codes become floats first."""
+    if isinstance(gate_up, Grouped):
+        log.warning("quantised experts become %s: they have no product in codes", gate_up.dtype)
+        gate_up = gate_up.dequantized(gate_up.dtype)
+    if isinstance(down, Grouped):
+        down = down.dequantized(down.dtype)
     gates = packed(gate_up.unflatten(1, (2, -1)))
     return (gates if isinstance(gates, Panels) else gate_up), packed(down)
 
@@ -83,7 +94,7 @@ def moe_route_cost(logits: torch.Tensor, top_k: int, **_: Any) -> Cost:
 
 
 def moe_experts_cost(
-    x: torch.Tensor, gate_up: Matrix, down: Matrix, ids: torch.Tensor, **_: Any
+    x: torch.Tensor, gate_up: Dense, down: Dense, ids: torch.Tensor, **_: Any
 ) -> Cost:
     used = ids.unique().numel()
     per_expert = math.prod(gate_up.shape[1:]) + math.prod(down.shape[1:])

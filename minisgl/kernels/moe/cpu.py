@@ -6,7 +6,7 @@ import torch
 from minisgl.device.tape import by_call
 from minisgl.kernels.activation.cpu import gelu_tanh_and_mul_cpu, silu_and_mul_cpu
 from minisgl.kernels.linear.cpu import linear_cpu
-from minisgl.kernels.linear.panels import Matrix, Panels, unpacked
+from minisgl.kernels.linear.panels import Dense, Panels, unpacked
 from minisgl.kernels.moe import moe_route_reference
 from minisgl.kernels.native import model_ops
 
@@ -34,8 +34,8 @@ moe_route_twin = by_call(moe_route_reference)
 
 def moe_experts_cpu(
     x: torch.Tensor,
-    gate_up: Matrix,
-    down: Matrix,
+    gate_up: Dense,
+    down: Dense,
     weights: torch.Tensor,
     ids: torch.Tensor,
     activation: str = "silu",
@@ -62,8 +62,8 @@ def moe_experts_cpu(
 @by_call
 def moe_experts_twin(
     x: torch.Tensor,
-    gate_up: Matrix,
-    down: Matrix,
+    gate_up: Dense,
+    down: Dense,
     weights: torch.Tensor,
     ids: torch.Tensor,
     activation: str,
@@ -84,7 +84,7 @@ def moe_experts_twin(
     return output.to(x.dtype)
 
 
-def _matrix(weight: Matrix, expert: int) -> torch.Tensor:
+def _matrix(weight: Dense, expert: int) -> torch.Tensor:
     """One expert's weight [N, K]."""
     if isinstance(weight, Panels):
         return unpacked(weight._replace(values=weight.values[expert])).reshape(-1, weight.shape[-1])
