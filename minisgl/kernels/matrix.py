@@ -26,7 +26,7 @@ def product(
 def embedding(ids: torch.Tensor, weight: Matrix) -> torch.Tensor:
     """Rows `ids` [T] of the weight. Returns [T, K]. Raises IndexError for an id without a row."""
     if isinstance(weight, Grouped):
-        return weight[ids].dequantized(weight.dtype)
+        return weight.chosen(ids).dequantized(weight.dtype)
     return panels.embedding(ids, weight)
 
 

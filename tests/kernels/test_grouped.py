@@ -1,9 +1,16 @@
-"""Weights of 4 and 8 bits: what rounding to them loses, and that it is the least that it can be."""
+"""Weights of 4 and 8 bits: what rounding to them loses, and what is computed with them."""
+
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
 from minisgl.kernels.grouped_linear.weights import Grouped, quantized
+from minisgl.kernels.matrix import embedding, packed, product, tensors, unpacked
+from minisgl.layers.weights import Block
+from tests.models.driver import Paged
+from tests.world.tiny import tiny_decoder
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -40,3 +47,70 @@ def test_views_are_filled_and_larger_groups_divided() -> None:
     part = quantized(torch.randn(2, 128), 4, 128)
     whole[2:4].fill(part)
     assert torch.equal(whole.dequantized()[2:4], part.dequantized())
+
+
+@pytest.mark.parametrize(("k", "groups", "said"), [(96, 2, "K 96 and .* 48"), (40, 1, "K 40")])
+def test_groups_that_are_not_of_whole_blocks_are_refused(k: int, groups: int, said: str) -> None:
+    codes = torch.zeros(2, k, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=f"multiple of the group, .* got {said}"):
+        Grouped(codes, torch.ones(2, groups), torch.ones(2, groups))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [32, 64, 192])
+@pytest.mark.parametrize("rows", [1, 3, 7, 65, 200])
+def test_products_round_inputs_to_8_bits_where_the_weight_says_so(
+    bits: int, group: int, rows: int
+) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, 192, generator=generator)
+    x[0, :32] = 0.0
+    weight = quantized(torch.randn(37, 192, generator=generator), bits, group)
+    blocks = x.view(rows, 6, 32)
+    largest = blocks.abs().amax(-1, keepdim=True)
+    codes = (blocks * (127 / largest.clamp(min=1e-30))).round()  # in fp32: some are close to ties
+    rounded = codes.double() * largest.double() / 127
+    whole = weight.codes.double().view(37, -1, group)
+    matrix = whole * weight.scales.double()[..., None] + weight.minimums.double()[..., None]
+    for inputs, activations in ((x.double(), "float"), (rounded.view(rows, 192), "int8")):
+        expected = inputs @ matrix.view(37, 192).T
+        own = packed(replace(weight, activations=activations))
+        torch.testing.assert_close(product(x, own).double(), expected, rtol=2e-5, atol=2e-4)
+
+
+def test_rows_of_quantised_weights() -> None:
+    weight = replace(quantized(torch.randn(37, 64), 4, 32), dtype=torch.bfloat16)
+    table, dense = packed(weight), weight.dequantized(torch.bfloat16)
+    ids = torch.tensor([36, 0, 5, 5], dtype=torch.int32)
+    assert torch.equal(embedding(ids, table), dense[ids])
+    assert torch.equal(unpacked(table), dense)
+    for outside in (37, -1):
+        with pytest.raises(IndexError):
+            embedding(torch.tensor([outside]), table)
+
+
+def _all_blocks(block: Block) -> Iterator[Block]:
+    yield block
+    for part in block.blocks():
+        yield from _all_blocks(part)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_model_computes_what_its_codes_say(bits: int) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 96}
+    dense, coded = (tiny_decoder(seed=3, **shape) for _ in range(2))
+    held = dense.weight_bytes
+    saved = 0
+    for one, other in zip(_all_blocks(dense), _all_blocks(coded), strict=True):
+        weight = getattr(one, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.dim() == 2:
+            grouped = quantized(weight, bits, 32)
+            saved += weight.nbytes - sum(tensor.nbytes for tensor in tensors(grouped))
+            vars(one)["weight"], vars(other)["weight"] = grouped.dequantized(), grouped
+    coded.pack()
+    assert dense.weight_bytes == held
+    assert 0 < saved <= held - coded.weight_bytes
+    prompt = {0: [5, 9, 2, 33, 60, 7], 1: [4]}
+    found, expected = (Paged(model, 2, 16).prefill(prompt, 4) for model in (coded, dense))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

@@ -55,13 +55,18 @@ class Grouped:
         """Inputs that share a scale, G."""
         return self.codes.shape[-1] // self.scales.shape[-1]
 
-    def __getitem__(self, rows: slice | int | torch.Tensor) -> Self:
-        """Some rows [n, K] of N, or one of several matrices; but for a tensor of rows, a view."""
+    def __getitem__(self, rows: slice | int) -> Self:
+        """A view of some rows [n, K] of N, or of one of several matrices."""
         codes, scales, minimums = (tensor[rows] for tensor in self.tensors)
         return replace(self, codes=codes, scales=scales, minimums=minimums)
 
     def __len__(self) -> int:
         return len(self.codes)
+
+    def chosen(self, ids: torch.Tensor) -> Self:
+        """Copies of rows `ids` [T] of N. Raises IndexError for an id without a row."""
+        codes, scales, minimums = (tensor.index_select(0, ids) for tensor in self.tensors)
+        return replace(self, codes=codes, scales=scales, minimums=minimums)
 
     def fill(self, other: "Grouped") -> None:
         """Take over weights of the same shape, whose groups may be larger: whole multiples."""
