@@ -16,7 +16,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not gpu and not thorough and not real" --durations=5
 # mypy --strict: all that holds no tensors, what people run, and every protocol.
 TYPED := $(wildcard minisgl/*.py minisgl/core minisgl/engine minisgl/server minisgl/csrc \
-	minisgl/device minisgl/grammar minisgl/parallel/__init__.py minisgl/kernels/op.py minisgl/models/presets.py)
+	minisgl/device minisgl/gguf minisgl/grammar minisgl/parallel/__init__.py minisgl/kernels/op.py minisgl/models/presets.py)
 # And what is run on a GPU alone, where no test here would see a name that is gone.
 TYPED += benchmarks profiles tests/gpu
 TYPED += tools/compile_gate.py tools/machine_code.py

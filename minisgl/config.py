@@ -20,7 +20,9 @@ def _option(
 
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
+Bits = Literal["auto", "none", "int8", "int4"]
 LoadFormat = Literal["auto", "dummy"]
+Activations = Literal["auto", "int8", "none"]
 SchedulePolicy = Literal["fcfs", "lpm", "priority"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 BatchPolicy = Literal["balanced", "prefill-first", "decode-first"]
@@ -32,6 +34,7 @@ ToolCallParser = Literal[
 ]
 ReasoningParser = Literal["auto", "none", "think", "mistral", "cohere", "seed"]
 PAGE_SIZES = (1, 16, 32, 64)
+GROUPS = (32, 64, 128)
 CUDA_GRAPH_MAX_BS = 256  # beyond, a step's kernels take longer than launching them
 MAX_DRAFT_TOKENS = 16
 MAX_GRAMMAR_BYTES = 2**20  # of `SamplingParams.structured_outputs` as JSON
@@ -50,6 +53,18 @@ class EngineConfig:
         None, "file of a chat template in Jinja; the model's own when absent"
     )
     dtype: DType = _option("auto", "weights and activations; auto follows the checkpoint")
+    quantization: Bits = _option(
+        "none", "none makes floats of all weights, auto leaves them as stored, int8 and int4 round"
+    )
+    quantization_head: Bits = _option(
+        "auto", "that of the embedding and the head; auto: as the others, but int8 beside int4"
+    )
+    quantization_group: int | None = _option(
+        None, "inputs of rounded weights that share a scale: 32, 64 or 128; 32 when absent"
+    )
+    quantized_activations: Activations = _option(
+        "auto", "what quantised weights are multiplied with; auto: int8 on a CPU in bfloat16"
+    )
     device: str = _option("auto", "cuda, cpu, or auto: cuda when there is one")
     load_format: LoadFormat = _option("auto", "auto reads the files, dummy fills random weights")
     tp_size: int = _option(1, "tensor-parallel ranks", aliases=("--tp",))
@@ -136,6 +151,15 @@ class EngineConfig:
             raise ValueError(f"page_size must be one of {list(PAGE_SIZES)}, got {self.page_size}")
         if self.device not in ("auto", "cpu", "cuda") and not self.device.startswith("cuda:"):
             raise ValueError(f"device must be auto, cpu, cuda or cuda:<index>, got {self.device!r}")
+        rounded = {self.quantization, self.quantization_head} & {"int8", "int4"}
+        if self.quantization_group is not None and not rounded:
+            raise ValueError(
+                "quantization_group needs quantization or quantization_head int8 or int4, "
+                f"got {self.quantization!r} and {self.quantization_head!r}"
+            )
+        if self.quantization_group not in (None, *GROUPS):
+            given = self.quantization_group
+            raise ValueError(f"quantization_group must be one of {list(GROUPS)}, got {given}")
         _check_nodes(self)
         if self.profile_dir == "":
             raise ValueError("profile_dir must name a folder, got ''")

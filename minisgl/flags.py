@@ -27,6 +27,8 @@ ELSEWHERE = {
     "--max-running-requests": "--max-num-seqs -np --parallel",
     "--chunked-prefill-size": "--max-num-batched-tokens -ub --ubatch-size",
     "--page-size": "--block-size",
+    "--quantization": "-q --torchao-config",
+    "--quantization-head": "--output-tensor-type --token-embedding-type",
     "--mem-fraction-static": "--gpu-memory-utilization",
     "--schedule-policy": "--scheduling-policy --enable-priority-scheduling",
     "--disable-radix-cache": "--no-enable-prefix-caching",

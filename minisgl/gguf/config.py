@@ -76,7 +76,7 @@ _SAMPLING = ("temp", "top_k", "top_p", "min_p")
 _KNOWN = {"vocab_size", "rope.dimension_count", "attention.value_length", "rope.scaling.type"}
 _KNOWN |= {"rope.scaling.finetuned", "rope.scale_linear", "tensor_data_layout"}
 _KNOWN |= {f"rope.scaling.{key}" for key in _SCALING}
-_LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LLAMA3: Json = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3 |= {"original_max_position_embeddings": 8192}
 
 

@@ -1,7 +1,7 @@
 """The tensors of a GGUF file by the names and in the layout of the Llama convention.
 
-They are read from the file by rows, and dequantised to fp32 as they are asked for. Rows stay whole
-blocks until then, so they can be had as they are stored, too.
+They are read from the file by rows, in whole blocks, and dequantised to fp32 or taken apart into
+codes as they are asked for.
 """
 
 import re
@@ -13,6 +13,7 @@ from typing import Self
 import numpy as np
 from gguf import dequantize
 
+from minisgl.gguf import blocks
 from minisgl.gguf.header import Gguf, TensorInfo
 
 MAX_EXPERTS = 2**10
@@ -98,14 +99,29 @@ class GgufSlice:
     def get_shape(self) -> tuple[int, ...]:
         return self.shape
 
+    @property
+    def group(self) -> int | None:
+        """Weights that share a scale; None where it is stored in floats."""
+        return blocks.GROUP if blocks.is_quantised(self.info.type) else None
+
+    def grouped(self, rows: slice) -> blocks.Groups:
+        """Codes [n, K], scales and minimums [n, K / group] of those rows of a quantised matrix."""
+        wanted = self._order()[rows]
+        low = int(wanted.min())
+        stored = self.blocks(low, int(wanted.max()) + 1)
+        codes, scales, minimums = blocks.grouped(stored, self.info.type)
+        return codes[wanted - low], scales[wanted - low], minimums[wanted - low]
+
     def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
         """Those rows, one or more, and columns of a matrix, dequantised to fp32."""
         wanted = self._order()[slices[0]]
+        found: np.ndarray
         if len(self.shape) == 1:
             found = self._dequantised(0, 1)[0, wanted]
         else:
             low = int(wanted.min())
-            found = self._dequantised(low, int(wanted.max()) + 1)[(wanted - low, *slices[1:])]
+            rows = self._dequantised(low, int(wanted.max()) + 1)[wanted - low]
+            found = rows[(slice(None), *slices[1:])]
         return found - np.float32(1.0) if self.unit_offset else found
 
     def blocks(self, first: int, stop: int) -> np.ndarray:

@@ -18,8 +18,8 @@ class VocabTable(Block):
         per_rank = -(-vocab_size // at.comm.size)
         self.start = min(at.comm.rank * per_rank, vocab_size)
         self.count = min(per_rank, vocab_size - self.start)
-        self.weight: Matrix = at.empty(per_rank, hidden_size)
-        self.weight[self.count :].zero_()  # rows of no token, where ranks do not divide the vocab
+        # Zeros in rows of no token, where ranks do not divide the vocabulary.
+        self.weight: Matrix = at.matrix([name], per_rank, hidden_size)
 
     def weights(self) -> Iterator[Weight]:
         shape = (self.vocab_size, self.weight.shape[1])

@@ -40,7 +40,8 @@ class ColumnLinear(Block):
             for part in parts
         ]
         rows = sum(count * part.width for part, (_, count) in zip(parts, self.shares, strict=True))
-        self.weight: Matrix = at.empty(rows, in_features)
+        names = [f"{prefix}.{part.name}" for part in parts]
+        self.weight: Matrix = at.matrix(names, rows, in_features)
         self.bias = at.empty(rows) if bias else None
 
     def weights(self) -> Iterator[Weight]:
@@ -72,7 +73,7 @@ class RowLinear(Block):
         self.in_features = part.units * part.width
         first, count = share(self.name, part.units, at.comm)
         self.start = first * part.width
-        self.weight: Matrix = at.empty(out_features, count * part.width)
+        self.weight: Matrix = at.matrix([self.name], out_features, count * part.width)
         self.bias = at.empty(out_features) if bias else None
 
     def weights(self) -> Iterator[Weight]:

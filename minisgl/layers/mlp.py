@@ -53,8 +53,11 @@ class Moe(Block):
         self.activation = activation
         self.start, inner = share(f"{prefix} inner size", config.inner_size, at.comm)
         self.router: Matrix = at.empty(config.num_experts, hidden_size)
-        self.gate_up: Matrix = at.empty(config.num_experts, 2 * inner, hidden_size)
-        self.down: Matrix = at.empty(config.num_experts, hidden_size, inner)
+        experts = [f"{prefix}.experts.{e}" for e in range(config.num_experts)]
+        names = [f"{expert}.{part}_proj" for expert in experts for part in ("gate", "up")]
+        self.gate_up: Matrix = at.matrix(names, config.num_experts, 2 * inner, hidden_size)
+        names = [f"{expert}.down_proj" for expert in experts]
+        self.down: Matrix = at.matrix(names, config.num_experts, hidden_size, inner)
 
     def weights(self) -> Iterator[Weight]:
         num_experts, hidden, inner = self.down.shape
@@ -62,7 +65,7 @@ class Moe(Block):
         by_rows = (self.config.inner_size, hidden)
         for e in range(num_experts):
             name = f"{self.prefix}.experts.{e}"
-            gate, up, down = self.gate_up[e, :inner], self.gate_up[e, inner:], self.down[e]
+            gate, up, down = self.gate_up[e][:inner], self.gate_up[e][inner:], self.down[e]
             yield Weight(f"{name}.gate_proj.weight", gate, by_rows, 0, self.start)
             yield Weight(f"{name}.up_proj.weight", up, by_rows, 0, self.start)
             yield Weight(f"{name}.down_proj.weight", down, by_rows[::-1], 1, self.start)

@@ -3,32 +3,53 @@
 Every layer lists its own `Weight`s; the loader fills them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from minisgl.device.cpu import lazy_zeros
 from minisgl.kernels.attention import attention
-from minisgl.kernels.matrix import tensors
+from minisgl.kernels.grouped_linear.weights import Grouped
+from minisgl.kernels.matrix import Matrix, tensors
 from minisgl.kernels.op import Op
 from minisgl.parallel import Communicator
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The same for all layers of a model: where they live, in what type, among which ranks, and
-    what computes the attention of prompts."""
+    """The same for all layers of a model: where they live, in what type, among which ranks, what
+    computes the attention of prompts, and which weights are quantised.
+
+    group: the group size of the matrix that stacks those of such names, of this shape; None for
+    one of floats. activations: what quantised weights are multiplied with.
+    """
 
     dtype: torch.dtype
     device: torch.device
     comm: Communicator = Communicator()
     attention: Op = attention
+    group: Callable[[Sequence[str], Sequence[int]], int | None] = lambda names, shape: None
+    activations: Literal["float", "int8"] = "float"
 
     def empty(self, *shape: int) -> torch.Tensor:
+        return self._zeros(shape, self.dtype)
+
+    def matrix(self, names: Sequence[str], *shape: int) -> Matrix:
+        """A weight [..., N, K] of products that stacks those of such names, filled with zeros."""
+        group = self.group(names, shape)
+        if group is None:
+            return self.empty(*shape)
+        groups = (*shape[:-1], shape[-1] // group)
+        numbers = (self._zeros(groups, torch.float32) for _ in range(2))
+        codes = self._zeros(shape, torch.uint8)
+        return Grouped(codes, *numbers, self.dtype, self.activations)
+
+    def _zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         if self.device.type == "cpu":
-            return lazy_zeros(shape, self.dtype)  # in huge pages: a step reads all of them
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+            return lazy_zeros(shape, dtype)  # in huge pages: a step reads all of them
+        return torch.zeros(shape, dtype=dtype, device=self.device)
 
 
 @dataclass(frozen=True)
@@ -41,7 +62,7 @@ class Weight:
     """
 
     name: str
-    target: torch.Tensor
+    target: torch.Tensor | Grouped
     shape: tuple[int, ...]  # in the checkpoint
     dim: int = 0
     start: int = 0

@@ -19,6 +19,7 @@ from minisgl.layers.rotary import LinearScaling, Llama3Scaling, Rope, YarnScalin
 from minisgl.log import get_logger
 from minisgl.models.families import FAMILIES, LACKING, REQUIRED, Family, find_family
 from minisgl.models.fields import Fields
+from minisgl.models.int_config import IntFormat, read_int_format
 
 log = get_logger(__name__)
 
@@ -28,7 +29,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 # Other spellings of the fields read here.
 RESPELLED = {"torch_dtype": "dtype", "num_local_experts": "num_experts"}
 # Fields whose other values than the default change what is computed, by code there is none of here.
-ONLY = ("use_bidirectional_attention", "is_causal", "per_layer_config", "quantization_config")
+ONLY = ("use_bidirectional_attention", "is_causal", "per_layer_config")
 # What a model of several modalities states beside its decoder's fields.
 OUTER = {"tie_word_embeddings", "eos_token_id", "dtype", "torch_dtype", "quantization_config"}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -85,7 +86,8 @@ class ModelConfig:
     tied_embeddings: bool
     max_context: int  # tokens of prompt and output together
     eos_token_ids: tuple[int, ...]
-    dtype: torch.dtype  # of the checkpoint
+    dtype: torch.dtype  # of the checkpoint, where it is not quantised
+    int_format: IntFormat | None = None  # how quantised matrices are stored, if not in GGUF
 
     @property
     def num_layers(self) -> int:
@@ -206,6 +208,7 @@ def _read(
     biased = fields.boolean("attention_bias")
     eos = Fields(generation, "generation_config.json", {"eos_token_id": None})
     vocab_size = fields.integer("vocab_size")
+    stored = fields.raw("quantization_config")
     return ModelConfig(
         architecture=architecture,
         family=family,
@@ -228,6 +231,7 @@ def _read(
         max_context=_max_context(fields),
         eos_token_ids=eos.integers("eos_token_id") or fields.integers("eos_token_id"),
         dtype=DTYPES[fields.text("dtype", DTYPES)] if fields.given("dtype") else torch.float32,
+        int_format=None if stored is None else read_int_format(stored, fields.where),
     )
 
 

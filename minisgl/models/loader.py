@@ -1,7 +1,5 @@
-"""Loading a decoder: files are read tensor by tensor, straight into its weights."""
+"""Loading a decoder: files are read layer by layer, straight into its weights."""
 
-import math
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -9,15 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from minisgl.layers.weights import Placement, Weight
+from minisgl.layers.weights import Block, Placement
 from minisgl.log import get_logger, shows_progress
-from minisgl.models.config import ModelConfig, read_json
+from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
 from minisgl.models.families import Family
-from minisgl.models.hub import refuse_pickles
+from minisgl.models.files import find_files, open_safetensors, some
+from minisgl.models.filling import RandomWeights, fill
+from minisgl.models.int_weights import IntCheckpoint
+from minisgl.models.quantization import EMBEDDING, HEAD, Choice, Quantization
 from minisgl.parallel import Communicator
 
 if TYPE_CHECKING:
@@ -25,37 +25,46 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-BLOCK = 1_000_003  # random numbers; prime: no two rows of a matrix begin at the same one
 OPENED_FOR = 16  # tensors: what is read of a file is this process's memory until it is closed
-_SHOWN = 5  # names in an error message
-
-PIECE = 2**24  # elements copied at once, which a GGUF file's are dequantised for
 
 T = TypeVar("T")
-# A safetensors file, or an open GGUF file, which is read like an open one of the others.
-Source: TypeAlias = "Path | GgufWeights"
+# A safetensors file, or what is read like an open one.
+Source: TypeAlias = "Path | GgufWeights | IntCheckpoint | RandomWeights"
 Stored = dict[str, tuple[Source, str]]  # weight -> its file, and its name there
 
 
-def load_model(config: ModelConfig, path: Path | None, at: Placement, seed: int = 0) -> Decoder:
+def load_model(
+    config: ModelConfig,
+    path: Path | None,
+    at: Placement,
+    seed: int = 0,
+    quantization: Quantization | None = None,
+) -> Decoder:
     """Build this rank's part of the model and fill its weights, cast to the placement's dtype.
 
-    path: a directory of safetensors files, or a GGUF file; without one, weights are random and
-    depend on `seed` and their names only. A checkpoint may hold a head that its config ties: the
-    model's own config says which it is. Raises ValueError naming the tensors for weights that are
-    unknown, missing or of another shape, before anything is allocated, and for pickle checkpoints.
+    Each layer is packed as soon as it is full, so little is held besides. path: a directory of
+    safetensors files, or a GGUF file; without one, weights are random and depend on `seed` and
+    their names only. A checkpoint may hold a head that its config ties: the model's own config says
+    which it is. Raises ValueError naming the tensors for weights that are unknown, missing or of
+    another shape, before anything is allocated, and for pickle checkpoints.
     """
-    stored = {} if path is None else _find_weights(config.family, _sources(path))
-    if config.tied_embeddings and HEAD in stored:
-        config = _settle_head(config, stored)
+    stored, groups = {}, {}
     if path is not None:
-        _check(Decoder(config, replace(at, device=torch.device("meta"))), stored)
-    decoder = Decoder(config, at)
+        stored = _find_weights(config.family, _sources(config, path))
+        if config.tied_embeddings and f"{HEAD}.weight" in stored:
+            config = _settle_head(config, stored)
+        groups = _check(Decoder(config, replace(at, device=torch.device("meta"))), stored)
+    asked = quantization or Quantization()
+    choice = Choice(asked, groups)
+    activations = "int8" if asked.int8_activations else "float"
+    decoder = Decoder(config, replace(at, group=choice.group, activations=activations))
+    choice.report()
     if path is None:
-        _fill_at_random(decoder, seed, at.device)
-    else:
-        _fill_from_files(decoder, stored)
+        source = RandomWeights({w.name: w.shape for w in decoder.weights()}, seed, at.device)
+        stored = {name: (source, name) for name in source.keys()}  # noqa: SIM118
+    for block in progress(decoder.blocks(), "loading weights", "layer"):
+        _fill(block, stored, asked)
+        block.pack()
     return decoder
 
 
@@ -63,26 +72,6 @@ def progress(items: Sequence[T], what: str, unit: str) -> Iterable[T]:
     """`items`, with a bar on a terminal that shows which has come."""
     hidden = not shows_progress()
     return tqdm(items, desc=what, unit=unit, leave=False, disable=hidden)  # type: ignore[no-any-return]
-
-
-def find_files(path: Path) -> list[Path]:
-    """The safetensors files of a model directory: the single one, or those that its index names.
-
-    Raises ValueError naming what is missing, or an index that names nothing.
-    """
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if index.exists() and not single.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index} must map weights to files in weight_map, got {weight_map!r}")
-        files = [path / name for name in sorted({*map(str, weight_map.values())})]
-        if missing := [file.name for file in files if not file.exists()]:
-            raise ValueError(f"{path} lacks {_some(missing)}, which {index.name} names")
-        return files
-    for pattern in (single.name, "model*.safetensors", "*.safetensors"):
-        if files := sorted(path.glob(pattern)):
-            return files
-    refuse_pickles(str(path), (file.name for file in path.glob("*")))
 
 
 def checkpoint_name(family: Family, name: str) -> str | None:
@@ -96,24 +85,18 @@ def checkpoint_name(family: Family, name: str) -> str | None:
     return name
 
 
-def _sources(path: Path) -> Sequence[Source]:
+def _sources(config: ModelConfig, path: Path) -> Sequence[Source]:
     if path.suffix != ".gguf":
-        return find_files(path)
+        files = find_files(path)
+        return files if config.int_format is None else [IntCheckpoint(files, config.int_format)]
     from minisgl.gguf.config import read_weights
     from minisgl.gguf.header import read_gguf
 
     return [read_weights(read_gguf(path))]
 
 
-def _open(file: Source) -> Any:
-    if not isinstance(file, Path):
-        return file
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        pointer = file.stat().st_size < 1000 and b"git-lfs" in file.read_bytes()
-        what = "a git-lfs pointer, see `git lfs pull`" if pointer else error
-        raise ValueError(f"{file} is no whole safetensors file: {what}") from error
+def _open(source: Source) -> Any:
+    return open_safetensors(source) if isinstance(source, Path) else source
 
 
 def _find_weights(family: Family, files: Sequence[Source]) -> Stored:
@@ -134,90 +117,56 @@ def _settle_head(config: ModelConfig, stored: Stored) -> ModelConfig:
 
     It stands in for an embedding that is not stored; one that differs from it is a head.
     """
-    head = stored.pop(HEAD)
-    if EMBEDDING not in stored:
-        stored[EMBEDDING] = head
-    elif not torch.equal(_read(head), _read(stored[EMBEDDING])):
+    head, embedding = stored.pop(f"{HEAD}.weight"), f"{EMBEDDING}.weight"
+    if embedding not in stored:
+        stored[embedding] = head
+    elif not torch.equal(_read(head), _read(stored[embedding])):
         log.warning("the config ties lm_head to the embedding, but they differ: both are used")
-        stored[HEAD] = head
+        stored[f"{HEAD}.weight"] = head
         return replace(config, tied_embeddings=False)
     return config
 
 
 def _read(at: tuple[Source, str]) -> torch.Tensor:
     with _open(at[0]) as tensors:
-        return tensors.get_tensor(at[1])  # type: ignore[no-any-return]
+        return tensors.get_slice(at[1])[:, :]  # type: ignore[no-any-return]
 
 
-def _check(wanted: Decoder, stored: Stored) -> None:
-    """Raises ValueError where the stored tensors are not those of the model."""
+def _check(wanted: Decoder, stored: Stored) -> dict[str, int]:
+    """The group sizes of the matrices that are stored in codes. Raises ValueError where the stored
+    tensors are not those of the model."""
     weights = {weight.name: weight for weight in wanted.weights()}
     if unknown := [inside for name, (_, inside) in stored.items() if name not in weights]:
-        raise ValueError(f"unknown weights for {wanted.config.architecture}: {_some(unknown)}")
+        raise ValueError(f"unknown weights for {wanted.config.architecture}: {some(unknown)}")
     if missing := weights.keys() - stored.keys():
-        raise ValueError(f"weights missing from the checkpoint: {_some(sorted(missing))}")
-    for file, some in groupby(_in_order(stored), lambda item: item[1][0]):
+        raise ValueError(f"weights missing from the checkpoint: {some(sorted(missing))}")
+    groups = {}
+    for file, own in groupby(_in_order(stored, stored), lambda name: stored[name][0]):
         with _open(file) as tensors:
-            for name, (_, inside) in some:
-                shape = tuple(tensors.get_slice(inside).get_shape())
+            for name in own:
+                tensor = tensors.get_slice(inside := stored[name][1])
+                shape = tuple(tensor.get_shape())
                 if shape != (asked := weights[name].shape):
                     wanted_shape = f"the config asks for {asked}"
                     raise ValueError(f"{file.name}: {inside} has shape {shape}, {wanted_shape}")
+                if (group := getattr(tensor, "group", None)) is not None:
+                    groups[name.removesuffix(".weight")] = group
+    return groups
 
 
-def _fill_from_files(decoder: Decoder, stored: Stored) -> None:
-    wanted = {weight.name: weight for weight in decoder.weights()}
-    shown = progress(_in_order(stored), "loading weights", "tensor")
-    for (file, _), some in groupby(enumerate(shown), lambda at: (at[1][1][0], at[0] // OPENED_FOR)):
+def _fill(block: Block, stored: Stored, asked: Quantization) -> None:
+    weights = {weight.name: weight for weight in block.weights()}
+    order = enumerate(_in_order(weights, stored))
+    for (file, _), some_of in groupby(order, lambda at: (stored[at[1]][0], at[0] // OPENED_FOR)):
         with _open(file) as tensors:
-            for _, (name, (_, inside)) in some:
-                _copy(wanted[name], tensors.get_slice(inside))
+            for _, name in some_of:
+                bits = asked.bits(name.removesuffix(".weight"))
+                fill(weights[name], tensors.get_slice(stored[name][1]), bits)
 
 
-def _in_order(stored: Stored) -> list[tuple[str, tuple[Source, str]]]:
-    return sorted(stored.items(), key=lambda item: (item[1][0].name, item[1][1]))
-
-
-def _copy(weight: Weight, tensor: Any) -> None:
-    """Fill it some rows after others, so that little is held beside it."""
-    first, *others = weight.slices
-    start, step = first.start or 0, max(1, PIECE // max(1, math.prod(weight.shape[1:])))
-    for at in range(0, len(weight.target), step):
-        target = weight.target[at : at + step]
-        part = tensor[(slice(start + at, start + at + len(target)), *others)]
-        target.copy_(torch.as_tensor(part))
-
-
-def _fill_at_random(decoder: Decoder, seed: int, device: torch.device) -> None:
-    """Matrices keep the scale of their input, norms are near one and biases small.
-
-    Every weight is filled from one block of random numbers, beginning at a place of its own and
-    repeating it: drawing new numbers for all would take seconds per billion.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    numbers = torch.empty(BLOCK).uniform_(-1.0, 1.0, generator=generator).to(device)
-    for weight in decoder.weights():
-        if weight.name.endswith(".bias"):
-            block = numbers * 0.1
-        elif len(weight.shape) == 1:
-            block = numbers * 0.5 + 1.0
-        else:
-            block = numbers * (3.0 / weight.shape[1]) ** 0.5
-        target = weight.target
-        block = torch.roll(block, -(zlib.crc32(weight.name.encode()) % BLOCK)).to(target.dtype)
-        here = target.shape == weight.shape and target.is_contiguous()
-        full = target if here else target.new_empty(weight.shape)
-        whole = full.numel() // BLOCK * BLOCK
-        flat = full.view(-1)
-        flat[:whole].view(-1, BLOCK).copy_(block.expand(whole // BLOCK, -1))
-        flat[whole:] = block[: flat.numel() - whole]
-        if not here:
-            target.copy_(full[weight.slices])
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:_SHOWN])
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
+def _in_order(names: Iterable[str], stored: Stored) -> list[str]:
+    """As they lie in the files."""
+    return sorted(names, key=lambda name: (stored[name][0].name, stored[name][1]))
 
 
 def check_shares(config: ModelConfig, ranks: int) -> None:

@@ -13,6 +13,7 @@ from minisgl.kernels.attention import attention
 from minisgl.kernels.native import NATIVE_DTYPES
 from minisgl.kernels.op import Op
 from minisgl.models.config import DTYPES, ModelConfig
+from minisgl.models.quantization import Quantization
 from minisgl.start.attention_backend import attention_op
 from minisgl.start.draft import DraftFacts, read_draft
 from minisgl.step.sizes import GraphSizes
@@ -31,6 +32,7 @@ class Facts:
     graphs: GraphSizes
     draft: DraftFacts | None = None
     attention: Op = attention  # of the model's prompts
+    quantization: Quantization = Quantization()
 
 
 def read_facts(config: EngineConfig, path: Path, device: Device, rank: int = 0) -> Facts:
@@ -53,7 +55,21 @@ def read_facts(config: EngineConfig, path: Path, device: Device, rank: int = 0) 
         draft = read_draft(config, model, path, max_context)
     cascade, graphs = uses_cascade(config, model, device), graph_sizes(config, dtype, device)
     op = attention_op(config.attention_backend, model, dtype, config.page_size, device.torch_device)
-    return Facts(config, path, model, dtype, max_context, cascade, graphs, draft, op)
+    quantization = quantization_of(config, dtype, device.torch_device)
+    return Facts(config, path, model, dtype, max_context, cascade, graphs, draft, op, quantization)
+
+
+def quantization_of(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> Quantization:
+    """Which weights are rounded, and what they are multiplied with. Raises ValueError naming the
+    field for activations in 8 bits where there is no product of them."""
+    head, possible = config.quantization_head, device.type == "cpu" and dtype == torch.bfloat16
+    if head == "auto" and config.quantization != "auto":
+        head = "none" if config.quantization == "none" else "int8"  # which few bits harm most
+    if config.quantized_activations == "int8" and not possible:
+        where = f"{device.type} with {dtype}"
+        raise ValueError(f"quantized_activations int8 needs a CPU and bfloat16, got {where}")
+    int8 = possible and config.quantized_activations != "none"
+    return Quantization(config.quantization, head, config.quantization_group or 32, int8)
 
 
 def uses_cascade(config: EngineConfig, model: ModelConfig, device: Device) -> bool:

@@ -100,9 +100,7 @@ def load_models(
     def load(model: ModelConfig, path: Path, comm: Communicator, op: Op) -> Decoder:
         files = None if config.load_format == "dummy" else path
         at = Placement(facts.dtype, device.torch_device, comm, op)
-        decoder = load_model(model, files, at, config.random_seed)
-        decoder.pack()
-        return decoder
+        return load_model(model, files, at, config.random_seed, facts.quantization)
 
     with stages.stage("load weights"):
         model = device.run(load, facts.model, facts.path, comm, facts.attention)

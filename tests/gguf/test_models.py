@@ -4,14 +4,20 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 
+from minisgl.gguf.blocks import grouped
+from minisgl.kernels.grouped_linear.weights import Grouped
+from minisgl.kernels.matrix import unpacked
 from minisgl.layers.weights import Placement
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
 from minisgl.models.loader import load_model
+from minisgl.models.quantization import Quantization
 from minisgl.parallel import Communicator
 from tests.models.driver import Paged
 from tests.models.test_parity import compare_fp32
@@ -67,7 +73,41 @@ def test_weights_are_copied_in_pieces_of_any_size(tmp_path: Path, monkeypatch) -
     """Pieces of 7 rows cut through the heads whose rows change places."""
     path = tmp_path / "model.gguf"
     make_gguf("llama2", path, Type.Q8_0)
-    whole = {weight.name: weight.target.clone() for weight in load(path).weights()}
-    monkeypatch.setattr("minisgl.models.loader.PIECE", 7 * 96)
-    for weight in load(path).weights():
-        torch.testing.assert_close(weight.target, whole[weight.name], rtol=0, atol=0)
+    whole = matrices(load(path))
+    monkeypatch.setattr("minisgl.models.filling.PIECE", 7 * 96)
+    monkeypatch.setattr("minisgl.models.filling.ROUNDED", 7 * 96)
+    for weight, same in zip(matrices(load(path)), whole, strict=True):
+        torch.testing.assert_close(weight, same, rtol=0, atol=0)
+
+
+def matrices(decoder: Decoder) -> list[torch.Tensor]:
+    parts = [(layer.attention.qkv, layer.attention.out) for layer in decoder.layers]
+    return [unpacked(part.weight) for pair in parts for part in pair]
+
+
+@pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0])
+def test_codes_are_the_weights_to_the_bit(kind: Type, tmp_path: Path) -> None:
+    make_gguf("llama2", path := tmp_path / "model.gguf", kind)
+    at, config = Placement(torch.float32, CPU), ModelConfig.from_hf(path)
+    kept = load(path)
+    floats = load_model(config, path, at, quantization=Quantization("none", "none"))
+    for held, weight in zip(matrices(kept), matrices(floats), strict=True):
+        assert torch.equal(held, weight)
+    assert not isinstance(kept.layers[0].attention.qkv.weight, torch.Tensor)
+    assert kept.weight_bytes < floats.weight_bytes
+
+
+def test_blocks_of_256_are_the_weights_to_the_bit_but_of_q6_k() -> None:
+    """Of random bytes, with numbers of fp16 where scales are."""
+    rng = np.random.default_rng(0)
+    for name, halves in (("Q4_K", (0, 2)), ("Q5_K", (0, 2)), ("Q6_K", (208,))):
+        kind = Type[name]
+        stored = rng.integers(0, 256, (5, 3, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
+        for at in halves:
+            numbers = rng.normal(size=(5, 3, 1)).astype("<f2")
+            stored[..., at : at + 2] = numbers.view(np.uint8)
+        rows = stored.reshape(5, -1)
+        found = Grouped(*map(torch.from_numpy, grouped(rows, kind))).dequantized()
+        exact = torch.from_numpy(gguf.dequantize(rows, kind))
+        error = ((found - exact).square().mean() / exact.square().mean()).sqrt()
+        assert error == 0 if name != "Q6_K" else 0 < error < 0.006

@@ -14,7 +14,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from minisgl.layers.weights import Placement
+from minisgl.kernels.matrix import unpacked
+from minisgl.layers.weights import Block, Placement
 from minisgl.log import ROOT_LOGGER
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
@@ -40,6 +41,10 @@ def load(folder: Path, comm: Communicator | None = None) -> Decoder:
 
 def values(decoder: Decoder) -> dict[str, torch.Tensor]:
     return {weight.name: weight.target for weight in decoder.weights()}
+
+
+def every_block(block: Block) -> list[Block]:
+    return [block, *(inner for part in block.blocks() for inner in every_block(part))]
 
 
 def edit(folder: Path, **changes: torch.Tensor | None) -> None:
@@ -160,11 +165,12 @@ def test_a_bar_is_shown_on_a_terminal_and_where_the_level_allows(
 
 
 def test_dtype_conversion(checkpoint: Path) -> None:
-    config = ModelConfig.from_hf(checkpoint)
-    wide = values(load(checkpoint))
+    config, wide = ModelConfig.from_hf(checkpoint), load(checkpoint)
     narrow = load_model(config, checkpoint, Placement(torch.bfloat16, CPU))
-    for name, tensor in values(narrow).items():
-        assert torch.equal(tensor, wide[name].bfloat16())
+    for one, other in zip((wide.norm, *wide.layers), (narrow.norm, *narrow.layers), strict=True):
+        for block, same in zip(every_block(one), every_block(other), strict=True):
+            if hasattr(block, "weight"):
+                assert torch.equal(unpacked(same.weight), block.weight.bfloat16())
 
 
 def test_random_weights_depend_on_seed_and_name(checkpoint: Path) -> None:
@@ -348,7 +354,8 @@ PEAK = """
 import re, sys
 from pathlib import Path
 import torch
-from minisgl.layers.weights import Placement
+from minisgl.kernels.matrix import unpacked
+from minisgl.layers.weights import Block, Placement
 from minisgl.models.config import ModelConfig
 from minisgl.models.loader import load_model
 from minisgl.parallel import Communicator

@@ -37,6 +37,10 @@ VALUES = {
     "speculative_draft_model": "x",
     "speculative_ngram_min": 3,
     "log_level": "warning",
+    "quantization": "int8",
+    "quantization_head": "int4",
+    "quantization_group": 128,
+    "quantized_activations": "none",
     "profile_dir": "profiles-here",
     "tool_call_parser": "hermes",
     "reasoning_parser": "none",
@@ -47,6 +51,7 @@ VALUES = {
 
 # What a field cannot be given without.
 WITH = {
+    "quantization_group": ("--quantization=int4",),
     "nnodes": ("--tp-size=7", "--dist-init-addr=a:1"),
     "node_rank": ("--tp-size=8", "--nnodes=8", "--dist-init-addr=a:1"),
     "dist_init_addr": ("--tp-size=2", "--nnodes=2"),

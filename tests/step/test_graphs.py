@@ -203,7 +203,6 @@ def test_a_replay_is_not_held_up_by_python(executors, tied):
     """A call of PyTorch gives up Python's lock, for which the planner waits when a step has ended:
     there is none before the replay, and in it none before the last native op."""
     model = tiny_decoder(torch.bfloat16, tie_word_embeddings=tied)
-    model.pack()
     executor = executors(model, dtype=torch.bfloat16)
     batches = serve(executor, mixed_requests(1, seed=3)).batches
     batch = next(b for b in batches if b.num_decode == 1 and not b.chunks[0].pages)
