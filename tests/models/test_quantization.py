@@ -108,6 +108,9 @@ def test_what_flags_ask_for() -> None:
     assert not of(device="cuda").int8_activations
     with pytest.raises(ValueError, match="quantized_activations int8 needs a CPU and bfloat16"):
         of(torch.float32, quantized_activations="int8")
+    for name, asked in (("quantization", "auto"), ("quantization_head", "int8")):
+        with pytest.raises(ValueError, match=f"^{name} {asked} needs a CPU, as no kernel for cuda"):
+            of(device="cuda", **{name: asked})
     with pytest.raises(ValueError, match="quantization_group needs quantization or"):
         EngineConfig(quantization_group=32)
     with pytest.raises(ValueError, match=r"quantization_group must be one of .*, got 48"):

@@ -48,7 +48,7 @@ they went down together, with a lamp, to look for what had been lost between the
 
 @pytest.fixture(scope="module")
 def exact(path: Path) -> Iterator[LLM]:
-    with LLM(path, dtype="float32", **BASE) as llm:
+    with LLM(path, dtype="float32", quantization="auto", **BASE) as llm:
         yield llm
 
 
