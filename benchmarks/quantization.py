@@ -37,7 +37,7 @@ half an hour before you add the salt and the yeast. Fold the dough a few times w
 do not hurry: a cool room and a long night give more taste than a warm oven does. Shape it gently,
 cut the top with a sharp knife, and bake it until the crust is dark and sounds hollow.
 """
-NONE: dict[str, Any] = {"quantization": "none"}
+NONE = {"quantization": "none"}
 Flags = dict[str, Any]
 
 
@@ -48,7 +48,7 @@ def forms() -> list[tuple[str, Flags]]:
         for group in (32, 128):
             for head in ("none", "int8", "int4"):
                 for activations in ("none", "int8"):
-                    flags = {"quantization": bits, "quantization_head": head}
+                    flags: Flags = {"quantization": bits, "quantization_head": head}
                     flags |= {"quantization_group": group, "quantized_activations": activations}
                     name = f"{bits}, groups of {group}, head {head}, activations {activations}"
                     found.append((name, flags))
