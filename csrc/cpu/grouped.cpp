@@ -33,7 +33,7 @@ struct half {
 inline f32x16 load_numbers(const float *p) { return load16(p); }
 inline f32x16 load_numbers(const half *p) {  // finite ones
 #if defined(__AVX512F__)
-    return (f32x16)_mm512_cvtph_ps((__m256i)load_as<u16x16>(p));
+    return (f32x16)_mm512_maskz_cvtph_ps(0xffff, (__m256i)load_as<u16x16>(p));
 #else
     const u32x16 bits = __builtin_convertvector(load_as<u16x16>(p), u32x16);
     const f32x16 size = (f32x16)((bits & 0x7fff) << 13) * 0x1p112f;
@@ -126,6 +126,24 @@ struct Weights {
                     }
                 }
             }
+    }
+
+    // One row, [k].
+    template <class T>
+    void embed(Index row, T *out) const {
+        const Index panel = row / WIDTH, v = row % WIDTH / 16;
+        const uint8_t *from = codes + panel * (k / BLOCK) * BLOCK_BYTES;
+        for (Index b = 0; b < k / BLOCK; ++b, from += BLOCK_BYTES) {
+            const Index s = scale_at(panel, b) + v * 16;
+            const float scale = load_numbers(scales + s)[row % 16];
+            const float least = minimums ? load_numbers(minimums + s)[row % 16]
+                                         : scale * -float(1 << (BITS - 1));
+            for (int q = 0; q < QUADS; ++q) {
+                const uint32_t quad = load_quad(from, q, int(v))[row % 16];
+                for (int i = 0; i < 4; ++i)
+                    store(out + b * BLOCK + q * 4 + i, float(quad >> 8 * i & 255) * scale + least);
+            }
+        }
     }
 };
 
@@ -293,15 +311,12 @@ void embed_grouped(Address ids, Address codes, Address scales, Address minimums,
                    bool is_bf16) {
     with_weights(codes, scales, minimums, num_rows, k, group, bits, is_half, [&](auto w) {
         with_type(is_bf16, [&](auto type) {
-            std::vector<float> panel(k * WIDTH);
             for (Index t = 0; t < tokens; ++t) {
                 const Index id = at<const int32_t>(ids)[t];
                 if (id < 0 || id >= num_rows)
                     throw pybind11::index_error("token id " + std::to_string(id) +
                                                 " has no embedding");
-                w.dequantize(id / WIDTH, panel.data());
-                for (Index i = 0; i < k; ++i)
-                    store(at<decltype(type)>(out) + t * k + i, panel[i * WIDTH + id % WIDTH]);
+                w.embed(id, at<decltype(type)>(out) + t * k);
             }
         });
     });

@@ -50,13 +50,26 @@ void with_head_dim(Index head_dim, F f) {
     }
 }
 
-// The ops, each in the file of its name; those of advance.cpp, panels.cpp, moe.cpp and logits.cpp are two.
+// The ops, each in the file of its name; those of advance, panels, grouped, moe and logits are two.
 
 void linear(Address x, Index x_stride, Address w, Address bias, Address y, Index m, Index n,
             Index k, bool is_bf16, bool wide_output, int threads);
 
 void linear_panels(Address x, Index x_stride, Address panels, Address bias, Address y, Index m,
                    Index n, Index k, bool wide_output, int threads);
+
+// w of `bits` a code in panels, scales and minimums fp16 or fp32, minimums null where they follow from
+// scales. x_codes [m, k] int8, x_scales fp32 and x_sums int32 [m, k / 32] are for its own use; null
+// where x is not to be rounded.
+void grouped_linear(Address x, Index x_stride, Address codes, Address scales, Address minimums,
+                    Address bias, Address x_codes, Address x_scales, Address x_sums, Address y,
+                    Index m, Index n, Index k, Index group, int bits, bool is_half, bool is_bf16,
+                    bool wide_output, int threads);
+
+// Raises IndexError for an id outside [0, num_rows).
+void embed_grouped(Address ids, Address codes, Address scales, Address minimums, Address out,
+                   Index tokens, Index num_rows, Index k, Index group, int bits, bool is_half,
+                   bool is_bf16);
 
 void prepare_inputs(Address input_ids, Address positions, Address slot_mapping, Address seq_lens,
                     Address token_ids, Address sequences, Address offsets, Address rows,

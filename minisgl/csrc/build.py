@@ -63,6 +63,7 @@ MODULES = (
             "cpu/pool.cpp",
             "cpu/linear.cpp",
             "cpu/panels.cpp",
+            "cpu/grouped.cpp",
             "cpu/moe.cpp",
             "cpu/rmsnorm.cpp",
             "cpu/activation.cpp",
@@ -104,7 +105,9 @@ _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 
 # What CPU modules are compiled for, best first. The last runs anywhere; on Arm it has NEON.
 LEVELS = {
-    "avx512_bf16": Level(("-march=x86-64-v4", "-mavx512bf16"), _V4 | {"avx512_bf16"}),
+    "avx512_bf16": Level(
+        ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"), _V4 | {"avx512_bf16", "avx512_vnni"}
+    ),
     "avx512": Level(("-march=x86-64-v4",), _V4),
     "avx2": Level(("-march=x86-64-v3",), _V3),
     "portable": Level(),

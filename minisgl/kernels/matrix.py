@@ -7,37 +7,43 @@ from typing import Any
 
 import torch
 
-from minisgl.kernels.grouped_linear import grouped_linear
+from minisgl.kernels.grouped_linear import cpu, grouped_linear
+from minisgl.kernels.grouped_linear import panels as grouped_panels
+from minisgl.kernels.grouped_linear.panels import GroupedPanels
 from minisgl.kernels.grouped_linear.weights import Grouped
 from minisgl.kernels.linear import linear, panels
 from minisgl.kernels.linear.panels import Dense, Panels
 
-Matrix = Dense | Grouped  # [..., N, K]
+Quantized = Grouped | GroupedPanels
+Matrix = Dense | Quantized  # [..., N, K]
 
 
 def product(
     x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None, wide: bool = False
 ) -> Any:
     """x W^T + b, by the op of the weight's kind; see `linear_reference`."""
-    op = grouped_linear if isinstance(weight, Grouped) else linear
+    op = grouped_linear if isinstance(weight, Quantized) else linear
     return op(x, weight, bias, wide)
 
 
 def embedding(ids: torch.Tensor, weight: Matrix) -> torch.Tensor:
     """Rows `ids` [T] of the weight. Returns [T, K]. Raises IndexError for an id without a row."""
-    if isinstance(weight, Grouped):
-        return weight.chosen(ids).dequantized(weight.dtype)
+    if isinstance(weight, Quantized):
+        return cpu.embedding(ids, weight)
     return panels.embedding(ids, weight)
 
 
 def packed(weight: Matrix) -> Matrix:
     """A weight in the form that products on its device read fastest; it may be made in its place,
     and is then gone."""
-    return weight if isinstance(weight, Grouped) else panels.packed(weight)
+    if isinstance(weight, GroupedPanels):
+        return weight
+    return grouped_panels.packed(weight) if isinstance(weight, Grouped) else panels.packed(weight)
 
 
 def unpacked(weight: Matrix) -> torch.Tensor:
     """The weights [..., N, K] in the type that they stand for, copied where they are not so."""
+    weight = weight.unpacked() if isinstance(weight, GroupedPanels) else weight
     if isinstance(weight, Grouped):
         return weight.dequantized(weight.dtype)
     return panels.unpacked(weight)
@@ -47,4 +53,4 @@ def tensors(value: object) -> tuple[torch.Tensor, ...]:
     """What a weight of any form holds in memory; of anything else nothing."""
     if isinstance(value, torch.Tensor):
         return (value,)
-    return value.tensors if isinstance(value, Panels | Grouped) else ()
+    return value.tensors if isinstance(value, Panels | Quantized) else ()

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from minisgl.kernels.grouped_linear.panels import GroupedPanels
 from minisgl.kernels.grouped_linear.weights import BLOCK, Grouped, quantized
-from minisgl.kernels.op import Case, Cost, Op
+from minisgl.kernels.op import Case, Cost, Implementation, Op
 
 
 def rounded_to_int8(x: torch.Tensor) -> torch.Tensor:
@@ -19,21 +20,27 @@ def rounded_to_int8(x: torch.Tensor) -> torch.Tensor:
     to 127 times, of a 127th of the largest. In fp32 whatever x is, so that all agree on them."""
     blocks = x.to(torch.float32).unflatten(-1, (-1, BLOCK))
     largest = blocks.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest > 0, 127.0 / largest, 0.0)
+    inverse = torch.where(largest > 0, torch.full_like(largest, 127.0) / largest, 0.0)
     return ((blocks * inverse).round() * (largest / 127.0).to(x.dtype)).flatten(-2)
 
 
 def grouped_linear_reference(
-    x: torch.Tensor, weight: Grouped, bias: torch.Tensor | None = None, wide: bool = False
+    x: torch.Tensor,
+    weight: Grouped | GroupedPanels,
+    bias: torch.Tensor | None = None,
+    wide: bool = False,
 ) -> torch.Tensor:
     """x: [..., K] and bias [N] of one type, weight [N, K]. Returns [..., N] in x's type, or in fp32
     with `wide`: for logits."""
+    weight = weight.unpacked() if isinstance(weight, GroupedPanels) else weight
     inputs = rounded_to_int8(x.float()) if weight.activations == "int8" else x.float()
-    y = F.linear(inputs, weight.dequantized(), None if bias is None else bias.float())
+    y = F.linear(inputs, weight.dequantized(inputs.dtype), None if bias is None else bias.float())
     return y if wide else y.to(x.dtype)
 
 
-def grouped_linear_cost(x: torch.Tensor, weight: Grouped, wide: bool = False, **_: Any) -> Cost:
+def grouped_linear_cost(
+    x: torch.Tensor, weight: Grouped | GroupedPanels, wide: bool = False, **_: Any
+) -> Cost:
     n, k = weight.shape
     outputs = x.numel() // k * n
     written = outputs * (4 if wide else x.element_size())
@@ -85,6 +92,9 @@ CASES = (
 grouped_linear = Op(
     "grouped_linear",
     grouped_linear_reference,
+    implementations=[
+        Implementation("cpu", "cpu", "minisgl.kernels.grouped_linear.cpu:grouped_linear_cpu"),
+    ],
     cases=CASES,
     cost=grouped_linear_cost,
 )

@@ -1,0 +1,61 @@
+"""Products with weights of 4 and 8 bits on CPU: csrc/cpu/grouped.cpp, for weights in panels."""
+
+import torch
+
+from minisgl import csrc
+from minisgl.device.tape import by_call
+from minisgl.kernels.grouped_linear import grouped_linear_reference
+from minisgl.kernels.grouped_linear.panels import GroupedPanels
+from minisgl.kernels.grouped_linear.weights import BLOCK, Grouped
+from minisgl.kernels.native import address, model_ops
+
+grouped_linear_twin = by_call(grouped_linear_reference)
+
+
+def grouped_linear_cpu(
+    x: torch.Tensor,
+    weight: Grouped | GroupedPanels,
+    bias: torch.Tensor | None = None,
+    wide: bool = False,
+) -> torch.Tensor:
+    """See `grouped_linear_reference`; with panels a row's result does not depend on the others."""
+    native = model_ops(x, bias)
+    n, k = weight.shape
+    fits = x.shape[-1] == k and (bias is None or (bias.shape == (n,) and bias.is_contiguous()))
+    if native is None or not fits or not isinstance(weight, GroupedPanels):
+        return grouped_linear_twin(x, weight, bias, wide)
+    rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, k).contiguous()
+    y = torch.empty(*x.shape[:-1], n, dtype=torch.float32 if wide else x.dtype)
+    rounded: tuple[torch.Tensor | None, ...] = (None, None, None)
+    if weight.activations == "int8":
+        blocks = len(rows), k // BLOCK
+        scales, sums = torch.empty(blocks), torch.empty(blocks, dtype=torch.int32)
+        rounded = torch.empty(len(rows), k, dtype=torch.int8), scales, sums
+    native.grouped_linear(
+        rows.data_ptr(),
+        rows.stride(0),
+        *weight.addresses,
+        address(bias),
+        *map(address, rounded),
+        y.data_ptr(),
+        len(rows),
+        *weight.layout,
+        x.dtype == torch.bfloat16,
+        wide,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def embedding(ids: torch.Tensor, weight: Grouped | GroupedPanels) -> torch.Tensor:
+    """Rows `ids` [T] of the weight. Returns [T, K]. Raises IndexError for an id without a row."""
+    native = csrc.load("model_ops")
+    if isinstance(weight, GroupedPanels) and native is not None:
+        ids = ids.int().contiguous()
+        rows = torch.empty(len(ids), weight.shape[1], dtype=weight.dtype)
+        is_bf16 = weight.dtype == torch.bfloat16
+        at = ids.data_ptr(), *weight.addresses, rows.data_ptr(), len(ids)
+        native.embed_grouped(*at, *weight.layout, is_bf16)
+        return rows
+    whole = weight.unpacked() if isinstance(weight, GroupedPanels) else weight
+    return whole.chosen(ids).dequantized(weight.dtype)

@@ -1,0 +1,99 @@
+"""The form in which a CPU's native product reads weights of 4 and 8 bits: panels of 32 rows.
+
+Nothing is lost: codes have 4 bits where none needs more, scales and minimums 16 where all are
+numbers of fp16, and minimums that follow from scales are left out.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from minisgl import csrc
+from minisgl.kernels.grouped_linear.weights import BLOCK, Grouped
+from minisgl.kernels.native import address
+
+WIDTH = 32
+QUADS = BLOCK // 4
+
+
+@dataclass(frozen=True)
+class GroupedPanels:
+    """Weights [N, K]: 32 rows side by side, in blocks of 32 inputs; the last with zeros for rows.
+
+    A block has 8 times the codes of [32 rows, 4 inputs], or of 4 bits 4 times; those of the inputs
+    from 16 on are then the high halves of the bytes.
+    """
+
+    codes: torch.Tensor  # [N / 32, K / 32, 8 or 4, 32, 4] uint8
+    scales: torch.Tensor  # [N / 32, K / G, 32] fp16 or fp32
+    minimums: torch.Tensor | None  # the same; None: -8 times the scale in 4 bits, -128 times in 8
+    num_rows: int  # N
+    dtype: torch.dtype
+    activations: Literal["float", "int8"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.num_rows, BLOCK * self.codes.shape[1]
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return self.codes.shape[2] * 8 // QUADS
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What it holds in memory."""
+        return self.codes, self.scales, *(() if self.minimums is None else (self.minimums,))
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """(N, K, G, bits, whether scales are fp16), as native ops take them."""
+        n, k = self.shape
+        return n, k, k // self.scales.shape[1], self.bits, self.scales.dtype == torch.float16
+
+    @property
+    def addresses(self) -> tuple[int, int, int]:
+        return self.codes.data_ptr(), self.scales.data_ptr(), address(self.minimums)
+
+    def unpacked(self) -> Grouped:
+        """The weights that it was made of."""
+        (n, k), codes = self.shape, self.codes
+        if self.bits == 4:
+            codes = torch.cat([codes & 15, codes >> 4], dim=2)
+        codes = codes.permute(0, 3, 1, 2, 4).reshape(-1, k)[:n]
+
+        def rows(numbers: torch.Tensor) -> torch.Tensor:
+            return numbers.float().transpose(1, 2).flatten(0, 1)[:n]
+
+        scales = rows(self.scales)
+        least = -(2.0 ** (self.bits - 1)) * scales
+        minimums = least if self.minimums is None else rows(self.minimums)
+        return Grouped(codes, scales, minimums, self.dtype, self.activations)
+
+
+def packed(weight: Grouped) -> Grouped | GroupedPanels:
+    """A weight in panels, where a CPU has the native product or is about to; else itself."""
+    fits = weight.device.type == "cpu" and weight.codes.dim() == 2 and len(weight) > 0
+    if not fits or weight.dtype not in (torch.bfloat16, torch.float32):
+        return weight
+    if csrc.load("model_ops", wait=True) is None:
+        return weight
+    k, bits = weight.shape[1], 4 if int(weight.codes.max()) <= 15 else 8
+    padded = -len(weight) % WIDTH
+    codes = torch.nn.functional.pad(weight.codes, (0, 0, 0, padded))
+    codes = codes.view(-1, WIDTH, k // BLOCK, QUADS, 4).permute(0, 2, 3, 1, 4)
+    if bits == 4:
+        codes = codes[:, :, : QUADS // 2] | codes[:, :, QUADS // 2 :] << 4
+    follow = torch.equal(weight.minimums, -(2.0 ** (bits - 1)) * weight.scales)
+    numbers = [weight.scales] if follow else [weight.scales, weight.minimums]
+    small = all(torch.equal(each.half().float(), each) for each in numbers)
+
+    def in_panels(rows: torch.Tensor) -> torch.Tensor:
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, padded))
+        panels = rows.view(-1, WIDTH, rows.shape[1]).transpose(1, 2)
+        return panels.to(torch.float16 if small else torch.float32).contiguous()
+
+    minimums = None if follow else in_panels(weight.minimums)
+    made = codes.contiguous(), in_panels(weight.scales), minimums
+    return GroupedPanels(*made, len(weight), weight.dtype, weight.activations)

@@ -1,0 +1,88 @@
+"""Native products with weights of 4 and 8 bits: every form that packing chooses, every level.
+
+The reference rounds activations by itself where the weight says so, so that what is allowed beside
+the sums' own error in fp32 is nothing.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from minisgl import csrc
+from minisgl.kernels.grouped_linear import grouped_linear
+from minisgl.kernels.grouped_linear.panels import GroupedPanels
+from minisgl.kernels.grouped_linear.weights import Grouped
+from minisgl.kernels.matrix import embedding, packed
+from tests.kernels.cards import check
+from tests.world.levels import at, levels
+
+NATIVE = csrc.load("model_ops", wait=True)
+pytestmark = pytest.mark.skipif(NATIVE is None, reason="no compiler: nothing is packed")
+
+
+def _weight(n: int, k: int, bits: int, group: int, minimums: str, dtype: torch.dtype) -> Grouped:
+    """minimums: "implied" by scales; or of their own, in "fp16" or "fp32" as scales are."""
+    generator = torch.Generator().manual_seed(n + k)
+    codes = torch.randint(0, 2**bits, (n, k), generator=generator, dtype=torch.uint8)
+    codes[0, 0] = 2**bits - 1
+    scales = torch.rand(n, k // group, generator=generator) / k
+    scales = scales if minimums == "fp32" else scales.half().float()
+    least = -(2.0 ** (bits - 1)) * scales
+    if minimums != "implied":
+        least = (least * 1.25).half().float()
+    activations: Any = "int8" if dtype == torch.bfloat16 else "float"
+    return Grouped(codes, scales, least, dtype, activations)
+
+
+@pytest.mark.parametrize("level", [*levels(), None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("minimums", ["implied", "fp16", "fp32"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("rows", "n", "k", "group"),
+    [(1, 96, 64, 32), (3, 131, 256, 64), (7, 33, 384, 128), (65, 257, 96, 32), (200, 5, 96, 96)],
+)
+def test_products_and_rows(
+    rows: int, n: int, k: int, group: int, bits: int, minimums: str, dtype: torch.dtype,
+    level: str | None,
+) -> None:  # fmt: skip
+    weight = _weight(n, k, bits, group, minimums, dtype)
+    panels = packed(weight)
+    assert isinstance(panels, GroupedPanels)
+    assert panels.bits == bits
+    assert (panels.minimums is None) == (minimums == "implied")
+    assert (panels.scales.dtype == torch.float32) == (minimums == "fp32")
+    for own, found in zip(weight.tensors, panels.unpacked().tensors, strict=True):
+        assert torch.equal(own, found)
+    x = torch.randn(rows, k, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    x[0, :32] = 0.0
+    bias = torch.randn(n).to(dtype) if n % 2 else None
+    ids = torch.tensor([0, n - 1, n // 2], dtype=torch.int32)
+    with at(level):
+        for wide in (False, True):
+            check(grouped_linear, "cpu", {"x": x, "weight": panels, "bias": bias, "wide": wide})
+        expected = weight.dequantized(dtype)[ids]
+        torch.testing.assert_close(embedding(ids, panels), expected, rtol=2**-7, atol=1e-7)
+        with pytest.raises(IndexError):
+            embedding(torch.tensor([n]), panels)
+
+
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("activations", ["int8", "float"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_row_has_one_result_in_any_batch(bits: int, activations: Any, level: str) -> None:
+    weight = _weight(301, 512, bits, 64, "fp16", torch.bfloat16)
+    panels = packed(replace(weight, activations=activations))
+    x = torch.randn(350, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with at(level):
+        whole = grouped_linear(x, panels)
+        for start, end in ((0, 1), (3, 5), (7, 23), (100, 349)):
+            assert torch.equal(grouped_linear(x[start:end], panels), whole[start:end])
+
+
+def test_a_group_that_does_not_fit_is_refused() -> None:
+    numbers = torch.ones(4, 3)
+    with pytest.raises(ValueError, match="got K 48 and a group of 16"):
+        Grouped(torch.zeros(4, 48, dtype=torch.uint8), numbers, numbers)
