@@ -77,8 +77,11 @@ template <class T>
 void round_row(const T *x, Index k, int8_t *codes, float *scales, int32_t *sums) {
     for (Index b = 0; b < k / BLOCK; ++b, x += BLOCK, codes += BLOCK) {
         float largest = 0.0f;
-        for (Index i = 0; i < BLOCK; ++i) largest = std::max(largest, std::fabs(to_float(x[i])));
-        const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+        for (Index i = 0; i < BLOCK; ++i) {
+            const float size = std::fabs(to_float(x[i]));
+            if (!(size <= largest)) largest = largest == largest ? size : largest;  // NaN stays
+        }
+        const float inverse = largest > 0x1p-120f ? 127.0f / largest : 0.0f;  // else it is infinite
         int32_t sum = 0;
         for (Index i = 0; i < BLOCK; ++i) {
             codes[i] = int8_t(std::lrint(to_float(x[i]) * inverse));  // ties to even

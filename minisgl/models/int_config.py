@@ -61,7 +61,7 @@ def _read_compressed(config: Mapping[str, Any], where: str) -> IntFormat:
     defaults |= {"sparsity_config": None, "transform_config": None}
     fields = Fields(config, where, defaults)
     kind = fields.text("format", FORMATS)
-    _only(fields, "quantization_status", "compressed")
+    _only(fields, "quantization_status", "compressed", "frozen")
     _only(fields, "kv_cache_scheme", None)
     _only(fields, "sparsity_config", None, {})
     _only(fields, "transform_config", None, {})
@@ -70,11 +70,13 @@ def _read_compressed(config: Mapping[str, Any], where: str) -> IntFormat:
         raise fields.bad("config_groups", "an object of groups")
     for name, group in groups.items():
         inside = f"{where}: config_groups.{name}"
+        if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
+            raise fields.bad("config_groups", "an object of groups with weights")
         outer = Fields(group, inside, {"format": None, "weights": {}} | _UNQUANTISED)
         for what in _UNQUANTISED:
             _only(outer, what, None)
         _only(outer, "format", None, kind)
-        weights = Fields(outer.raw("weights") or {}, f"{inside}.weights", _WEIGHTS)
+        weights = Fields(outer.raw("weights"), f"{inside}.weights", _WEIGHTS)
         _only(weights, "type", "int")
         _only(weights, "num_bits", *([4, 8] if kind == "pack-quantized" else [8]))
         _only(weights, "strategy", None, "group", "channel")

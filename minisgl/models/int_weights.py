@@ -27,6 +27,13 @@ _PARTS = {
     "compressed-tensors": "weight_packed weight weight_scale weight_zero_point weight_shape",
 }
 _AWQ = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # where in a word each of eight columns is
+_TYPES = {
+    **dict.fromkeys(("qweight", "qzeros", "weight_packed"), ("I32",)),
+    **dict.fromkeys(("scales", "weight_scale"), ("F16", "BF16", "F32")),
+    "weight": ("I8",),
+    "weight_zero_point": ("I32", "I8"),
+    "g_idx": ("I32", "I64"),
+}
 _ONES = {4: 0x11111111, 8: 0x01010101}  # one for each code of a word
 
 
@@ -94,17 +101,31 @@ class IntMatrix:
         for needed in (scales, *(() if form.method == "compressed-tensors" else ("qzeros",))):
             if needed not in parts:
                 raise ValueError(f"{where} has {form.codes}, but no {needed}")
+        for name, part in parts.items():
+            kind, allowed = part.get_dtype(), _TYPES.get(name, ())
+            if allowed and kind not in allowed:
+                raise ValueError(f"{where}.{name} must be in {' or '.join(allowed)}, got {kind}")
+        for name in (form.codes, scales):
+            if len(shape := parts[name].get_shape()) != 2 or 0 in shape:
+                raise ValueError(f"{where}.{name} must be a matrix, got shape {shape}")
         self.shape, shapes = _shapes(form, {name: part.get_shape() for name, part in parts.items()})
         for name, part in parts.items():
             if (shape := part.get_shape()) != (asked := shapes.get(name, shape)):
                 raise ValueError(f"{where}.{name} has shape {shape}, the others ask for {asked}")
         groups = shapes[scales][form.method == "compressed-tensors"]
+        if (zeros := parts.get("weight_zero_point")) is not None:
+            n = -(-self.shape[0] // self._per_word) if zeros.get_dtype() == "I32" else self.shape[0]
+            if (shape := zeros.get_shape()) != [n, groups]:
+                asked = f"the others ask for {[n, groups]}"
+                raise ValueError(f"{where}.weight_zero_point has shape {shape}, {asked}")
         self.group = self.shape[1] // groups
         stated = self.shape[1] if form.group == -1 else form.group or self.group
         if self.shape[1] != groups * self.group or self.group != stated:
             stated = f" of {form.group}, as group_size says" if form.group else ""
             inputs = f"{self.shape[1]} inputs in {groups} groups"
             raise ValueError(f"{where} has {inputs}, which are no equal groups{stated}")
+        if self.group % 32:
+            raise ValueError(f"{where} has groups of {self.group} inputs, not a multiple of 32")
         order = torch.arange(self.shape[1]) // self.group
         if "g_idx" in parts and not torch.equal(parts["g_idx"][:].long(), order):
             raise ValueError(f"{where}.g_idx must be in ascending order: no desc_act (act-order)")
@@ -136,8 +157,6 @@ Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # codes [n, K], zeros an
 def _shapes(form: IntFormat, found: Shapes) -> tuple[tuple[int, int], Shapes]:
     """The shape [N, K] that the codes have, and what follows for the other tensors."""
     per_word = 32 // form.bits
-    if len(found[form.codes]) != 2:
-        return (0, 0), {form.codes: [0, 0]}
     rows, columns = found[form.codes]
     if form.method == "compressed-tensors":
         n, k = rows, columns * (per_word if form.codes == "weight_packed" else 1)

@@ -114,3 +114,13 @@ def test_a_model_computes_what_its_codes_say(bits: int) -> None:
     found, expected = (Paged(model, 2, 16).prefill(prompt, 4) for model in (coded, dense))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("bits", "value"), [(8, 1e8), (4, 1e6), (4, float("nan")), (8, float("nan"))]
+)
+def test_weights_that_no_scale_holds_are_refused(bits: int, value: float) -> None:
+    weight = torch.ones(2, 64)
+    weight[1, 3] = value
+    with pytest.raises(ValueError, match="within fp16's range"):
+        quantized(weight, bits, 32)

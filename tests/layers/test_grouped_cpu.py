@@ -82,6 +82,20 @@ def test_a_row_has_one_result_in_any_batch(bits: int, activations: Any, level: s
             assert torch.equal(grouped_linear(x[start:end], panels), whole[start:end])
 
 
+@pytest.mark.parametrize("level", [*levels(), None])
+def test_what_is_no_number_stays_none_and_the_smallest_are_zero(level: str | None) -> None:
+    panels = packed(_weight(40, 64, 4, 32, "fp16", torch.bfloat16))
+    x = torch.randn(9, 64).bfloat16()
+    x[2, 5], x[4, 40], x[6, 32:] = torch.nan, torch.inf, 2.0**-130
+    zeros = x.clone()
+    zeros[6, 32:] = 0.0
+    with at(level):
+        found, others = grouped_linear(x, panels), grouped_linear(zeros, panels)
+    assert found.isfinite().all(-1).tolist() == [row not in (2, 4) for row in range(9)]
+    assert found[2].isnan().all()
+    torch.testing.assert_close(found[6], others[6], rtol=0, atol=0)
+
+
 def test_a_group_that_does_not_fit_is_refused() -> None:
     numbers = torch.ones(4, 3)
     with pytest.raises(ValueError, match="got K 48 and a group of 16"):

@@ -106,6 +106,23 @@ def test_what_is_not_read_is_refused_by_name(
         load(tmp_path)
 
 
+@pytest.mark.parametrize("group", [None, 5, {"weights": ["num_bits"]}])
+def test_groups_of_compressed_tensors_that_are_none(group: Any, tmp_path: Path) -> None:
+    make_int("int4", tmp_path, config_groups={"group_0": group})
+    with pytest.raises(ValueError, match="config_groups must be an object of groups with weights"):
+        load(tmp_path)
+
+
+def test_zero_points_of_another_shape_are_named(tmp_path: Path) -> None:
+    make_int("int4", tmp_path)
+    whole = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight_zero_point"
+    zeros = torch.zeros(whole[name.replace("zero_point", "scale")].shape[0], 1, dtype=torch.int8)
+    save_file({**whole, name: zeros}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"weight_zero_point has shape .*, the others ask for"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("inside", "value", "reason"),
     [
@@ -135,6 +152,8 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
         ("g_idx", order, r"up_proj\.g_idx must be in ascending order.*act-order"),
         ("qzeros", None, "up_proj has qweight, but no qzeros"),
         ("qzeros", torch.zeros(3, 19, dtype=torch.int32), r"up_proj\.qzeros has shape \[3, 19\]"),
+        ("qzeros", torch.zeros(3, 18), r"up_proj\.qzeros must be in I32, got F32"),
+        ("scales", torch.zeros(()), r"up_proj\.scales must be a matrix, got shape \[\]"),
     ):
         tensors = {**whole, f"{matrix}.{part}": tensor}
         kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}

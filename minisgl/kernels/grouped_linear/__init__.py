@@ -20,7 +20,7 @@ def rounded_to_int8(x: torch.Tensor) -> torch.Tensor:
     to 127 times, of a 127th of the largest. In fp32 whatever x is, so that all agree on them."""
     blocks = x.to(torch.float32).unflatten(-1, (-1, BLOCK))
     largest = blocks.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest > 0, torch.full_like(largest, 127.0) / largest, 0.0)
+    inverse = torch.where(largest > 2.0**-120, torch.full_like(largest, 127.0) / largest, 0.0)
     return ((blocks * inverse).round() * (largest / 127.0).to(x.dtype)).flatten(-2)
 
 

@@ -87,7 +87,11 @@ def packed(weight: Grouped) -> Grouped | GroupedPanels:
         codes = codes[:, :, : QUADS // 2] | codes[:, :, QUADS // 2 :] << 4
     follow = torch.equal(weight.minimums, -(2.0 ** (bits - 1)) * weight.scales)
     numbers = [weight.scales] if follow else [weight.scales, weight.minimums]
-    small = all(torch.equal(each.half().float(), each) for each in numbers)
+    halves = [each.half() for each in numbers]
+    small = all(
+        torch.equal(half.float(), each) and bool(half.isfinite().all())
+        for half, each in zip(halves, numbers, strict=True)
+    )
 
     def in_panels(rows: torch.Tensor) -> torch.Tensor:
         rows = torch.nn.functional.pad(rows, (0, 0, 0, padded))

@@ -87,7 +87,7 @@ def quantized(weight: torch.Tensor, bits: int, group: int) -> Grouped:
 
     In 8 bits zero is in the middle of the range. In 4 bits each group takes the range, of some that
     are smaller than its own by up to a fifth, whose squared error is the least. Scales and minimums
-    are numbers that fp16 has.
+    are numbers that fp16 has. Raises ValueError for weights that are not finite, or too large.
     """
     values = weight.float().unflatten(-1, (-1, group))
     if bits == 8:
@@ -97,7 +97,7 @@ def quantized(weight: torch.Tensor, bits: int, group: int) -> Grouped:
         low, high = values.aminmax(dim=-1, keepdim=True)
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)  # zero is kept: padding stays as small
         least = torch.full_like(low, torch.inf)
-        found = torch.empty_like(values), low, high
+        found = torch.empty_like(values), least, least  # what no range fits is refused below
         for clip in _CLIPS:
             scales, minimums = _to_half((high - low) * (clip / 15)), _to_half(low * clip)
             codes = _nearest(values, scales, minimums, 15)
@@ -106,6 +106,9 @@ def quantized(weight: torch.Tensor, bits: int, group: int) -> Grouped:
             tried = zip((codes, scales, minimums), found, strict=True)
             found = tuple(new.where(better, old) for new, old in tried)
     codes, scales, minimums = found
+    if not (scales.isfinite().all() and minimums.isfinite().all()):
+        most = f"{float(weight.abs().max()):.4g}"
+        raise ValueError(f"weights must be within fp16's range to be rounded, got {most}")
     return Grouped(codes.flatten(-2).to(torch.uint8), scales[..., 0], minimums[..., 0])
 
 
