@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +26,7 @@ from minisgl.interrupts import held_back
 CACHE_LINE = 64  # bytes
 HUGE_PAGE = 2 * 2**20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+MADV_POPULATE_WRITE = 23  # of madvise(2)
 MMAP_THRESHOLD = 32 * 2**20  # the most that glibc takes
 FP32_ROWS = 8  # that matrix products take at once; half of them for the last ones
 
@@ -86,6 +87,7 @@ class CpuDevice:
         self._closed = False
         self._opening = threading.Lock()  # nothing is put behind the end, where it would never run
         self._arena = Arena()
+        self._committer = ThreadPoolExecutor(1, "minisgl-memory", be_patient)  # starts at first use
         # Static buffers that are uploaded to, and as numpy sees them; by the tensor's id.
         self._buffers: dict[int, tuple[torch.Tensor, np.ndarray]] = {}
         self._thread = threading.Thread(target=self._work, name="minisgl-stream", daemon=True)
@@ -174,6 +176,10 @@ class CpuDevice:
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return lazy_zeros(shape, dtype)
 
+    def commit_soon(self, parts: Sequence[torch.Tensor]) -> None:
+        for part in parts:
+            self._committer.submit(commit, part)
+
     def capture(self, function: Callable[[], object]) -> TapeGraph:
         return TapeGraph(function, self._arena)
 
@@ -189,6 +195,7 @@ class CpuDevice:
                 if not self._closed:
                     self._closed = True
                     self._tasks.put(None)
+            self._committer.shutdown(cancel_futures=True)
             if threading.current_thread() is not self._thread:
                 self._thread.join()
                 atexit.unregister(self.close)
@@ -219,6 +226,22 @@ def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         raw = np.frombuffer(memory, np.uint8)
     start = -raw.ctypes.data % CACHE_LINE
     return torch.from_numpy(raw[start : start + size]).view(dtype).view(tuple(shape))
+
+
+def be_patient() -> None:
+    """Let this thread run where no other wants the core."""
+    with suppress(OSError, AttributeError):  # of another system
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+def commit(part: torch.Tensor) -> None:
+    """Have the system give a part of `lazy_zeros` its memory now; what it holds stays. A virtual
+    machine's may be new to its host too, and then takes longer to come than to fill."""
+    end = part.data_ptr() + part.nbytes
+    start = part.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    with suppress(OSError, AttributeError):  # of another C library; an older Linux refuses
+        madvise = ctypes.CDLL(None).madvise
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_POPULATE_WRITE)
 
 
 def default_num_threads(processes: int = 1) -> int:

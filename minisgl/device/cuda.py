@@ -128,6 +128,9 @@ class CudaDevice:
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(tuple(shape), dtype=dtype, device=self.torch_device)
 
+    def commit_soon(self, parts: Sequence[torch.Tensor]) -> None:
+        """All memory of a GPU is there."""
+
     def capture(self, function: Callable[[], object]) -> Graph:
         return self.capture_pieces(lambda _: function()).graphs[0]  # type: ignore[no-any-return]
 

@@ -79,6 +79,9 @@ class MetaDevice:
         self.allocated += math.prod(shape) * dtype.itemsize
         return torch.zeros(tuple(shape), dtype=dtype, device=self.torch_device)
 
+    def commit_soon(self, parts: Sequence[torch.Tensor]) -> None:
+        """There is no memory."""
+
     def capture(self, function: Callable[[], object]) -> MetaPieces:
         return self.capture_pieces(lambda cut: function())
 

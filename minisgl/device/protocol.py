@@ -87,6 +87,9 @@ class Device(Protocol):
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A zeroed tensor; on CPU its pages are committed at first touch."""
 
+    def commit_soon(self, parts: Sequence[torch.Tensor]) -> None:
+        """Commit parts of zeroed tensors while there is nothing better to do, on a CPU."""
+
     def capture(self, function: Callable[[], object]) -> Graph:
         """A graph of what `function` does to static buffers; on CPU made at its first replay."""
 

@@ -24,6 +24,9 @@ class KVShape:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
 
+AHEAD = 4096  # tokens whose memory is committed before they come
+
+
 class KVPool:
     """Keys and values of every layer in one tensor [L, 2, slots, Hkv, D]; called in the stream."""
 
@@ -34,6 +37,18 @@ class KVPool:
             (shape.num_layers, 2, slots, shape.num_kv_heads, shape.head_dim), shape.dtype
         )
         self.layers: Sequence[KV] = [(layer[0], layer[1]) for layer in self.storage]
+        self._device = device
+        self._committed = 0  # slots, or soon
+        self.use(0)
+
+    def use(self, page: int) -> None:
+        """A step is about to use this page. Pages are handed out from the first one on, so what
+        follows those in use is next, and a prompt need not wait for its memory then."""
+        end = min((page + 1) * self.page_size + AHEAD, self.storage.shape[2])
+        if end - self._committed >= AHEAD // 2:
+            parts = self.storage[:, :, self._committed : end].flatten(0, 1)
+            self._device.commit_soon(list(parts))
+            self._committed = end
 
     def copy(self, jobs: torch.Tensor) -> None:
         """Run copy jobs [J, 3] int32 of (source page, target page, tokens), in every layer."""

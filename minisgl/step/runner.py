@@ -111,6 +111,8 @@ class Runner:
         words = self._device.upload(join(packed.sections), staging)
         step.sent = sent = Sent(packed.sections, words)
         self.rows.apply(sent)
+        if "patch_page" in packed.sections:
+            self._pool.use(int(packed.sections["patch_page"].max()))
         if "copies" in sent:
             self._pool.copy(sent["copies"].view(-1, 3))
         if self.draft is not None:
