@@ -59,8 +59,8 @@ void linear_panels(Address x, Index x_stride, Address panels, Address bias, Addr
                    Index n, Index k, bool wide_output, int threads);
 
 // w of `bits` a code in panels, scales and minimums fp16 or fp32, minimums null where they follow from
-// scales. x_codes [m, k] int8, x_scales fp32 and x_sums int32 [m, k / 32] are for its own use; null
-// where x is not to be rounded.
+// scales. x_codes [m, k] int8, x_scales and x_sums fp32 [m, k / 32] are for its own use; null where x
+// is not to be rounded.
 void grouped_linear(Address x, Index x_stride, Address codes, Address scales, Address minimums,
                     Address bias, Address x_codes, Address x_scales, Address x_sums, Address y,
                     Index m, Index n, Index k, Index group, int bits, bool is_half, bool is_bf16,

@@ -29,21 +29,20 @@ template <int MT, int VECTORS>
     }
 }
 
-// f(first row, number of rows as a constant) for tiles of about equal height over m rows.
-template <class F>
+// f(the number as a constant) for one from 1 to MOST.
+template <int MOST, class F>
+void with_constant(Index number, const F &f) {
+    if constexpr (MOST > 1)
+        if (number < MOST) return with_constant<MOST - 1>(number, f);
+    f(std::integral_constant<int, MOST>{});
+}
+
+// f(first row, number of rows as a constant) for tiles of about equal height, up to MOST, over m rows.
+template <int MOST = TILE_ROWS, class F>
 void for_tiles(Index m, const F &f) {
-    const Index tiles = (m + TILE_ROWS - 1) / TILE_ROWS;
+    const Index tiles = (m + MOST - 1) / MOST;
     for (Index t = 0; t < tiles; ++t) {
         const Index row = t * m / tiles;
-        switch ((t + 1) * m / tiles - row) {
-            case 1: f(row, std::integral_constant<int, 1>{}); break;
-            case 2: f(row, std::integral_constant<int, 2>{}); break;
-            case 3: f(row, std::integral_constant<int, 3>{}); break;
-#if defined(__AVX512F__)
-            case 4: f(row, std::integral_constant<int, 4>{}); break;
-            case 5: f(row, std::integral_constant<int, 5>{}); break;
-            case 6: f(row, std::integral_constant<int, 6>{}); break;
-#endif
-        }
+        with_constant<MOST>((t + 1) * m / tiles - row, [&](auto height) { f(row, height); });
     }
 }

@@ -29,7 +29,7 @@ def grouped_linear_cpu(
     rounded: tuple[torch.Tensor | None, ...] = (None, None, None)
     if weight.activations == "int8":
         blocks = len(rows), k // BLOCK
-        scales, sums = torch.empty(blocks), torch.empty(blocks, dtype=torch.int32)
+        scales, sums = torch.empty(blocks), torch.empty(blocks)
         rounded = torch.empty(len(rows), k, dtype=torch.int8), scales, sums
     native.grouped_linear(
         rows.data_ptr(),
