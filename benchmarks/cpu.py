@@ -3,10 +3,14 @@
     python -m benchmarks.cpu --shape qwen3-0.6b --against ../before
     python -m benchmarks.cpu --model M --engine transformers vllm=VLLM/bin/python \\
         openvino=OV/bin/python:M_openvino llamacpp=FOLDER:M.gguf other=http://127.0.0.1:8000
+    python -m benchmarks.cpu --model M --quantization int8 int4 --engine \\
+        llamacpp=FOLDER:M.gguf llamacpp-q8_0=FOLDER:M-q8.gguf llamacpp-q4_0=FOLDER:M-q4.gguf
 
 The first compares with another checkout of minisgl as well, the second with engines that may have a
 Python, and a form of the model, of their own; a server given by its URL takes token ids at
 /v1/completions. llama.cpp is a folder's that node-llama-cpp was installed in (`cpu_llamacpp.mjs`).
+An engine may come several times, as NAME-LABEL. The third measures minisgl with quantised weights
+too: each such side beside our own without, and beside the engines whose label says as many bits.
 Without --engine those are measured that this Python can import and that read the model as it is:
 the folder, or OpenVINO's export in it.
 
@@ -27,13 +31,14 @@ import importlib.util
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -146,13 +151,15 @@ class Load:
 class Table:
     """Measures rows in turns, and prints them."""
 
-    def __init__(self, results: Results, rounds: int) -> None:
+    def __init__(self, results: Results, rounds: int, rivals: Mapping[str, Sequence[str]]) -> None:
+        """rivals: of each side of ours, by name, those that it is to be faster than."""
         self._results = results
         self._rounds = rounds
+        self._rivals = rivals
 
     def head(self, engines: Sequence[Engine]) -> None:
         names = "".join(f"{engine.name:>26}" for engine in engines)
-        print(f"{'':<38}{names}  others  minisgl faster than each", flush=True)
+        print(f"{'':<38}{names}  others", flush=True)
 
     def add(self, row: Row[E], engines: Sequence[E]) -> None:
         if self._results.is_late(row.titles[0][0]):
@@ -178,20 +185,26 @@ class Table:
     ) -> None:
         medians = {name: statistics.median(each) for name, each in values.items()}
         spans = {name: (min(each), max(each)) for name, each in values.items()}
-        ours, *theirs = medians.values()
-        ratios = [ours / other if more_is_better else other / ours for other in theirs]
+        faster = {
+            ours: {
+                other: round((medians[ours] / medians[other]) ** (1 if more_is_better else -1), 3)
+                for other in rivals
+                if other in medians  # it may not serve
+            }
+            for ours, rivals in self._rivals.items()
+        }
         cells = [
             f"{short(medians[name])} ({short(low)}-{short(high)})"
             for name, (low, high) in spans.items()
         ]
-        faster = ", ".join(f"{ratio:.2f}x" for ratio in ratios)
-        print(
-            f"{title:<38}{''.join(f'{c:>26}' for c in cells)}  {others:>6.2f}  {faster}", flush=True
-        )
+        print(f"{title:<38}{''.join(f'{c:>26}' for c in cells)}  {others:>6.2f}", flush=True)
+        for ours, ratios in faster.items():
+            if shown := ", ".join(f"{ratio:.2f}x {other}'s" for other, ratio in ratios.items()):
+                print(f"    speed of {ours}: {shown}", flush=True)
         row = {"row": title, "others": round(others, 2)}
         row |= {"range": {name: [round(each, 3) for each in span] for name, span in spans.items()}}
         row |= {"median": {name: round(value, 3) for name, value in medians.items()}}
-        self._results.add("rows", {**row, "faster": [round(ratio, 3) for ratio in ratios]})
+        self._results.add("rows", {**row, "faster": faster})
 
 
 def short(value: float) -> str:
@@ -202,20 +215,44 @@ def short(value: float) -> str:
 def chosen_sides(args: argparse.Namespace, model: str) -> list[Side]:
     """minisgl first, then whatever is compared with it."""
     sides = [Side("minisgl", "minisgl", sys.executable, ROOT, model)]
+    for kind in args.quantization:
+        flags = {"quantization": kind}
+        sides.append(replace(sides[0], name=f"minisgl-{kind}", bits=stated_bits(kind), flags=flags))
     if args.against is not None:
         before = Path(args.against).absolute()
         sides.append(Side(before.name, "minisgl", sys.executable, before, model))
     for text in importable(Path(model)) if args.engine is None else args.engine:
         name, _, rest = text.partition("=")
         url = rest if rest.startswith(("http://", "https://")) else None
-        if url is None and name not in ENGINES:
-            raise SystemExit(f"--engine {text}: {name} is none of {', '.join(ENGINES)}, or a URL")
+        engine, _, label = (name, "", "") if url else name.partition("-")
+        if url is None and engine not in ENGINES:
+            raise SystemExit(f"--engine {text}: {engine} is none of {', '.join(ENGINES)}, or a URL")
         python, _, own_model = rest.partition(":")
-        if name == "llamacpp" and url is None and not own_model:
+        if engine == "llamacpp" and url is None and not own_model:
             raise SystemExit(f"--engine {text}: llamacpp takes FOLDER:MODEL.gguf")
         python = sys.executable if url or not python else python
-        sides.append(Side(name, name, python, ROOT, own_model or model, url))
+        model_read, bits = own_model or model, stated_bits(label)
+        sides.append(Side(name, engine, python, ROOT, model_read, url, bits))
+    if len({side.name for side in sides}) < len(sides):
+        raise SystemExit(f"sides need different names: {', '.join(side.name for side in sides)}")
     return sides
+
+
+def stated_bits(label: str) -> int:
+    """The first number of int8, q4_0 and the like; 16 where there is none."""
+    number = re.search(r"\d+", label)
+    return 16 if number is None else int(number.group())
+
+
+def rivals(sides: Sequence[Side], ours: int) -> dict[str, list[str]]:
+    """Of each of the first `ours` sides the others of as many bits; quantised ones begin with the
+    first, which has those as well whose bits no side of ours has."""
+    own, others = sides[:ours], sides[ours:]
+    found = {side.name: [own[0].name] if side is not own[0] else [] for side in own}
+    for other in others:
+        like = next((side for side in own if side.bits == other.bits), own[0])
+        found[like.name].append(other.name)
+    return found
 
 
 def importable(model: Path) -> list[str]:
@@ -235,8 +272,10 @@ def main() -> None:
     parser.add_argument(
         "--engine",
         nargs="*",
-        help=f"of {', '.join(ENGINES)}, each as NAME[=PYTHON[:MODEL]]; any server as NAME=URL",
+        help=f"of {', '.join(ENGINES)}, each as NAME[-LABEL][=PYTHON[:MODEL]]; any server as "
+        "NAME=URL",
     )
+    parser.add_argument("--quantization", nargs="*", default=[], choices=["int8", "int4"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--decode-tokens", type=int, default=64, help="of one user")
     parser.add_argument("--prompt-tokens", type=int, default=1024)
@@ -254,12 +293,12 @@ def main() -> None:
     limits = json.loads(subprocess.check_output([sys.executable, "-c", LIMITS], text=True))
     results.put(model=models.name(args), limits=limits, load_before=round(os.getloadavg()[0], 1))
     print(" ".join(f"{name} {value}" for name, value in limits.items()), flush=True)
-    table = Table(results, args.rounds)
     with ExitStack() as stack:
         model, _ = stack.enter_context(models.chosen(args))
         path = Path(model) if model is not None else ROOT / "minisgl/assets/tiny"
         vocab = json.loads((path / "config.json").read_text())["vocab_size"]
         sides, load = chosen_sides(args, str(path)), Load(args, vocab)
+        table = Table(results, args.rounds, rivals(sides, 1 + len(args.quantization)))
         with ExitStack() as offline:
             engines: list[Engine] = []
             for side in sides:

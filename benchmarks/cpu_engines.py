@@ -1,6 +1,6 @@
 """One engine on a CPU, asked over standard input: what `benchmarks.cpu` runs by any Python.
 
-    PYTHON benchmarks/cpu_engines.py ENGINE MODEL
+    PYTHON benchmarks/cpu_engines.py ENGINE MODEL [NAME=VALUE of minisgl's flags ...]
 
 A question is a line of JSON, {"prompts": [[id, ...], ...], "outputs": [n, ...]}; the answer is a
 line with the seconds that the outputs took, greedy and of exactly these lengths. The first line
@@ -20,11 +20,12 @@ from typing import Any
 Generate = Callable[[list[list[int]], list[int]], Sequence[int]]  # -> the lengths of the outputs
 
 
-def minisgl(model: str) -> tuple[Generate, str]:
+def minisgl(model: str, **flags: Any) -> tuple[Generate, str]:
     from minisgl import LLM, SamplingParams
 
     dummy = not any(Path(model).glob("*.safetensors"))
-    llm = LLM(model, device="cpu", load_format="dummy" if dummy else "auto", log_level="warning")
+    form: Any = "dummy" if dummy else "auto"
+    llm = LLM(model, device="cpu", load_format=form, log_level="warning", **flags)
 
     def generate(prompts: list[list[int]], outputs: list[int]) -> list[int]:
         params = [SamplingParams(max_tokens=n, temperature=0.0, ignore_eos=True) for n in outputs]
@@ -97,7 +98,7 @@ def openvino(model: str) -> tuple[Generate, str]:
     return generate, version("openvino-genai")
 
 
-ENGINES: dict[str, Callable[[str], tuple[Generate, str]]] = {
+ENGINES: dict[str, Callable[..., tuple[Generate, str]]] = {
     "minisgl": minisgl,
     "transformers": transformers,
     "vllm": vllm,
@@ -106,14 +107,15 @@ ENGINES: dict[str, Callable[[str], tuple[Generate, str]]] = {
 
 
 def main() -> None:
-    engine, model = sys.argv[1:]
+    engine, model, *words = sys.argv[1:]
+    flags = dict(word.split("=", 1) for word in words)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
 
     def answer(fields: dict[str, Any]) -> None:
         print(json.dumps(fields), file=answers, flush=True)
 
-    generate, release = ENGINES[engine](model)
+    generate, release = ENGINES[engine](model, **flags)
     answer({"release": release})
     for line in sys.stdin:
         asked = json.loads(line)

@@ -14,9 +14,9 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -38,7 +38,8 @@ SERVERS = {
 class Side:
     """What is compared: NAME[=PYTHON[:MODEL]] or NAME=URL, minisgl from one tree or another.
 
-    llama.cpp's `python` is the folder that node-llama-cpp was installed in."""
+    llama.cpp's `python` is the folder that node-llama-cpp was installed in. bits: of most weights;
+    flags: minisgl's own."""
 
     name: str
     engine: str
@@ -46,6 +47,8 @@ class Side:
     tree: Path
     model: str
     url: str | None = None
+    bits: int = 16
+    flags: Mapping[str, str] = field(default_factory=dict)
 
     def environment(self) -> dict[str, str]:
         """What the engine's documents set for its best speed on all cores."""
@@ -74,21 +77,15 @@ class Side:
         here = Path(__file__).parent
         if self.engine == "llamacpp":
             return ["node", str(here / "cpu_llamacpp.mjs"), self.python, self.model]
-        return [self.python, str(here / "cpu_engines.py"), self.engine, self.model]
+        flags = [f"{name}={value}" for name, value in self.flags.items()]
+        return [self.python, str(here / "cpu_engines.py"), self.engine, self.model, *flags]
 
     def server(self, port: int) -> list[str]:
         """The command that serves, of an engine in SERVERS."""
         module, options = SERVERS[self.engine]
-        return [
-            self.python,
-            "-m",
-            module,
-            *options.split(),
-            "--model",
-            self.model,
-            "--port",
-            str(port),
-        ]
+        own = {"model": self.model, "port": str(port), **self.flags}
+        words = [word for name, value in own.items() for word in (f"--{name}", value)]
+        return [self.python, "-m", module, *options.split(), *words]
 
 
 class Engine(Protocol):

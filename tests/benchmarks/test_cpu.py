@@ -6,10 +6,12 @@ import os
 import signal
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
+from benchmarks.cpu import chosen_sides, rivals
 from benchmarks.cpu_processes import Process, Side, family
 from benchmarks.http_load import Client, Job
 
@@ -109,3 +111,21 @@ def test_llama_cpp_is_a_folder_and_a_file(tmp_path):
     assert command[0] == "node"
     assert Path(command[1]).is_file()
     assert command[2:] == ["FOLDER", "M.gguf"]
+
+
+def test_quantised_sides_are_compared_with_our_own_floats_and_the_same_bits():
+    args = Namespace(quantization=["int8", "int4"], against="../before", engine=None)
+    args.engine = ["llamacpp=F:M.gguf", "llamacpp-q4_0=F:M4.gguf", "x-4=http://h", "openvino-int3"]
+    sides = chosen_sides(args, "M")
+    assert [side.engine for side in sides[-4:]] == ["llamacpp", "llamacpp", "x-4", "openvino"]
+    assert [side.model for side in sides[-4:-2]] == ["M.gguf", "M4.gguf"]
+    assert rivals(sides, 3) == {
+        "minisgl": ["before", "llamacpp", "x-4", "openvino-int3"],
+        "minisgl-int8": ["minisgl"],
+        "minisgl-int4": ["minisgl", "llamacpp-q4_0"],
+    }
+    assert sides[2].offline()[-1] == "quantization=int4"
+    assert "--quantization int4" in " ".join(sides[2].server(1))
+    args.engine = ["llamacpp=F:M.gguf", "llamacpp=F:M4.gguf"]
+    with pytest.raises(SystemExit, match=r"sides need different names: .*llamacpp, llamacpp"):
+        chosen_sides(args, "M")
