@@ -25,6 +25,7 @@ PYBIND11_MODULE(model_ops, m) {
     m.def("linear", recorded(&linear), unlocked, "y [m, n] = x [m, k] w [n, k]^T + bias [n]");
     m.def("linear_panels", recorded(&linear_panels), unlocked, "the same with w in panels of 32 rows");
     m.def("grouped_linear", recorded(&grouped_linear), unlocked, "minisgl.kernels.grouped_linear");
+    m.def("round_to_codes", &round_to_codes, unlocked, "`quantized` of that room");
     m.def("embed_grouped", recorded(&embed_grouped), unlocked, "rows of such a weight");
     m.def("rmsnorm", recorded(&rmsnorm), unlocked, "minisgl.kernels.rmsnorm on rows");
     m.def("gated", recorded(&gated), unlocked, "minisgl.kernels.activation on rows");

@@ -66,6 +66,11 @@ void grouped_linear(Address x, Index x_stride, Address codes, Address scales, Ad
                     Index m, Index n, Index k, Index group, int bits, bool is_half, bool is_bf16,
                     bool wide_output, int threads);
 
+// weights [groups, size], size a multiple of 16; codes uint8 of the same shape, scales and minimums fp32
+// [groups]: infinite where weights are not finite, or too large.
+void round_to_codes(Address weights, Address codes, Address scales, Address minimums, Index groups,
+                    Index size, int bits, bool is_bf16, int threads);
+
 // Raises IndexError for an id outside [0, num_rows).
 void embed_grouped(Address ids, Address codes, Address scales, Address minimums, Address out,
                    Index tokens, Index num_rows, Index k, Index group, int bits, bool is_half,

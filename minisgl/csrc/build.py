@@ -64,6 +64,7 @@ MODULES = (
             "cpu/linear.cpp",
             "cpu/panels.cpp",
             "cpu/grouped.cpp",
+            "cpu/rounding.cpp",
             "cpu/moe.cpp",
             "cpu/rmsnorm.cpp",
             "cpu/activation.cpp",

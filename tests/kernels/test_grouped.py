@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minisgl.kernels.grouped_linear.weights import Grouped, quantized
+from minisgl import csrc
+from minisgl.kernels.grouped_linear.weights import Grouped, quantized, quantized_reference
 from minisgl.kernels.matrix import embedding, packed, product, tensors, unpacked
 from minisgl.layers.weights import Block
 from tests.models.driver import Paged
@@ -32,6 +33,39 @@ def test_each_weight_is_the_nearest_code(bits: int, group: int) -> None:
         low = -high
     plain = ((high - low) / (2**bits - 1)).square() / 12  # of codes over the whole range
     assert error.square().mean() < 1.05 * plain.mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("rows", "group"), [(1, 32), (3001, 32), (257, 64), (100, 96), (9, 4096)])
+def test_native_rounding_is_the_reference_to_the_bit(
+    rows: int, group: int, bits: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(rows + bits)
+    weight = torch.randn(rows, 2 * group, generator=generator)
+    weight[::2] *= torch.rand(len(weight[::2]), 1, generator=generator) * 1e-6  # fp16's subnormals
+    weight[::7] = weight[::7].abs()
+    weight[::5, :group] = 0.0
+    weight[-1, -1] = 60000.0
+    weight = weight.to(dtype)
+    codes, scales, minimums = quantized_reference(weight.view(-1, group), bits)
+    found = quantized(weight, bits, group)
+    assert torch.equal(found.codes, codes.to(torch.uint8).view(rows, -1))
+    assert torch.equal(found.scales, scales.view(rows, 2))
+    assert torch.equal(found.minimums, minimums.view(rows, 2))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rounding_without_native_ops_is_the_same(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(2**7, 2**9, generator=torch.Generator().manual_seed(2))
+    native = quantized(weight.T, bits, 64)
+    monkeypatch.setattr(csrc, "load", lambda *_, **__: None)
+    plain = quantized(weight.T, bits, 64)
+    for one, other in zip(native.tensors, plain.tensors, strict=True):
+        assert torch.equal(one, other)
+    assert plain.shape == (512, 128)
 
 
 def test_what_codes_can_say_is_kept() -> None:
@@ -117,7 +151,8 @@ def test_a_model_computes_what_its_codes_say(bits: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "value"), [(8, 1e8), (4, 1e6), (4, float("nan")), (8, float("nan"))]
+    ("bits", "value"),
+    [(8, 1e8), (4, 1e6), (4, -1e6), *((b, float(v)) for b in (4, 8) for v in ("nan", "-inf"))],
 )
 def test_weights_that_no_scale_holds_are_refused(bits: int, value: float) -> None:
     weight = torch.ones(2, 64)

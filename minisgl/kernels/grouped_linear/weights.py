@@ -9,9 +9,12 @@ from typing import Literal, Self
 
 import torch
 
+from minisgl import csrc
+
 BLOCK = 32  # inputs that are rounded together, of which a group has one or several
 
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8)  # shares of a group's range that the codes may span
+_PIECE = 2**15  # weights rounded at once where nothing native is built: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -89,27 +92,47 @@ def quantized(weight: torch.Tensor, bits: int, group: int) -> Grouped:
     are smaller than its own by up to a fifth, whose squared error is the least. Scales and minimums
     are numbers that fp16 has. Raises ValueError for weights that are not finite, or too large.
     """
-    values = weight.float().unflatten(-1, (-1, group))
-    if bits == 8:
-        scales = _to_half(values.abs().amax(-1, keepdim=True) / 127)
-        found = _nearest(values, scales, -128 * scales, 255), scales, -128 * scales
+    rows, shape = weight.reshape(-1, group), (*weight.shape[:-1], weight.shape[-1] // group)
+    codes = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
+    scales, minimums = (torch.empty(len(rows), 1, device=rows.device) for _ in range(2))
+    native = csrc.load("model_ops", wait=True) if rows.device.type == "cpu" else None
+    if native is None:
+        pieces = (each.split(max(1, _PIECE // group)) for each in (rows, codes, scales, minimums))
+        for piece, *into in zip(*pieces, strict=True):
+            for tensor, found in zip(into, quantized_reference(piece, bits), strict=True):
+                tensor.copy_(found)
     else:
-        low, high = values.aminmax(dim=-1, keepdim=True)
-        low, high = low.clamp(max=0.0), high.clamp(min=0.0)  # zero is kept: padding stays as small
-        least = torch.full_like(low, torch.inf)
-        found = torch.empty_like(values), least, least  # what no range fits is refused below
-        for clip in _CLIPS:
-            scales, minimums = _to_half((high - low) * (clip / 15)), _to_half(low * clip)
-            codes = _nearest(values, scales, minimums, 15)
-            error = (codes * scales + minimums).sub_(values).square_().sum(-1, keepdim=True)
-            better, least = error < least, error.minimum(least)
-            tried = zip((codes, scales, minimums), found, strict=True)
-            found = tuple(new.where(better, old) for new, old in tried)
-    codes, scales, minimums = found
+        rows = (rows if rows.dtype == torch.bfloat16 else rows.float()).contiguous()
+        at = (each.data_ptr() for each in (rows, codes, scales, minimums))
+        is_bf16, threads = rows.dtype == torch.bfloat16, torch.get_num_threads()
+        native.round_to_codes(*at, len(rows), group, bits, is_bf16, threads)
     if not (scales.isfinite().all() and minimums.isfinite().all()):
         most = f"{float(weight.abs().max()):.4g}"
         raise ValueError(f"weights must be within fp16's range to be rounded, got {most}")
-    return Grouped(codes.flatten(-2).to(torch.uint8), scales[..., 0], minimums[..., 0])
+    return Grouped(codes.view(weight.shape), scales.view(shape), minimums.view(shape))
+
+
+def quantized_reference(
+    rows: torch.Tensor, bits: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes of groups [R, G] in floats, and scales and minimums [R, 1], infinite where none fit."""
+    values = rows.float()
+    if bits == 8:
+        scales = _to_half(values.abs().amax(-1, keepdim=True) / 127)
+        return _nearest(values, scales, -128 * scales, 255), scales, -128 * scales
+    low, high = values.aminmax(dim=-1, keepdim=True)
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)  # zero is kept: padding stays as small
+    least = torch.full_like(low, torch.inf, dtype=torch.float64)
+    found = torch.zeros_like(values), least.float(), least.float()
+    for clip in _CLIPS:
+        scales, minimums = _to_half((high - low) * (clip / 15)), _to_half(low * clip)
+        codes = _nearest(values, scales, minimums, 15)
+        squares = (codes * scales + minimums).sub_(values).square_()
+        error = squares.sum(-1, keepdim=True, dtype=torch.float64)  # in any order the same
+        better, least = error < least, error.minimum(least)
+        tried = zip((codes, scales, minimums), found, strict=True)
+        found = tuple(new.where(better, old) for new, old in tried)
+    return found
 
 
 def _to_half(numbers: torch.Tensor) -> torch.Tensor:
