@@ -24,14 +24,17 @@ from minisgl.build import BUNDLED_MODEL
 from minisgl.models.hub import model_directory
 from minisgl.server.tokenizer import Tokenizer
 
-TEXT = """
+# A text of our own. Its numbers have one digit: transformers' reading of a GGUF file does not cut
+# longer ones into digits, as SmolLM2's own tokenizer does.
+HARBOUR = """
 The harbour was quiet when the ferry came in. A woman with a red umbrella stood on the pier and
 counted the crates, one after another, while the captain waited for her signature. It had rained
 since the morning, and the water was the colour of slate. Nobody spoke. When she had finished, she
 folded the paper, put it into her coat, and said that two crates were missing. The captain shook his
 head. He had loaded them himself, he said, and nobody had gone below since they left the island. So
 they went down together, with a lamp, to look for what had been lost between the two shores.
-
+"""
+TEXT = f"""{HARBOUR}
 Bread needs flour, water, salt and time. Mix the flour with most of the water and let it rest for
 half an hour before you add the salt and the yeast. Fold the dough a few times while it rises, and
 do not hurry: a cool room and a long night give more taste than a warm oven does. Shape it gently,

@@ -12,6 +12,7 @@ import openai
 import pytest
 import torch
 
+from benchmarks.quantization import HARBOUR
 from minisgl import LLM, SamplingParams
 from minisgl.layers.weights import Placement
 from minisgl.models.config import ModelConfig
@@ -34,16 +35,6 @@ CHATS = [
         {"role": "user", "content": "And fire?"},
     ],
 ]
-# Written for this test. Its numbers have one digit: transformers' reading of the file does not cut
-# longer ones into digits, as this model's own tokenizer does.
-TEXT = """
-The harbour was quiet when the ferry came in. A woman with a red umbrella stood on the pier and
-counted the crates, one after another, while the captain waited for her signature. It had rained
-since the morning, and the water was the colour of slate. Nobody spoke. When she had finished, she
-folded the paper, put it into her coat, and said that two crates were missing. The captain shook his
-head. He had loaded them himself, he said, and nobody had gone below since they left the island. So
-they went down together, with a lamp, to look for what had been lost between the two shores.
-"""
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +58,7 @@ def test_chats_become_the_tokens_of_transformers(path: Path, oracle_tokenizer) -
             assert ours.render_chat(chat, add_generation_prompt=adds) == theirs
             ids = oracle_tokenizer.encode(theirs, add_special_tokens=False)
             assert ours.encode_chat(chat, add_generation_prompt=adds) == ids
-    assert ours.encode(TEXT) == oracle_tokenizer.encode(TEXT)
+    assert ours.encode(HARBOUR) == oracle_tokenizer.encode(HARBOUR)
     assert len(ours.encode("1234")) == 4
 
 
@@ -93,7 +84,7 @@ def loss(logits: torch.Tensor, ids: list[int]) -> float:
 
 
 def test_perplexity_is_that_of_transformers(path: Path, oracle) -> None:
-    ids = Tokenizer.from_directory(path).encode(TEXT)
+    ids = Tokenizer.from_directory(path).encode(HARBOUR)
     with torch.no_grad():
         theirs = loss(oracle(torch.tensor([ids])).logits[0], ids)
     assert 5 < math.exp(theirs) < 40
@@ -106,7 +97,7 @@ def test_perplexity_is_that_of_transformers(path: Path, oracle) -> None:
 
 def test_drafts_from_ngrams_change_no_token(exact: LLM, path: Path) -> None:
     lines = "".join(f"row {name}: 1, 2, 3\n" for name in ("ab", "cd", "ef", "gh")) * 3
-    prompts, params = [lines, TEXT], SamplingParams(temperature=0, max_tokens=48)
+    prompts, params = [lines, HARBOUR], SamplingParams(temperature=0, max_tokens=48)
     plain = [output.outputs[0].token_ids for output in exact.generate(prompts, params)]
     with (
         patch("minisgl.build.DraftPolicy", lambda *_, **__: None),  # drafts, if it pays or not
@@ -166,7 +157,7 @@ def test_a_call_is_written_to_its_schema(usual: LLM, path: Path) -> None:
 
 def test_the_whole_context_is_used(usual: LLM, path: Path) -> None:
     """Of a text that stands there many times the model knows how it goes on, up to token 8,192."""
-    ids = Tokenizer.from_directory(path).encode(TEXT) * 80
+    ids = Tokenizer.from_directory(path).encode(HARBOUR) * 80
     params = SamplingParams(temperature=0, ignore_eos=True)
     output = usual.generate([ids[: 8192 - 4]], params)[0].outputs[0]
     assert list(output.token_ids) == ids[8192 - 4 : 8192]
