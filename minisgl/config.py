@@ -151,15 +151,7 @@ class EngineConfig:
             raise ValueError(f"page_size must be one of {list(PAGE_SIZES)}, got {self.page_size}")
         if self.device not in ("auto", "cpu", "cuda") and not self.device.startswith("cuda:"):
             raise ValueError(f"device must be auto, cpu, cuda or cuda:<index>, got {self.device!r}")
-        rounded = {self.quantization, self.quantization_head} & {"int8", "int4"}
-        if self.quantization_group is not None and not rounded:
-            raise ValueError(
-                "quantization_group needs quantization or quantization_head int8 or int4, "
-                f"got {self.quantization!r} and {self.quantization_head!r}"
-            )
-        if self.quantization_group not in (None, *GROUPS):
-            given = self.quantization_group
-            raise ValueError(f"quantization_group must be one of {list(GROUPS)}, got {given}")
+        _check_quantization(self)
         _check_nodes(self)
         if self.profile_dir == "":
             raise ValueError("profile_dir must name a folder, got ''")
@@ -177,6 +169,11 @@ class EngineConfig:
         if self.attention_backend == "gluon" and self.batch_invariant:
             raise ValueError("attention_backend gluon cannot be used with batch_invariant")
         _check_speculation(self)
+
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether any weight may be in codes of 4 or 8 bits."""
+        return self.quantization != "none" or self.quantization_head in ("int8", "int4")
 
     @property
     def num_draft_tokens(self) -> int:
@@ -234,6 +231,22 @@ def _check_range(name: str, value: float, least: int | None, most: int | None) -
         raise ValueError(f"{name} must be at least {least}, got {value}")
     if most is not None and value > most:
         raise ValueError(f"{name} must be at most {most}, got {value}")
+
+
+def _check_quantization(config: EngineConfig) -> None:
+    asked = config.quantization, config.quantization_head
+    given = f"got {asked[0]!r} and {asked[1]!r}"
+    group = config.quantization_group
+    if group is not None and not {*asked} & {"int8", "int4"}:
+        raise ValueError(
+            f"quantization_group needs quantization or quantization_head int8 or int4, {given}"
+        )
+    if group not in (None, *GROUPS):
+        raise ValueError(f"quantization_group must be one of {list(GROUPS)}, got {group}")
+    if config.quantized_activations == "int8" and not config.keeps_codes:
+        raise ValueError(
+            f"quantized_activations int8 needs quantization or quantization_head, {given}"
+        )
 
 
 def _check_speculation(config: EngineConfig) -> None:

@@ -56,7 +56,7 @@ class IntCheckpoint:
         whole = {name.removesuffix(ending) for name in self._files if name.endswith(ending)}
         if form.codes == "weight":  # which others are called, too
             whole = {name for name in whole if f"{name}.weight_scale" in self._files}
-        self._matrices = {f"{name}.weight": name for name in whole}
+        self.matrices = {f"{name}.weight": name for name in whole}
 
     def __enter__(self) -> Self:
         return self
@@ -67,13 +67,13 @@ class IntCheckpoint:
     def keys(self) -> list[str]:
         """The names of matrices, and of what is not quantised."""
         parts = _PARTS[self._form.method].split()
-        inside = {f"{matrix}.{part}" for matrix in self._matrices.values() for part in parts}
-        return [*self._matrices, *(name for name in self._files if name not in inside)]
+        inside = {f"{matrix}.{part}" for matrix in self.matrices.values() for part in parts}
+        return [*self.matrices, *(name for name in self._files if name not in inside)]
 
     def get_slice(self, name: str) -> Any:
-        if name not in self._matrices:
+        if name not in self.matrices:
             return self._tensor(name)
-        matrix = self._matrices[name]
+        matrix = self.matrices[name]
         parts = {part: f"{matrix}.{part}" for part in _PARTS[self._form.method].split()}
         there = {part: self._tensor(name) for part, name in parts.items() if name in self._files}
         return IntMatrix(f"{self.name}: {matrix}", self._form, there)
@@ -97,8 +97,11 @@ class IntMatrix:
     def __init__(self, where: str, form: IntFormat, parts: Mapping[str, Any]) -> None:
         self._form, self._parts = form, parts
         self._per_word = 32 // form.bits
-        scales = "weight_scale" if form.method == "compressed-tensors" else "scales"
-        for needed in (scales, *(() if form.method == "compressed-tensors" else ("qzeros",))):
+        names = "scales", "qzeros"
+        if form.method == "compressed-tensors":
+            names = "weight_scale", "weight_zero_point"
+        scales = names[0]
+        for needed in names[: 1 + form.needs_zeros]:
             if needed not in parts:
                 raise ValueError(f"{where} has {form.codes}, but no {needed}")
         for name, part in parts.items():
@@ -119,11 +122,11 @@ class IntMatrix:
                 asked = f"the others ask for {[n, groups]}"
                 raise ValueError(f"{where}.weight_zero_point has shape {shape}, {asked}")
         self.group = self.shape[1] // groups
-        stated = self.shape[1] if form.group == -1 else form.group or self.group
-        if self.shape[1] != groups * self.group or self.group != stated:
-            stated = f" of {form.group}, as group_size says" if form.group else ""
+        stated = [self.shape[1] if size == -1 else size for size in form.groups]
+        if self.shape[1] != groups * self.group or self.group not in stated:
+            sizes = " or ".join(map(str, form.groups))
             inputs = f"{self.shape[1]} inputs in {groups} groups"
-            raise ValueError(f"{where} has {inputs}, which are no equal groups{stated}")
+            raise ValueError(f"{where} has {inputs}, none of {sizes}, as group_size says")
         if self.group % 32:
             raise ValueError(f"{where} has groups of {self.group} inputs, not a multiple of 32")
         order = torch.arange(self.shape[1]) // self.group

@@ -1,6 +1,6 @@
 """Loading a decoder: files are read layer by layer, straight into its weights."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import torch
 from tqdm import tqdm
 
-from minisgl.layers.weights import Block, Placement
+from minisgl.layers.weights import Block, Placement, Weight
 from minisgl.log import get_logger, shows_progress
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
 from minisgl.models.families import Family
 from minisgl.models.files import find_files, open_safetensors, some
-from minisgl.models.filling import RandomWeights, fill
+from minisgl.models.filling import PIECE, RandomWeights, fill
 from minisgl.models.int_weights import IntCheckpoint
 from minisgl.models.quantization import EMBEDDING, HEAD, Choice, Quantization
 from minisgl.parallel import Communicator
@@ -45,8 +45,9 @@ def load_model(
     Each layer is packed as soon as it is full, so little is held besides. path: a directory of
     safetensors files, or a GGUF file; without one, weights are random and depend on `seed` and
     their names only. A checkpoint may hold a head that its config ties: the model's own config says
-    which it is. Raises ValueError naming the tensors for weights that are unknown, missing or of
-    another shape, before anything is allocated, and for pickle checkpoints.
+    which it is. Without `quantization` all weights are floats. Raises ValueError naming the tensors
+    for weights that are unknown, missing or of another shape, before anything is allocated, and for
+    pickle checkpoints.
     """
     stored, groups = {}, {}
     if path is not None:
@@ -120,22 +121,43 @@ def _settle_head(config: ModelConfig, stored: Stored) -> ModelConfig:
     head, embedding = stored.pop(f"{HEAD}.weight"), f"{EMBEDDING}.weight"
     if embedding not in stored:
         stored[embedding] = head
-    elif not torch.equal(_read(head), _read(stored[embedding])):
+    elif not _are_equal(head, stored[embedding]):
         log.warning("the config ties lm_head to the embedding, but they differ: both are used")
         stored[f"{HEAD}.weight"] = head
         return replace(config, tied_embeddings=False)
     return config
 
 
-def _read(at: tuple[Source, str]) -> torch.Tensor:
-    with _open(at[0]) as tensors:
-        return tensors.get_slice(at[1])[:, :]  # type: ignore[no-any-return]
+def _are_equal(one: tuple[Source, str], other: tuple[Source, str]) -> bool:
+    """Whether two matrices are, some rows after others: those in codes become floats for it."""
+    with _open(one[0]) as ours, _open(other[0]) as theirs:
+        both = ours.get_slice(one[1]), theirs.get_slice(other[1])
+        (n, k), *others = (tuple(each.get_shape()) for each in both)
+        step = max(1, PIECE // k)
+        return others == [(n, k)] and all(
+            torch.equal(*(torch.as_tensor(each[at : min(at + step, n), :]) for each in both))
+            for at in range(0, n, step)
+        )
+
+
+def _adds_nothing(name: str, stored: Stored, weights: Mapping[str, Weight]) -> bool:
+    """Whether it is the bias, of zeros, of a matrix in codes that has none in this family: some
+    tools write one for each matrix."""
+    matrix = f"{name.removesuffix('bias')}weight"
+    if matrix == name or matrix not in weights or matrix not in stored:
+        return False
+    source, inside = stored[name]
+    if not isinstance(source, IntCheckpoint) or stored[matrix][1] not in source.matrices:
+        return False
+    return not torch.as_tensor(source.get_slice(inside)[:]).any()
 
 
 def _check(wanted: Decoder, stored: Stored) -> dict[str, int]:
-    """The group sizes of the matrices that are stored in codes. Raises ValueError where the stored
-    tensors are not those of the model."""
+    """The group sizes of the matrices that are stored in codes. Forgets what adds nothing. Raises
+    ValueError where the stored tensors are not those of the model."""
     weights = {weight.name: weight for weight in wanted.weights()}
+    for name in [name for name in stored.keys() - weights if _adds_nothing(name, stored, weights)]:
+        del stored[name]
     if unknown := [inside for name, (_, inside) in stored.items() if name not in weights]:
         raise ValueError(f"unknown weights for {wanted.config.architecture}: {some(unknown)}")
     if missing := weights.keys() - stored.keys():

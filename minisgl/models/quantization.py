@@ -15,11 +15,11 @@ HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
 
 @dataclass(frozen=True)
 class Quantization:
-    """What is asked for: auto leaves weights as the checkpoint has them, none makes floats of all,
-    int8 and int4 round to so many bits what the checkpoint has in floats."""
+    """What is asked for: none makes floats of all weights, auto leaves them as the checkpoint has
+    them, int8 and int4 round to so many bits what the checkpoint has in floats."""
 
-    weights: Bits = "auto"
-    head: Bits = "auto"  # of the embedding and the head
+    weights: Bits = "none"
+    head: Bits = "none"  # of the embedding and the head
     group: int = 32
     int8_activations: bool = False
 
@@ -38,6 +38,8 @@ class Choice:
     asked: Quantization
     stored: Mapping[str, int]  # by name the group size of a matrix that the checkpoint has in codes
     left: dict[str, str] = field(default_factory=dict)  # why what stays as floats
+    kept: bool = False  # whether any matrix is as it is stored, in codes
+    rounded: bool = False  # whether any is, or a part of it
 
     def group(self, names: Sequence[str], shape: Sequence[int]) -> int | None:
         """The group size of the matrix that is made of these, or None where it stays in floats.
@@ -59,10 +61,19 @@ class Choice:
             why = f"a rank has {shape[-1]} inputs of it, in no whole groups of {BLOCK}"
         if why:
             self.left.update(dict.fromkeys(names, why))
-        return None if why else group
+            return None
+        self.kept |= any(groups)
+        self.rounded |= None in groups
+        return group
 
     def report(self) -> None:
-        """Log what stays as floats although it is quantised in the checkpoint, or was to be."""
+        """Log what stays as floats although it is quantised in the checkpoint, or was to be, and
+        what was asked for in vain."""
+        asked = {self.asked.weights, self.asked.head}
+        if "auto" in asked and not self.kept:
+            log.warning("quantization auto: the checkpoint has no weights in codes")
+        if asked & {"int8", "int4"} and not (self.rounded or self.left):
+            log.warning("quantization: nothing is rounded, as the checkpoint has no such floats")
         reasons: dict[str, list[str]] = {}
         for name, why in self.left.items():
             reasons.setdefault(why, []).append(name)

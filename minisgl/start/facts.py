@@ -43,8 +43,8 @@ def read_facts(config: EngineConfig, path: Path, device: Device, rank: int = 0) 
     """
     model = ModelConfig.from_hf(path)
     dtype = model.dtype if config.dtype == "auto" else DTYPES[config.dtype]
-    on_cpu, keeps_codes = device.torch_device.type == "cpu", config.quantization != "none"
-    if config.dtype == "auto" and dtype == torch.float16 and on_cpu and keeps_codes:
+    on_cpu = device.torch_device.type == "cpu"
+    if config.dtype == "auto" and dtype == torch.float16 and on_cpu and config.keeps_codes:
         dtype = torch.bfloat16  # no native product with codes takes fp16
     max_context = config.context_length or model.max_context
     if max_context > model.max_context:

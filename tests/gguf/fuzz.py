@@ -16,6 +16,7 @@ import torch
 from minisgl.layers.weights import Placement
 from minisgl.models.config import ModelConfig
 from minisgl.models.loader import load_model
+from minisgl.models.quantization import Quantization
 from minisgl.server.tokenizer import Tokenizer
 
 MEMORY = 2**29  # bytes beyond what the imports have taken
@@ -48,7 +49,8 @@ def changed(data: bytes, random_: random.Random) -> bytes:
 
 def read(path: Path) -> None:
     """All that a start reads of a file."""
-    load_model(ModelConfig.from_hf(path), path, Placement(torch.float32, torch.device("cpu")))
+    at, kept = Placement(torch.float32, torch.device("cpu")), Quantization("auto", "auto")
+    load_model(ModelConfig.from_hf(path), path, at, quantization=kept)
     tokenizer = Tokenizer.from_directory(path)
     tokenizer.decode(tokenizer.encode("The 1st token, and 2 others\n"))
 

@@ -31,7 +31,9 @@ def load(
     path: Path, comm: Communicator | None = None, dtype: torch.dtype = torch.float32
 ) -> Decoder:
     at = Placement(dtype, CPU, comm or Communicator())
-    return load_model(ModelConfig.from_hf(path), path, at)
+    return load_model(
+        ModelConfig.from_hf(path), path, at, quantization=Quantization("auto", "auto")
+    )
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -86,10 +86,13 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gptq-4", {"desc_act": True}, "desc_act must be False, got True"),
     ("gptq-4", {"checkpoint_format": "marlin"}, "checkpoint_format must be .*'marlin'"),
     ("gptq-4", {"dynamic": {"-:.*": {}}}, "dynamic must be None"),
+    ("gptq-4", {"format": "bitblas"}, "format must be None or 'gptq' .*, got 'bitblas'"),
+    ("gptq-4", {"format": "gptq", "checkpoint_format": "gptq_v2"}, "format must be as .*'gptq_v2'"),
     ("gptq-4", {"group_size": 48}, "group_size must be a multiple of 32, or -1, got 48"),
     ("gptq-4", {"group_size": 64}, "in 5 groups.*of 64, as group_size says"),
     ("awq", {"bits": 8}, "bits must be 4, got 8"),
     ("awq", {"version": "gemv"}, "version must be .*'gemv'"),
+    ("awq", {"format": "gemv"}, "format must be .*'gemv'"),
     ("awq", {"zero_point": False}, "zero_point must be True, got False"),
     ("int4", {"format": "marlin-24"}, "format must be one of .*'marlin-24'"),
     ("int4", {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme must be None"),
@@ -130,6 +133,20 @@ def test_zero_points_of_another_shape_are_named(tmp_path: Path) -> None:
         ("weights", {"num_bits": 8, "type": "float"}, "group_0.weights: type must be 'int'"),
         ("weights", {"num_bits": 4, "actorder": "group"}, "weights: actorder must be .*'group'"),
         ("weights", {"num_bits": 2}, "weights: num_bits must be 4 or 8, got 2"),
+        ("weights", {"num_bits": 4, "dynamic": True}, "weights: dynamic must be .*, got True"),
+        ("weights", {"num_bits": 4, "symmetric": 0}, "weights: symmetric must be true or false"),
+        ("weights", {"num_bits": 4, "group_size": 64}, "in 5 groups, none of 64, as group_size"),
+        (
+            "weights",
+            {"num_bits": 4, "strategy": "channel", "group_size": 32},
+            "weights: group_size must be None or -1, as strategy is 'channel', got 32",
+        ),
+        ("weights", {"num_bits": 4, "strategy": "group"}, "weights: group_size must be an integer"),
+        (
+            "weights",
+            {"num_bits": 4, "group_size": 32, "symmetric": False},
+            "has weight_packed, but no weight_zero_point",
+        ),
         ("weights", {"num_bits": 4, "strategy": "block"}, "weights: strategy must be .*'block'"),
     ],
 )
@@ -159,6 +176,28 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
         kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         save_file(kept, tmp_path / "model.safetensors")
         with pytest.raises(ValueError, match=reason):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["format", "checkpoint_format"])
+def test_either_name_of_gptqs_format_is_read(key: str, tmp_path: Path) -> None:
+    oracle = make_int("gptq-v2", tmp_path, **{"checkpoint_format": None, key: "gptq_v2"})
+    compare_fp32(oracle, load(tmp_path))
+
+
+def test_a_bias_that_a_family_lacks_adds_nothing_or_is_refused(tmp_path: Path) -> None:
+    oracle = make_int("gptq-4", tmp_path)
+    whole = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.bias"
+    for bias in (
+        torch.zeros(160).half(),
+        torch.zeros(160).half().index_fill(0, torch.tensor(7), 1),
+    ):
+        save_file({**whole, name: bias}, tmp_path / "model.safetensors")
+        if not bias.any():
+            compare_fp32(oracle, load(tmp_path))
+            continue
+        with pytest.raises(ValueError, match=rf"unknown weights for Qwen3.*: {name}"):
             load(tmp_path)
 
 

@@ -196,7 +196,10 @@ def test_what_a_checkpoint_leaves_out(architecture: str) -> None:
 
 @pytest.mark.parametrize("family", ["qwen3", "multimodal"])
 @pytest.mark.parametrize("head", ["of its own", "the embedding", "the embedding, moved"])
-def test_a_head_stored_with_a_config_that_ties_it(family: str, head: str, tmp_path: Path) -> None:
+def test_a_head_stored_with_a_config_that_ties_it(
+    family: str, head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minisgl.models.loader.PIECE", 100)  # both are compared in parts
     make(FAMILIES[family], tmp_path)
     before, file = theirs(tmp_path), tmp_path / "model.safetensors"
     tensors = load_file(file)
@@ -204,7 +207,7 @@ def test_a_head_stored_with_a_config_that_ties_it(family: str, head: str, tmp_pa
     name = embedding.replace("model.embed_tokens", "lm_head")
     tensors[name] = tensors[embedding].clone()
     if head == "of its own":
-        tensors[name] = tensors[name].roll(1, dims=0)
+        tensors[name][-1] += 1.0
     elif head == "the embedding, moved":
         del tensors[embedding]
     save_file(tensors, file, metadata={"format": "pt"})

@@ -21,6 +21,7 @@ from minisgl.start.facts import quantization_of
 from tests.models.driver import Paged
 from tests.models.test_ranks import Thread
 from tests.world.checkpoints import CHECKPOINTS, make
+from tests.world.int_checkpoints import make_int
 
 CPU = torch.device("cpu")
 
@@ -92,6 +93,20 @@ def test_what_stays_in_floats_is_said(tmp_path: Path, caplog: pytest.LogCaptureF
     assert any("experts.0.down_proj and" in line and "40 inputs" in line for line in said)
 
 
+def test_what_was_asked_for_in_vain_is_said(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(folder, Quantization("auto", "auto"))
+    assert caplog.messages == ["quantization auto: the checkpoint has no weights in codes"]
+    caplog.clear()
+    load(folder, Quantization("int8"))
+    assert not caplog.messages
+    make_int("int8", tmp_path)
+    load(tmp_path, Quantization("int4"))
+    said = "quantization: nothing is rounded, as the checkpoint has no such floats"
+    assert caplog.messages[-1] == said
+
+
 def test_what_flags_ask_for() -> None:
     def of(
         dtype: torch.dtype = torch.bfloat16, device: str = "cpu", **flags: object
@@ -107,10 +122,14 @@ def test_what_flags_ask_for() -> None:
     assert not of(torch.float32).int8_activations
     assert not of(device="cuda").int8_activations
     with pytest.raises(ValueError, match="quantized_activations int8 needs a CPU and bfloat16"):
-        of(torch.float32, quantized_activations="int8")
+        of(torch.float32, quantization="int8", quantized_activations="int8")
     for name, asked in (("quantization", "auto"), ("quantization_head", "int8")):
         with pytest.raises(ValueError, match=f"^{name} {asked} needs a CPU, as no kernel for cuda"):
             of(device="cuda", **{name: asked})
+    for head in ("auto", "none"):
+        with pytest.raises(ValueError, match=r"quantized_activations int8 needs .*'none' and"):
+            EngineConfig(quantized_activations="int8", quantization_head=head)  # type: ignore[arg-type]
+    assert EngineConfig(quantized_activations="int8", quantization_head="int8").keeps_codes
     with pytest.raises(ValueError, match="quantization_group needs quantization or"):
         EngineConfig(quantization_group=32)
     with pytest.raises(ValueError, match=r"quantization_group must be one of .*, got 48"):

@@ -17,6 +17,7 @@ from minisgl import LLM, SamplingParams
 from minisgl.layers.weights import Placement
 from minisgl.models.config import ModelConfig
 from minisgl.models.loader import load_model
+from minisgl.models.quantization import Quantization
 from minisgl.server.tokenizer import Tokenizer
 from tests.models.driver import Paged
 from tests.server.served import Served
@@ -90,7 +91,8 @@ def test_perplexity_is_that_of_transformers(path: Path, oracle) -> None:
     assert 5 < math.exp(theirs) < 40
     config = ModelConfig.from_hf(path)
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
-        decoder = load_model(config, path, Placement(dtype, torch.device("cpu")))
+        at, kept = Placement(dtype, torch.device("cpu")), Quantization("auto", "auto")
+        decoder = load_model(config, path, at, quantization=kept)
         logits = Paged(decoder, 1, len(ids), dtype=dtype).prefill({0: ids}, chunk=50)[0]
         assert loss(logits, ids) == pytest.approx(theirs, abs=tolerance)
 
