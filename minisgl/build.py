@@ -15,7 +15,6 @@ import msgspec
 from minisgl.config import EngineConfig
 from minisgl.core.costmodel import DEVICES, CostModel, DevicePeaks, ModelSizes, cascade_min_tokens
 from minisgl.core.draft_policy import DraftPolicy
-from minisgl.core.executor import Limits
 from minisgl.core.grammar import GrammarBackend
 from minisgl.core.ngram import NGramProposer
 from minisgl.core.scheduler import Scheduler
@@ -79,7 +78,7 @@ def build_engine(config: EngineConfig) -> Engine:
     grammars = None
     try:
         grammars = _grammar_backend(config, info)
-        scheduler = _scheduler(facts, device, executor.limits)
+        scheduler = _scheduler(facts, device, executor)
         return Engine(
             scheduler,
             executor,
@@ -114,9 +113,13 @@ def _load(facts: Facts, device: Device) -> LocalExecutor:
     return LocalExecutor(load_worker(facts, device), trace_details=details)
 
 
-def _scheduler(facts: Facts, device: Device, limits: Limits) -> Scheduler:
+def _scheduler(facts: Facts, device: Device, executor: LocalExecutor) -> Scheduler:
     config, eos = facts.config, facts.model.eos_token_ids
     model = ModelSizes(**facts.model.cost_sizes(facts.dtype))
+    if (held := executor.weight_bytes) is not None:  # codes take less than the dtype does
+        model = msgspec.structs.replace(
+            model, bytes_per_weight=config.tp_size * held / model.weights
+        )
     own = _device_peaks(device, config.tp_size)
     cascade_min = config.cascade_min_shared_tokens
     if cascade_min is None and facts.cascade:
@@ -134,7 +137,7 @@ def _scheduler(facts: Facts, device: Device, limits: Limits) -> Scheduler:
         )
     cost = CostModel(model, own)
     planned = replace(config, cascade_min_shared_tokens=cascade_min)
-    scheduler = Scheduler(limits, planned, eos, cost, speculation=speculation)
+    scheduler = Scheduler(executor.limits, planned, eos, cost, speculation=speculation)
     ngram.continuation = scheduler.cache.continuation
     return scheduler
 

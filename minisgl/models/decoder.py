@@ -3,6 +3,8 @@
 What families differ in are fields of `ModelConfig`, read when layers are built.
 """
 
+from collections.abc import Iterable
+
 import torch
 
 from minisgl.layers.attention import KV, Attention, AttentionSlices, ForwardInputs
@@ -148,8 +150,15 @@ class Decoder(Block):
     @property
     def weight_bytes(self) -> int:
         """What weights and rotary tables take, as they are packed."""
-        storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in self.tensors()}
-        return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+        return sum(_storages(self.tensors()).values())
+
+    @property
+    def read_bytes(self) -> int:
+        """What of it a step reads that computes logits, with all experts: not the embedding's rows,
+        nor tables."""
+        found = _storages(t for block in (*self.layers, self.head) for t in block.tensors())
+        tables = _storages(layer.attention.cos_sin for layer in self.layers)
+        return sum(size for place, size in found.items() if place not in tables)
 
     @torch.inference_mode()
     def forward(self, inputs: ForwardInputs) -> torch.Tensor:
@@ -174,3 +183,9 @@ class Decoder(Block):
         if self.config.logit_softcap is not None:
             logits = torch.tanh(logits / self.config.logit_softcap) * self.config.logit_softcap
         return logits
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """The bytes of what lies below them, each once, by its address."""
+    found = [tensor.untyped_storage() for tensor in tensors]
+    return {storage.data_ptr(): storage.nbytes() for storage in found}

@@ -47,6 +47,7 @@ def load_worker(facts: Facts, device: Device, comm: Communicator | None = None) 
         check_graphs(plan, taken)
     kernels.ready()
     worker.compilations = kernels.missed
+    worker.weight_bytes = model.read_bytes
     if comm.rank == 0:
         log.info("%s", stages.table())
     return worker

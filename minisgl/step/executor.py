@@ -44,6 +44,11 @@ class LocalExecutor:
         return self._worker.limits
 
     @property
+    def weight_bytes(self) -> int | None:
+        """What a step reads of this rank's weights, where that is known."""
+        return self._worker.weight_bytes
+
+    @property
     def compilations(self) -> int:
         return self._worker.compilations()
 

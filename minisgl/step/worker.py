@@ -32,6 +32,7 @@ class Worker:
         self.device = device
         self.limits = limits
         self.dtype = shape.dtype
+        self.weight_bytes: int | None = None  # what a step reads of weights, where that is known
         self.compilations: Callable[[], int] = lambda: 0  # kernels compiled while serving
         self.geometry = Geometry(
             page_table_width(limits),

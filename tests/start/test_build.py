@@ -11,6 +11,7 @@ import pytest
 
 from minisgl.build import build_engine
 from minisgl.config import EngineConfig
+from minisgl.core.costmodel import CostModel
 from minisgl.core.request import Request, SamplingParams
 from tests.world.configs import LLAMA
 
@@ -44,6 +45,24 @@ def test_an_engine_serves_and_says_what_it_is(config: EngineConfig, caplog):
     finally:
         engine.close()
         engine.close()
+
+
+def test_the_cost_model_counts_the_bytes_of_codes(tmp_path: Path, monkeypatch):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 320}
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | sizes))
+    seen = []
+    monkeypatch.setattr(
+        "minisgl.build.CostModel", lambda *args: seen.append(args[0]) or CostModel(*args)
+    )
+    for quantization in ("none", "int8", "int4"):
+        options = {"load_format": "dummy", "device": "cpu", "max_total_tokens": 640}
+        config = EngineConfig(model=str(tmp_path), quantization=quantization, **options)
+        build_engine(config).close()
+    floats, int8, int4 = (sizes.bytes_per_weight for sizes in seen)
+    assert 2.0 < floats < 2.05  # norms are read, too
+    assert int8 == pytest.approx(floats - 2 + 8.5 / 8, abs=0.01)
+    head = seen[0].head_weights / seen[0].weights  # in int8
+    assert int4 == pytest.approx(floats - 2 + (head * 8.5 + (1 - head) * 5) / 8, abs=0.01)
 
 
 @pytest.mark.parametrize(
