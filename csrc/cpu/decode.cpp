@@ -7,6 +7,8 @@
 // largest score, the sum of probabilities, the weighted sum of values), and states are added in the
 // order of the blocks. So a row's bits depend on its own keys alone: not on the rows beside it, nor on
 // whether one thread takes all blocks of an item or several do.
+// Cascade: the whole blocks that a group of sequences begins with are items of the rows of all of
+// them; each sequence goes on from the states these leave. That too changes no bit.
 
 #include <algorithm>
 #include <cmath>
@@ -14,144 +16,30 @@
 #include <utility>
 #include <vector>
 
+#include "decode_tiles.h"
 #include "model_ops.h"
-#include "pairs.h"
 #include "pool.h"
 #include "softmax.h"
 
 namespace {
 
-constexpr Index KEYS = 256;  // of a block
-constexpr Index TILE = 16;   // keys at a time, and how far ahead they are prefetched
-constexpr Index ROWS = 32;   // of an item
+constexpr Index ROWS = 32;              // of an item
 constexpr Index WORTH_SHARING = 20000;  // vectors of keys: waking a thread for fewer costs more
 
-// Sums in registers, in vectors, and rows that share a read of them.
-#if defined(__AVX512F__)
-constexpr int HELD = 16, MOST_ROWS = 4;
-#else
-constexpr int HELD = 4, MOST_ROWS = 2;
-#endif
-
-// What is needed a tile later: the hardware cannot predict addresses from a page table. It is asked for
-// in between, key by key, for a burst of requests would wait for each other.
-template <class T, int D>
-struct Later {
-    const T *pool = nullptr;
-    const Index *offsets = nullptr;
-
-    void fetch(Index j) const {
-        if (pool)
-            for (Index d = 0; d < D; d += 64 / sizeof(T)) prefetch(pool, offsets[j] + d);
-    }
-};
-
-// scores[r][j] = q_r . k_j for R rows and TILE keys.
-template <class T, int D, int R>
-void multiply_keys(const T *queries, const T *keys, const Index *offsets, const Later<T, D> &later,
-                   float *scores) {
-    f32x16 folded[R][4];
-    for (int i = 0; i < 4; ++i) {
-        f32x16 sums[R][4] = {};
-        const T *own[4];
-        for (int c = 0; c < 4; ++c) own[c] = keys + offsets[i + 4 * c];
-        for (int c = 0; c < 4; ++c) later.fetch(4 * i + c);
-        const auto add = [&](int d, auto load) {
-            decltype(load(queries)) parts[4];
-            for (int c = 0; c < 4; ++c) parts[c] = load(own[c] + d);
-            for (int r = 0; r < R; ++r) {
-                const auto query = load(queries + r * D + d);
-                for (int c = 0; c < 4; ++c) add_products(sums[r][c], query, parts[c]);
-            }
-        };
-        for (int d = 0; d + 32 <= D; d += 32) add(d, [](const T *p) { return load_pairs(p); });
-        if constexpr (D % 32) add(D - 16, [](const T *p) { return load_half(p); });
-#if defined(__AVX512F__)
-        for (int r = 0; r < R; ++r) folded[r][i] = fold4(sums[r]);
-    }
-    for (int r = 0; r < R; ++r) store16(scores + r * KEYS, sum16(folded[r]));
-#else
-        for (int r = 0; r < R; ++r)
-            for (int c = 0; c < 4; ++c) scores[r * KEYS + i + 4 * c] = sum(sums[r][c]);
-    }
-#endif
-}
-
-// sums[r] += sum_j p_rj v_j for R rows, TILE keys and dimensions [FIRST, D); rows of sums lie `stride`
-// apart.
-template <class T, int D, int R, int FIRST = 0>
-void add_values(const T *probabilities, const T *values, const Index *offsets,
-                const Later<T, D> &later, float *sums, Index stride) {
-    constexpr int VECTORS = std::min((D - FIRST) / 16, HELD / R);
-    f32x16 own[R][VECTORS];
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < VECTORS; ++v) own[r][v] = load16(sums + r * stride + FIRST + v * 16);
-    for (Index j = 0; j < TILE; j += 2) {
-        const T *a = values + offsets[j] + FIRST, *b = values + offsets[j + 1] + FIRST;
-        if (FIRST == 0) later.fetch(j), later.fetch(j + 1);
-        decltype(broadcast_pair(a)) p[R];
-        for (int r = 0; r < R; ++r) p[r] = broadcast_pair(probabilities + r * KEYS + j);
-        for (int v = 0; v < VECTORS; ++v) {
-            const auto both = load_rows(a + v * 16, b + v * 16);
-            for (int r = 0; r < R; ++r) add_products(own[r][v], p[r], both);
-        }
-    }
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < VECTORS; ++v) store16(sums + r * stride + FIRST + v * 16, own[r][v]);
-    if constexpr (FIRST + VECTORS * 16 < D)
-        add_values<T, D, R, FIRST + VECTORS * 16>(probabilities, values, offsets, later, sums, stride);
-}
-
-// f(row, count) for all rows, as many at a time as share a read.
-template <int COUNT = MOST_ROWS, class F>
-void in_tiles(Index row, Index end, const F &f) {
-    for (; row + COUNT <= end; row += COUNT) f(row, std::integral_constant<int, COUNT>{});
-    if constexpr (COUNT > 1) in_tiles<COUNT / 2>(row, end, f);
-}
-
-// States of rows: each D floats of sums, the largest score, the sum of probabilities.
-template <int D>
-struct States {
-    static constexpr Index STRIDE = D + 16;  // whole lines of the cache
-
-    float *data;
-
-    float *sums(Index row) const { return data + row * STRIDE; }
-    float &largest(Index row) const { return data[row * STRIDE + D]; }
-    float &total(Index row) const { return data[row * STRIDE + D + 1]; }
-
-    void clear(Index rows) const {
-        std::fill_n(data, rows * STRIDE, 0.0f);
-        for (Index row = 0; row < rows; ++row) largest(row) = NONE;
-    }
-
-    // Adds the states of later keys. One without keys changes no bit of the other.
-    void add(const States &later, Index rows) const {
-        for (Index row = 0; row < rows; ++row) {
-            if (later.largest(row) == NONE) continue;
-            if (largest(row) == NONE) {
-                std::copy_n(later.sums(row), STRIDE, sums(row));
-                continue;
-            }
-            const float highest = std::max(largest(row), later.largest(row));
-            const float fix = std::exp(largest(row) - highest);
-            const float own = std::exp(later.largest(row) - highest);
-            for (Index d = 0; d < D; d += 16) {
-                const f32x16 more = load16(later.sums(row) + d) * own;
-                store16(sums(row) + d, load16(sums(row) + d) * fix + more);
-            }
-            total(row) = total(row) * fix + later.total(row) * own;
-            largest(row) = highest;
-        }
-    }
+// The keys [begin, end) of one sequence, or those that several begin with.
+struct Span {
+    Index sequence, count;   // the first of the sequences
+    Index past, begin, end;  // position of the first query
 };
 
 struct Item {
     Index sequence, kv_head, heads;  // of the keys
-    Index query, count;              // rows [query, query + count) of each head
+    Index query, count;              // rows [query, query + count) of each head, from `sequence` on
     Index past, begin, end;          // position of the first query; keys that a row may see
 
     Index num_rows() const { return heads * count; }
+    Index num_keys() const { return std::max<Index>(end - begin, 0); }
+    Index num_blocks() const { return (num_keys() + KEYS - 1) / KEYS; }
 };
 
 template <class T, int D>
@@ -160,38 +48,21 @@ struct Decode {
     T *out;
     float *lse;
     const std::int32_t *page_table, *rows, *lengths;
-    Index table_stride, q_stride, width, q_heads, kv_heads, page_size;
+    const std::int32_t *groups, *shared;  // null where nothing is shared
+    Index num_groups, table_stride, q_stride, width, q_heads, kv_heads, page_size;
     float scale, softcap;  // softcap 0: none
-    Index window;          // 0: none
-    Index heads_of_item = 0, rows_of_head = 0;  // of an item, at most: `run` decides
+    Index window;          // 0: none; then nothing is shared
 
-    Index groups() const { return q_heads / kv_heads; }
-    Index parts_of_heads() const { return (kv_heads + heads_of_item - 1) / heads_of_item; }
-    Index parts_of_rows() const { return (groups() * width + rows_of_head - 1) / rows_of_head; }
-    Index items_of_sequence() const { return parts_of_heads() * parts_of_rows(); }
-
-    Item item(Index i) const {
-        Item item;
-        item.sequence = i / items_of_sequence();
-        item.kv_head = i % items_of_sequence() / parts_of_rows() * heads_of_item;
-        item.heads = std::min(heads_of_item, kv_heads - item.kv_head);
-        item.query = i % parts_of_rows() * rows_of_head;
-        item.count = std::min(rows_of_head, groups() * width - item.query);
-        const Index length = lengths[item.sequence];
-        item.past = length - width;
-        item.begin = window ? std::max<Index>(position(item, 0) - window + 1, 0) / KEYS * KEYS : 0;
-        item.end = std::min(position(item, item.count - 1) + 1, length);
-        return item;
-    }
+    Index per_key() const { return q_heads / kv_heads; }
 
     Index position(const Item &item, Index row) const {
-        return item.past + (item.query + row % item.count) / groups();
+        return item.past + (item.query + row % item.count) / per_key();
     }
 
     // Where a row of the item lies in q and out: token, head.
     std::pair<Index, Index> place(const Item &item, Index row) const {
         const Index own = item.query + row % item.count, head = item.kv_head + row / item.count;
-        return {item.sequence * width + own / groups(), head * groups() + own % groups()};
+        return {item.sequence * width + own / per_key(), head * per_key() + own % per_key()};
     }
 
     // The states of an item's rows over the keys [first, first + KEYS).
@@ -268,63 +139,134 @@ struct Decode {
         }
     }
 
-    void run(Index sequences, int threads) {
-        Index keys = 0, longest = 0, blocks = 0;
-        for (Index s = 0; s < sequences; ++s) {
-            const Index seen = window ? std::min<Index>(lengths[s], window + width) : Index(lengths[s]);
-            keys += seen;
-            blocks += (seen + KEYS - 1) / KEYS;
-            longest = std::max(longest, seen);
+    // The states of all rows after the keys that are shared.
+    void save(const Item &item, const States<D> &states, const States<D> &all) const {
+        for (Index row = 0; row < item.num_rows(); ++row) {
+            const auto [token, head] = place(item, row);
+            std::copy_n(states.sums(row), States<D>::STRIDE, all.sums(token * q_heads + head));
         }
-        if (keys * q_heads * (D / 16) < WORTH_SHARING) threads = 1;
-        rows_of_head = std::min(groups() * width, ROWS);
-        heads_of_item = std::min(ROWS / rows_of_head, kv_heads);
-        const Index enough = 4 * threads;  // parts for the threads to end at about the same time
-        if (threads > 1 && blocks * items_of_sequence() < enough)
-            heads_of_item = std::max<Index>(heads_of_item * blocks * items_of_sequence() / enough, 1);
-        if (threads > 1 && longest > KEYS && longest * enough > keys * items_of_sequence())
-            return run_split(sequences * items_of_sequence(), threads);
-        share_blocks(sequences * items_of_sequence(), threads, [&](Blocks &some) {
-            alignas(64) float all[ROWS * States<D>::STRIDE], one[ROWS * States<D>::STRIDE];
-            const States<D> states{all}, part{one};
+    }
+
+    bool resumes(const Item &item) const { return shared && item.begin > 0; }
+
+    // The states before an item's keys.
+    void begin(const Item &item, const States<D> &states, const States<D> &all) const {
+        if (!resumes(item)) return states.clear(item.num_rows());
+        for (Index row = 0; row < item.num_rows(); ++row) {
+            const auto [token, head] = place(item, row);
+            std::copy_n(all.sums(token * q_heads + head), States<D>::STRIDE, states.sums(row));
+        }
+    }
+
+    void run(Index sequences, int threads) const {
+        const auto of_group = [&](Index g) {
+            const std::int32_t *group = groups + 3 * g;  // first, count, pages
+            const Index end = group[2] * page_size / KEYS * KEYS;
+            return Span{group[0], group[1], end, 0, end};
+        };
+        const auto of_sequence = [&](Index s) {
+            const Index begin = shared ? shared[s] / KEYS * KEYS : 0;
+            return Span{s, 1, lengths[s] - width, begin, lengths[s]};
+        };
+        const std::vector<Item> common = items(num_groups, threads, of_group);
+        const Index kept = common.empty() ? 0 : sequences * width * q_heads * States<D>::STRIDE;
+        const auto memory = std::make_unique_for_overwrite<float[]>(kept);
+        const States<D> all{memory.get()};
+        take(common, threads, all, [&](const Item &item, const States<D> &states) {
+            save(item, states, all);
+        });
+        take(items(sequences, threads, of_sequence), threads, all,
+             [&](const Item &item, const States<D> &states) { finish(item, states); });
+    }
+
+    // The items of spans, so many that threads end at about the same time.
+    template <class F>
+    std::vector<Item> items(Index spans, int threads, const F &span_of) const {
+        std::vector<Item> found;
+        for (Index most = kv_heads;;) {  // key heads of an item
+            Index blocks = 0, widest = 1;
+            found.clear();
+            for (Index i = 0; i < spans; ++i) {
+                const Span span = span_of(i);
+                const Index all = span.count * per_key() * width;
+                const Index rows_of_head = std::clamp<Index>(all, 1, ROWS);
+                const Index heads = std::min(ROWS / rows_of_head, most);
+                widest = std::max(widest, heads);
+                for (Index head = 0; head < kv_heads; head += heads)
+                    for (Index query = 0; query < all; query += rows_of_head) {
+                        found.push_back(item(span, head, heads, query, rows_of_head));
+                        blocks += found.back().num_blocks();
+                    }
+            }
+            if (threads == 1 || widest == 1 || blocks >= 4 * threads) return found;
+            most = std::max<Index>(widest * blocks / (4 * threads), 1);
+        }
+    }
+
+    Item item(const Span &span, Index head, Index heads, Index query, Index rows_of_head) const {
+        Item item;
+        item.sequence = span.sequence;
+        item.kv_head = head;
+        item.heads = std::min(heads, kv_heads - head);
+        item.query = query;
+        item.count = std::min(rows_of_head, span.count * per_key() * width - query);
+        item.past = span.past;
+        item.begin = span.begin;
+        if (window) item.begin = std::max<Index>(position(item, 0) - window + 1, 0) / KEYS * KEYS;
+        item.end = std::min(position(item, item.count - 1) + 1, span.end);
+        return item;
+    }
+
+    // Gives the states behind each item's keys to `use`.
+    template <class F>
+    void take(const std::vector<Item> &items, int threads, const States<D> &all, const F &use) const {
+        Index work = 0, most = 0, longest = 0;  // in keys of rows
+        for (const Item &item : items) {
+            work += item.num_keys() * item.num_rows();
+            most = std::max(most, item.num_keys() * item.num_rows());
+            longest = std::max(longest, item.num_keys());
+        }
+        if (work * (D / 16) < WORTH_SHARING) threads = 1;
+        if (threads > 1 && longest > KEYS && most * 4 * threads > work)
+            return take_split(items, threads, all, use);
+        share_blocks(items.size(), threads, [&](Blocks &some) {
+            alignas(64) float mine[ROWS * States<D>::STRIDE], one[ROWS * States<D>::STRIDE];
+            const States<D> states{mine}, part{one};
             for (Index i; some.next(i);) {
-                const Item own = item(i);
+                const Item &own = items[i];
                 Index first = own.begin;
-                if (first < own.end)
-                    block(own, first, states);
+                if (resumes(own) || first >= own.end)
+                    begin(own, states, all);
                 else
-                    states.clear(own.num_rows());
-                while ((first += KEYS) < own.end) {
+                    block(own, std::exchange(first, first + KEYS), states);
+                for (; first < own.end; first += KEYS) {
                     block(own, first, part);
                     states.add(part, own.num_rows());
                 }
-                finish(own, states);
+                use(own, states);
             }
         });
     }
 
     // Several threads take the blocks of an item, whose states are kept until all are there.
-    void run_split(Index items, int threads) const {
-        std::vector<Index> parts(items + 1);
-        for (Index i = 0; i < items; ++i) {
-            const Item own = item(i);
-            parts[i + 1] = parts[i] + std::max<Index>(own.end - own.begin + KEYS - 1, 0) / KEYS;
-        }
-        const Index size = heads_of_item * rows_of_head * States<D>::STRIDE;
-        const auto kept = std::make_unique_for_overwrite<float[]>(parts[items] * size);
-        share(parts[items], threads, [&](Index part) {
+    template <class F>
+    void take_split(const std::vector<Item> &items, int threads, const States<D> &all,
+                    const F &use) const {
+        std::vector<Index> parts(items.size() + 1);
+        for (std::size_t i = 0; i < items.size(); ++i) parts[i + 1] = parts[i] + items[i].num_blocks();
+        const Index size = ROWS * States<D>::STRIDE;
+        const auto kept = std::make_unique_for_overwrite<float[]>(parts.back() * size);
+        share(parts.back(), threads, [&](Index part) {
             const Index i = std::upper_bound(parts.begin(), parts.end(), part) - parts.begin() - 1;
-            const Item own = item(i);
-            block(own, own.begin + (part - parts[i]) * KEYS, {kept.get() + part * size});
+            block(items[i], items[i].begin + (part - parts[i]) * KEYS, {kept.get() + part * size});
         });
-        share(items, threads, [&](Index i) {
-            alignas(64) float all[ROWS * States<D>::STRIDE];
-            const States<D> states{all};
-            const Item own = item(i);
-            states.clear(own.num_rows());
+        share(items.size(), threads, [&](Index i) {
+            alignas(64) float mine[ROWS * States<D>::STRIDE];
+            const States<D> states{mine};
+            begin(items[i], states, all);
             for (Index part = parts[i]; part < parts[i + 1]; ++part)
-                states.add({kept.get() + part * size}, own.num_rows());
-            finish(own, states);
+                states.add({kept.get() + part * size}, items[i].num_rows());
+            use(items[i], states);
         });
     }
 };
@@ -332,10 +274,10 @@ struct Decode {
 }  // namespace
 
 void decode(Address q, Index q_stride, Address k_pool, Address v_pool, Address page_table,
-            Index table_stride, Address rows, Address lengths, Address out, Address lse,
-            Index sequences, Index width, Index q_heads, Index kv_heads, Index head_dim,
-            Index page_size, float scale, Index window, float softcap, bool is_bf16,
-            int threads) {
+            Index table_stride, Address rows, Address lengths, Address groups, Address shared,
+            Address out, Address lse, Index sequences, Index num_groups, Index width,
+            Index q_heads, Index kv_heads, Index head_dim, Index page_size, float scale,
+            Index window, float softcap, bool is_bf16, int threads) {
     with_type(is_bf16, [&](auto type) {
         using T = decltype(type);
         with_head_dim(head_dim, [&](auto dim) {
@@ -347,6 +289,9 @@ void decode(Address q, Index q_stride, Address k_pool, Address v_pool, Address p
                                                at<const std::int32_t>(page_table),
                                                at<const std::int32_t>(rows),
                                                at<const std::int32_t>(lengths),
+                                               at<const std::int32_t>(groups),
+                                               at<const std::int32_t>(shared),
+                                               num_groups,
                                                table_stride,
                                                q_stride,
                                                width,

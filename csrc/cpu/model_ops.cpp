@@ -33,7 +33,7 @@ PYBIND11_MODULE(model_ops, m) {
     m.def("moe_experts", recorded(&moe_experts), unlocked, "minisgl.kernels.moe, weights in panels");
     m.def("qkv_prepare", recorded(&qkv_prepare), unlocked, "minisgl.kernels.qkv_prepare");
     m.def("attention", recorded(&attention), unlocked, "minisgl.kernels.attention, in bf16");
-    m.def("decode", recorded(&decode), unlocked, "minisgl.kernels.decode");
+    m.def("decode", recorded(&decode), unlocked, "minisgl.kernels.decode, cascade");
     m.def("adjust_logits", recorded(&adjust_logits), unlocked, "minisgl.kernels.sampling");
     m.def("mask_logits", recorded(&mask_logits), unlocked, "minisgl.kernels.sampling");
     m.def("sample", recorded(&sample), unlocked, "minisgl.kernels.sampling");

@@ -119,11 +119,12 @@ void attention(Address q, Index q_stride, Address k_pool, Address v_pool, Addres
                Address lse, Index sequences, Index q_heads, Index kv_heads, Index head_dim,
                Index page_size, float scale, Index window, float softcap, int threads);
 
+// groups [num_groups, 3] and shared [sequences] int32 as minisgl.kernels.cascade has them, or null.
 void decode(Address q, Index q_stride, Address k_pool, Address v_pool, Address page_table,
-            Index table_stride, Address rows, Address lengths, Address out, Address lse,
-            Index sequences, Index width, Index q_heads, Index kv_heads, Index head_dim,
-            Index page_size, float scale, Index window, float softcap, bool is_bf16,
-            int threads);
+            Index table_stride, Address rows, Address lengths, Address groups, Address shared,
+            Address out, Address lse, Index sequences, Index num_groups, Index width,
+            Index q_heads, Index kv_heads, Index head_dim, Index page_size, float scale,
+            Index window, float softcap, bool is_bf16, int threads);
 
 // logits [count, vocab] fp32, drafts [count, num_drafts], others as minisgl.kernels.sampling has them.
 void adjust_logits(Address logits, Address rows, Address positions, Address params,

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from minisgl import csrc
+from minisgl.device.tape import calls_noted
 from minisgl.kernels.advance import prepare_inputs
 from minisgl.kernels.attention import attention
 from minisgl.kernels.attention.paged import paged_case
-from minisgl.kernels.cascade import cascade
+from minisgl.kernels.cascade import cascade, cascade_case
 from minisgl.kernels.decode import decode
 from minisgl.kernels.linear import linear
 from minisgl.kernels.linear.panels import LARGE, Panels, embedding, packed, unpacked
@@ -30,6 +31,7 @@ NATIVE_OPS = (
     "gelu_tanh_and_mul",
     "qkv_prepare",
     "decode",
+    "cascade",
     "prepare_inputs",
     "accept_and_advance",
     "moe_route",
@@ -195,6 +197,55 @@ def test_decode_with_a_group_of_any_size(group: int) -> None:
     facts = {"head_dim": 32, "q_heads": 3 * group, "kv_heads": 3}
     case = paged_case(4, [40, 300], torch.device("cpu"), torch.bfloat16, generator, **facts)
     check(decode, "cpu", case | {"width": 2})
+    shared = cascade_case("", [300, 270, 290], [(0, 3, 16)], width=2, **facts)
+    check(cascade, "cpu", shared.make(torch.device("cpu"), torch.bfloat16, generator))
+
+
+@pytest.mark.skipif(NATIVE is None, reason="no compiler: there is no native decode to test")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("shape", "facts"),
+    [
+        ((6, 2), {"page_size": 1, "width": 2}),
+        ((16, 1), {"softcap": 20.0}),
+        ((3, 3), {"page_size": 7}),
+        ((40, 1), {"page_size": 64}),
+    ],
+    ids=str,
+)
+def test_groups_change_no_bit_and_are_read_at_their_first_sequence(
+    shape: tuple[int, int], facts: dict[str, Any], threads: int, level: str, dtype: torch.dtype
+) -> None:
+    """Groups that share 3, 2 and no whole blocks of 256 keys, and sequences that share nothing."""
+    width = facts.get("width", 1)
+    size = facts.get("page_size", 16)
+    pages = [800 // size, 515 // size, 250 // size]
+    least = [count * size + width for count in pages]
+    lengths = [300, *(least[0] + n for n in (0, 7, 200, 1)), *(least[1] + n for n in (255, 0))]
+    lengths += [0, *(least[2] + n for n in (40, 0)), 257]
+    groups = [(1, 4, pages[0]), (5, 2, pages[1]), (0, 0, 0), (8, 2, pages[2])]
+    case = cascade_case(
+        "", lengths, groups, head_dim=32, q_heads=shape[0], kv_heads=shape[1], **facts
+    )
+    made = case.make(torch.device("cpu"), dtype, torch.Generator().manual_seed(0))
+    made["return_lse"] = True
+    kv, before = made["kv"], torch.get_num_threads()
+    q = made.pop("q")
+    plain = {name: made[name] for name in made if name not in ("groups", "shared")}
+    apart = kv.page_table.clone()
+    for first, count, shared in groups:
+        apart[kv.rows[first + 1 : first + count].long(), : shared * size // 256 * 256 // size] = 0
+    try:
+        torch.set_num_threads(threads)
+        with at(level), calls_noted() as calls:
+            expected = decode(q, **plain)
+            got = cascade(q, **made | {"kv": kv._replace(page_table=apart)})
+    finally:
+        torch.set_num_threads(before)
+    assert not calls
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_cascade_refuses_a_window() -> None:

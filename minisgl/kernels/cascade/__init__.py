@@ -52,7 +52,7 @@ def cascade_cost(
     return Cost(bytes=plain.bytes - saved, flops=plain.flops)
 
 
-def _case(
+def cascade_case(
     label: str,
     lengths: list[int],
     groups: list[tuple[int, int, int]],
@@ -60,6 +60,8 @@ def _case(
     width: int = 1,
     **facts: Any,
 ) -> Case:
+    """Sequences of such lengths in such groups; `facts` are of `paged_case`."""
+
     def make(
         device: torch.device, dtype: torch.dtype, generator: torch.Generator
     ) -> dict[str, Any]:
@@ -78,13 +80,18 @@ def _case(
 
 
 CASES = (
-    _case("one-group", [70, 81, 100, 65], [(0, 4, 4)], head_dim=64),
-    _case("two-groups", [40, 33, 7, 66, 300], [(0, 2, 2), (3, 2, 4), (0, 0, 0)], head_dim=128),
-    _case("no-group", [17, 0, 64], [(0, 0, 0)], head_dim=64),
-    _case("page1", [20, 31, 25], [(0, 3, 17)], head_dim=64, page_size=1),
-    _case("page64-gqa4", [130, 200], [(0, 2, 1)], head_dim=128, page_size=64, q_heads=8),
-    _case("drafts-lse", [50, 60, 70], [(1, 2, 3)], head_dim=80, width=3, return_lse=True),
-    _case("softcap", [33, 40], [(0, 2, 1)], head_dim=128, softcap=5.0, page_size=32),
+    cascade_case("one-group", [70, 81, 100, 65], [(0, 4, 4)], head_dim=64),
+    cascade_case(
+        "two-groups", [40, 33, 7, 66, 300], [(0, 2, 2), (3, 2, 4), (0, 0, 0)], head_dim=128
+    ),
+    cascade_case("no-group", [17, 0, 64], [(0, 0, 0)], head_dim=64),
+    cascade_case("page1", [20, 31, 25], [(0, 3, 17)], head_dim=64, page_size=1),
+    cascade_case("page64-gqa4", [130, 200], [(0, 2, 1)], head_dim=128, page_size=64, q_heads=8),
+    cascade_case("drafts-lse", [50, 60, 70], [(1, 2, 3)], head_dim=80, width=3, return_lse=True),
+    cascade_case("softcap", [33, 40], [(0, 2, 1)], head_dim=128, softcap=5.0, page_size=32),
+    cascade_case("256-shared", [300, 275, 60, 290], [(0, 2, 17), (2, 2, 3)], head_dim=64),
+    cascade_case("512-page1", [531, 520, 517], [(0, 3, 514)], head_dim=80, page_size=1, width=3),
+    cascade_case("many-rows", [620, 590, 577, 601, 580], [(0, 5, 36)], head_dim=64, q_heads=16),
 )
 
 cascade = Op(

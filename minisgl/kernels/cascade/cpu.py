@@ -1,19 +1,15 @@
-"""Cascade decode on CPU: one matrix product per group for the shared keys, one per sequence after.
+"""Cascade decode on CPU: native where it can be, else as plain decode, whose result it is."""
 
-It is there to test the plans: a CPU's decode is bound by arithmetic, which cascade does not save,
-so the engine plans no groups there unless it is told to.
-"""
+from typing import Any
 
 import torch
 
-from minisgl.device.tape import by_call
-from minisgl.kernels.attention.cpu import attend, attention_cpu, sequence_slots
 from minisgl.kernels.attention.paged import Attended, PagedKV
 from minisgl.kernels.cascade import check_window
-from minisgl.kernels.merge import merge_reference
+from minisgl.kernels.decode.cpu import decode_cpu
+from minisgl.kernels.decode.native import decode_native
 
 
-@by_call
 def cascade_cpu(
     q: torch.Tensor,
     kv: PagedKV,
@@ -24,42 +20,11 @@ def cascade_cpu(
     return_lse: bool = False,
     out: torch.Tensor | None = None,
 ) -> Attended:
-    """See `cascade_reference`.
+    """See `cascade_reference`. The bits are those of `decode`, whatever the groups.
 
-    What follows the shared keys is a shorter sequence: only the order of keys matters to attention.
+    Raises ValueError for a window.
     """
     check_window(kv)
-    count, size = len(kv.rows), kv.page_size
-    rest = kv.seq_lens - shared
-    num_pages = -(-int(rest.max()) // size) if count else 0
-    pages = (shared // size)[:, None] + torch.arange(num_pages)
-    last = kv.page_table.shape[1] - 1
-    own_kv = kv._replace(
-        page_table=kv.page_table[kv.rows.long()[:, None], pages.clamp(max=last)],
-        rows=torch.arange(count, dtype=torch.int32),
-        seq_lens=rest,
-    )
-    offsets = torch.arange(count + 1, dtype=torch.int32) * width
-    space = torch.empty(q.shape, dtype=torch.float32)
-    own, own_lse = attention_cpu(q, own_kv, offsets, return_lse=True, out=space)
-    head, head_lse = torch.empty_like(own), torch.full_like(own_lse, -torch.inf)
-    for first, members, num_shared in groups.tolist():
-        if members:
-            length = num_shared * size
-            slots = sequence_slots(kv.page_table[int(kv.rows[first])], 0, length, size)
-            queries = slice(first * width, (first + members) * width)
-            attend(
-                q[queries],
-                kv.k_pool[slots],
-                kv.v_pool[slots],
-                head[queries],
-                head_lse[queries],
-                first_position=length,
-                scale=kv.scale,
-                window=None,
-                softcap=kv.softcap,
-            )
-    if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype)
-    _, lse = merge_reference(torch.stack([head, own]), torch.stack([head_lse, own_lse]), out=out)
-    return (out, lse) if return_lse else out
+    facts: dict[str, Any] = {"width": width, "return_lse": return_lse, "out": out}
+    result = decode_native(q, kv, groups=groups, shared=shared, **facts)
+    return decode_cpu(q, kv, **facts) if result is None else result

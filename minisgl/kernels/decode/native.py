@@ -27,8 +27,11 @@ def decode_native(
     width: int,
     return_lse: bool,
     out: torch.Tensor | None,
+    groups: torch.Tensor | None = None,
+    shared: torch.Tensor | None = None,
 ) -> Attended | None:
-    """See `decode_reference`. None where the native ops are not built or do not cover the call."""
+    """See `decode_reference`, with groups `cascade_reference`. None where the native ops are not
+    built or do not cover the call."""
     tokens, num_heads, head_dim = q.shape
     native = attention_ops(q, kv, out)
     if native is None:
@@ -45,9 +48,12 @@ def decode_native(
         kv.page_table.stride(0),
         kv.rows.data_ptr(),
         kv.seq_lens.data_ptr(),
+        address(groups),
+        address(shared),
         out.data_ptr(),
         address(lse),
         kv.seq_lens.shape[0],
+        0 if groups is None else groups.shape[0],
         width,
         num_heads,
         kv.k_pool.shape[1],
