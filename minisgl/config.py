@@ -92,7 +92,7 @@ class EngineConfig:
     disable_radix_cache: bool = _option(False, "share no prefixes between requests")
     disable_cascade: bool = _option(False, "read shared prefixes once per sequence when decoding")
     cascade_min_shared_tokens: int | None = _option(
-        None, "tokens a group's shared prefix must save; by the GPU when absent, no groups on CPU"
+        None, "tokens a group's shared prefix must save each step; by the device when absent"
     )
     attention_backend: AttentionBackend = _option(
         "auto", "GPU kernel of prompt attention: triton, gluon (sm_90 only), or auto: triton"

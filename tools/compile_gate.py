@@ -22,7 +22,6 @@ import torch
 
 from minisgl.config import EngineConfig
 from minisgl.core.executor import Limits
-from minisgl.device.meta import MetaDevice
 from minisgl.kernels.config import ARCHITECTURES
 from minisgl.kernels.offline import Variant, recorded
 from minisgl.kernels.op import all_ops
@@ -97,7 +96,7 @@ def _served() -> Iterator[tuple[str, Callable[[], object]]]:
     """The models, and what serves each."""
     for name, (model, options) in MODELS.items():
         config = EngineConfig(**{"max_running_requests": 1, **options})
-        cascade = uses_cascade(config, model, MetaDevice())
+        cascade = uses_cascade(config, model)
         facts = Facts(
             config, Path(), model, model.dtype, model.max_context, cascade, GraphSizes({})
         )

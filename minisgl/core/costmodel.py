@@ -72,6 +72,7 @@ class DevicePeaks(msgspec.Struct, frozen=True):
     flops: float  # per second
     bandwidth: float  # bytes per second
     overhead: float = 0.0  # seconds
+    shared_keys: int = 1  # cascade attention reads them together in blocks of so many
 
 
 DEVICES = {
@@ -82,14 +83,15 @@ DEVICES = {
     "l4": DevicePeaks(121e12, 0.3e12, 3e-4),
     "l40s": DevicePeaks(362e12, 0.864e12, 3e-4),
     "rtx4090": DevicePeaks(165e12, 1.01e12, 3e-4),
-    "cpu": DevicePeaks(0.2e12, 20e9, 1e-3),  # about two server cores
+    "cpu": DevicePeaks(0.2e12, 20e9, 1e-3, 256),  # about two server cores
 }
 
 
 def cascade_min_tokens(model: ModelSizes, device: DevicePeaks) -> int:
-    """How many tokens of keys and values a layer reads in the time that cascade attention adds."""
+    """How many tokens of keys and values a layer reads in the time that cascade attention adds; at
+    least one block of them."""
     per_layer = model.kv_bytes_per_token / model.layers
-    return max(1, round(CASCADE_SECONDS * device.bandwidth / per_layer))
+    return max(device.shared_keys, round(CASCADE_SECONDS * device.bandwidth / per_layer))
 
 
 class Work(msgspec.Struct, frozen=True, gc=False):

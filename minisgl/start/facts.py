@@ -56,7 +56,7 @@ def read_facts(config: EngineConfig, path: Path, device: Device, rank: int = 0) 
     draft = None
     if config.speculative_algorithm == "draft" and rank == 0:
         draft = read_draft(config, model, path, max_context)
-    cascade, graphs = uses_cascade(config, model, device), graph_sizes(config, dtype, device)
+    cascade, graphs = uses_cascade(config, model), graph_sizes(config, dtype, device)
     op = attention_op(config.attention_backend, model, dtype, config.page_size, device.torch_device)
     quantization = quantization_of(config, dtype, device.torch_device)
     return Facts(config, path, model, dtype, max_context, cascade, graphs, draft, op, quantization)
@@ -79,8 +79,8 @@ def quantization_of(config: EngineConfig, dtype: torch.dtype, device: torch.devi
     return Quantization(config.quantization, head, config.quantization_group or 32, int8)
 
 
-def uses_cascade(config: EngineConfig, model: ModelConfig, device: Device) -> bool:
-    """Whether steps have cascade groups: on GPUs always; on CPUs, where they do not pay, if asked.
+def uses_cascade(config: EngineConfig, model: ModelConfig) -> bool:
+    """Whether steps may have cascade groups.
 
     Raises ValueError where they are asked for and the model cannot use them.
     """
@@ -92,9 +92,7 @@ def uses_cascade(config: EngineConfig, model: ModelConfig, device: Device) -> bo
                 "layer has a sliding window, which leaves shared prefixes out"
             )
         return False
-    if config.disable_cascade or config.disable_radix_cache or config.batch_invariant:
-        return False
-    return least is not None or device.torch_device.type != "cpu"
+    return not (config.disable_cascade or config.disable_radix_cache or config.batch_invariant)
 
 
 def graph_sizes(config: EngineConfig, dtype: torch.dtype, device: Device) -> GraphSizes:

@@ -47,7 +47,7 @@ def start(
         model,
         dtype,
         model.max_context,
-        uses_cascade(config, model, device),
+        uses_cascade(config, model),
         graph_sizes(config, dtype, device),
         None if draft is None else DraftFacts(Path(), draft),
     )

@@ -12,6 +12,7 @@ from minisgl.device.tape import by_call
 from minisgl.kernels.cascade import cascade
 from minisgl.layers import attention
 from tests.llm.test_batch_invariant import FAMILIES
+from tests.llm.test_graphs import NGRAM
 from tests.world.checkpoints import TINY
 
 SYSTEM = (
@@ -57,7 +58,6 @@ def test_bundled_model_answers_alike_with_groups_and_without(calls):
     answers = _chat(cascade_min_shared_tokens=64)
     assert calls[len(QUESTIONS)] > 5  # layers and steps in which all are one group
     calls.clear()
-    assert _chat() == answers  # on a CPU groups are planned only where that is asked for
     assert _chat(disable_cascade=True) == answers
     assert not calls
 
@@ -69,12 +69,33 @@ def _folder(tmp_path: Path, **fields) -> str:
 
 
 def _complete(folder: str, **config) -> list[list[int]]:
-    prompts = [[5 + i % 90 for i in range(70)] + [100 + n, 3] for n in range(5)]
+    return _spared(folder, 70, **config)[0]
+
+
+def _spared(folder: str, shared: int, **config) -> tuple[list[list[int]], int]:
+    """The tokens of prompts with so many in common, and how many groups spared a step to read."""
+    prompts = [[5 + i % 90 for i in range(shared)] + [100 + n, 3] for n in range(5)]
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-    settings = {"load_format": "dummy", "dtype": "float32", "device": "cpu"}
-    with LLM(folder, max_total_tokens=1024, **settings, **config) as llm:
+    settings = {"load_format": "dummy", "dtype": "float32", "device": "cpu"} | config
+    with LLM(folder, max_total_tokens=1024, **settings) as llm:
         llm.generate([prompts[0]], params, use_tqdm=False)
-        return [o.token_ids for o in llm.generate(prompts, params, use_tqdm=False)]
+        tokens = [o.token_ids for o in llm.generate(prompts, params, use_tqdm=False)]
+        return tokens, llm.stats().scheduler.num_spared_tokens
+
+
+@pytest.mark.parametrize("drafts", [{}, NGRAM], ids=["", "drafts"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_groups_on_a_cpu(tmp_path, dtype, drafts):
+    """They are planned unasked, where whole blocks of keys are shared, and replayed like others."""
+    options = {"dtype": dtype} | drafts
+    folder = _folder(tmp_path, **FAMILIES["qwen3"], max_position_embeddings=512)
+    tokens, spared = _spared(folder, 300, **options)
+    assert spared
+    eager, spared = _spared(folder, 300, disable_cuda_graph=True, **options)
+    assert spared
+    assert eager == tokens
+    assert _spared(folder, 300, disable_cascade=True, **options) == (tokens, 0)
+    assert not _spared(folder, 20, **options)[1]
 
 
 def test_windowed_layers_and_capped_logits(tmp_path, calls):
