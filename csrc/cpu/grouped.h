@@ -16,7 +16,7 @@
 constexpr Index BLOCK = 32;  // inputs that are rounded together
 constexpr int QUADS = 8;     // of a block
 #if defined(__AVX512VNNI__)
-constexpr int ROUNDED_ROWS = 12;  // of a tile: their whole numbers are held in registers
+constexpr int ROUNDED_ROWS = 8;  // of a tile: with as many sums, in two vectors each, all registers
 #elif defined(__AVX512F__)
 constexpr int ROUNDED_ROWS = 6;
 #else
