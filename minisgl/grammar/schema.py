@@ -95,14 +95,14 @@ class Reader:
             if key in ANNOTATIONS or any(_same(value, each) for each in NOTHING.get(key, ())):
                 continue
             if key == "$id" and not str(node.get("$ref", "#")).startswith("#"):
-                self._leave_out(at, "what $ref names beside $id depends on the draft")
+                self.leave_out(at, "what $ref names beside $id depends on the draft")
             elif key == "format" and not (isinstance(value, str) and value in FORMATS):
-                self._leave_out(at, f"format {value!r} is not supported")
+                self.leave_out(at, f"format {value!r} is not supported")
             elif key == "pattern" and isinstance(value, str):
                 try:
                     made[key] = safe_pattern(value)
                 except ValueError as error:
-                    self._leave_out(at, str(error))
+                    self.leave_out(at, str(error))
             elif key in PLAIN:
                 made[key] = value
             elif key in ONE or (key == "items" and not isinstance(value, list)):
@@ -113,7 +113,7 @@ class Reader:
                 made[key] = [self._read(v, f"{at}/{i}", depth + 1) for i, v in enumerate(value)]
                 if key == "oneOf" and (pair := self._overlap(made[key])):
                     reason = "oneOf: branches {} and {} are not proved to exclude each other"
-                    self._leave_out(at, reason.format(*pair), "it is read as anyOf")
+                    self.leave_out(at, reason.format(*pair), "it is read as anyOf")
             elif key in NAMED:
                 if not isinstance(value, dict):
                     raise Refused(at, f"must be an object, got {type(value).__name__}")
@@ -121,7 +121,7 @@ class Reader:
                     self._check_names(value, at)
                 made[key] = {k: self._read(v, f"{at}/{k}", depth + 1) for k, v in value.items()}
             else:
-                self._leave_out(at, f"{key} is not supported")
+                self.leave_out(at, f"{key} is not supported")
         return made
 
     def _check_names(self, patterns: dict[str, Schema], at: str) -> None:
@@ -133,7 +133,8 @@ class Reader:
             except ValueError as error:
                 raise Refused(f"{at}/{name}", str(error)) from error
 
-    def _leave_out(self, path: str, reason: str, instead: str = "it is left out") -> None:
+    def leave_out(self, path: str, reason: str, instead: str = "it is left out") -> None:
+        """Warn of what is not kept. Raises Refused where all must be."""
         if self._strict:
             raise Refused(path, reason)
         self.warnings.append(f"{_cut(path)}: {reason}; {instead}")

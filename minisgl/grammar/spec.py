@@ -9,11 +9,11 @@ from typing import Any
 from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
+from minisgl.grammar.parameters import WRITTEN, Arguments
 from minisgl.grammar.schema import Reader, Refused, locate
 
 # Where JSON may have blanks: one, or a new line indented by four for each level.
 BLANKS = r"( |\n[ ]{0,%d})"
-LENIENT = {"lenient": True}
 # A schema within a grammar; or a string, a comment or a regular expression, which may look so. One
 # that is not closed reaches to the end of its line, and no character is read twice (`*+`).
 JSON_BLOCK = re.compile(
@@ -136,25 +136,45 @@ def _first(warnings: list[str]) -> list[str]:
 
 def with_schemas_read(lark: str) -> tuple[str, list[Any], list[str]]:
     """The grammar with each schema behind `%json` checked as one that comes by itself; these; and
-    warnings, of those with `"x-guidance": {"lenient": true}`."""
+    warnings, of those with `"x-guidance": {"lenient": true}`. With `written` there, the grammar is
+    of arguments in that form of calls, of which `texts` are no JSON."""
     made, schemas, warnings, at = list[str](), list[Any](), list[str](), 0
+    rules = list[str]()
     while found := JSON_BLOCK.search(lark, at):
-        made.append(lark[at : found.end()])
-        at = found.end()
+        begin, at = at, found.end()
+        made.append(lark[begin:at])
         if found["json"] is None:
             continue
         with _place_of(len(schemas)):
             schema, at = json.JSONDecoder().raw_decode(lark, at)
-            is_lenient = isinstance(schema, dict) and schema.get("x-guidance") == LENIENT
-            if is_lenient:
-                schema.pop("x-guidance")
-            reader = Reader(schema, strict=not is_lenient)
+            asked = _asked(schema)
+            reader = Reader(schema, strict="lenient" not in asked)
             schema = reader.read()
-        schemas.append(schema if isinstance(schema, dict) else {})
-        made.append(json.dumps(schemas[-1] | {"x-guidance": _options(reader)}))
+            schemas.append(schema if isinstance(schema, dict) else {})
+            if "written" in asked:
+                name = f"written_{len(schemas)}"
+                made[-1] = f"{lark[begin : found.start('json')]}{name} "
+                form, texts = asked["written"], asked["texts"]
+                rules += Arguments(name, form, texts, schemas[-1], reader, _options(reader)).rules
+            else:
+                made.append(json.dumps(schemas[-1] | {"x-guidance": _options(reader)}))
         place = f"structured_outputs.grammar: %json {len(schemas) - 1}"
         warnings += [f"{place}: {each}" for each in reader.warnings]
-    return "".join([*made, lark[at:]]), schemas, _first(warnings)
+    return "".join([*made, "\n".join([lark[at:], *rules])]), schemas, _first(warnings)
+
+
+def _asked(schema: Any) -> dict[str, Any]:
+    """What the server asks of a schema in a grammar of its own, which is taken out of it."""
+    given = schema.get("x-guidance") if isinstance(schema, dict) else None
+    if not isinstance(given, dict) or given.get("lenient", True) is not True:
+        return {}
+    if given.keys() - {"lenient"} and (
+        given.keys() - {"lenient"} != {"written", "texts"}
+        or given["written"] not in WRITTEN
+        or not isinstance(given["texts"], list)
+    ):
+        return {}
+    return dict(schema.pop("x-guidance"))
 
 
 @contextmanager

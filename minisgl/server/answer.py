@@ -68,7 +68,8 @@ class AnswerParser(Reader):
         rest = "".join(self.held)
         if self.kind == "reasoning" or (self.num_calls and not rest.strip()):
             rest = rest.rstrip()
-        if self.kind != "arguments" and not (self.kind == "text" and self._form.must_call):
+        is_frame = self._form.must_call or (self._form.holds_text and self.num_calls > 0)
+        if self.kind != "arguments" and not (self.kind == "text" and is_frame):
             self.say(rest)  # else a call or its frame broke off
         return self.news()
 

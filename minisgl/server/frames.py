@@ -11,10 +11,11 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from minisgl.server.answer import AnswerForm
+from minisgl.server.tool_formats import texts
 
 TokenId = Callable[[str], int | None]  # of a token that was added to the vocabulary
 
-LENIENT = {"x-guidance": {"lenient": True}}  # what of a schema cannot be kept is left out
+LENIENT = {"lenient": True}  # what of a schema cannot be kept is left out
 NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -30,8 +31,8 @@ def grammar(
     *,
     exact: Collection[str],
     text: Mapping[str, Any] | bool | None = None,
-) -> str | None:
-    """What an answer may be; None where the form of its calls cannot be held to a grammar.
+) -> str:
+    """What an answer may be.
 
     exact: tools whose schema is kept as a whole; of the others, what can be kept. text: a schema of
     what is no call. The schemas stand in the order of the tools, this one behind them.
@@ -54,9 +55,8 @@ def grammar(
     marks, thought, answers = form.reasoning, "", ["text"] * (not form.must_call)
     is_free = not form.must_call and text is None
     if tools is not None:
-        frames = (f for f in tools.frames if not f.needs or token_id(f.needs) is not None)
-        if (frame := next(frames, None)) is None:
-            return None
+        has_all = (f for f in tools.frames if not f.needs or token_id(f.needs) is not None)
+        frame = next(has_all)
         first = frame.start + frame.lead
         mark = next((mark for mark in tools.opens if first.startswith(mark)), "")
         before = spelled(first)
@@ -76,7 +76,10 @@ def grammar(
         thought = thought if form.is_open else f"({spelled(marks.opens)} {thought})?"
     for index, (name, schema) in enumerate(form.schemas.items()):
         given = {"type": "object"} | (NO_PARAMETERS if schema is None else schema)
-        given |= {} if name in exact else LENIENT
+        asked: dict[str, Any] = {} if name in exact else {**LENIENT}
+        if tools is not None and tools.written:
+            asked |= {"written": tools.written, "texts": texts(given)}
+        given |= {"x-guidance": asked} if asked else {}
         rules.append(f"args{index}: %json {json.dumps(given)}")
     if text is not None and not form.must_call:
         rules.append(f"text: %json {json.dumps(text)}")

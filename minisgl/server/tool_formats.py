@@ -28,7 +28,8 @@ _NO_END = re.compile(r"[^<\n]+")
 
 _WORDS = {"True": "true", "False": "false", "None": "null"}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "0": "\0"}
-_ESCAPES |= {"\\": "\\", "'": "'", '"': '"', "\n": ""}
+_ESCAPES |= {"\\": "\\", "'": "'", '"': '"', "/": "/", "\n": ""}
+_TEXTS = ({"string"}, {"string", "null"})
 _HEX_DIGITS = {"x": 2, "u": 4, "U": 8}
 _KINDS = {str: "string", bool: "boolean", int: "integer", float: "number", dict: "object"}
 
@@ -198,6 +199,12 @@ def _types(schema: Any) -> set[str]:
     return found
 
 
+def texts(schema: Mapping[str, Any]) -> list[str]:
+    """The parameters whose values any text is good for: of strings, or of strings and null."""
+    types = {name: _types(of) for name, of in _mapping(schema.get("properties")).items()}
+    return [name for name, found in types.items() if found in _TEXTS]
+
+
 def _typed(text: str, types: set[str]) -> str:
     """A value written as plain text, as JSON of one of the types."""
     plain = _WORDS.get(text.strip(), text.strip())
@@ -300,7 +307,7 @@ def _python_string(reader: Reader, quote: str) -> Reading[None]:
 
 
 class Frame(NamedTuple):
-    """What stands around the names and the JSON arguments of calls, for a grammar."""
+    """What stands around the names and the arguments of calls, for a grammar."""
 
     lead: str  # before each name
     middle: str
@@ -318,10 +325,11 @@ class ToolFormat(NamedTuple):
     opens: tuple[str, ...]  # marks before calls
     closes: str  # the mark behind them, which may be missing
     read: Callable[[Reader, Schemas, bool], Reading[bool]]
+    frames: tuple[Frame, ...]  # the first whose token the vocabulary has; the last needs none
     bare: str = ""  # begins calls of known tools without a mark, where an answer begins
     inner: tuple[str, ...] = ()  # further marks
-    frames: tuple[Frame, ...] = ()  # the first that the vocabulary has; none, no grammar
     id_length: int | None = None  # of a call's id, where a template wants one
+    written: str = ""  # how arguments are that are no JSON
 
 
 _TAGS = ("<tool_call>",), "</tool_call>"
@@ -329,19 +337,27 @@ _TAGGED = Frame('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>"
 _LISTED = Frame('{"name": "', '", "arguments": ', "}", "[TOOL_CALLS][", ", ", "]")
 _MARKED = Frame("[TOOL_CALLS]", "[ARGS]", "", needs="[ARGS]")
 _BARE = Frame('{"name": "', '", "parameters": ', "}", between="; ")
+_FUNCTION = Frame("<tool_call>\n<function=", ">\n", "</function>\n</tool_call>", between="\n")
+_CALLED = Frame("", "(", ")", "[", ", ", "]")
 _INNER = ("[ARGS]", "[CALL_ID]")
 
 # Where signs of several stand in a template, the first counts.
 TOOL_FORMATS = {
-    "qwen3_coder": ToolFormat("<function=", *_TAGS, _xml_calls),
-    "hermes": ToolFormat("<tool_call>", *_TAGS, _json_calls, frames=(_TAGGED,)),
+    "qwen3_coder": ToolFormat("<function=", *_TAGS, _xml_calls, (_FUNCTION,), written="xml"),
+    "hermes": ToolFormat("<tool_call>", *_TAGS, _json_calls, (_TAGGED,)),
     "mistral": ToolFormat(
-        "[TOOL_CALLS]", ("[TOOL_CALLS]",), "", _mistral_calls, "", _INNER, (_MARKED, _LISTED), 9
+        "[TOOL_CALLS]", ("[TOOL_CALLS]",), "", _mistral_calls, (_MARKED, _LISTED), "", _INNER, 9
     ),
     "pythonic": ToolFormat(
-        "func_name1(", ("<|python_start|>",), "<|python_end|>", _python_calls, "["
+        "func_name1(",
+        ("<|python_start|>",),
+        "<|python_end|>",
+        _python_calls,
+        (_CALLED,),
+        "[",
+        written="python",
     ),
     "llama3_json": ToolFormat(
-        '"parameters": dictionary', ("<|python_tag|>",), "", _json_calls, "{", frames=(_BARE,)
+        '"parameters": dictionary', ("<|python_tag|>",), "", _json_calls, (_BARE,), "{"
     ),
 }

@@ -140,7 +140,7 @@ def held_to(
     as these can be kept. Calls that begin as an answer in JSON may are left free, and so are they
     where the body has a say in when an answer ends, with which no grammar goes.
     """
-    can = form.tools is not None and form.tools.frames and not form.tools.bare and ends_freely
+    can = form.tools is not None and not form.tools.bare and ends_freely
     exact = {each.name for each in tools.functions if each.strict} & {*form.schemas}
     must = form.must_call or bool(exact) or structure is not None
     text: Any = None
@@ -152,21 +152,11 @@ def held_to(
         if text is None or (form.tools is not None and form.tools.bare):
             return asked, check_form(form, by)
         if isinstance(text, dict) and not asked.get("strict", True):
-            text = text | LENIENT
+            text = text | {"x-guidance": LENIENT}
         form = dataclasses.replace(form, holds_text=True)
     elif not (must or can):
         return None, form
     made = grammar(form, tokenizer.added_id, exact=exact, text=text)
-    if made is None and not must:
-        return None, form
-    if made is None:
-        able = [name for name, form in TOOL_FORMATS.items() if form.frames]
-        param = "tool_choice" if form.must_call else "tools"
-        message = (
-            f"{param} with calls that are held to their schemas (required, named or strict) needs "
-            f"a model that writes them as one of {able}"
-        )
-        raise ApiError(message, param=param, code="unsupported_parameter")
     return {"grammar": made}, form
 
 

@@ -23,10 +23,11 @@ TOOLS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory):
+@pytest.fixture(scope="module", params=["hermes", "qwen3_coder"])
+def client(request, tmp_path_factory):
     model = calling_model(tmp_path_factory.mktemp("model"))
-    server = Served("--model", str(model), "--reasoning-parser=none")
+    parser = f"--tool-call-parser={request.param}"
+    server = Served("--model", str(model), "--reasoning-parser=none", parser)
     with server.client() as client:
         yield client
     server.close()
@@ -94,8 +95,10 @@ def test_what_cannot_be_kept_is_refused_with_its_place(client):
     answer = ask(client, tools=[*TOOLS, *lenient], tool_choice="required")
     warning = "parameters of f: #/properties/a/not: not is not supported; it is left out"
     assert answer.model_dump()["minisgl_warnings"] == [f"tools: {warning}"]
-    message = ask(client, tools=lenient, tool_choice=choice).choices[0].message
-    assert isinstance(json.loads(message.tool_calls[0].function.arguments), dict)
+    (answer,) = ask(client, tools=lenient, tool_choice=choice).choices
+    arguments = answer.message.tool_calls[0].function.arguments
+    is_cut = answer.finish_reason == "length"  # within a text, which may be of any length
+    assert is_cut or isinstance(json.loads(arguments), dict)
     named = {"name": "n", "schema": {"not": {}, "enum": [1]}}
     answer = ask(client, response_format={"type": "json_schema", "json_schema": named})
     (warning,) = answer.model_dump()["minisgl_warnings"]

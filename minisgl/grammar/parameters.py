@@ -1,0 +1,151 @@
+"""Arguments of calls that are no JSON as a whole: a grammar of each parameter by itself.
+
+Around a parameter stands what the form of calls has. Its value is JSON, or a text as it is where
+the form has such and the schema asks for a string.
+"""
+
+import json
+import re
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+from minisgl.grammar.schema import Reader, Refused, Schema
+
+NEW_LINE = r'"\n"'
+TYPES_ALONE = {"type", "anyOf", "oneOf"}
+# Of a whole object, what is kept; all other keywords tell how its properties depend on each other.
+KEPT = {"type", "properties", "required", "additionalProperties", "$defs", "definitions", "$id"}
+KEPT |= {"$schema"}
+OF_A_TEXT = {"type", "enum", "const", "minLength", "maxLength"}
+
+
+class Written(NamedTuple):
+    """How a form writes a parameter. Texts stand as they are where a mark, `after`, ends them."""
+
+    before: str  # the name stands between these two
+    behind_name: str
+    after: str
+    between: str
+    name: str  # a regular expression of what a name may be
+
+
+WRITTEN = {
+    "xml": Written("<parameter=", ">\n", "</parameter>", "", r"[^>\n]{1,64}"),
+    "python": Written("", "=", "", ", ", r"[A-Za-z_][A-Za-z0-9_]{0,63}"),
+}
+
+
+class Arguments:
+    """The grammar of an object that `reader` has read: `rules`, by which `name` is one.
+
+    texts: parameters that are read as texts or null; options: of schemas within it, for llguidance.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        form: str,
+        texts: Collection[str],
+        schema: Schema,
+        reader: Reader,
+        options: Any,
+    ) -> None:
+        self.rules: list[str] = []
+        self._name, self._written, self._reader, self._texts = name, WRITTEN[form], reader, texts
+        schema = schema if isinstance(schema, dict) else {}
+        shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        self._around = shared | {"x-guidance": options}
+        for key in schema.keys() - KEPT:
+            reader.leave_out(f"#/{key}", f"{key} is not kept in calls of this form")
+        properties, required = schema.get("properties", {}), schema.get("required", [])
+        if not isinstance(required, list) or not all(isinstance(each, str) for each in required):
+            raise Refused("#/required", f"must be an array of strings, got {required!r}")
+        if not properties and schema.get("additionalProperties") is not False:
+            return self._add_free(schema.get("additionalProperties", True))
+        for key in sorted({*required} - properties.keys()):
+            reader.leave_out("#/required", f"{key!r} is none of the properties")
+        self._add_named([*properties.items()], {*required})
+
+    def _add_free(self, value: Schema) -> None:
+        """Parameters of any name."""
+        written, name = self._written, self._name
+        key = f"{_said(written.before)} {name.upper()}_KEY {_said(written.behind_name)}"
+        more = f"({_said(written.between)} {name}_one)*"
+        self.rules += [
+            f"{name}: ({name}_one {more})?",
+            f"{name}_one: {key} {self._value(f'{name}_free', value, '')}",
+            f"{name.upper()}_KEY: /{written.name}/",
+        ]
+
+    def _add_named(self, properties: list[tuple[str, Schema]], required: set[str]) -> None:
+        """The parameters in their order. `NAME_i`: from the i-th on, where none stands before it;
+        `NAME_i_more`: where some do."""
+        written = self._written
+        between = _said(written.between)
+        for i, (key, value) in enumerate(properties):
+            at, following = f"{self._name}_{i}", f"{self._name}_{i + 1}"
+            if re.fullmatch(written.name, key) is None:
+                raise Refused(f"#/properties/{key}", "calls of this form cannot have such a name")
+            one = f"{_said(written.before + key + written.behind_name)} "
+            one += self._value(f"{at}_value", value, key)
+            self.rules += [
+                f"{at}: {one} {following}_more" + ("" if key in required else f" | {following}"),
+                f"{at}_more: ({between} {one}){'' if key in required else '?'} {following}_more",
+            ]
+        end = f"{self._name}_{len(properties)}"
+        self.rules += [f"{self._name}: {self._name}_0", f'{end}: ""', f'{end}_more: ""']
+
+    def _value(self, name: str, schema: Schema, key: str) -> str:
+        after = self._written.after
+        if after and (key in self._texts or schema in (True, {})):
+            return f"{self._text_value(name, schema, key)} {NEW_LINE}"
+        whole = schema if isinstance(schema, dict) else ({} if schema else {"not": {}})
+        value = f"%json {json.dumps(self._around | whole)}"
+        return f"{value} {NEW_LINE} {_said(after)} {NEW_LINE}" if after else value
+
+    def _text_value(self, name: str, schema: Schema, key: str) -> str:
+        """A text as it is, and the mark behind it."""
+        if not isinstance(schema, dict) or _asks_for_types_alone(schema):
+            return self._ended(name, r"(?s:.*)")
+        path, after = f"#/properties/{key}", self._written.after
+        for key in sorted(schema.keys() - OF_A_TEXT):
+            reason = f"{key} of a text is not kept in calls of this form"
+            self._reader.leave_out(f"{path}/{key}", reason)
+        values = [schema["const"]] if "const" in schema else schema.get("enum")
+        if values is not None:
+            texts = [each for each in values if isinstance(each, str)] if _is_list(values) else []
+            if not texts or any(after in text for text in texts):
+                raise Refused(path, f"must be one of texts without {after}, got {values!r}")
+            texts += ["null"] * (None in values)
+            return f"({' | '.join(_said(f'{text}{chr(10)}{after}') for text in texts)})"
+        least, most = (schema.get(f"{which}Length") for which in ("min", "max"))
+        if least is None and most is None:
+            return self._ended(name, r"(?s:.*)")
+        for bound in (least, most):
+            if bound is not None and (type(bound) is not int or bound < 0):
+                raise Refused(path, f"lengths must be whole numbers of 0 or more, got {bound!r}")
+        if most is not None and most < (least or 0):
+            raise Refused(path, f"minLength ({least}) is greater than maxLength ({most})")
+        # Without the first character of the mark that ends it, so that all others can be counted.
+        count = f"{least or 0},{'' if most is None else most}"
+        return self._ended(name, f"[^{after[0]}]{{{count}}}\\n")
+
+    def _ended(self, name: str, pattern: str) -> str:
+        """A text up to the first mark that ends it."""
+        self.rules.append(f"{name}[suffix={json.dumps(self._written.after)}]: /{pattern}/")
+        return name
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list)
+
+
+def _said(text: str) -> str:
+    return json.dumps(text)
+
+
+def _asks_for_types_alone(schema: dict[str, Any]) -> bool:
+    parts = [schema]
+    for key in ("anyOf", "oneOf"):
+        parts += schema[key] if _is_list(schema.get(key)) else []
+    return all(isinstance(part, dict) and part.keys() <= TYPES_ALONE for part in parts)
