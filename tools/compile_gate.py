@@ -23,9 +23,13 @@ import torch
 from minisgl.config import EngineConfig
 from minisgl.core.executor import Limits
 from minisgl.kernels.config import ARCHITECTURES
+from minisgl.kernels.grouped_linear.blocks import Form
 from minisgl.kernels.offline import Variant, recorded
 from minisgl.kernels.op import all_ops
+from minisgl.layers.embedding import VocabTable
+from minisgl.layers.weights import Forms, Placement
 from minisgl.models.config import ModelConfig
+from minisgl.models.decoder import Decoder
 from minisgl.models.presets import PRESETS, decoder
 from minisgl.start.facts import Facts, uses_cascade
 from minisgl.start.launches import serve
@@ -69,6 +73,8 @@ MODELS: Mapping[str, tuple[ModelConfig, Mapping[str, Any]]] = {
         _model("Mistral", 3072, 8192, 32, 32, 96, sliding_window=2047),
         {"page_size": 64},
     ),
+    "llama-8b int4": (_preset("llama-3.1-8b"), ALONE | {"quantization": "int4"}),
+    "llama-8b int8": (_preset("llama-3.1-8b"), ALONE | {"quantization": "int8"}),
     "tiny-fp32": (_model("Qwen3", 256, 512, 4, 2, 64, dtype="float32"), ALONE),
 }
 
@@ -104,7 +110,18 @@ def _served() -> Iterator[tuple[str, Callable[[], object]]]:
         limits = Limits(65536 // page, page, rows, model.max_context, model.vocab_size)
         # Widths between are like the longest; of numbers of sequences, one is many runs or one run.
         widths = sorted({1, 1 + config.num_draft_tokens})
-        yield name, partial(serve, facts, limits, counts=sorted({1, rows}), widths=widths)
+        counts, forms = sorted({1, rows}), (_forms(model, config.quantization), ())
+        yield name, partial(serve, facts, limits, counts=counts, widths=widths, forms=forms)
+
+
+def _forms(model: ModelConfig, quantization: str) -> list[Forms]:
+    """Of the blocks of a model that is rounded so: in groups of 32, the head in 8 bits."""
+    blocks = Decoder(model, Placement(model.dtype, torch.device("meta"))).blocks()
+    rounded: dict[str, Form] = {"int4": (4, 32, True, True), "int8": (8, 32, True, False)}
+    if quantization not in rounded:
+        return []
+    kinds = ("int8" if isinstance(block, VocabTable) else quantization for block in blocks)
+    return [(rounded[kind],) * len(b.forms()) for b, kind in zip(blocks, kinds, strict=True)]
 
 
 def _unserved() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -120,18 +137,19 @@ def _unserved() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def _labelled(name: str, found: Sequence[Variant]) -> dict[str, Variant]:
-    """By the kernel, `name` and the constants that tell it from the kernel's other variants."""
+    """By the kernel, `name` and the constants that tell it from the kernel's other variants; where
+    these do not, by types, too."""
     labels: dict[str, Variant] = {}
     for variant in found:
         alike = [other.facts for other in found if other.kernel is variant.kernel]
-        telling = [
-            f"{parameter}={value}"
-            for parameter, value in variant.facts.items()
-            if any(facts[parameter] != value for facts in alike) and not isinstance(value, str)
-        ]
+        own = variant.facts
+        differing = [key for key in own if any(facts[key] != own[key] for facts in alike)]
+        constants = [key for key in differing if not isinstance(own[key], str)]
+        told = sum(all(facts[key] == own[key] for key in constants) for facts in alike) == 1
+        telling = [f"{key}={own[key]}" for key in (constants if told else differing)]
         labels[" ".join([variant.name, name, *telling])] = variant
     if len(labels) < len(found):
-        raise RuntimeError(f"{name}: constants do not tell its variants apart")
+        raise RuntimeError(f"{name}: constants and types do not tell its variants apart")
     return labels
 
 

@@ -92,6 +92,11 @@ def _matmul(a: Arguments) -> Call:
     return lambda: F.linear(a["x"], a["weight"])
 
 
+def _matmul_of_floats(a: Arguments) -> Call:
+    weight = a["weight"].unpacked().dequantized(a["x"].dtype)
+    return lambda: F.linear(a["x"], weight)
+
+
 def sampling(fields: dict[str, float]) -> dict[str, Baseline]:
     """argmax, or softmax with a filter where one is on, and torch.multinomial."""
 
@@ -127,3 +132,4 @@ SCATTER_PAGES: dict[str, Baseline] = {"copy, index_copy_": _scatter}
 ROUTE: dict[str, Baseline] = {"softmax, topk": _route}
 MASK: dict[str, Baseline] = {"masked_fill_": _mask}
 LINEAR: dict[str, Baseline] = {"F.linear": _matmul}
+GROUPED_LINEAR: dict[str, Baseline] = {"F.linear, floats": _matmul_of_floats}

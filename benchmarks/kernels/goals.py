@@ -82,6 +82,15 @@ COPY_SHARES: dict[str, tuple[Range | None, Range | None]] = {
     "silu_and_mul": (None, (0.88, 0.93)),
 }
 
+# The same of products with weights in codes, by their bits and the tokens.
+CODES_SHARES: tuple[tuple[int, int, Range], ...] = (
+    (4, 1, (0.4, 0.6)),
+    (8, 1, (0.65, 0.85)),
+    (4, 16, (0.35, 0.5)),
+    (8, 16, (0.5, 0.75)),
+)
+CODES_RATES: dict[int, Range] = {4: (280, 400), 8: (250, 380)}  # TFLOP/s of 4k tokens
+
 
 def goals(device_name: str) -> list[Goal]:
     """Those of an H200 where the device is one, else those of an H100; bf16, head size 128."""
@@ -161,6 +170,26 @@ def goals(device_name: str) -> list[Goal]:
             (280, 380),
             lambda rows, _: _best(_experts_rows(rows, 4096), "flops_per_second", 1e12),
             "moe_experts",
+        ),
+        *(
+            _predicted(
+                f"codes of {bits} bits, {tokens} tokens, of the copy rate",
+                "x",
+                predicted,
+                _codes_share(bits, tokens),
+                "grouped_linear",
+            )
+            for bits, tokens, predicted in CODES_SHARES
+        ),
+        *(
+            _predicted(
+                f"codes of {bits} bits, 4k tokens",
+                "TFLOP/s",
+                predicted,
+                _codes_rate(bits),
+                "grouped_linear",
+            )
+            for bits, predicted in CODES_RATES.items()
         ),
     ]
 
@@ -298,3 +327,20 @@ def _experts_rows(rows: list[Row], tokens: int) -> list[Row]:
 def _experts(rows: list[Row], ceilings: Ceilings) -> float | None:
     rate = _best(_experts_rows(rows, 16), "bytes_per_second", 1.0)
     return None if rate is None else rate / ceilings.bytes_per_second
+
+
+def _codes_rows(rows: list[Row], bits: int, tokens: int) -> list[Row]:
+    wanted = {"bits": bits, "tokens": tokens}
+    return [row for row in _ours(rows, "grouped_linear") if wanted.items() <= row["tags"].items()]
+
+
+def _codes_share(bits: int, tokens: int) -> Callable[[list[Row], Ceilings], float | None]:
+    def share(rows: list[Row], ceilings: Ceilings) -> float | None:
+        rate = _best(_codes_rows(rows, bits, tokens), "bytes_per_second", 1.0)
+        return None if rate is None else rate / ceilings.bytes_per_second
+
+    return share
+
+
+def _codes_rate(bits: int) -> Callable[[list[Row], Ceilings], float | None]:
+    return lambda rows, _: _best(_codes_rows(rows, bits, 4096), "flops_per_second", 1e12)

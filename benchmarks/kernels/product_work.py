@@ -1,6 +1,8 @@
-"""Matrix products: the linear layers, the batch-invariant ones, and mixtures of experts."""
+"""Matrix products: linear layers, with weights in floats and in codes, and mixtures of experts."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,8 @@ from benchmarks.kernels.workload import (
     Setting,
     Workload,
 )
+from minisgl.kernels.grouped_linear import blocks, grouped_linear
+from minisgl.kernels.grouped_linear.weights import quantized
 from minisgl.kernels.linear import linear
 from minisgl.kernels.moe import moe_experts, moe_route
 
@@ -32,6 +36,33 @@ def products(small: bool) -> Iterator[Workload]:
 
             label = f"{tokens} x {inputs} -> {outputs}"
             yield Workload(linear, label, make, baselines.LINEAR, {"tokens": tokens})
+
+
+def products_in_codes(small: bool) -> Iterator[Workload]:
+    """The same with weights of 4 and 8 bits, in groups of 32; goals read the larger of the two."""
+    shape = QWEN3_06B if small else QWEN3_8B
+    for tokens, bits in product((16,) if small else (1, 4, 16, 64, 4096), (4, 8)):
+        for inputs, outputs in ((shape.hidden, 2 * shape.inner), (shape.inner, shape.hidden)):
+
+            def make(
+                setting: Setting,
+                tokens: int = tokens,
+                bits: int = bits,
+                inputs: int = inputs,
+                outputs: int = outputs,
+            ) -> Arguments:
+                floats = setting.normal(outputs, inputs, scale=inputs**-0.5)
+                weight = replace(quantized(floats, bits, 32), dtype=setting.dtype)
+                return {"x": setting.normal(tokens, inputs), "weight": blocks.packed(weight)}
+
+            yield Workload(
+                grouped_linear,
+                f"{tokens} x {inputs} -> {outputs}, {bits} bits",
+                make,
+                baselines.GROUPED_LINEAR,
+                {"tokens": tokens, "bits": bits},
+                goal_rivals=() if inputs < outputs and tokens in (1, 16, 4096) else None,
+            )
 
 
 def mixtures(small: bool) -> Iterator[Workload]:

@@ -16,6 +16,7 @@ def workloads(*, small: bool) -> Iterator[Workload]:
     yield from token_work.heads(small)
     yield from attention_work.merges(small)
     yield from product_work.products(small)
+    yield from product_work.products_in_codes(small)
     yield from product_work.mixtures(small)
     yield from sampling_work.logits(small)
     yield from token_work.pages(small)

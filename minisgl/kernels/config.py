@@ -36,6 +36,8 @@ class Architecture:
     matmul: Tile
     experts: Tile
     experts_few: Tile  # few tokens per expert
+    grouped: Tile  # of weights in codes: rows of x, outputs
+    grouped_few: Tile
 
 
 def _by_head(small: Tile, medium: Tile, large: Tile) -> dict[int, Tile]:
@@ -51,6 +53,8 @@ ARCHITECTURES: Mapping[int, Architecture] = {
         matmul=Tile(128, 128, 8, 3, depth=64),
         experts=Tile(64, 128, 4, 3, depth=64),
         experts_few=Tile(16, 128, 4, 4, depth=64),
+        grouped=Tile(128, 128, 8, 3),
+        grouped_few=Tile(16, 64, 4, 4),
     ),
     89: Architecture(
         processors=128,
@@ -60,6 +64,8 @@ ARCHITECTURES: Mapping[int, Architecture] = {
         matmul=Tile(128, 128, 8, 3, depth=32),
         experts=Tile(64, 128, 4, 3, depth=32),
         experts_few=Tile(16, 128, 4, 4, depth=64),
+        grouped=Tile(128, 128, 8, 3),
+        grouped_few=Tile(16, 64, 4, 4),
     ),
     90: Architecture(
         processors=132,
@@ -69,6 +75,8 @@ ARCHITECTURES: Mapping[int, Architecture] = {
         matmul=Tile(128, 128, 8, 4, depth=64),
         experts=Tile(64, 128, 4, 4, depth=64),
         experts_few=Tile(16, 128, 4, 4, depth=64),
+        grouped=Tile(128, 64, 4, 4),
+        grouped_few=Tile(16, 64, 4, 4),
     ),
     100: Architecture(
         processors=148,
@@ -78,6 +86,8 @@ ARCHITECTURES: Mapping[int, Architecture] = {
         matmul=Tile(128, 128, 8, 4, depth=64),
         experts=Tile(64, 128, 4, 4, depth=64),
         experts_few=Tile(16, 128, 4, 4, depth=64),
+        grouped=Tile(128, 64, 4, 4),
+        grouped_few=Tile(16, 64, 4, 4),
     ),
 }
 

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 
-from minisgl.kernels.grouped_linear import cpu, grouped_linear
+from minisgl.kernels.grouped_linear import Quantized, blocks, cpu, grouped_linear
 from minisgl.kernels.grouped_linear import panels as grouped_panels
-from minisgl.kernels.grouped_linear.panels import GroupedPanels
+from minisgl.kernels.grouped_linear.blocks import GroupedBlocks
 from minisgl.kernels.grouped_linear.weights import Grouped
 from minisgl.kernels.linear import linear, panels
 from minisgl.kernels.linear.panels import Dense, Panels
 
-Quantized = Grouped | GroupedPanels
 Matrix = Dense | Quantized  # [..., N, K]
 
 
@@ -28,6 +27,8 @@ def product(
 
 def embedding(ids: torch.Tensor, weight: Matrix) -> torch.Tensor:
     """Rows `ids` [T] of the weight. Returns [T, K]. Raises IndexError for an id without a row."""
+    if isinstance(weight, GroupedBlocks):
+        return weight.chosen(ids).dequantized(weight.dtype)
     if isinstance(weight, Quantized):
         return cpu.embedding(ids, weight)
     return panels.embedding(ids, weight)
@@ -36,16 +37,17 @@ def embedding(ids: torch.Tensor, weight: Matrix) -> torch.Tensor:
 def packed(weight: Matrix) -> Matrix:
     """A weight in the form that products on its device read fastest; it may be made in its place,
     and is then gone."""
-    if isinstance(weight, GroupedPanels):
-        return weight
-    return grouped_panels.packed(weight) if isinstance(weight, Grouped) else panels.packed(weight)
+    if not isinstance(weight, Grouped):
+        return weight if isinstance(weight, Quantized) else panels.packed(weight)
+    form = blocks if weight.device.type == "cuda" and weight.codes.dim() == 2 else grouped_panels
+    return form.packed(weight)  # type: ignore[no-any-return]
 
 
 def unpacked(weight: Matrix) -> torch.Tensor:
     """The weights [..., N, K] in the type that they stand for, copied where they are not so."""
-    weight = weight.unpacked() if isinstance(weight, GroupedPanels) else weight
-    if isinstance(weight, Grouped):
-        return weight.dequantized(weight.dtype)
+    if isinstance(weight, Quantized):
+        whole = weight if isinstance(weight, Grouped) else weight.unpacked()
+        return whole.dequantized(weight.dtype)
     return panels.unpacked(weight)
 
 

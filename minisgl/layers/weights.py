@@ -11,10 +11,13 @@ import torch
 
 from minisgl.device.cpu import lazy_zeros
 from minisgl.kernels.attention import attention
+from minisgl.kernels.grouped_linear.blocks import Form, GroupedBlocks, empty
 from minisgl.kernels.grouped_linear.weights import Grouped
 from minisgl.kernels.matrix import Matrix, tensors
 from minisgl.kernels.op import Op
 from minisgl.parallel import Communicator
+
+Forms = tuple[Form | None, ...]
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,24 @@ class Block:
         filled; `weights` has nothing to fill any more."""
         for block in self.blocks():
             block.pack()
+
+    def forms(self) -> Forms:
+        """How its matrices, in their order, are held on a GPU: None for floats."""
+        matrices = (vars(block)["weight"] for block in self.with_matrices())
+        return tuple(w.form if isinstance(w, GroupedBlocks) else None for w in matrices)
+
+    def take_forms(self, forms: Forms) -> None:
+        """Hold its matrices so, their content any: what `forms` of one like it has given."""
+        for block, form in zip(self.with_matrices(), forms, strict=True):
+            if form is not None:
+                vars(block)["weight"] = empty(form, vars(block)["weight"])
+
+    def with_matrices(self) -> Iterator["Block"]:
+        """Those of its blocks that hold a matrix as their `weight`, itself included."""
+        if len(getattr(vars(self).get("weight"), "shape", ())) == 2:
+            yield self
+        for block in self.blocks():
+            yield from block.with_matrices()
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """What is held in memory; what blocks share more than once."""

@@ -64,14 +64,10 @@ def read_facts(config: EngineConfig, path: Path, device: Device, rank: int = 0) 
 
 def quantization_of(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> Quantization:
     """Which weights are rounded, and what they are multiplied with. Raises ValueError naming the
-    field for what no kernel takes: on a GPU codes, and elsewhere than in bf16 inputs in 8 bits."""
+    field for what no kernel takes: inputs in 8 bits, but on a CPU in bf16."""
     head, possible = config.quantization_head, device.type == "cpu" and dtype == torch.bfloat16
     if head == "auto" and config.quantization != "auto":
         head = "none" if config.quantization == "none" else "int8"  # which few bits harm most
-    for name, asked in (("quantization", config.quantization), ("quantization_head", head)):
-        if asked != "none" and device.type != "cpu":
-            why = f"as no kernel for {device.type} takes codes"
-            raise ValueError(f"{name} {asked} needs a CPU, {why}")
     if config.quantized_activations == "int8" and not possible:
         where = f"{device.type} with {dtype}"
         raise ValueError(f"quantized_activations int8 needs a CPU and bfloat16, got {where}")

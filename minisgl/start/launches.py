@@ -10,6 +10,7 @@ finds into Triton's cache on disk. No GPU is needed, so it may also run where an
     python -m minisgl.start.launches < start.json
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -17,7 +18,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 
 import msgspec
@@ -28,10 +28,13 @@ from minisgl.core.batch import Batch, CascadeGroup
 from minisgl.core.executor import Limits
 from minisgl.device.meta import MetaDevice
 from minisgl.kernels.attention import attention
+from minisgl.kernels.grouped_linear.blocks import ROW_EDGES, GroupedBlocks
+from minisgl.kernels.matrix import product
 from minisgl.kernels.offline import Variant, recorded
 from minisgl.kernels.op import Op
 from minisgl.kernels.warmup import CompileCounter
-from minisgl.layers.weights import Placement
+from minisgl.layers.embedding import VocabTable
+from minisgl.layers.weights import Forms, Placement
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
 from minisgl.parallel import Communicator
@@ -56,13 +59,21 @@ class Start:
     limits: Limits
     arch: int  # of the GPU, 90 for sm_90
     rank: int = 0
+    forms: Sequence[Sequence[Forms]] = ((), ())
 
     @classmethod
-    def of(cls, facts: Facts, limits: Limits, arch: int, rank: int) -> "Start":
+    def of(
+        cls,
+        facts: Facts,
+        limits: Limits,
+        arch: int,
+        rank: int,
+        forms: Sequence[Sequence[Forms]] = ((), ()),
+    ) -> "Start":
         config = facts.config
         if facts.draft is not None:  # already downloaded
             config = replace(config, speculative_draft_model=str(facts.draft.path.absolute()))
-        return cls(config, str(facts.path.absolute()), limits, arch, rank)
+        return cls(config, str(facts.path.absolute()), limits, arch, rank, forms)
 
 
 class OneOfMany(Communicator):
@@ -76,7 +87,7 @@ def launched(start: Start) -> list[Variant]:
     """What the rank can launch while it serves, in the order of first launches."""
     with recorded(start.arch) as variants:
         facts = read_facts(start.config, Path(start.path), MetaDevice(), start.rank)
-        serve(facts, start.limits, start.rank)
+        serve(facts, start.limits, start.rank, forms=start.forms)
     return list(variants.values())
 
 
@@ -87,31 +98,59 @@ def serve(
     *,
     counts: Sequence[int] = (),
     widths: Sequence[int] = (),
+    forms: Sequence[Sequence[Forms]] = ((), ()),
 ) -> Worker:
     """Start a worker and run what is asked of it: within `recorded`, all that serving launches.
 
     counts: of decoding sequences in a mixed step, and widths: how many tokens each has. What is not
-    given is all there can be.
+    given is all there can be. forms: of the blocks of the model and of the draft model.
     """
     device, num_drafts = MetaDevice(), facts.config.num_draft_tokens
     comm, draft = OneOfMany(rank, facts.config.tp_size), None
 
-    def made(model: ModelConfig, comm: Communicator, attention: Op) -> Decoder:
+    def made(
+        model: ModelConfig, comm: Communicator, attention: Op, forms: Sequence[Forms]
+    ) -> Decoder:
+        at = Placement(facts.dtype, device.torch_device, comm, attention)
+        whole = Decoder(model, at)
+        held = list(forms or (block.forms() for block in whole.blocks()))
+        first, end = (whole.blocks().index(whole.layers[i]) for i in (0, -1))
         # Two layers of each kind launch what all do; of one, the first layer's would be missing.
-        model = replace(model, layers=tuple(dict.fromkeys(model.layers)) * 2)
-        return Decoder(model, Placement(facts.dtype, device.torch_device, comm, attention))
+        kinds = [*dict.fromkeys(zip(model.layers, held[first : end + 1], strict=True))] * 2
+        held[first : end + 1] = [own for _, own in kinds]
+        decoder = Decoder(replace(model, layers=tuple(layer for layer, _ in kinds)), at)
+        for block, own in zip(decoder.blocks(), held, strict=False):
+            block.take_forms(own)
+        return decoder
 
     if facts.draft is not None:
-        drafting = made(facts.draft.model, Communicator(), attention)
+        drafting = made(facts.draft.model, Communicator(), attention, forms[1])
         draft = Draft(drafting, kv_shape(facts, drafting), num_drafts)
     elif facts.config.speculative_algorithm == "draft":  # which rank 0 alone has
         draft = Draft(None, None, num_drafts)
-    model = made(facts.model, comm, facts.attention)
+    model = made(facts.model, comm, facts.attention, forms[0])
     worker = make_worker(facts, model, draft, limits, device, comm)
     make_ready(worker, facts, Stages())
+    if not facts.config.batch_invariant:  # where one launch serves all numbers of rows
+        for each in (model, None if draft is None else draft.model):
+            device.run(_run_products, each)
     counts = counts or range(1, limits.max_rows + 1)
     _run_steps(worker, widths or range(1, 2 + num_drafts), counts, cascade=facts.cascade)
     return worker
+
+
+def _run_products(model: Decoder | None) -> None:
+    """Products with weights in codes of all numbers of rows that are launched in ways of their own.
+
+    A prompt may have any of them, and so may what is scored of it.
+    """
+    for block in () if model is None else model.with_matrices():
+        weight = vars(block)["weight"]
+        if isinstance(weight, GroupedBlocks):
+            for rows in ROW_EDGES:
+                x = weight.scales.new_empty(rows, weight.num_inputs, dtype=weight.dtype)
+                wide = isinstance(block, VocabTable)
+                product(x, weight, vars(block).get("bias"), wide)
 
 
 def _run_steps(
@@ -130,7 +169,7 @@ def _run_steps(
     for batch, masks in kinds_of_steps(limits, widths, (0, 1, 16)):
         for geometry in (own, eager):
             device.run(runner.sample, forward(batch, geometry), masks)
-    for width, count in product(widths, counts):
+    for width, count in itertools.product(widths, counts):
         batch = mixed_step(limits, width, count, prompts=1)
         forward(batch, eager)
         if cascade:

@@ -37,7 +37,9 @@ def load_worker(facts: Facts, device: Device, comm: Communicator | None = None) 
         plan = device.run(_plan, facts, model, shape, draft, device, comm)
         limits = limits_of(facts, device.run(fewest, comm, device, plan.num_pages))
     with stages.stage("build kernels"):
-        kernels.build(facts, limits, comm)
+        models = model, None if draft is None else draft.model
+        forms = [[] if each is None else [b.forms() for b in each.blocks()] for each in models]
+        kernels.build(facts, limits, comm, forms)
     # Nodes may log differently, but ranks take part in the same collectives or none.
     debugged = device.run(fewest, comm, device, int(config.log_level == "debug"))
     compare = bool(debugged) and comm.size > 1

@@ -16,6 +16,7 @@ from minisgl.core.executor import GrammarMasks, Limits
 from minisgl.core.request import SamplingParams
 from minisgl.device import Device
 from minisgl.device.tape import calls_noted
+from minisgl.layers.weights import Forms
 from minisgl.log import get_logger
 from minisgl.models.loader import progress
 from minisgl.parallel import Communicator
@@ -75,9 +76,16 @@ class Kernels:
         """Kernels compiled since `ready`, or loaded from the cache on disk."""
         return 0 if self._counter is None else self._counter.total - self._before
 
-    def build(self, facts: Facts, limits: Limits, comm: Communicator) -> None:
+    def build(
+        self,
+        facts: Facts,
+        limits: Limits,
+        comm: Communicator,
+        forms: Sequence[Sequence[Forms]] = ((), ()),
+    ) -> None:
         """Compile what serving can need in parallel processes, and load it here.
 
+        forms: of the blocks of the model and of the draft model.
         Rank 0 compiles, and the others find it on disk. RuntimeError where a kernel does not
         compile.
         """
@@ -87,7 +95,7 @@ class Kernels:
         from minisgl.start.launches import Start, compile_ahead
 
         major, minor = torch.cuda.get_device_capability(self._device.torch_device)
-        start = Start.of(facts, limits, 10 * major + minor, comm.rank)
+        start = Start.of(facts, limits, 10 * major + minor, comm.rank, forms)
         compiled, variants = compile_ahead(start, None if comm.rank == 0 else 0)
         if comm.rank == 0:
             log.info("compiled %d kernels for sm_%d; the others were on disk", compiled, start.arch)

@@ -15,8 +15,11 @@ from minisgl.core.batch import Batch
 from minisgl.core.executor import GrammarMasks, Limits
 from minisgl.core.speculation import Speculation, propose_on_device
 from minisgl.device.meta import MetaDevice
+from minisgl.kernels.grouped_linear.blocks import Form
 from minisgl.kernels.offline import recorded
+from minisgl.layers.weights import Placement
 from minisgl.models.config import ModelConfig
+from minisgl.models.decoder import Decoder
 from minisgl.start import launches
 from minisgl.start.draft import DraftFacts
 from minisgl.start.facts import Facts, graph_sizes, uses_cascade
@@ -36,11 +39,18 @@ MODEL |= {"speculative_num_draft_tokens": DRAFTS}
 
 
 def start(
-    draft: ModelConfig | None = None, rank: int = 0, **options: Any
+    draft: ModelConfig | None = None,
+    rank: int = 0,
+    form: Form | None = None,
+    **options: Any,
 ) -> tuple[Worker, set[str]]:
-    """A worker for the tiny model, and what serving with it can launch."""
+    """A worker for the tiny model, and what serving with it can launch.
+
+    form: of all its matrices but the last layer's, which are of floats.
+    """
     config = EngineConfig(max_running_requests=8, chunked_prefill_size=64, **options)
-    model, dtype, device = tiny_decoder().config, torch.bfloat16, MetaDevice()
+    shape = {} if form is None else {"hidden_size": 64, "intermediate_size": 96}
+    model, dtype, device = tiny_decoder(**shape).config, torch.bfloat16, MetaDevice()
     facts = Facts(
         config,
         Path(),
@@ -52,8 +62,11 @@ def start(
         None if draft is None else DraftFacts(Path(), draft),
     )
     limits = Limits(60, 16, config.max_running_requests, model.max_context, VOCAB)
+    blocks = Decoder(model, Placement(dtype, device.torch_device)).blocks()
+    held = [tuple(form for _ in block.forms()) for block in blocks]
+    held[len(model.layers)] = blocks[len(model.layers)].forms()
     with recorded(ARCH) as found:
-        worker = launches.serve(facts, limits, rank)
+        worker = launches.serve(facts, limits, rank, forms=(held, ()))
     return worker, set(found)
 
 
@@ -90,6 +103,17 @@ def test_whatever_a_step_launches_was_recorded(options, fixed, drafts):
     assert launched.keys() - known == set()
     assert any(c.drafts for batch in drafted.batches for c in batch.chunks) == bool(drafts)
     assert any(batch.cascade_groups for batch in grouped.batches) != fixed
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_whatever_weights_in_codes_launch_was_recorded(fixed):
+    worker, known = start(form=(4, 32, True, True), batch_invariant=fixed)
+    with recorded(ARCH) as launched:
+        serve_all(worker, drafts=False, groups=not fixed)
+    assert launched.keys() - known == set()
+    found = {key.split()[0].rpartition(".")[2] for key in launched}
+    assert ("few_rows_kernel" in found) != fixed
+    assert "tiles_kernel" in found
 
 
 @pytest.mark.parametrize("fixed", [False, True])

@@ -21,14 +21,20 @@ pytestmark = pytest.mark.gpu
 PROMPTS = ["What is paged attention?", "Hello", "Once upon a time, there was", "What is 12 + 31?"]
 
 
-def _tokens(device: str, ranks: int = 1) -> list[list[int]]:
+def _tokens(device: str, ranks: int = 1, **config: Any) -> list[list[int]]:
     params = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
-    with LLM(device=device, tp_size=ranks, dtype="float32", max_total_tokens=4096) as llm:
+    facts: dict[str, Any] = {"dtype": "float32", "max_total_tokens": 4096} | config
+    with LLM(device=device, tp_size=ranks, **facts) as llm:
         return [output.token_ids for output in llm.generate(PROMPTS, params, use_tqdm=False)]
 
 
 def test_same_tokens_as_on_cpu(device_type: str) -> None:
     assert _tokens(device_type) == _tokens("cpu")
+
+
+def test_same_tokens_as_on_cpu_with_weights_of_8_bits(device_type: str) -> None:
+    """Rounding to 8 bits has one answer, so that both compute with the same codes."""
+    assert _tokens(device_type, quantization="int8") == _tokens("cpu", quantization="int8")
 
 
 def test_same_tokens_with_cascade_groups_and_without(device_type: str) -> None:

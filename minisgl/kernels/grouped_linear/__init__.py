@@ -1,18 +1,23 @@
 """Linear layer with a weight of 4 or 8 bits: y = x W^T + b, W = scale * code + minimum by groups.
 
 Products are summed in fp32 whatever the type; the result is rounded once. Where the weight says so,
-x is rounded to 8 bits first: on a CPU products of whole numbers are the fastest.
+x is rounded to 8 bits first: on a CPU products of whole numbers are the fastest. On a GPU weights
+may be rounded to x's type on the way, which its tensor cores multiply.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from minisgl.kernels.grouped_linear.blocks import INT8_ACTIVATIONS, GroupedBlocks
 from minisgl.kernels.grouped_linear.panels import GroupedPanels
 from minisgl.kernels.grouped_linear.weights import BLOCK, Grouped, quantized
-from minisgl.kernels.op import Case, Cost, Implementation, Op
+from minisgl.kernels.op import Case, Cost, Expected, Implementation, Op
+
+Quantized = Grouped | GroupedPanels | GroupedBlocks
 
 
 def rounded_to_int8(x: torch.Tensor) -> torch.Tensor:
@@ -26,21 +31,23 @@ def rounded_to_int8(x: torch.Tensor) -> torch.Tensor:
 
 def grouped_linear_reference(
     x: torch.Tensor,
-    weight: Grouped | GroupedPanels,
+    weight: Quantized,
     bias: torch.Tensor | None = None,
     wide: bool = False,
 ) -> torch.Tensor:
     """x: [..., K] and bias [N] of one type, weight [N, K]. Returns [..., N] in x's type, or in fp32
-    with `wide`: for logits."""
-    weight = weight.unpacked() if isinstance(weight, GroupedPanels) else weight
-    inputs = rounded_to_int8(x.float()) if weight.activations == "int8" else x.float()
-    y = F.linear(inputs, weight.dequantized(inputs.dtype), None if bias is None else bias.float())
+    with `wide`: for logits. Weights that floats are multiplied with are rounded to their type."""
+    weight = weight if isinstance(weight, Grouped) else weight.unpacked()
+    if weight.activations == "int8":
+        inputs = rounded_to_int8(x.float())
+        matrix = weight.dequantized(inputs.dtype)
+    else:
+        inputs, matrix = x.float(), weight.dequantized(x.dtype).float()
+    y = F.linear(inputs, matrix, None if bias is None else bias.float())
     return y if wide else y.to(x.dtype)
 
 
-def grouped_linear_cost(
-    x: torch.Tensor, weight: Grouped | GroupedPanels, wide: bool = False, **_: Any
-) -> Cost:
+def grouped_linear_cost(x: torch.Tensor, weight: Quantized, wide: bool = False, **_: Any) -> Cost:
     n, k = weight.shape
     outputs = x.numel() // k * n
     written = outputs * (4 if wide else x.element_size())
@@ -57,6 +64,7 @@ def _case(
     group: int = 32,
     bias: bool = False,
     wide: bool = False,
+    int8: bool = False,
 ) -> Case:
     def make(
         device: torch.device, dtype: torch.dtype, generator: torch.Generator
@@ -64,7 +72,7 @@ def _case(
         def normal(*size: int) -> torch.Tensor:
             return torch.randn(*size, generator=generator, device=generator.device).to(device)
 
-        activations = "int8" if dtype == torch.bfloat16 else "float"
+        activations = "int8" if int8 and dtype == torch.bfloat16 else "float"
         weight = quantized(normal(outputs, inputs) * inputs**-0.5, bits, group)
         return {
             "x": normal(*rows, inputs).to(dtype),
@@ -74,7 +82,7 @@ def _case(
         }
 
     label = "x".join(str(size) for size in rows) + f"-K{inputs}-N{outputs}-{bits}bits-G{group}"
-    marks = {"bias": bias, "wide": wide}
+    marks = {"bias": bias, "wide": wide, "int8": int8}
     return Case("-".join([label, *(mark for mark, on in marks.items() if on)]), make)
 
 
@@ -87,14 +95,40 @@ CASES = (
     _case((2, 97), 96, 50, bits=4, wide=True),
     _case((0,), 64, 32, bits=8),
     _case((3,), 256, 5, bits=8, group=256),
+    _case((1,), 64, 96, bits=4, int8=True),
+    _case((7,), 1024, 131, bits=4, bias=True, int8=True),
+    _case((3, 5), 128, 257, bits=8, bias=True, wide=True, int8=True),
+    _case((200,), 128, 33, bits=8, group=128, bias=True, int8=True),
+    _case((2, 97), 96, 50, bits=4, wide=True, int8=True),
+    _case((2,), 2080, 40, bits=4, bias=True),
 )
+
+
+def _fp32(facts: Mapping[str, Any]) -> bool:
+    return bool(facts["x_ptr"] == "*fp32")
+
+
+def _refusal(*, weight: Quantized, **_: Any) -> str | None:
+    return INT8_ACTIVATIONS if weight.activations == "int8" else None
+
 
 grouped_linear = Op(
     "grouped_linear",
     grouped_linear_reference,
     implementations=[
+        Implementation(
+            "portable",
+            "cuda",
+            "minisgl.kernels.grouped_linear.portable:grouped_linear_portable",
+            refusal=_refusal,
+        ),
         Implementation("cpu", "cpu", "minisgl.kernels.grouped_linear.cpu:grouped_linear_cpu"),
     ],
     cases=CASES,
     cost=grouped_linear_cost,
+    expected=[
+        Expected("few_rows_kernel", ("load128",)),
+        Expected("tiles_kernel", ("wgmma",)),
+        Expected("tiles_kernel", ("mma",), lambda facts: facts["arch"] < 90 and not _fp32(facts)),
+    ],
 )
