@@ -3,8 +3,9 @@
 Every layer lists its own `Weight`s; the loader fills them.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -76,6 +77,17 @@ class Weight:
         slices = [slice(None)] * len(self.shape)
         slices[self.dim] = slice(self.start, self.start + self.target.shape[self.dim])
         return tuple(slices)
+
+    def parts(self, size: int) -> Iterator["Weight"]:
+        """Itself some rows after others, of at most `size` elements together; all at once where its
+        columns are split over ranks."""
+        rows, *others = self.target.shape
+        if self.dim and tuple(self.target.shape) != self.shape:
+            yield self
+            return
+        step = max(1, size // max(1, math.prod(others)))
+        for at in range(0, rows, step):
+            yield replace(self, target=self.target[at : at + step], dim=0, start=self.start + at)
 
 
 class Block:

@@ -1,8 +1,9 @@
 """Loading a decoder: files are read layer by layer, straight into its weights."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-OPENED_FOR = 16  # tensors: what is read of a file is this process's memory until it is closed
+OPENED_FOR = 2**24  # weights: what is read of a file is this process's memory until it is closed
 
 T = TypeVar("T")
 # A safetensors file, or what is read like an open one.
@@ -178,12 +179,14 @@ def _check(wanted: Decoder, stored: Stored) -> dict[str, int]:
 
 def _fill(block: Block, stored: Stored, asked: Quantization) -> None:
     weights = {weight.name: weight for weight in block.weights()}
-    order = enumerate(_in_order(weights, stored))
-    for (file, _), some_of in groupby(order, lambda at: (stored[at[1]][0], at[0] // OPENED_FOR)):
+    parts = [p for name in _in_order(weights, stored) for p in weights[name].parts(OPENED_FOR)]
+    read = accumulate((math.prod(part.target.shape) for part in parts), initial=0)
+    order = zip(parts, (so_far // OPENED_FOR for so_far in read), strict=False)
+    for (file, _), some_of in groupby(order, lambda at: (stored[at[0].name][0], at[1])):
         with _open(file) as tensors:
-            for _, name in some_of:
-                bits = asked.bits(name.removesuffix(".weight"))
-                fill(weights[name], tensors.get_slice(stored[name][1]), bits)
+            for part, _ in some_of:
+                bits = asked.bits(part.name.removesuffix(".weight"))
+                fill(part, tensors.get_slice(stored[part.name][1]), bits)
 
 
 def _in_order(names: Iterable[str], stored: Stored) -> list[str]:

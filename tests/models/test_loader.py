@@ -65,6 +65,13 @@ def test_every_tensor_of_the_file_is_at_its_place(checkpoint: Path) -> None:
         assert torch.equal(loaded[name], tensor), name
 
 
+def test_large_tensors_are_read_in_parts(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = values(load(checkpoint))
+    monkeypatch.setattr("minisgl.models.loader.OPENED_FOR", 100)
+    for name, weight in values(load(checkpoint)).items():
+        assert torch.equal(weight, whole[name])
+
+
 def test_shards_named_by_the_index(checkpoint: Path) -> None:
     whole = values(load(checkpoint))
     tensors = load_file(checkpoint / "model.safetensors")
