@@ -128,7 +128,7 @@ grouped_linear = Op(
     cost=grouped_linear_cost,
     expected=[
         Expected("few_rows_kernel", ("load128",)),
-        Expected("tiles_kernel", ("wgmma",)),
+        Expected("tiles_kernel", ("wgmma",), lambda facts: facts["arch"] >= 90),
         Expected("tiles_kernel", ("mma",), lambda facts: facts["arch"] < 90 and not _fp32(facts)),
     ],
 )
