@@ -4,7 +4,7 @@ Nothing is lost: codes have 4 bits where none needs more, scales and minimums 16
 numbers of fp16, and minimums that follow from scales are left out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -19,27 +19,27 @@ QUADS = BLOCK // 4
 
 @dataclass(frozen=True)
 class GroupedPanels:
-    """Weights [N, K]: 32 rows side by side, in blocks of 32 inputs; the last with zeros for rows.
+    """Weights [..., N, K]: 32 rows side by side, in blocks of 32 inputs; the last with zeros.
 
     A block has 8 times the codes of [32 rows, 4 inputs], or of 4 bits 4 times; those of the inputs
     from 16 on are then the high halves of the bytes.
     """
 
-    codes: torch.Tensor  # [N / 32, K / 32, 8 or 4, 32, 4] uint8
-    scales: torch.Tensor  # [N / 32, K / G, 32] fp16 or fp32
+    codes: torch.Tensor  # [..., N / 32, K / 32, 8 or 4, 32, 4] uint8
+    scales: torch.Tensor  # [..., N / 32, K / G, 32] fp16 or fp32
     minimums: torch.Tensor | None  # the same; None: -8 times the scale in 4 bits, -128 times in 8
     num_rows: int  # N
     dtype: torch.dtype
     activations: Literal["float", "int8"]
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.num_rows, BLOCK * self.codes.shape[1]
+    def shape(self) -> tuple[int, ...]:
+        return *self.codes.shape[:-5], self.num_rows, BLOCK * self.codes.shape[-4]
 
     @property
     def bits(self) -> int:
         """Of a code."""
-        return self.codes.shape[2] * 8 // QUADS
+        return self.codes.shape[-3] * 8 // QUADS
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -49,22 +49,27 @@ class GroupedPanels:
     @property
     def layout(self) -> tuple[Any, ...]:
         """(N, K, G, bits, whether scales are fp16), as native ops take them."""
-        n, k = self.shape
-        return n, k, k // self.scales.shape[1], self.bits, self.scales.dtype == torch.float16
+        *_, n, k = self.shape
+        return n, k, k // self.scales.shape[-2], self.bits, self.scales.dtype == torch.float16
 
     @property
     def addresses(self) -> tuple[int, int, int]:
         return self.codes.data_ptr(), self.scales.data_ptr(), address(self.minimums)
 
+    def __getitem__(self, index: int) -> "GroupedPanels":
+        """A view of one of several matrices."""
+        least = None if self.minimums is None else self.minimums[index]
+        return replace(self, codes=self.codes[index], scales=self.scales[index], minimums=least)
+
     def unpacked(self) -> Grouped:
         """The weights that it was made of."""
-        (n, k), codes = self.shape, self.codes
+        (*_, n, _), codes = self.shape, self.codes
         if self.bits == 4:
-            codes = torch.cat([codes & 15, codes >> 4], dim=2)
-        codes = codes.permute(0, 3, 1, 2, 4).reshape(-1, k)[:n]
+            codes = torch.cat([codes & 15, codes >> 4], dim=-3)
+        codes = codes.movedim(-2, -4).flatten(-3).flatten(-3, -2)[..., :n, :]
 
         def rows(numbers: torch.Tensor) -> torch.Tensor:
-            return numbers.float().transpose(1, 2).flatten(0, 1)[:n]
+            return numbers.float().transpose(-1, -2).flatten(-3, -2)[..., :n, :]
 
         scales = rows(self.scales)
         least = -(2.0 ** (self.bits - 1)) * scales
@@ -74,17 +79,17 @@ class GroupedPanels:
 
 def packed(weight: Grouped) -> Grouped | GroupedPanels:
     """A weight in panels, where a CPU has the native product or is about to; else itself."""
-    fits = weight.device.type == "cpu" and weight.codes.dim() == 2 and len(weight) > 0
+    *others, n, k = weight.shape
+    fits = weight.device.type == "cpu" and weight.codes.numel() > 0
     if not fits or weight.dtype not in (torch.bfloat16, torch.float32):
         return weight
     if csrc.load("model_ops", wait=True) is None:
         return weight
-    k, bits = weight.shape[1], 4 if int(weight.codes.max()) <= 15 else 8
-    padded = -len(weight) % WIDTH
+    bits, padded = 4 if int(weight.codes.max()) <= 15 else 8, -n % WIDTH
     codes = torch.nn.functional.pad(weight.codes, (0, 0, 0, padded))
-    codes = codes.view(-1, WIDTH, k // BLOCK, QUADS, 4).permute(0, 2, 3, 1, 4)
+    codes = codes.view(*others, -1, WIDTH, k // BLOCK, QUADS, 4).movedim(-4, -2)
     if bits == 4:
-        codes = codes[:, :, : QUADS // 2] | codes[:, :, QUADS // 2 :] << 4
+        codes = codes[..., : QUADS // 2, :, :] | codes[..., QUADS // 2 :, :, :] << 4
     follow = torch.equal(weight.minimums, -(2.0 ** (bits - 1)) * weight.scales)
     numbers = [weight.scales] if follow else [weight.scales, weight.minimums]
     halves = [each.half() for each in numbers]
@@ -95,9 +100,9 @@ def packed(weight: Grouped) -> Grouped | GroupedPanels:
 
     def in_panels(rows: torch.Tensor) -> torch.Tensor:
         rows = torch.nn.functional.pad(rows, (0, 0, 0, padded))
-        panels = rows.view(-1, WIDTH, rows.shape[1]).transpose(1, 2)
+        panels = rows.view(*others, -1, WIDTH, rows.shape[-1]).transpose(-1, -2)
         return panels.to(torch.float16 if small else torch.float32).contiguous()
 
     minimums = None if follow else in_panels(weight.minimums)
     made = codes.contiguous(), in_panels(weight.scales), minimums
-    return GroupedPanels(*made, len(weight), weight.dtype, weight.activations)
+    return GroupedPanels(*made, n, weight.dtype, weight.activations)

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from minisgl.kernels.activation import gelu_tanh_and_mul_reference, silu_and_mul_reference
+from minisgl.kernels.grouped_linear import grouped_linear_reference
 from minisgl.kernels.grouped_linear.weights import Grouped
-from minisgl.kernels.linear.panels import Dense, Panels, packed, unpacked
+from minisgl.kernels.linear.panels import Panels, unpacked
+from minisgl.kernels.matrix import Matrix, Quantized, packed, tensors
 from minisgl.kernels.op import Case, Cost, Expected, Implementation, Op
 from minisgl.log import get_logger
 
@@ -40,8 +42,8 @@ def moe_route_reference(
 
 def moe_experts_reference(
     x: torch.Tensor,
-    gate_up: Dense,
-    down: Dense,
+    gate_up: Matrix,
+    down: Matrix,
     weights: torch.Tensor,
     ids: torch.Tensor,
     activation: str = "silu",
@@ -55,7 +57,10 @@ def moe_experts_reference(
     experts that were chosen are computed, each once over all its tokens.
     """
     num_experts, top_k = gate_up.shape[0], ids.shape[1]
-    gate_up, down = unpacked(gate_up).reshape(num_experts, -1, x.shape[1]), unpacked(down)
+    if not isinstance(gate_up, Quantized):
+        gate_up = unpacked(gate_up).reshape(num_experts, -1, x.shape[1])
+    if not isinstance(down, Quantized):
+        down = unpacked(down)
     flat = ids.flatten().long()
     order = torch.argsort(flat, stable=True)
     chosen, counts = torch.unique_consecutive(flat[order], return_counts=True)
@@ -67,22 +72,33 @@ def moe_experts_reference(
         if not 0 <= expert < num_experts:
             continue
         tokens = pairs // top_k
-        hidden = ACTIVATIONS[activation](x[tokens] @ gate_up[expert].T)
-        contribution = (hidden @ down[expert].T).float()
+        hidden = ACTIVATIONS[activation](_product(x[tokens], gate_up[expert]))
+        contribution = _product(hidden, down[expert]).float()
         output.index_add_(0, tokens, contribution * weights.flatten()[pairs, None])
     return output.to(x.dtype)
 
 
+def _product(x: torch.Tensor, weight: Any) -> torch.Tensor:
+    if isinstance(weight, Quantized):
+        return grouped_linear_reference(x, weight)
+    return x @ weight.T  # type: ignore[no-any-return]
+
+
 def packed_experts(
     gate_up: torch.Tensor | Grouped, down: torch.Tensor | Grouped
-) -> tuple[Dense, Dense]:
-    """gate_up [E, 2N, H] and down [E, H, N] in panels, gates [E, 2, N, H] apart from ups; or as
-    they are, where `packed` leaves them so. Those in codes become floats first."""
-    if isinstance(gate_up, Grouped):
+) -> tuple[Matrix, Matrix]:
+    """gate_up [E, 2N, H] and down [E, H, N] in panels, gates [E, 2, N, H] of floats apart from ups;
+    or as they are, where `packed` leaves them so and where one is in codes and the other in floats.
+    Codes of a device that has no product of them become floats first."""
+    if isinstance(gate_up, Grouped) or isinstance(down, Grouped):
+        coded = [packed(each) if isinstance(each, Grouped) else each for each in (gate_up, down)]
+        if not any(isinstance(each, Grouped) for each in coded):
+            return coded[0], coded[1]
         log.warning("quantised experts become %s: they have no product in codes", gate_up.dtype)
-        gate_up = gate_up.dequantized(gate_up.dtype)
-    if isinstance(down, Grouped):
-        down = down.dequantized(down.dtype)
+    gate_up, down = (
+        each.dequantized(each.dtype) if isinstance(each, Grouped) else each
+        for each in (gate_up, down)
+    )
     gates = packed(gate_up.unflatten(1, (2, -1)))
     return (gates if isinstance(gates, Panels) else gate_up), packed(down)
 
@@ -94,12 +110,13 @@ def moe_route_cost(logits: torch.Tensor, top_k: int, **_: Any) -> Cost:
 
 
 def moe_experts_cost(
-    x: torch.Tensor, gate_up: Dense, down: Dense, ids: torch.Tensor, **_: Any
+    x: torch.Tensor, gate_up: Matrix, down: Matrix, ids: torch.Tensor, **_: Any
 ) -> Cost:
-    used = ids.unique().numel()
+    used = ids.unique().numel() / gate_up.shape[0]
     per_expert = math.prod(gate_up.shape[1:]) + math.prod(down.shape[1:])
-    moved = (used * per_expert + 2 * x.numel()) * x.element_size() + 8 * ids.numel()
-    return Cost(bytes=moved, flops=2 * ids.numel() * per_expert)
+    held = sum(each.nbytes for weight in (gate_up, down) for each in tensors(weight))
+    moved = used * held + 2 * x.nbytes + 8 * ids.numel()
+    return Cost(bytes=int(moved), flops=2 * ids.numel() * per_expert)
 
 
 def _route_case(tokens: int, experts: int, top_k: int, renormalize: bool) -> Case:

@@ -5,8 +5,10 @@ import torch
 
 from minisgl.device.tape import by_call
 from minisgl.kernels.activation.cpu import gelu_tanh_and_mul_cpu, silu_and_mul_cpu
+from minisgl.kernels.grouped_linear.cpu import grouped_linear_cpu
 from minisgl.kernels.linear.cpu import linear_cpu
-from minisgl.kernels.linear.panels import Dense, Panels, unpacked
+from minisgl.kernels.linear.panels import Panels, unpacked
+from minisgl.kernels.matrix import Matrix, Quantized
 from minisgl.kernels.moe import moe_route_reference
 from minisgl.kernels.native import model_ops
 
@@ -34,8 +36,8 @@ moe_route_twin = by_call(moe_route_reference)
 
 def moe_experts_cpu(
     x: torch.Tensor,
-    gate_up: Dense,
-    down: Dense,
+    gate_up: Matrix,
+    down: Matrix,
     weights: torch.Tensor,
     ids: torch.Tensor,
     activation: str = "silu",
@@ -62,13 +64,14 @@ def moe_experts_cpu(
 @by_call
 def moe_experts_twin(
     x: torch.Tensor,
-    gate_up: Dense,
-    down: Dense,
+    gate_up: Matrix,
+    down: Matrix,
     weights: torch.Tensor,
     ids: torch.Tensor,
     activation: str,
 ) -> torch.Tensor:
-    """The same for weights as they are. A token's experts are added in ascending order of ids."""
+    """The same for weights as they are, or in codes. A token's experts are added in ascending order
+    of ids."""
     num_experts, top_k = gate_up.shape[0], ids.shape[1]
     flat = ids.flatten()
     order = torch.argsort(flat, stable=True)
@@ -78,14 +81,17 @@ def moe_experts_twin(
         if not 0 <= expert < num_experts:
             continue
         tokens = pairs // top_k
-        hidden = ACTIVATIONS[activation](linear_cpu(x[tokens], _matrix(gate_up, expert)))
-        y = linear_cpu(hidden, _matrix(down, expert), wide=True)
+        hidden = ACTIVATIONS[activation](_product(x[tokens], gate_up, expert))
+        y = _product(hidden, down, expert, wide=True)
         output.index_add_(0, tokens, y * weights.flatten()[pairs, None])
     return output.to(x.dtype)
 
 
-def _matrix(weight: Dense, expert: int) -> torch.Tensor:
-    """One expert's weight [N, K]."""
-    if isinstance(weight, Panels):
-        return unpacked(weight._replace(values=weight.values[expert])).reshape(-1, weight.shape[-1])
-    return weight[expert]
+def _product(x: torch.Tensor, weight: Matrix, expert: int, wide: bool = False) -> torch.Tensor:
+    """x times one expert's weight [N, K]."""
+    if isinstance(weight, Quantized):
+        return grouped_linear_cpu(x, weight[expert], wide=wide)
+    if not isinstance(weight, Panels):
+        return linear_cpu(x, weight[expert], wide=wide)
+    own = unpacked(weight._replace(values=weight.values[expert]))
+    return linear_cpu(x, own.reshape(-1, weight.shape[-1]), wide=wide)
