@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.kernels.workload import Arguments, Baseline, Call
+from minisgl.kernels.matrix import unpacked
 from minisgl.kernels.op import Op
 
 
@@ -93,7 +94,7 @@ def _matmul(a: Arguments) -> Call:
 
 
 def _matmul_of_floats(a: Arguments) -> Call:
-    weight = a["weight"].unpacked().dequantized(a["x"].dtype)
+    weight = unpacked(a["weight"])
     return lambda: F.linear(a["x"], weight)
 
 

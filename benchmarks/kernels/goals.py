@@ -173,7 +173,7 @@ def goals(device_name: str) -> list[Goal]:
         ),
         *(
             _predicted(
-                f"codes of {bits} bits, {tokens} tokens, of the copy rate",
+                f"codes of {bits} bits, batch {tokens}, of the copy rate",
                 "x",
                 predicted,
                 _codes_share(bits, tokens),

@@ -16,9 +16,10 @@ from benchmarks.kernels.workload import (
     Setting,
     Workload,
 )
-from minisgl.kernels.grouped_linear import blocks, grouped_linear
+from minisgl.kernels.grouped_linear import grouped_linear
 from minisgl.kernels.grouped_linear.weights import quantized
 from minisgl.kernels.linear import linear
+from minisgl.kernels.matrix import packed
 from minisgl.kernels.moe import moe_experts, moe_route
 
 
@@ -53,7 +54,7 @@ def products_in_codes(small: bool) -> Iterator[Workload]:
             ) -> Arguments:
                 floats = setting.normal(outputs, inputs, scale=inputs**-0.5)
                 weight = replace(quantized(floats, bits, 32), dtype=setting.dtype)
-                return {"x": setting.normal(tokens, inputs), "weight": blocks.packed(weight)}
+                return {"x": setting.normal(tokens, inputs), "weight": packed(weight)}
 
             yield Workload(
                 grouped_linear,
