@@ -14,7 +14,7 @@ from minisgl import csrc
 BLOCK = 32  # inputs that are rounded together, of which a group has one or several
 
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8)  # shares of a group's range that the codes may span
-_PIECE = 2**15  # weights rounded at once where nothing native is built: they stay in the cache
+_PIECE = 2**15  # weights rounded at once by a CPU with nothing native: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ def quantized(weight: torch.Tensor, bits: int, group: int) -> Grouped:
     scales, minimums = (torch.empty(len(rows), 1, device=rows.device) for _ in range(2))
     native = csrc.load("model_ops", wait=True) if rows.device.type == "cpu" else None
     if native is None:
-        pieces = (each.split(max(1, _PIECE // group)) for each in (rows, codes, scales, minimums))
+        at_once = max(1, _PIECE // group if rows.device.type == "cpu" else len(rows))
+        pieces = (each.split(at_once) for each in (rows, codes, scales, minimums))
         for piece, *into in zip(*pieces, strict=True):
             for tensor, found in zip(into, quantized_reference(piece, bits), strict=True):
                 tensor.copy_(found)
