@@ -15,6 +15,8 @@ from minisgl.kernels.activation.portable import silu_and_mul_portable
 from minisgl.kernels.attention import attention
 from minisgl.kernels.offline import offline, recorded
 from minisgl.kernels.warmup import CompileCounter, load
+from minisgl.layers.weights import Placement
+from minisgl.models.decoder import Decoder
 from minisgl.start.facts import read_facts
 from minisgl.start.launches import Start, compile_ahead, launched, serve
 
@@ -77,6 +79,20 @@ def test_a_start_without_drafts_launches_no_kernel_of_drafts(start):
     found = [variant.facts for variant in launched(replace(start, config=config))]
     assert {facts["K"] for facts in found if facts.keys() >= {"K", "counts_ptr"}} == {0, 1, 2}
     assert {facts["WIDTH"] for facts in found if "WIDTH" in facts} == {0, 1, 2, 3}
+
+
+def test_products_with_weights_in_codes_are_among_them(start):
+    """The forms of what was loaded reach the processes that find the kernels; one layer differs."""
+    model = read_facts(start.config, Path(start.path), MetaDevice()).model
+    blocks = Decoder(model, Placement(model.dtype, torch.device("meta"))).blocks()
+    forms = [((4, 32, True, True),) * len(block.forms()) for block in blocks]
+    forms[3] = ((8, 64, True, False),) * len(forms[3])
+    _, plain = compile_ahead(start, processes=0)
+    _, coded = compile_ahead(replace(start, forms=(forms, ())), processes=0)
+    new = [json.loads(data) for data in {*coded} - {*plain}]
+    assert {data["name"].rpartition(".")[2] for data in new} >= {"few_rows_kernel", "tiles_kernel"}
+    found = [variant.facts for variant in launched(replace(start, forms=(forms, ())))]
+    assert {facts["BITS"] for facts in found if "BITS" in facts} == {4, 8}
 
 
 def test_what_triton_cannot_say_is_left_out():
