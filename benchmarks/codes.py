@@ -18,6 +18,7 @@ from itertools import cycle
 import torch
 
 from minisgl import csrc
+from minisgl.device.cpu import lazy_zeros
 from minisgl.kernels.grouped_linear.panels import GroupedPanels
 from minisgl.kernels.grouped_linear.weights import Grouped
 from minisgl.kernels.linear.panels import Panels
@@ -52,16 +53,20 @@ def copies(weight: Matrix, rows: int) -> list[Matrix]:
     """As many as are in no cache, where there are so few rows that they are read from memory."""
     held = sum(tensor.nbytes for tensor in tensors(weight))
     count = 1 if rows > 64 else -(-COLD // held)
-    return [weight, *(_copy(weight) for _ in range(count - 1))]
+    return [_copy(weight) for _ in range(count)]
 
 
 def _copy(weight: Matrix) -> Matrix:
     if isinstance(weight, Panels):
-        return Panels(weight.values.clone(), weight.num_rows)
+        return Panels(_in_huge_pages(weight.values), weight.num_rows)
     assert isinstance(weight, GroupedPanels)
-    least = None if weight.minimums is None else weight.minimums.clone()
-    own = weight.codes.clone(), weight.scales.clone(), least
+    least = None if weight.minimums is None else _in_huge_pages(weight.minimums)
+    own = _in_huge_pages(weight.codes), _in_huge_pages(weight.scales), least
     return GroupedPanels(*own, weight.num_rows, weight.dtype, weight.activations)
+
+
+def _in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
+    return lazy_zeros(tensor.shape, tensor.dtype).copy_(tensor)
 
 
 def fastest(calls: dict[str, Callable[[], object]], budget: float) -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from minisgl import csrc
+from minisgl.device.cpu import lazy_zeros
 from minisgl.kernels.grouped_linear.weights import BLOCK, Grouped
 from minisgl.kernels.native import address
 
@@ -101,8 +102,13 @@ def packed(weight: Grouped) -> Grouped | GroupedPanels:
     def in_panels(rows: torch.Tensor) -> torch.Tensor:
         rows = torch.nn.functional.pad(rows, (0, 0, 0, padded))
         panels = rows.view(*others, -1, WIDTH, rows.shape[-1]).transpose(-1, -2)
-        return panels.to(torch.float16 if small else torch.float32).contiguous()
+        return _in_huge_pages(panels, torch.float16 if small else torch.float32)
 
     minimums = None if follow else in_panels(weight.minimums)
-    made = codes.contiguous(), in_panels(weight.scales), minimums
+    made = _in_huge_pages(codes, torch.uint8), in_panels(weight.scales), minimums
     return GroupedPanels(*made, n, weight.dtype, weight.activations)
+
+
+def _in_huge_pages(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A dense copy: a step reads all of it."""
+    return lazy_zeros(tensor.shape, dtype).copy_(tensor)
