@@ -313,7 +313,7 @@ def test_each_filter_of_sampling_has_a_goal_by_its_reads():
 def test_every_op_of_the_engine_has_a_workload():
     timed = {workload.op.name for workload in workloads(small=True)}
     assert timed == {workload.op.name for workload in workloads(small=False)}
-    others = {"gelu_tanh_and_mul", "grouped_linear"}  # as silu_and_mul is; for CPUs alone
+    others = {"gelu_tanh_and_mul"}  # as silu_and_mul is
     assert timed == {op.name for op in all_ops()} - others
 
 
