@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from minisgl import csrc
+from minisgl.kernels.grouped_linear import panels
 from minisgl.kernels.grouped_linear.weights import Grouped, quantized, quantized_reference
 from minisgl.kernels.matrix import embedding, packed, product, tensors, unpacked
 from minisgl.layers.weights import Block
@@ -88,6 +89,22 @@ def test_groups_that_are_not_of_whole_blocks_are_refused(k: int, groups: int, sa
     codes = torch.zeros(2, k, dtype=torch.uint8)
     with pytest.raises(ValueError, match=f"multiple of the group, .* got {said}"):
         Grouped(codes, torch.ones(2, groups), torch.ones(2, groups))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", [(2 * 64 * 32, 64), (64 * 32 + 5, 32), (3, 32), (2, 66, 96)])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_codes_are_packed_piece_by_piece_without_loss(
+    bits: int, shape: tuple[int, ...], in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(panels, "LARGE", 0 if in_place else 2**26)
+    generator = torch.Generator().manual_seed(1)
+    weight = quantized(torch.randn(shape, generator=generator), bits, 32)
+    codes, dense = weight.codes.clone(), weight.dequantized()
+    made = packed(weight)
+    assert made.bits == bits
+    assert torch.equal(made.unpacked().codes, codes)
+    assert torch.equal(unpacked(made), dense)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

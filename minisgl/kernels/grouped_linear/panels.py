@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 
 from minisgl import csrc
 from minisgl.device.cpu import lazy_zeros
@@ -16,6 +17,8 @@ from minisgl.kernels.native import address
 
 WIDTH = 32
 QUADS = BLOCK // 4
+LARGE = 2**26  # bytes, of an embedding: twice of less is no matter
+_AT_ONCE = 64  # panels that are packed together: what packing takes besides
 
 
 @dataclass(frozen=True)
@@ -79,18 +82,15 @@ class GroupedPanels:
 
 
 def packed(weight: Grouped) -> Grouped | GroupedPanels:
-    """A weight in panels, where a CPU has the native product or is about to; else itself."""
-    *others, n, k = weight.shape
+    """A weight in panels, where a CPU has the native product or is about to; else itself. They may
+    be made in its place, and it is then gone."""
+    *others, n, _ = weight.shape
     fits = weight.device.type == "cpu" and weight.codes.numel() > 0
     if not fits or weight.dtype not in (torch.bfloat16, torch.float32):
         return weight
     if csrc.load("model_ops", wait=True) is None:
         return weight
     bits, padded = 4 if int(weight.codes.max()) <= 15 else 8, -n % WIDTH
-    codes = torch.nn.functional.pad(weight.codes, (0, 0, 0, padded))
-    codes = codes.view(*others, -1, WIDTH, k // BLOCK, QUADS, 4).movedim(-4, -2)
-    if bits == 4:
-        codes = codes[..., : QUADS // 2, :, :] | codes[..., QUADS // 2 :, :, :] << 4
     follow = torch.equal(weight.minimums, -(2.0 ** (bits - 1)) * weight.scales)
     numbers = [weight.scales] if follow else [weight.scales, weight.minimums]
     halves = [each.half() for each in numbers]
@@ -100,13 +100,29 @@ def packed(weight: Grouped) -> Grouped | GroupedPanels:
     )
 
     def in_panels(rows: torch.Tensor) -> torch.Tensor:
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, padded))
+        rows = F.pad(rows, (0, 0, 0, padded))
         panels = rows.view(*others, -1, WIDTH, rows.shape[-1]).transpose(-1, -2)
         return _in_huge_pages(panels, torch.float16 if small else torch.float32)
 
     minimums = None if follow else in_panels(weight.minimums)
-    made = _in_huge_pages(codes, torch.uint8), in_panels(weight.scales), minimums
-    return GroupedPanels(*made, n, weight.dtype, weight.activations)
+    made = in_panels(weight.scales), minimums, n, weight.dtype, weight.activations
+    return GroupedPanels(_packed_codes(weight.codes, bits), *made)
+
+
+def _packed_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes [..., N, K] as panels hold them; large ones in their own place, where they fit."""
+    *others, n, k = codes.shape
+    shape = *others, -(-n // WIDTH), k // BLOCK, QUADS * bits // 8, WIDTH, 4
+    fits = bits == 8 and n % WIDTH == 0 and codes.is_contiguous() and codes.nbytes > LARGE
+    made = codes.view(shape) if fits else lazy_zeros(shape, torch.uint8)
+    for first in range(0, shape[-5], _AT_ONCE):
+        some = codes[..., first * WIDTH : (first + _AT_ONCE) * WIDTH, :]
+        some = F.pad(some, (0, 0, 0, -some.shape[-2] % WIDTH))
+        some = some.reshape(*others, -1, WIDTH, k // BLOCK, QUADS, 4).movedim(-4, -2)
+        if bits == 4:
+            some = some[..., : QUADS // 2, :, :] | some[..., QUADS // 2 :, :, :] << 4
+        made[..., first : first + _AT_ONCE, :, :, :, :] = some.contiguous()
+    return made
 
 
 def _in_huge_pages(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
