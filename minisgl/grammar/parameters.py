@@ -5,11 +5,10 @@ the form has such and the schema asks for a string.
 """
 
 import json
-import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
-from minisgl.grammar.schema import Reader, Refused, Schema
+from minisgl.grammar.schema import Reader, Refused, Schema, strings
 
 NEW_LINE = r'"\n"'
 TYPES_ALONE = {"type", "anyOf", "oneOf"}
@@ -26,12 +25,17 @@ class Written(NamedTuple):
     behind_name: str
     after: str
     between: str
-    name: str  # a regular expression of what a name may be
+    name: str  # a regular expression of names that the schema does not tell
+    can_name: Callable[[str], bool]  # whether it can write a name that the schema tells
+
+
+def _stands_in_a_tag(name: str) -> bool:
+    return name == name.strip() != "" and not {">", "\n"} & {*name}
 
 
 WRITTEN = {
-    "xml": Written("<parameter=", ">\n", "</parameter>", "", r"[^>\n]{1,64}"),
-    "python": Written("", "=", "", ", ", r"[A-Za-z_][A-Za-z0-9_]{0,63}"),
+    "xml": Written("<parameter=", ">\n", "</parameter>", "", r"[^>\n]{1,64}", _stands_in_a_tag),
+    "python": Written("", "=", "", ", ", r"[A-Za-z_][A-Za-z0-9_]{0,63}", str.isidentifier),
 }
 
 
@@ -55,6 +59,7 @@ class Arguments:
         schema = schema if isinstance(schema, dict) else {}
         shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         self._around = shared | {"x-guidance": options}
+        self._shared = _outward(shared)
         for key in schema.keys() - KEPT:
             reader.leave_out(f"#/{key}", f"{key} is not kept in calls of this form")
         properties, required = schema.get("properties", {}), schema.get("required", [])
@@ -64,7 +69,25 @@ class Arguments:
             return self._add_free(schema.get("additionalProperties", True))
         for key in sorted({*required} - properties.keys()):
             reader.leave_out("#/required", f"{key!r} is none of the properties")
-        self._add_named([*properties.items()], {*required})
+        self._add_named([*self._writable(properties, {*required})], {*required})
+
+    def _writable(
+        self, properties: dict[str, Schema], required: set[str]
+    ) -> Iterator[tuple[str, Schema]]:
+        """The properties that calls of this form can have."""
+        for key, value in properties.items():
+            can_name = self._written.can_name(key)
+            if value is not False and can_name:
+                yield key, value
+                continue
+            path = f"#/properties/{key}"
+            reason = (
+                "no value fits it" if can_name else "calls of this form cannot have such a name"
+            )
+            if key in required:
+                raise Refused(path, reason)
+            if not can_name:
+                self._reader.leave_out(path, reason)
 
     def _add_free(self, value: Schema) -> None:
         """Parameters of any name."""
@@ -78,14 +101,12 @@ class Arguments:
         ]
 
     def _add_named(self, properties: list[tuple[str, Schema]], required: set[str]) -> None:
-        """The parameters in their order. `NAME_i`: from the i-th on, where none stands before it;
+        """Parameters in their order. `NAME_i`: from the i-th on, where none stands before it;
         `NAME_i_more`: where some do."""
         written = self._written
         between = _said(written.between)
         for i, (key, value) in enumerate(properties):
             at, following = f"{self._name}_{i}", f"{self._name}_{i + 1}"
-            if re.fullmatch(written.name, key) is None:
-                raise Refused(f"#/properties/{key}", "calls of this form cannot have such a name")
             one = f"{_said(written.before + key + written.behind_name)} "
             one += self._value(f"{at}_value", value, key)
             self.rules += [
@@ -99,6 +120,14 @@ class Arguments:
         after = self._written.after
         if after and (key in self._texts or schema in (True, {})):
             return f"{self._text_value(name, schema, key)} {NEW_LINE}"
+        references = _outward(schema)
+        if references or (self._shared and strings(schema, "$ref")):
+            place = f"#/properties/{key}" if key else "#/additionalProperties"
+            reason = (
+                f"$ref to {(references or self._shared)[0]!r}, which is not in $defs, is not kept"
+            )
+            self._reader.leave_out(place, f"{reason} in calls of this form")
+            schema = True
         whole = schema if isinstance(schema, dict) else ({} if schema else {"not": {}})
         value = f"%json {json.dumps(self._around | whole)}"
         return f"{value} {NEW_LINE} {_said(after)} {NEW_LINE}" if after else value
@@ -111,21 +140,23 @@ class Arguments:
         for key in sorted(schema.keys() - OF_A_TEXT):
             reason = f"{key} of a text is not kept in calls of this form"
             self._reader.leave_out(f"{path}/{key}", reason)
-        values = [schema["const"]] if "const" in schema else schema.get("enum")
-        if values is not None:
-            texts = [each for each in values if isinstance(each, str)] if _is_list(values) else []
-            if not texts or any(after in text for text in texts):
-                raise Refused(path, f"must be one of texts without {after}, got {values!r}")
-            texts += ["null"] * (None in values)
-            return f"({' | '.join(_said(f'{text}{chr(10)}{after}') for text in texts)})"
         least, most = (schema.get(f"{which}Length") for which in ("min", "max"))
-        if least is None and most is None:
-            return self._ended(name, r"(?s:.*)")
         for bound in (least, most):
             if bound is not None and (type(bound) is not int or bound < 0):
                 raise Refused(path, f"lengths must be whole numbers of 0 or more, got {bound!r}")
         if most is not None and most < (least or 0):
             raise Refused(path, f"minLength ({least}) is greater than maxLength ({most})")
+        lists = [schema["enum"]] if "enum" in schema else []
+        lists += [[schema["const"]]] if "const" in schema else []
+        if lists:
+            texts = _texts_of(lists, least or 0, most)
+            if not texts or any(after in text for text in texts):
+                raise Refused(
+                    path, f"must be one of texts without {after} that fit, got {lists[0]!r}"
+                )
+            return f"({' | '.join(_said(f'{text}{chr(10)}{after}') for text in texts)})"
+        if least is None and most is None:
+            return self._ended(name, r"(?s:.*)")
         # Without the first character of the mark that ends it, so that all others can be counted.
         count = f"{least or 0},{'' if most is None else most}"
         return self._ended(name, f"[^{after[0]}]{{{count}}}\\n")
@@ -134,6 +165,22 @@ class Arguments:
         """A text up to the first mark that ends it."""
         self.rules.append(f"{name}[suffix={json.dumps(self._written.after)}]: /{pattern}/")
         return name
+
+
+def _texts_of(lists: list[Any], least: int, most: int | None) -> list[str]:
+    """The texts that all of the lists have, and that are so long; "null" for null."""
+    if not all(_is_list(each) for each in lists):
+        return []
+    values = [value for value in lists[0] if all(value in each for each in lists)]
+    texts = [text for text in values if isinstance(text, str) and least <= len(text)]
+    texts = [text for text in texts if most is None or len(text) <= most]
+    return texts + ["null"] * (None in values)
+
+
+def _outward(schema: Schema) -> list[str]:
+    """The references that name no place in $defs or definitions."""
+    inner = ("#/$defs/", "#/definitions/")
+    return [name for name in strings(schema, "$ref") if not name.startswith(inner)]
 
 
 def _is_list(value: object) -> bool:

@@ -63,12 +63,12 @@ class Reader:
         self._strict = strict
         self._work = 0
         inner = {k: v for k, v in root.items() if k != "$id"} if isinstance(root, dict) else root
-        self._has_bases = bool(_strings(inner, "$id"))  # what `#` means depends on the place
+        self._has_bases = bool(strings(inner, "$id"))  # what `#` means depends on the place
 
     def read(self) -> Schema:
         """The schema without what asks for nothing; `oneOf` may be read as `anyOf`."""
         made = self._read(self._root, "#", 0)
-        references = _strings(self._root, "$ref")
+        references = strings(self._root, "$ref")
         if len(references) > MAX_REFERENCES:
             found = len(references)
             raise Refused("#", f"$ref may name {MAX_REFERENCES} places at most, got {found}")
@@ -197,9 +197,9 @@ class Reader:
     def _can_end(self) -> bool:
         """Whether some finite value may fit; a schema that requires itself has none."""
         if self._has_bases:
-            return self._ends(self._root, {*_strings(self._root, "$ref")}, 0)
+            return self._ends(self._root, {*strings(self._root, "$ref")}, 0)
         ending: set[str] = set()
-        waiting = {"#", *_strings(self._root, "$ref")}
+        waiting = {"#", *strings(self._root, "$ref")}
         while waiting:
             found = {ref for ref in waiting if self._ends(self._target(ref), ending, 0)}
             if "#" in found or self._work > MAX_WORK:
@@ -356,7 +356,7 @@ def _property(node: dict[str, Any], name: Any) -> Schema:
     return node.get("additionalProperties") is not False or "patternProperties" in node
 
 
-def _strings(node: Any, key: str) -> set[str]:
+def strings(node: Any, key: str) -> set[str]:
     """Those that stand under `key` anywhere in `node`."""
     found: set[str] = set()
     stack = [node]

@@ -168,12 +168,12 @@ def _asked(schema: Any) -> dict[str, Any]:
     given = schema.get("x-guidance") if isinstance(schema, dict) else None
     if not isinstance(given, dict) or given.get("lenient", True) is not True:
         return {}
-    if given.keys() - {"lenient"} and (
-        given.keys() - {"lenient"} != {"written", "texts"}
-        or given["written"] not in WRITTEN
-        or not isinstance(given["texts"], list)
-    ):
-        return {}
+    if how := given.keys() - {"lenient"}:
+        form, texts = given.get("written"), given.get("texts")
+        if how != {"written", "texts"} or not isinstance(form, str) or form not in WRITTEN:
+            return {}
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            return {}
     return dict(schema.pop("x-guidance"))
 
 

@@ -208,6 +208,8 @@ def texts(schema: Mapping[str, Any]) -> list[str]:
 def _typed(text: str, types: set[str]) -> str:
     """A value written as plain text, as JSON of one of the types."""
     plain = _WORDS.get(text.strip(), text.strip())
+    if types in _TEXTS and plain != "null":
+        return json.dumps(text, ensure_ascii=False)
     value = _decoded(plain)
     kind = _KINDS.get(type(value), "null" if value is None else "array")
     fits = not types or kind in types or (kind == "integer" and "number" in types)

@@ -224,6 +224,9 @@ MIXED = {
         "on": {"type": "boolean"},
         "many": {"type": "array", "items": {"$ref": "#/$defs/one"}},
         "other": {},
+        "never": False,
+        "few": {"type": ["string", "null"], "enum": ["x", "long", None], "maxLength": 2},
+        "some": {"type": ["string", "null"], "minLength": 3},
     },
     "required": ["short"],
     "$defs": {"one": {"type": "object", "properties": {"x": {"type": "number"}}}},
@@ -231,7 +234,8 @@ MIXED = {
 FIT = [
     {"kind": "a\nb", "short": "abc", "maybe": "null?", "on": False, "many": [{"x": 1}]},
     {"short": "x", "many": [], "other": "any text"},
-    {"kind": "rain", "short": "x", "maybe": None},
+    {"kind": "rain", "short": "x", "maybe": None, "few": None},
+    {"short": "x", "few": "x", "some": '"a"'},
     {"short": "\n"},
 ]
 MISFIT = [
@@ -242,6 +246,8 @@ MISFIT = [
     {"short": "x", "on": "yes"},
     {"short": "x", "many": [{"x": "1"}]},
     {"short": "x", "more": 1},
+    {"short": "x", "never": 1},
+    {"short": "x", "few": "long"},
     {"on": True, "short": "x"},  # in the order of the schema
 ]
 
@@ -266,6 +272,20 @@ def test_each_argument_that_is_written_by_itself_fits(world, name):
         ({"properties": {"a": {}}, "required": ["b"]}, "#/required", "'b' is none"),
         ({"properties": {"a": {}}, "required": 5}, "#/required", "must be an array"),
         ({"properties": {"a>": {}}}, "#/properties/a>", "name"),
+        ({"properties": {"a>": {}}, "required": ["a>"]}, "#/properties/a>", "name"),
+        ({"properties": {"a": False}, "required": ["a"]}, "#/properties/a", "no value"),
+        ({"properties": {"a": {}, "b": {"$ref": "#/properties/a"}}}, "#/properties/b", "$ref"),
+        ({"properties": {"a": {"$ref": "#"}}}, "#/properties/a", "$ref"),
+        (
+            {"properties": {"a": {"type": "string", "enum": ["long"], "maxLength": 1}}},
+            "#/properties/a",
+            "got ['long']",
+        ),
+        (
+            {"properties": {"a": {"type": "string", "enum": ["x"], "const": "y"}}},
+            "#/properties/a",
+            "got ['x']",
+        ),
         ({"properties": {"a": {"type": "string", "enum": ["</parameter>"]}}}, "#/properties/a", ""),
         ({"properties": {"a": {"type": "string", "enum": 5}}}, "#/properties/a", "got 5"),
         ({"properties": {"a": {"type": "string", "maxLength": "5"}}}, "#/properties/a", "'5'"),
@@ -288,5 +308,6 @@ def test_what_such_arguments_cannot_keep_is_named(world, schema, place, reason):
         ValueError, match=re.escape(f"%json 0: {place}: ") + f".*{re.escape(reason)}"
     ):
         compiled(["f"])
-    if "/pattern" in place or "/minP" in place or "none" in reason:  # the others are no schemas
+    left_out = "/pattern" in place or "/minP" in place or "none" in reason or reason == "$ref"
+    if left_out or (reason == "name" and "required" not in schema):  # nothing fits the others
         assert [place in warning for warning in compiled([]).warnings] == [True]
