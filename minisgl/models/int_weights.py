@@ -124,9 +124,9 @@ class IntMatrix:
         self.group = self.shape[1] // groups
         stated = [self.shape[1] if size == -1 else size for size in form.groups]
         if self.shape[1] != groups * self.group or self.group not in stated:
-            sizes = " or ".join(map(str, form.groups))
+            sizes = " or ".join("all inputs" if size == -1 else str(size) for size in form.groups)
             inputs = f"{self.shape[1]} inputs in {groups} groups"
-            raise ValueError(f"{where} has {inputs}, none of {sizes}, as group_size says")
+            raise ValueError(f"{where} has {inputs}, but group_size says groups of {sizes}")
         if self.group % 32:
             raise ValueError(f"{where} has groups of {self.group} inputs, not a multiple of 32")
         order = torch.arange(self.shape[1]) // self.group

@@ -133,9 +133,11 @@ def _are_equal(one: tuple[Source, str], other: tuple[Source, str]) -> bool:
     """Whether two matrices are, some rows after others: those in codes become floats for it."""
     with _open(one[0]) as ours, _open(other[0]) as theirs:
         both = ours.get_slice(one[1]), theirs.get_slice(other[1])
-        (n, k), *others = (tuple(each.get_shape()) for each in both)
-        step = max(1, PIECE // k)
-        return others == [(n, k)] and all(
+        shape, other_shape = (tuple(each.get_shape()) for each in both)
+        if shape != other_shape or len(shape) != 2 or 0 in shape:
+            return False  # the check of shapes names it
+        n, step = shape[0], max(1, PIECE // shape[1])
+        return all(
             torch.equal(*(torch.as_tensor(each[at : min(at + step, n), :]) for each in both))
             for at in range(0, n, step)
         )

@@ -71,7 +71,7 @@ class Choice:
         """Log what stays as floats although it is quantised in the checkpoint, or was to be, and
         what was asked for in vain."""
         asked = {self.asked.weights, self.asked.head}
-        if "auto" in asked and not self.kept:
+        if "auto" in asked and not (self.kept or self.left):
             log.warning("quantization auto: the checkpoint has no weights in codes")
         if asked & {"int8", "int4"} and not (self.rounded or self.left):
             log.warning("quantization: nothing is rounded, as the checkpoint has no such floats")
