@@ -129,7 +129,7 @@ struct Rounded {
                 std::memcpy(to + v * 16, &narrow, sizeof narrow);
                 sum += whole;
             }
-            scales[at] = largest / 127.0f;
+            scales[at] = largest - largest == 0.0f ? largest / 127.0f : NAN;  // as inf times 0 is
             sums[at] = ::sum(__builtin_convertvector(sum, f32x16)) * sums_times;
         }
     }

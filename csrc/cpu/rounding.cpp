@@ -71,7 +71,8 @@ void choose(const T *weights, Index size, int bits, float low, float high, float
             scale = tried[c];
             minimum = tried[MINIMUMS + c];
         }
-        if (!(error >= least)) least = error;  // NaN, of an infinite scale, stays: nothing fits
+        // NaN, of an infinite scale, stays: nothing fits.
+        if (least == least && !(error >= least)) least = error;
     }
 }
 

@@ -1,5 +1,6 @@
 """Weights of 4 and 8 bits: what rounding to them loses, and what is computed with them."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -176,3 +177,29 @@ def test_weights_that_no_scale_holds_are_refused(bits: int, value: float) -> Non
     weight[1, 3] = value
     with pytest.raises(ValueError, match="within fp16's range"):
         quantized(weight, bits, 32)
+
+
+def test_nor_are_those_that_a_smaller_range_would_hold() -> None:
+    weight = torch.full((1, 32), 540_000.0)
+    weight[0, 0] = 1e6  # 15 steps of 66,667, which fp16 does not have, and of 60,000, which it has
+    for given in (weight, weight.bfloat16()):
+        with pytest.raises(ValueError, match="within fp16's range"):
+            quantized(given, 4, 32)
+
+
+@pytest.mark.parametrize(("k", "group"), [(24, 24), (48, 32)])
+def test_groups_of_parts_of_blocks_are_refused_before_anything_is_read(k: int, group: int) -> None:
+    with pytest.raises(ValueError, match=f"got {k}, {group}"):
+        quantized(torch.ones(2, k), 4, group)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_inputs_that_are_no_numbers_stay_so(bits: int, value: float) -> None:
+    weight = replace(quantized(torch.randn(37, 64), bits, 32), activations="int8")
+    x = torch.randn(3, 64)
+    x[1, 40] = value
+    found = product(x, packed(weight))
+    assert found[1].isnan().all()
+    assert found[0].isfinite().all()
+    assert found[2].isfinite().all()

@@ -3,8 +3,8 @@
 The result is `decode`'s. Sequences groups[g] = (first, count, pages) name `count` sequences from
 `first` on whose first `pages` page-table entries are equal; the keys and values there are read once
 for the whole group instead of once per sequence, and the two parts of each sequence's attention
-are put together by `merge`. Sources: Juravsky et al., "Hydragen", 2024; Ye et al., "Cascade
-Inference", 2024.
+are put together, on a GPU by `merge`. Sources: Juravsky et al., "Hydragen", 2024; Ye et al.,
+"Cascade Inference", 2024.
 """
 
 from typing import Any

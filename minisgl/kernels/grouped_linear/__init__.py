@@ -36,7 +36,8 @@ def grouped_linear_reference(
     wide: bool = False,
 ) -> torch.Tensor:
     """x: [..., K] and bias [N] of one type, weight [N, K]. Returns [..., N] in x's type, or in fp32
-    with `wide`: for logits. Weights that floats are multiplied with are rounded to their type."""
+    with `wide`: for logits. Weights that floats are multiplied with may be rounded to their
+    type first, as here."""
     weight = weight if isinstance(weight, Grouped) else weight.unpacked()
     if weight.activations == "int8":
         inputs = rounded_to_int8(x.float())

@@ -12,7 +12,8 @@ import torch
 from minisgl.kernels.grouped_linear.weights import BLOCK, Grouped
 
 Form = tuple[int, int, bool, bool]  # bits, G, whether scales are fp16, and minimums stored
-# Numbers of rows at which another launch begins or ends (`portable`): all others launch as these.
+# Numbers of rows at which another launch begins or ends (`portable`). Others launch as these, or,
+# with all of K in one part, as the largest step does.
 ROW_EDGES = (1, 2, 3, 16, 17, 64, 65)
 INT8_ACTIVATIONS = "activations must be float: nothing on a GPU rounds them"
 

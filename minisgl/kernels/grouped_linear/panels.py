@@ -17,8 +17,8 @@ from minisgl.kernels.native import address
 
 WIDTH = 32
 QUADS = BLOCK // 4
-LARGE = 2**26  # bytes, of an embedding: twice of less is no matter
-_AT_ONCE = 64  # panels that are packed together: what packing takes besides
+LARGE = 2**26  # bytes of which there is no second copy; less is no matter
+_AT_ONCE = 64  # panels of a matrix that are packed together: what packing takes besides
 
 
 @dataclass(frozen=True)

@@ -90,8 +90,12 @@ def quantized(weight: torch.Tensor, bits: int, group: int) -> Grouped:
 
     In 8 bits zero is in the middle of the range. In 4 bits each group takes the range, of some that
     are smaller than its own by up to a fifth, whose squared error is the least. Scales and minimums
-    are numbers that fp16 has. Raises ValueError for weights that are not finite, or too large.
+    are numbers that fp16 has. Raises ValueError for weights that are not finite, or too large, and
+    for groups of other than multiples of 32.
     """
+    if group % BLOCK or weight.shape[-1] % group:
+        k = weight.shape[-1]
+        raise ValueError(f"K must be a multiple of the group, and it of {BLOCK}; got {k}, {group}")
     rows, shape = weight.reshape(-1, group), (*weight.shape[:-1], weight.shape[-1] // group)
     codes = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
     scales, minimums = (torch.empty(len(rows), 1, device=rows.device) for _ in range(2))
@@ -129,7 +133,7 @@ def quantized_reference(
         scales, minimums = _to_half((high - low) * (clip / 15)), _to_half(low * clip)
         codes = _nearest(values, scales, minimums, 15)
         squares = (codes * scales + minimums).sub_(values).square_()
-        error = squares.sum(-1, keepdim=True, dtype=torch.float64)  # in any order the same
+        error = squares.sum(-1, keepdim=True, dtype=torch.float64)  # in nearly any order the same
         better, least = error < least, error.minimum(least)
         tried = zip((codes, scales, minimums), found, strict=True)
         found = tuple(new.where(better, old) for new, old in tried)

@@ -15,8 +15,8 @@ import torch
 from minisgl.kernels.activation import gelu_tanh_and_mul_reference, silu_and_mul_reference
 from minisgl.kernels.grouped_linear import grouped_linear_reference
 from minisgl.kernels.grouped_linear.weights import Grouped
-from minisgl.kernels.linear.panels import Panels, unpacked
-from minisgl.kernels.matrix import Matrix, Quantized, packed, tensors
+from minisgl.kernels.linear.panels import Panels
+from minisgl.kernels.matrix import Matrix, Quantized, packed, tensors, unpacked
 from minisgl.kernels.op import Case, Cost, Expected, Implementation, Op
 from minisgl.log import get_logger
 
@@ -95,10 +95,7 @@ def packed_experts(
         if not any(isinstance(each, Grouped) for each in coded):
             return coded[0], coded[1]
         log.warning("quantised experts become %s: they have no product in codes", gate_up.dtype)
-    gate_up, down = (
-        each.dequantized(each.dtype) if isinstance(each, Grouped) else each
-        for each in (gate_up, down)
-    )
+        gate_up, down = (each if torch.is_tensor(each) else unpacked(each) for each in coded)
     gates = packed(gate_up.unflatten(1, (2, -1)))
     return (gates if isinstance(gates, Panels) else gate_up), packed(down)
 
