@@ -35,13 +35,15 @@ class PrefixNode:
 
 class PrefixGroups:
     """The groups that save at least `min_pages` page reads each, of the sequences that decode.
+    They read whole runs of `pages_at_once` together.
 
     Between steps the work is that of the sequences which join or leave; a step in which the same
     ones decode is arranged as the one before it.
     """
 
-    def __init__(self, min_pages: int) -> None:
+    def __init__(self, min_pages: int, pages_at_once: int = 1) -> None:
         self._min_pages = min_pages
+        self._at_once = pages_at_once
         self._root = PrefixNode(NO_PAGES, None, 0)
         self._nodes: dict[int, PrefixNode] = {}  # by uid, where its pages end
         self._joined: list[int] = []  # since the groups were chosen
@@ -133,7 +135,7 @@ class PrefixGroups:
             node = node.parent
 
     def _saves(self, num_pages: int, count: int) -> int:
-        saved = num_pages * (count - 1)
+        saved = num_pages // self._at_once * self._at_once * (count - 1)
         return saved if saved >= self._min_pages else 0
 
     def _choose(self) -> None:

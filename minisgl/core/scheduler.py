@@ -62,7 +62,12 @@ class Scheduler:
             drafts=speculation.on_device,
         )
         least = config.cascade_min_shared_tokens
-        self._prefixes = None if least is None else PrefixGroups(self.cache.pool.pages_for(least))
+        self._prefixes = None
+        if least is not None:
+            at_once = 1 if cost_model is None else cost_model.device.shared_keys
+            at_once = at_once if at_once <= least else 1  # all are wanted that are asked for
+            pages_for = self.cache.pool.pages_for
+            self._prefixes = PrefixGroups(pages_for(least), pages_for(at_once))
         self._waiting = WaitingQueue(config.schedule_policy, fairness)
         self.running = Running(limits, self.cache, self._waiting, self._prefixes)
         self._planner = Planner(config, self.running, cost_model, speculation, clock)

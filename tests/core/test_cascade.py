@@ -104,6 +104,18 @@ def test_pairs_beat_a_short_prefix_and_lose_to_a_long_one():
     assert found == [CascadeGroup(0, 12, 4)]  # 44 reads against 33
 
 
+def test_where_runs_of_pages_are_read_together_nothing_less_counts():
+    groups = PrefixGroups(3, pages_at_once=4)
+    for uid in range(6):
+        groups.join(uid, np.arange(3, dtype=np.int32))  # 15 reads, but no run
+    assert arranged(groups, dict.fromkeys(range(6)))[1] == []
+    for uid in range(6, 9):
+        groups.join(uid, np.arange(100, 106, dtype=np.int32))
+    _, found = arranged(groups, dict.fromkeys(range(9)))
+    assert found == [CascadeGroup(0, 3, 6)]
+    assert groups.spared == 4 * 2
+
+
 def test_more_groups_than_a_launch_covers_leave_out_the_smallest():
     groups = PrefixGroups(1)
     for uid in range(2 * MAX_CASCADE_GROUPS + 10):
