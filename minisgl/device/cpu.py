@@ -7,6 +7,7 @@ import mmap
 import os
 import queue
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -177,8 +178,9 @@ class CpuDevice:
         return lazy_zeros(shape, dtype)
 
     def commit_soon(self, parts: Sequence[torch.Tensor]) -> None:
-        for part in parts:
-            self._committer.submit(commit, part)
+        with suppress(RuntimeError):  # no thread is to be had, or no more: it is a hint
+            for part in parts:
+                self._committer.submit(commit, part)
 
     def capture(self, function: Callable[[], object]) -> TapeGraph:
         return TapeGraph(function, self._arena)
@@ -195,10 +197,10 @@ class CpuDevice:
                 if not self._closed:
                     self._closed = True
                     self._tasks.put(None)
-            self._committer.shutdown(cancel_futures=True)
             if threading.current_thread() is not self._thread:
                 self._thread.join()
                 atexit.unregister(self.close)
+            self._committer.shutdown(cancel_futures=True)
 
 
 def keep_freed_memory() -> None:
@@ -229,8 +231,8 @@ def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 
 
 def be_patient() -> None:
-    """Let this thread run where no other wants the core."""
-    with suppress(OSError, AttributeError):  # of another system
+    """Let this thread run where no other wants the core, on Linux, where it can be asked."""
+    if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 

@@ -79,6 +79,11 @@ class DraftRunner:
         self._drafted = device.zeros((most * num_drafts,), torch.int32)
         self._nth = device.zeros((1,), torch.int64)  # of the pass
 
+    def use(self, page: int) -> None:
+        """As of `KVPool`."""
+        if self._pool is not None:
+            self._pool.use(page)
+
     def copy(self, jobs: torch.Tensor) -> None:
         """The copy jobs of a step."""
         if self._pool is not None:

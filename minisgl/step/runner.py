@@ -112,7 +112,10 @@ class Runner:
         step.sent = sent = Sent(packed.sections, words)
         self.rows.apply(sent)
         if "patch_page" in packed.sections:
-            self._pool.use(int(packed.sections["patch_page"].max()))
+            last = int(packed.sections["patch_page"].max())
+            self._pool.use(last)
+            if self.draft is not None:
+                self.draft.use(last)
         if "copies" in sent:
             self._pool.copy(sent["copies"].view(-1, 3))
         if self.draft is not None:

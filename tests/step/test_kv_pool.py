@@ -47,3 +47,14 @@ def test_memory_is_committed_ahead_and_keeps_what_it_holds():
         assert storage.float().sum() == 200 * of_a_token // 2 * 1.5
     finally:
         device.close()
+
+
+def test_a_step_that_uses_pages_while_the_device_closes_goes_on():
+    device = CpuDevice(num_threads=1)
+    pool = device.run(KVPool, device, KVShape(3, 2, 64, torch.bfloat16), 60_000, 1)
+    device.submit(time.sleep, 0.3)
+    device.submit(pool.use, 30_000)
+    event = device.record()
+    device.close()
+    event.wait()  # would raise what failed
+    pool.use(50_000)  # nor does this, when all is over
