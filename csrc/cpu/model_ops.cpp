@@ -3,6 +3,7 @@
 // come as addresses.
 
 #include "model_ops.h"
+#include "pool.h"
 
 #include <pybind11/pybind11.h>
 
@@ -53,7 +54,8 @@ PYBIND11_MODULE(model_ops, m) {
                  });
              })
         .def("replay",
-             [](const Tape &tape) {
+             [](const Tape &tape, int most_threads) {
+                 const FewerThreads until_the_end(most_threads);
                  for (const auto &call : tape) call();
              },
              unlocked);

@@ -41,6 +41,9 @@ bool spin_until(const F &done) {
 
 class Pool {
   public:
+    static constexpr int ANY = 1 << 30;
+    std::atomic<int> most{ANY};  // threads, of any job
+
     // One for the process. It is never destroyed: its threads sleep until the process has ended.
     static Pool &get() {
         static Pool *pool = new Pool;
@@ -48,7 +51,7 @@ class Pool {
     }
 
     void run(std::int64_t count, int threads, Body body, const void *context) {
-        threads = int(std::min<std::int64_t>(threads, count));
+        threads = int(std::min<std::int64_t>({threads, most.load(std::memory_order_relaxed), count}));
         std::unique_lock<std::mutex> owner(owner_, std::defer_lock);
         if (threads < 2 || !owner.try_lock()) {
             Blocks blocks(count, 0, false);
@@ -149,6 +152,9 @@ bool Blocks::take() {
     block_ = count_ - left;
     return true;
 }
+
+FewerThreads::FewerThreads(int most) { Pool::get().most = most; }
+FewerThreads::~FewerThreads() { Pool::get().most = Pool::ANY; }
 
 void share_work(std::int64_t blocks, int threads, Body body, const void *context) {
     if (blocks > 0) Pool::get().run(blocks, threads, body, context);

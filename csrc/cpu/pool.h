@@ -42,6 +42,15 @@ using Body = void (*)(const void *context, Blocks &blocks);
 // other: one of them has the pool, the others work alone. Bodies must not throw.
 void share_work(std::int64_t blocks, int threads, Body body, const void *context);
 
+// Until it ends, no op is shared by more than `most` threads.
+class FewerThreads {
+  public:
+    explicit FewerThreads(int most);
+    ~FewerThreads();
+    FewerThreads(const FewerThreads &) = delete;
+    FewerThreads &operator=(const FewerThreads &) = delete;
+};
+
 // f(blocks) in several threads: for what a thread sets up once.
 template <class F>
 void share_blocks(std::int64_t blocks, int threads, const F &f) {

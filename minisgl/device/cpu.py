@@ -10,7 +10,8 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minisgl.device.pace import Pace
 from minisgl.device.protocol import Cut, T
-from minisgl.device.tape import Arena, TapeGraph
+from minisgl.device.tape import ALL, Arena, TapeGraph
 from minisgl.interrupts import held_back
 
 CACHE_LINE = 64  # bytes
@@ -88,6 +90,9 @@ class CpuDevice:
         self._closed = False
         self._opening = threading.Lock()  # nothing is put behind the end, where it would never run
         self._arena = Arena()
+        self._paces: defaultdict[Hashable, Pace] = defaultdict(Pace)
+        self._kind: Hashable = None  # of the step under way
+        self._began = 0.0
         self._committer = ThreadPoolExecutor(1, "minisgl-memory", be_patient)  # starts at first use
         # Static buffers that are uploaded to, and as numpy sees them; by the tensor's id.
         self._buffers: dict[int, tuple[torch.Tensor, np.ndarray]] = {}
@@ -181,6 +186,13 @@ class CpuDevice:
         with suppress(RuntimeError):  # no thread is to be had, or no more: it is a hint
             for part in parts:
                 self._committer.submit(commit, part)
+
+    def begin_step(self, kind: Hashable) -> None:
+        now = time.perf_counter()
+        period = now - self._began if kind is not None and kind == self._kind else None
+        self._kind, self._began = kind, now
+        on_one = self.num_threads > 1 and kind is not None and self._paces[kind].on_one(period)
+        self._arena.threads = 1 if on_one else ALL
 
     def capture(self, function: Callable[[], object]) -> TapeGraph:
         return TapeGraph(function, self._arena)

@@ -6,7 +6,7 @@ order they need; downloads in one of their own, so that the next step does not w
 
 import atexit
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
@@ -130,6 +130,9 @@ class CudaDevice:
 
     def commit_soon(self, parts: Sequence[torch.Tensor]) -> None:
         """All memory of a GPU is there."""
+
+    def begin_step(self, kind: Hashable) -> None:
+        """A GPU is used as a whole."""
 
     def capture(self, function: Callable[[], object]) -> Graph:
         return self.capture_pieces(lambda _: function()).graphs[0]  # type: ignore[no-any-return]

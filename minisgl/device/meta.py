@@ -4,7 +4,7 @@ Steps run on it as on a GPU, but for their kernels. It is how a start finds out 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
@@ -81,6 +81,9 @@ class MetaDevice:
 
     def commit_soon(self, parts: Sequence[torch.Tensor]) -> None:
         """There is no memory."""
+
+    def begin_step(self, kind: Hashable) -> None:
+        """A GPU is used as a whole."""
 
     def capture(self, function: Callable[[], object]) -> MetaPieces:
         return self.capture_pieces(lambda cut: function())

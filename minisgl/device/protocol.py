@@ -7,7 +7,7 @@ order. After a function has raised, later ones are skipped, and every later even
 when it is waited for.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol, Self, TypeVar
 
 import numpy as np
@@ -89,6 +89,10 @@ class Device(Protocol):
 
     def commit_soon(self, parts: Sequence[torch.Tensor]) -> None:
         """Commit parts of zeroed tensors while there is nothing better to do, on a CPU."""
+
+    def begin_step(self, kind: Hashable) -> None:
+        """A step begins, of a kind that takes about the same time whenever it is replayed, or None.
+        A CPU chooses by it how many cores the replays until the next step have."""
 
     def capture(self, function: Callable[[], object]) -> Graph:
         """A graph of what `function` does to static buffers; on CPU made at its first replay."""

@@ -49,6 +49,9 @@ _recording: ContextVar["_Recording | None"] = ContextVar("recording", default=No
 _calls: ContextVar[set[str] | None] = ContextVar("calls", default=None)
 
 
+ALL = 2**20  # threads that no op asks for
+
+
 class Arena:
     """Memory for what tapes allocate. A piece is free again when no tensor refers to it."""
 
@@ -58,6 +61,7 @@ class Arena:
         # Free too, but not in the list yet: a tensor may end in any thread and at any point.
         self._returned: deque[tuple[int, int]] = deque()
         self.num_tapes = 0  # recorded so far
+        self.threads = ALL  # of a replay, at most
 
     @property
     def num_bytes(self) -> int:
@@ -135,7 +139,7 @@ class TapeGraph:
         if detailed() or _recording.get() is not None:
             self._function()
         elif self._tape is not None:
-            self._tape.replay()
+            self._tape.replay(self._arena.threads)
         elif csrc.load("model_ops") is None:
             self._function()
         else:

@@ -136,6 +136,8 @@ class Runner:
     def _forward(self, step: Step) -> None:
         packed, sent = step.packed, step.sent
         assert sent is not None
+        size = packed.num_sequences, packed.decode_width
+        self._device.begin_step(size if packed.replays else None)
         if packed.replays:
             graphs = self.graphs[packed.decode_width]
             half = Forward.GROUPED if "cascade" in sent else Forward.PLAIN
