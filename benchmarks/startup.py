@@ -39,6 +39,7 @@ def child(args: argparse.Namespace) -> None:
     import torch
 
     marks.append(time.time())
+    torch_mb = peak_mb()
     from minisgl import LLM, SamplingParams
     from minisgl.log import configure
 
@@ -50,12 +51,17 @@ def child(args: argparse.Namespace) -> None:
         llm.generate([1, 2, 3], params, use_tqdm=False)
         marks.append(time.time())
         device = llm.info.device
+    seconds = [after - before for before, after in itertools.pairwise(marks)]
+    about = {"peak_mb": peak_mb(), "torch_mb": torch_mb, "torch": torch.__version__}
+    about["device"] = device
+    print(json.dumps({"seconds": seconds} | about))
+
+
+def peak_mb() -> float:
+    """Of this process so far."""
     import resource
 
-    seconds = [after - before for before, after in itertools.pairwise(marks)]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    about = {"peak_mb": peak, "torch": torch.__version__, "device": device}
-    print(json.dumps({"seconds": seconds} | about))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def engine_stages(log: str) -> dict[str, float]:
@@ -143,14 +149,19 @@ def main() -> None:
     medians = show(first, rounds)
     stages = {stage: round(medians[stage], 3) for stage in STAGES}
     total, peak = sum(stages.values()), max(r["peak_mb"] for r in rounds)
+    of_torch = statistics.median(r["torch_mb"] for r in rounds)
     print(f"{'to the first token':<30}{sum(first['seconds']):>10.2f}{total:>11.2f}")
-    print(f"{first['device']}, peak memory of the host {peak:.0f} MB, torch {first['torch']}")
+    print(
+        f"{first['device']}, peak memory of the host {peak:.0f} MB, of which {of_torch:.0f} were "
+        f"there once torch {first['torch']} was imported"
+    )
     print(f"{len(rounds)} rounds; before, {load:.1f} tasks wanted the {os.cpu_count()} cores")
     results.finish(
         seconds=round(total, 3),
         stages=stages,
         engine_stages={name: round(medians[name], 3) for name in first["engine"]},
         peak_mb=round(peak, 1),
+        torch_mb=round(of_torch, 1),
     )
 
 

@@ -104,7 +104,7 @@ class Level:
 _V3 = frozenset(["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"])
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 
-# What CPU modules are compiled for, best first. The last runs anywhere; on Arm it has NEON.
+# What CPU modules are compiled for, best first. The last runs anywhere.
 LEVELS = {
     "avx512_bf16": Level(
         ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"), _V4 | {"avx512_bf16", "avx512_vnni"}

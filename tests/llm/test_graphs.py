@@ -1,7 +1,8 @@
 """Steps that replay a graph and steps that do not give equal tokens and log-probabilities, bit for
-bit, with every family, width and feature. On a CPU graphs are tapes, one for each number of
-sequences and width, so they are recorded while requests come and go."""
+bit, whatever the family, the width and the feature. On a CPU graphs are tapes, one for each number
+of sequences and width, so they are recorded while requests come and go."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from minisgl import LLM, SamplingParams
 from minisgl.core.request import TokenLogprobs
 from tests.llm.test_batch_invariant import folder_of, some_prompts
+from tests.world import checkpoints
 
 NGRAM = {"speculative_algorithm": "ngram", "speculative_num_draft_tokens": 3}
 
@@ -35,7 +37,8 @@ def _run(folder: Path, **options: Any) -> list[tuple[list[int], list[TokenLogpro
     prompts = some_prompts()
     prompts[0] = prompts[0] * 40  # which n-gram drafts follow
     params = [_params(index) for index in range(len(prompts))]
-    with LLM(folder, device="cpu", load_format="dummy", log_level="warning", **options) as llm:
+    options = {"device": "cpu", "load_format": "dummy", "log_level": "warning"} | options
+    with LLM(folder, **options) as llm:
         first = llm.generate(prompts, params, use_tqdm=False)
         again = llm.generate(prompts[::-1], params[::-1], use_tqdm=False)
     outputs = [output.outputs[0] for output in (*first, *again)]
@@ -57,6 +60,26 @@ def test_graphs_change_no_bit(
 ) -> None:
     folder = folder_of(tmp_path, family)
     facts = {"dtype": dtype, "max_running_requests": 6, "max_total_tokens": 4096} | options
+    assert _run(folder, **facts) == _run(folder, disable_cuda_graph=True, **facts)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama3-biased-tied", "mistral-window", "qwen2-window-tied", "gemma3"]
+)
+def test_nor_do_graphs_of_other_families(name: str, tmp_path: Path) -> None:
+    checkpoints.make(name, tmp_path)
+    facts = {"dtype": "bfloat16", "max_running_requests": 6, "max_total_tokens": 4096}
+    facts["load_format"] = "auto"
+    assert _run(tmp_path, **facts) == _run(tmp_path, disable_cuda_graph=True, **facts)
+
+
+def test_nor_do_graphs_of_weights_in_codes(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "qwen3")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_size": 64, "intermediate_size": 96}
+    (folder / "config.json").write_text(json.dumps(config))
+    facts = {"dtype": "bfloat16", "max_running_requests": 6, "max_total_tokens": 4096}
+    facts |= {"quantization": "int8", "quantization_head": "int8"}
     assert _run(folder, **facts) == _run(folder, disable_cuda_graph=True, **facts)
 
 
