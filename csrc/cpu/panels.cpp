@@ -13,6 +13,7 @@ namespace {
 
 constexpr int TILE_PANELS = TILE_VECTORS / 2;
 constexpr Index HALF = TILE_PANELS * WIDTH / 2;  // of a tile's weights, for each k
+constexpr Index ENOUGH = 16, MANY = 16;  // blocks of a thread; tiles of rows of a block
 constexpr Index WORTH_SHARING = 500000;  // products: waking a thread for fewer costs more
 
 template <class Y>
@@ -48,17 +49,17 @@ struct Product {
             store(to + c - column, sums[c - column] + (bias ? to_float(bias[c]) : 0.0f));
     }
 
-    // TILE_PANELS panels from `panel` on for all rows: they stay in the second cache, a tile of x in
-    // the first. Beside the last two tiles as many are fetched from `next` on, if it is not null.
-    void block(Index panel, const bf16 *next) const {
-        for_tiles(m, [&](Index row, auto height) {
+    // TILE_PANELS panels from `panel` on for rows [begin, end): they stay in the second cache, a tile of
+    // x in the first. Beside the last two tiles as many are fetched from `next` on, if it is not null.
+    void block(Index panel, Index begin, Index end, const bf16 *next) const {
+        for_tiles(end - begin, [&](Index row, auto height) {
             constexpr int MT = decltype(height)::value;
-            const Index left = m - row - MT;
+            const Index left = end - begin - row - MT;
             const bf16 *ahead = next && left <= TILE_ROWS ? next + (left ? 0 : HALF * k) : nullptr;
             if ((panel + TILE_PANELS) * WIDTH < n + WIDTH)
-                tile<MT, TILE_PANELS>(row, panel, ahead);
+                tile<MT, TILE_PANELS>(begin + row, panel, ahead);
             else
-                tile<MT, 1>(row, panel, ahead);
+                tile<MT, 1>(begin + row, panel, ahead);
         });
     }
 
@@ -70,14 +71,20 @@ struct Product {
             const Index size = std::clamp<Index>(part, TILE_PANELS, 32);
             return share((all + size - 1) / size, threads, [&](Index b) {
                 for (Index p = b * size; p < std::min((b + 1) * size, all); p += TILE_PANELS)
-                    block(p, nullptr);
+                    block(p, 0, m, nullptr);
             });
         }
-        share_blocks((all + TILE_PANELS - 1) / TILE_PANELS, threads, [&](Blocks &blocks) {
+        // Few panels are shared by rows as well, so that the threads end at about the same time.
+        const Index tiles = (all + TILE_PANELS - 1) / TILE_PANELS;
+        const Index most = std::max<Index>(m / (MANY * TILE_ROWS), 1);
+        const Index parts = threads > 1 ? std::clamp<Index>(ENOUGH * threads / tiles, 1, most) : 1;
+        share_blocks(tiles * parts, threads, [&](Blocks &blocks) {
             Index own, next;
             for (bool more = blocks.next(own); more; own = next) {
                 more = blocks.next(next);  // a block early, to know what to fetch
-                block(own * TILE_PANELS, more ? panels + next * 2 * HALF * k : nullptr);
+                const bool fetches = more && next / parts != own / parts;
+                block(own / parts * TILE_PANELS, own % parts * m / parts, (own % parts + 1) * m / parts,
+                      fetches ? panels + next / parts * 2 * HALF * k : nullptr);
             }
         });
     }
