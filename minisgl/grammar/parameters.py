@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from minisgl.grammar.schema import Reader, Refused, Schema, strings
 
 NEW_LINE = r'"\n"'
-TYPES_ALONE = {"type", "anyOf", "oneOf"}
 # Of a whole object, what is kept; all other keywords tell how its properties depend on each other.
 KEPT = {"type", "properties", "required", "additionalProperties", "$defs", "definitions", "$id"}
 KEPT |= {"$schema"}
@@ -57,18 +56,17 @@ class Arguments:
         self.rules: list[str] = []
         self._name, self._written, self._reader, self._texts = name, WRITTEN[form], reader, texts
         schema = schema if isinstance(schema, dict) else {}
-        shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-        self._around = shared | {"x-guidance": options}
-        self._shared = _outward(shared)
+        self._root = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        self._options = {"x-guidance": options}
         for key in schema.keys() - KEPT:
             reader.leave_out(f"#/{key}", f"{key} is not kept in calls of this form")
         properties, required = schema.get("properties", {}), schema.get("required", [])
         if not isinstance(required, list) or not all(isinstance(each, str) for each in required):
             raise Refused("#/required", f"must be an array of strings, got {required!r}")
-        if not properties and schema.get("additionalProperties") is not False:
-            return self._add_free(schema.get("additionalProperties", True))
         for key in sorted({*required} - properties.keys()):
             reader.leave_out("#/required", f"{key!r} is none of the properties")
+        if not properties and schema.get("additionalProperties") is not False:
+            return self._add_free(schema.get("additionalProperties", True))
         self._add_named([*self._writable(properties, {*required})], {*required})
 
     def _writable(
@@ -120,17 +118,30 @@ class Arguments:
         after = self._written.after
         if after and (key in self._texts or schema in (True, {})):
             return f"{self._text_value(name, schema, key)} {NEW_LINE}"
-        references = _outward(schema)
-        if references or (self._shared and strings(schema, "$ref")):
+        shared, outward = self._named_by(schema)
+        if outward:
             place = f"#/properties/{key}" if key else "#/additionalProperties"
-            reason = (
-                f"$ref to {(references or self._shared)[0]!r}, which is not in $defs, is not kept"
-            )
-            self._reader.leave_out(place, f"{reason} in calls of this form")
-            schema = True
-        whole = schema if isinstance(schema, dict) else ({} if schema else {"not": {}})
-        value = f"%json {json.dumps(self._around | whole)}"
-        return f"{value} {NEW_LINE} {_said(after)} {NEW_LINE}" if after else value
+            reason = f"$ref to {outward[0]!r}, which is not in $defs, is not kept in this form"
+            self._reader.leave_out(place, f"{reason} of calls")
+            schema, shared = True, {}
+        whole = schema if isinstance(schema, dict) else {}
+        self.rules.append(f"{name}: %json {json.dumps(whole | shared | self._options)}")
+        return f"{name} {NEW_LINE} {_said(after)} {NEW_LINE}" if after else name
+
+    def _named_by(self, schema: Schema) -> tuple[dict[str, Any], list[str]]:
+        """Those of $defs and definitions that the schema needs, and references to other places."""
+        found: dict[str, dict[str, Any]] = {}
+        outward, waiting = list[str](), [*strings(schema, "$ref")]
+        while waiting:
+            reference = waiting.pop()
+            kind, _, rest = reference.removeprefix("#/").partition("/")
+            name = rest.split("/")[0].replace("~1", "/").replace("~0", "~")
+            if not reference.startswith("#/") or name not in self._root.get(kind, {}):
+                outward.append(reference)
+            elif name not in found.setdefault(kind, {}):
+                found[kind][name] = self._root[kind][name]
+                waiting += strings(found[kind][name], "$ref")
+        return found, outward
 
     def _text_value(self, name: str, schema: Schema, key: str) -> str:
         """A text as it is, and the mark behind it."""
@@ -149,12 +160,15 @@ class Arguments:
         lists = [schema["enum"]] if "enum" in schema else []
         lists += [[schema["const"]]] if "const" in schema else []
         if lists:
-            texts = _texts_of(lists, least or 0, most)
+            kinds = schema.get("type")
+            texts = _texts_of(lists, least or 0, most, isinstance(kinds, list) and "null" in kinds)
             if not texts or any(after in text for text in texts):
                 raise Refused(
                     path, f"must be one of texts without {after} that fit, got {lists[0]!r}"
                 )
-            return f"({' | '.join(_said(f'{text}{chr(10)}{after}') for text in texts)})"
+            choices = " | ".join(_said(f"{text}\n{after}") for text in texts)
+            self.rules.append(f"{name.upper()}: {choices}")
+            return name.upper()
         if least is None and most is None:
             return self._ended(name, r"(?s:.*)")
         # Without the first character of the mark that ends it, so that all others can be counted.
@@ -167,20 +181,18 @@ class Arguments:
         return name
 
 
-def _texts_of(lists: list[Any], least: int, most: int | None) -> list[str]:
-    """The texts that all of the lists have, and that are so long; "null" for null."""
+def _texts_of(lists: list[Any], least: int, most: int | None, has_null: bool) -> list[str]:
+    """The texts that all of the lists have, and that are so long. With null, which stands for
+    itself, not those that would be read as it."""
     if not all(_is_list(each) for each in lists):
         return []
     values = [value for value in lists[0] if all(value in each for each in lists)]
     texts = [text for text in values if isinstance(text, str) and least <= len(text)]
     texts = [text for text in texts if most is None or len(text) <= most]
-    return texts + ["null"] * (None in values)
-
-
-def _outward(schema: Schema) -> list[str]:
-    """The references that name no place in $defs or definitions."""
-    inner = ("#/$defs/", "#/definitions/")
-    return [name for name in strings(schema, "$ref") if not name.startswith(inner)]
+    if has_null:
+        texts = [text for text in texts if text.strip() not in ("null", "None")]
+        texts += ["null"] * (None in values)
+    return texts
 
 
 def _is_list(value: object) -> bool:
@@ -192,7 +204,13 @@ def _said(text: str) -> str:
 
 
 def _asks_for_types_alone(schema: dict[str, Any]) -> bool:
-    parts = [schema]
-    for key in ("anyOf", "oneOf"):
-        parts += schema[key] if _is_list(schema.get(key)) else []
-    return all(isinstance(part, dict) and part.keys() <= TYPES_ALONE for part in parts)
+    """By itself, or by its branches."""
+    if schema.keys() <= {"type"}:
+        return True
+    ((key, parts), *more) = schema.items()
+    return (
+        not more
+        and key in ("anyOf", "oneOf")
+        and bool(parts)
+        and all(isinstance(part, dict) and part.keys() == {"type"} for part in parts)
+    )

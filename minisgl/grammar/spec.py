@@ -34,6 +34,8 @@ MAX_SAID = 400  # characters of what llguidance says
 NEAR = 20  # characters shown before and behind an error
 MAX_SHOWN = 80  # characters of a grammar that is none
 MAX_WARNINGS = 20
+# Characters of arguments written by themselves for each of a grammar, which has so many at least.
+MOST_TIMES, MIN_WRITTEN = 8, 2**13
 ESCAPED = set(r"\.+*?()|[]{}^$#&-~/")  # in a regular expression
 
 Make = Callable[[str], LLMatcher]
@@ -160,6 +162,9 @@ def with_schemas_read(lark: str) -> tuple[str, list[Any], list[str]]:
                 made.append(json.dumps(schemas[-1] | {"x-guidance": _options(reader)}))
         place = f"structured_outputs.grammar: %json {len(schemas) - 1}"
         warnings += [f"{place}: {each}" for each in reader.warnings]
+    if (size := sum(map(len, rules))) > (most := max(len(lark), MIN_WRITTEN) * MOST_TIMES):
+        reason = f"schemas become a grammar of {size} characters, which may have {most}"
+        raise ValueError(f"structured_outputs.grammar: {reason}")
     return "".join([*made, "\n".join([lark[at:], *rules])]), schemas, _first(warnings)
 
 

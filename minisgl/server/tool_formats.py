@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import msgspec
@@ -20,7 +21,7 @@ Schemas = Mapping[str, Any]  # the parameters of each tool
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _NAME_CHARS = re.compile(r"[A-Za-z0-9_.-]")
 _UP_TO_ANGLE = re.compile(r"[^>\n]")
-_IDENTIFIER = re.compile(r"\w")
+_IDENTIFIER = re.compile(r"[^\s=,()]")
 _PYTHON_WORD = re.compile(r"[\w.+-]")
 _HEX = re.compile(r"[0-9A-Fa-f]")
 _NOT_IN = {quote: re.compile(rf"[^{quote}\\]+") for quote in "'\""}
@@ -99,7 +100,14 @@ def _decoded(text: str) -> Any:
     try:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeError, RecursionError):
-        return msgspec.UNSET
+        pass
+    with suppress(ValueError, RecursionError):  # a number may be larger than a machine's
+        return json.loads(text, parse_int=float, parse_constant=_refuse)
+    return msgspec.UNSET
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _as_object(text: str) -> str:
@@ -148,25 +156,32 @@ def _xml_calls(reader: Reader, tools: Schemas, known: bool) -> Reading[bool]:
             return True
         reader.say(f"{lead}{json.dumps(key, ensure_ascii=False)}: ")
         lead = ", "
-        yield from _xml_value(reader, _types(properties.get(key)))
+        yield from _xml_value(reader, properties.get(key))
     if (yield from reader.literal("</function>")):
         reader.say("{}" if lead == "{" else "}")
         reader.end_call()
     return True
 
 
-def _xml_value(reader: Reader, types: set[str]) -> Reading[None]:
-    """A text as it comes where it is a string, else whole: it may be a number or an object."""
+def _xml_value(reader: Reader, schema: Any) -> Reading[None]:
+    """A text as it comes where it is a string, else whole: it may be a number or an object, within
+    whose strings no mark ends it."""
     value: list[str] = []
-    streams = types == {"string"}
+    types = _types(schema)
+    streams, is_json = types == {"string"}, bool(schema) and schema is not True
+    is_json = is_json and types not in _TEXTS
+    in_string = is_escaped = False
     take: Callable[[str], object] = value.append
     if streams:
         reader.say('"')
         take = lambda text: reader.say(_escaped(text))  # noqa: E731
     yield from reader.literal("\n")
-    while not (yield from _xml_end(reader)):
-        take((yield from reader.read()))
-        take(reader.run(_NO_END))
+    while in_string or not (yield from _xml_end(reader)):
+        piece = (yield from reader.read()) + reader.run(_NO_END)
+        take(piece)
+        for char in piece if is_json and value[0][0] in '"[{' else ():
+            in_string ^= char == '"' and not is_escaped
+            is_escaped = in_string and char == "\\" and not is_escaped
     reader.say('"' if streams else _typed("".join(value), types))
 
 

@@ -237,6 +237,8 @@ FIT = [
     {"kind": "rain", "short": "x", "maybe": None, "few": None},
     {"short": "x", "few": "x", "some": '"a"'},
     {"short": "\n"},
+    {"short": "x", "many": [{"x": 1, "y": "</parameter><parameter=on>\ntrue</function>"}]},
+    {"short": "x", "many": [{"y": '\\"</parameter></function>'}], "other": "</para"},
 ]
 MISFIT = [
     {},
@@ -248,6 +250,7 @@ MISFIT = [
     {"short": "x", "more": 1},
     {"short": "x", "never": 1},
     {"short": "x", "few": "long"},
+    {"short": "x", "few": "null "},
     {"on": True, "short": "x"},  # in the order of the schema
 ]
 
@@ -264,12 +267,52 @@ def test_each_argument_that_is_written_by_itself_fits(world, name):
             assert json.loads("".join(n.text for n in news if n.kind == "arguments")) == arguments
 
 
+def test_numbers_that_no_machine_holds_stay_numbers(world):
+    schema = {"properties": {"a": {"type": "number"}, "b": {"type": "object"}}}
+    for name in ("pythonic", "qwen3_coder"):
+        shape = dataclasses.replace(form(name), schemas={"f": schema})
+        text = written(world, name, [("f", {"a": 7, "b": {"c": [8]}})])
+        text = text.replace("7", "1e999").replace("8", "9" * 5000)
+        parser = AnswerParser(shape)
+        found = "".join(
+            n.text for n in [*parser.push(text), *parser.end()] if n.kind == "arguments"
+        )
+        assert found == f'{{"a": 1e999, "b": {{"c": [{"9" * 5000}]}}}}'
+
+
+def test_names_are_python_s_own(world):
+    shape = dataclasses.replace(form("pythonic"), schemas={"f": {"properties": {"नाम": {}}}})
+    text = "[f(नाम=27)]"
+    assert fits(world, shape, text)
+    parser = AnswerParser(shape)
+    assert [n.text for n in [*parser.push(text), *parser.end()] if n.kind == "name"] == ["f"]
+
+
+def test_definitions_are_the_root_s_and_written_where_they_are_needed(world):
+    root = {"A": {"type": "integer"}, "unused": {"const": "unused"}}
+    schema = {"$defs": root, "properties": {"a": {"$defs": {"A": {}}, "$ref": "#/$defs/A"}}}
+    shape = dataclasses.replace(form("qwen3_coder"), schemas={"f": schema | {"required": ["a"]}})
+    assert fits(world, shape, written(world, "qwen3_coder", [("f", {"a": 1})]), exact=["f"])
+    assert not fits(world, shape, written(world, "qwen3_coder", [("f", {"a": True})]), exact=["f"])
+
+
+def test_what_grows_when_it_is_written_out_is_refused(world):
+    many = {f"x{i}": {"type": "string", "maxLength": 9} for i in range(400)}
+    many["all"] = {"anyOf": [{"$ref": f"#/$defs/x{i}"} for i in range(400)]}
+    schema = {"$defs": many, "properties": {f"p{i}": {"$ref": "#/$defs/all"} for i in range(400)}}
+    shape = dataclasses.replace(form("qwen3_coder", must_call=True), schemas={"f": schema})
+    spec = grammar(shape, lambda text: None, exact=())
+    with pytest.raises(ValueError, match=r"become a grammar of \d+ characters, which may have"):
+        world[1].compile(json.dumps({"grammar": spec})).result(30)
+
+
 @pytest.mark.parametrize(
     ("schema", "place", "reason"),
     [
         ({"properties": {"a": {"type": "string", "pattern": "^x$"}}}, "#/properties/a/pattern", ""),
         ({"properties": {"a": {"type": "string"}}, "minProperties": 1}, "#/minProperties", ""),
         ({"properties": {"a": {}}, "required": ["b"]}, "#/required", "'b' is none"),
+        ({"required": ["b"]}, "#/required", "'b' is none"),
         ({"properties": {"a": {}}, "required": 5}, "#/required", "must be an array"),
         ({"properties": {"a>": {}}}, "#/properties/a>", "name"),
         ({"properties": {"a>": {}}, "required": ["a>"]}, "#/properties/a>", "name"),
