@@ -34,6 +34,9 @@ Source: TypeAlias = "Path | GgufWeights | IntCheckpoint | RandomWeights"
 Stored = dict[str, tuple[Source, str]]  # weight -> its file, and its name there
 
 
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+
+
 def load_model(
     config: ModelConfig,
     path: Path | None,
@@ -176,6 +179,9 @@ def _check(wanted: Decoder, stored: Stored) -> dict[str, int]:
                     raise ValueError(f"{file.name}: {inside} has shape {shape}, {wanted_shape}")
                 if (group := getattr(tensor, "group", None)) is not None:
                     groups[name.removesuffix(".weight")] = group
+                elif (kind := getattr(tensor, "get_dtype", lambda: "F32")()) not in FLOATS:
+                    what = f"has the type {kind}, and nothing says what its codes stand for"
+                    raise ValueError(f"{file.name}: {inside} {what}; floats are {list(FLOATS)}")
     return groups
 
 

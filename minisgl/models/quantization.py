@@ -74,7 +74,10 @@ class Choice:
         if "auto" in asked and not (self.kept or self.left):
             log.warning("quantization auto: the checkpoint has no weights in codes")
         if asked & {"int8", "int4"} and not (self.rounded or self.left):
-            log.warning("quantization: nothing is rounded, as the checkpoint has no such floats")
+            log.warning(
+                "quantization: nothing is rounded, as the checkpoint's matrices are in codes "
+                "already and stay so, as with auto"
+            )
         reasons: dict[str, list[str]] = {}
         for name, why in self.left.items():
             reasons.setdefault(why, []).append(name)
