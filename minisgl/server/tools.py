@@ -118,7 +118,11 @@ def answer_form(
         raise ApiError(message, param="tools", code="unsupported_parameter")
     schemas = {function.name: function.parameters for function in tools.functions}
     if next(iter(schemas)) not in frame:
-        raise ApiError("tools are left out by the chat template of this model", param="tools")
+        message = (
+            "tools are left out by the chat template of this model; a server with "
+            "--chat-template FILE uses another, which shows them"
+        )
+        raise ApiError(message, param="tools")
     ended = "stop" if tools.named else "tool_calls"  # as OpenAI has it
     kept = {tools.named: schemas[tools.named]} if tools.named else schemas
     most, must_call = tools.most_calls, tools.must_call
