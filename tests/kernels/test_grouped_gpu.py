@@ -9,28 +9,15 @@ from minisgl.kernels.config import fixed_order, target
 from minisgl.kernels.grouped_linear import grouped_linear
 from minisgl.kernels.grouped_linear.blocks import packed
 from minisgl.kernels.grouped_linear.portable import grouped_linear_portable, part_count
-from minisgl.kernels.grouped_linear.weights import Grouped
 from minisgl.kernels.matrix import embedding, unpacked
 from tests.kernels.cards import check
+from tests.world.codes import random_codes
 
 
 @pytest.fixture(autouse=True)
 def _on_hopper():
     with target(90):
         yield
-
-
-def made(n: int, k: int, bits: int, group: int, minimums: str, dtype: torch.dtype) -> Grouped:
-    """minimums: "implied" by scales; or of their own, in "fp16" or "fp32" as scales are."""
-    generator = torch.Generator().manual_seed(n + k)
-    codes = torch.randint(0, 2**bits, (n, k), generator=generator, dtype=torch.uint8)
-    codes[0, 0] = 2**bits - 1
-    scales = torch.rand(n, k // group, generator=generator) / k
-    scales = scales if minimums == "fp32" else scales.half().float()
-    least = -(2.0 ** (bits - 1)) * scales
-    if minimums != "implied":
-        least = (least * 1.25).half().float()
-    return Grouped(codes, scales, least, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -43,7 +30,7 @@ def made(n: int, k: int, bits: int, group: int, minimums: str, dtype: torch.dtyp
 def test_products_and_rows(
     rows: int, n: int, k: int, group: int, bits: int, minimums: str, dtype: torch.dtype
 ) -> None:
-    weight = made(n, k, bits, group, minimums, dtype)
+    weight = random_codes(n, k, bits, group, minimums, dtype)
     blocks = packed(weight)
     assert blocks.bits == bits
     assert (blocks.minimums is None) == (minimums == "implied")
@@ -62,7 +49,7 @@ def test_products_and_rows(
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_row_has_one_result_in_any_batch_in_a_fixed_order(bits: int) -> None:
-    blocks = packed(made(70, 1056, bits, 32, "fp16", torch.bfloat16))
+    blocks = packed(random_codes(70, 1056, bits, 32, "fp16", torch.bfloat16))
     x = torch.randn(140, 1056, generator=torch.Generator().manual_seed(0)).bfloat16()
     with fixed_order():
         whole = grouped_linear_portable(x, blocks)
@@ -71,7 +58,7 @@ def test_a_row_has_one_result_in_any_batch_in_a_fixed_order(bits: int) -> None:
 
 
 def test_rows_need_not_be_dense_and_what_does_not_fit_is_refused() -> None:
-    blocks = packed(made(40, 64, 8, 32, "fp16", torch.float32))
+    blocks = packed(random_codes(40, 64, 8, 32, "fp16", torch.float32))
     x = torch.randn(6, 64)
     wider = torch.cat([x, torch.full_like(x, torch.nan)], dim=1)
     found = grouped_linear_portable(wider[:, :64], blocks)

@@ -16,6 +16,7 @@ from minisgl.kernels.grouped_linear.panels import GroupedPanels
 from minisgl.kernels.grouped_linear.weights import Grouped
 from minisgl.kernels.matrix import embedding, packed
 from tests.kernels.cards import check
+from tests.world.codes import random_codes
 from tests.world.levels import at, levels
 
 NATIVE = csrc.load("model_ops", wait=True)
@@ -23,17 +24,9 @@ pytestmark = pytest.mark.skipif(NATIVE is None, reason="no compiler: nothing is 
 
 
 def _weight(n: int, k: int, bits: int, group: int, minimums: str, dtype: torch.dtype) -> Grouped:
-    """minimums: "implied" by scales; or of their own, in "fp16" or "fp32" as scales are."""
-    generator = torch.Generator().manual_seed(n + k)
-    codes = torch.randint(0, 2**bits, (n, k), generator=generator, dtype=torch.uint8)
-    codes[0, 0] = 2**bits - 1
-    scales = torch.rand(n, k // group, generator=generator) / k
-    scales = scales if minimums == "fp32" else scales.half().float()
-    least = -(2.0 ** (bits - 1)) * scales
-    if minimums != "implied":
-        least = (least * 1.25).half().float()
+    """In bf16 its inputs are rounded."""
     activations: Any = "int8" if dtype == torch.bfloat16 else "float"
-    return Grouped(codes, scales, least, dtype, activations)
+    return replace(random_codes(n, k, bits, group, minimums, dtype), activations=activations)
 
 
 @pytest.mark.parametrize("level", [*levels(), None])
