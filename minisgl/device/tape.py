@@ -10,6 +10,7 @@ A function that decides by the values of its tensors cannot be recorded call by 
 a tape call the whole of it again.
 """
 
+import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,7 +57,7 @@ class Arena:
     """Memory for what tapes allocate. A piece is free again when no tensor refers to it."""
 
     def __init__(self) -> None:
-        self._blocks: list[np.ndarray] = []
+        self._blocks: list[tuple[int, np.ndarray]] = []  # and the addresses where they begin
         self._free: list[tuple[int, int]] = []  # addresses, from byte to byte
         # Free too, but not in the list yet: a tensor may end in any thread and at any point.
         self._returned: deque[tuple[int, int]] = deque()
@@ -66,15 +67,16 @@ class Arena:
     @property
     def num_bytes(self) -> int:
         """Of all blocks, in use or not."""
-        return sum(block.nbytes for block in self._blocks)
+        return sum(block.nbytes for _, block in self._blocks)
 
-    def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A dense tensor of this shape and dtype."""
-        if not tensor.nbytes:
-            return tensor
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A dense tensor, its content any."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if not num_bytes:
+            return torch.empty(shape, dtype=dtype)
         while self._returned:
             self._take_back(*self._returned.popleft())
-        size = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        size = -(-num_bytes // ALIGNMENT) * ALIGNMENT
         place = next((i for i, (a, b) in enumerate(self._free) if b - a >= size), None)
         if place is None:
             place = len(self._free)
@@ -82,17 +84,18 @@ class Arena:
         start, stop = self._free.pop(place)
         if stop - start > size:
             self._free.insert(place, (start + size, stop))
-        memory = self._at(start, tensor.nbytes)
+        memory = self._at(start, num_bytes)
+        assert memory is not None
         weakref.finalize(memory, self._returned.append, (start, start + size))
-        return torch.from_numpy(memory).view(tensor.dtype).view(tensor.shape)
+        return torch.from_numpy(memory).view(dtype).view(shape)
 
     def alias(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same memory without keeping it: what a recorded call refers to is free to reuse."""
         storage = tensor.untyped_storage()
-        if not any(self._holds(block, storage.data_ptr()) for block in self._blocks):
+        memory = self._at(storage.data_ptr(), storage.nbytes())
+        if memory is None:
             return tensor
-        memory = torch.from_numpy(self._at(storage.data_ptr(), storage.nbytes()))
-        dense = memory.view(tensor.dtype)
+        dense = torch.from_numpy(memory).view(tensor.dtype)
         return dense.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def _grow(self, least: int) -> tuple[int, int]:
@@ -100,18 +103,17 @@ class Arena:
         tensor that grows from tape to tape, every one of them would leave a block behind."""
         size = max(least, BLOCK_BYTES, 2 * self.num_bytes)
         block = np.zeros(size + ALIGNMENT, np.uint8)
-        self._blocks.append(block)
-        start = block.ctypes.data + -block.ctypes.data % ALIGNMENT
+        block = block[-block.ctypes.data % ALIGNMENT :][:size]
+        start = block.ctypes.data
+        self._blocks.append((start, block))
         return start, start + size
 
-    def _at(self, address: int, size: int) -> np.ndarray:
-        block = next(block for block in self._blocks if self._holds(block, address))
-        first = address - block.ctypes.data
-        return block[first : first + size]
-
-    @staticmethod
-    def _holds(block: np.ndarray, address: int) -> bool:
-        return 0 <= address - block.ctypes.data < block.nbytes
+    def _at(self, address: int, size: int) -> np.ndarray | None:
+        """These bytes; None where they are not of the arena."""
+        for start, block in self._blocks:
+            if 0 <= address - start < len(block):
+                return block[address - start : address - start + size]
+        return None
 
     def _take_back(self, start: int, stop: int) -> None:
         free = []
@@ -145,6 +147,21 @@ class TapeGraph:
         else:
             self._tape = _record(self._function, self._arena)
             self._arena.num_tapes += 1
+
+
+def recording() -> bool:
+    """Whether what this thread calls goes on a tape."""
+    return _recording.get() is not None
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """`torch.empty` for what native ops write; while a tape is recorded, of its arena, without
+    PyTorch's dispatch, which takes ten times as long."""
+    now = _recording.get()
+    if now is None:
+        return torch.empty(shape, dtype=dtype)
+    with torch._C._DisableTorchDispatch():
+        return now.arena.empty(shape, dtype)
 
 
 def by_call(function: Callable[P, R]) -> Callable[P, R]:
@@ -204,7 +221,7 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.is_paused = False
         self._tape = tape
-        self._arena = arena
+        self.arena = arena
         self._modules = modules
 
     @classmethod
@@ -244,7 +261,7 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise RuntimeError(f"{func} reads a value while a tape is recorded")
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket in EMPTY and result.is_contiguous():
-            return self._arena.empty_like(result)
+            return self.arena.empty(result.shape, result.dtype)
         return self.note(func, args, kwargs or {}, result, func._schema.is_mutable)
 
     def note(
@@ -259,19 +276,23 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         Returns the result as the calls to come are to see it: where later calls will put theirs.
         """
-        known = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
-        if function == aten.lift_fresh.default:
-            known.clear()  # of a constant, which ends with the function: it is copied
+        is_constant = function == aten.lift_fresh.default  # it ends with the function: it is copied
+        own = _storage(result)
+        if not (own is None or writes or is_constant) and own in map(_storage, args[:1]):
+            return result  # a view, as most are
+        known = {_storage(tensor) for tensor in _tensors((args, kwargs))}
+        if is_constant:
+            known.clear()
         fresh: dict[int, torch.Tensor] = {}  # by the place in the result
         leaves = tree_leaves(result)
         for i, leaf in enumerate(leaves):
-            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() not in known:
-                fresh[i] = self._arena.empty_like(leaf.contiguous()).copy_(leaf)
+            if isinstance(leaf, torch.Tensor) and _storage(leaf) not in known:
+                fresh[i] = self.arena.empty(leaf.shape, leaf.dtype).copy_(leaf)
         if not (fresh or writes):
             return result
-        alias = partial(tree_map_only, torch.Tensor, self._arena.alias)
+        alias = partial(tree_map_only, torch.Tensor, self.arena.alias)
         own_args, own_kwargs = alias(tuple(args)), alias(dict(kwargs))
-        outputs = {i: self._arena.alias(tensor) for i, tensor in fresh.items()}
+        outputs = {i: self.arena.alias(tensor) for i, tensor in fresh.items()}
 
         def again() -> None:
             new = function(*own_args, **own_kwargs)
@@ -303,7 +324,12 @@ def _reads(func: Any, args: Sequence[Any]) -> bool:
     """Whether an operator's result, or its shape, depends on values that PyTorch reads for it."""
     if func.overloadpacket is aten.index:  # by numbers its shape is that of the indices
         return any(index.dtype in (torch.bool, torch.uint8) for index in _tensors(args[1]))
-    return bool(READING.intersection(func.tags))
+    return not READING.isdisjoint(func.tags)
+
+
+def _storage(value: Any) -> int | None:
+    """Where a tensor's memory begins."""
+    return value.untyped_storage().data_ptr() if isinstance(value, torch.Tensor) else None
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from minisgl.device.tape import by_call
+from minisgl.device.tape import by_call, recording
 from minisgl.kernels.config import capability
 from minisgl.trace import detail, detailed
 
@@ -99,7 +99,13 @@ class Op:
     expected: Sequence[Expected] = ()
     _chosen: dict[torch.device, Callable[..., Any]] = field(default_factory=dict, repr=False)
 
-    def __call__(self, first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not recording():
+            return self._call(*args, **kwargs)
+        with torch._C.DisableTorchFunction():  # it reads values in what is `by_call` alone
+            return self._call(*args, **kwargs)
+
+    def _call(self, first: torch.Tensor, /, *args: Any, **kwargs: Any) -> Any:
         forced = _forced.get()
         function = self._chosen.get(first.device)
         if forced is not None and self.name in forced:

@@ -128,16 +128,12 @@ class Attention(Block):
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """What queries [T, Hq, D] make of `kv`, in `out` if that is given."""
+        n = slices.decode_tokens
+        if 0 < n == q.shape[0]:
+            return self._decode(q, kv, inputs, slices, out)
         attended = torch.empty_like(q) if out is None else out
-        n, width = slices.decode_tokens, inputs.decode_width
-        if slices.decode_rows.shape[0]:
-            paged = self._paged(kv, inputs, slices.decode_rows, slices.decode_lens)
-            # Sequences share their beginning, which a window leaves out.
-            if inputs.groups is None or self.window is not None:
-                decode(q[:n], paged, width=width, out=attended[:n])
-            else:
-                shared = (inputs.groups, inputs.shared)
-                cascade(q[:n], paged, *shared, width=width, out=attended[:n])
+        if n:
+            self._decode(q[:n], kv, inputs, slices, attended[:n])
         if slices.chunk_rows.shape[0]:
             self.attention(
                 q[n:],
@@ -147,6 +143,22 @@ class Attention(Block):
                 out=attended[n:],
             )
         return attended
+
+    def _decode(
+        self,
+        q: torch.Tensor,
+        kv: KV,
+        inputs: ForwardInputs,
+        slices: AttentionSlices,
+        out: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The same for a step's decode part alone."""
+        paged = self._paged(kv, inputs, slices.decode_rows, slices.decode_lens)
+        # Sequences share their beginning, which a window leaves out.
+        if inputs.groups is None or self.window is not None:
+            return decode(q, paged, width=inputs.decode_width, out=out)  # type: ignore[no-any-return]
+        groups, width = (inputs.groups, inputs.shared), inputs.decode_width
+        return cascade(q, paged, *groups, width=width, out=out)  # type: ignore[no-any-return]
 
     def _paged(
         self, kv: KV, inputs: ForwardInputs, rows: torch.Tensor, seq_lens: torch.Tensor

@@ -106,7 +106,7 @@ def test_an_arena_holds_little_more_than_it_needs(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("minisgl.device.tape.BLOCK_BYTES", 1 << 16)
     arena = Arena()
     for size in range(1, 1001):  # each larger than every tensor before, as logits of more rows are
-        held = [arena.empty_like(torch.empty(size, 1000)) for _ in range(2)]
+        held = [arena.empty((size, 1000), torch.float32) for _ in range(2)]
         del held
     assert arena.num_bytes < 4 * 2 * 1000 * 1000 * 4  # all that it ever made
 
@@ -194,11 +194,11 @@ def test_pieces_may_end_in_another_thread() -> None:
     arena, ending = Arena(), SimpleQueue[torch.Tensor | None]()
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
-    thread = Thread(target=lambda: [None for _ in iter(ending.get, None)])
+    thread = Thread(target=lambda: [None for _ in iter(ending.get, None)], daemon=True)
     thread.start()
     kept: list[torch.Tensor] = []
     for i in range(4000):
-        kept.append(arena.empty_like(torch.empty(16 * (1 + i * 7 % 39))))
+        kept.append(arena.empty((16 * (1 + i * 7 % 39),), torch.float32))
         if len(kept) > 60:
             for _ in range(i * 5 % 40):
                 ending.put(kept.pop(i % len(kept)))
@@ -212,15 +212,15 @@ def test_pieces_may_end_in_another_thread() -> None:
 
 def test_freed_pieces_join_again() -> None:
     arena = Arena()
-    pieces = [arena.empty_like(torch.empty(1000)) for _ in range(9)]
+    pieces = [arena.empty((1000,), torch.float32) for _ in range(9)]
     starts = {piece.data_ptr() for piece in pieces}
     assert len(starts) == 9
     views = [pieces[3][:10]]
     del pieces[3], pieces[::2]
     gc.collect()
-    assert arena.empty_like(torch.empty(1000)).data_ptr() != views[0].data_ptr()
+    assert arena.empty((1000,), torch.float32).data_ptr() != views[0].data_ptr()
     views.clear()
     pieces.clear()
     gc.collect()
-    whole = arena.empty_like(torch.empty(9000))
+    whole = arena.empty((9000,), torch.float32)
     assert whole.data_ptr() == min(starts)

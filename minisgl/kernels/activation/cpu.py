@@ -2,6 +2,7 @@
 
 import torch
 
+from minisgl.device.tape import empty
 from minisgl.kernels.activation import gelu_tanh_and_mul_reference, silu_and_mul_reference
 from minisgl.kernels.native import model_ops
 
@@ -23,7 +24,7 @@ def _gated(x: torch.Tensor, gelu: bool) -> torch.Tensor | None:
     if native is None or not x.is_contiguous():
         return None
     n = x.shape[-1] // 2
-    y = torch.empty(*x.shape[:-1], n, dtype=x.dtype)
+    y = empty((*x.shape[:-1], n), x.dtype)
     if n:
         native.gated(
             x.data_ptr(),

@@ -3,6 +3,7 @@
 import torch
 
 from minisgl import csrc
+from minisgl.device.tape import empty
 from minisgl.kernels.advance import accept_and_advance_reference, prepare_inputs_reference
 
 
@@ -51,7 +52,7 @@ def accept_and_advance_cpu(
     native = csrc.load("model_ops")
     if native is None or not all(tensor.is_contiguous() for tensor in tensors):
         return accept_and_advance_reference(*tensors)
-    accepted = torch.empty(len(rows), dtype=torch.int32)
+    accepted = empty((len(rows),), torch.int32)
     addresses = (tensor.data_ptr() for tensor in (*tensors, accepted))
     native.accept_and_advance(*addresses, len(tokens), *drafts.shape, counts.shape[1])
     return accepted

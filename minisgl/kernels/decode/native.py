@@ -8,6 +8,7 @@ from types import ModuleType
 
 import torch
 
+from minisgl.device.tape import empty
 from minisgl.kernels.attention.paged import Attended, PagedKV
 from minisgl.kernels.native import address, model_ops
 
@@ -37,8 +38,8 @@ def decode_native(
     if native is None:
         return None
     if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty(tokens, num_heads, dtype=torch.float32) if return_lse else None
+        out = empty(q.shape, q.dtype)
+    lse = empty((tokens, num_heads), torch.float32) if return_lse else None
     native.decode(
         q.data_ptr(),
         q.stride(0),

@@ -3,7 +3,7 @@
 import torch
 
 from minisgl import csrc
-from minisgl.device.tape import by_call
+from minisgl.device.tape import by_call, empty
 from minisgl.kernels.grouped_linear import grouped_linear_reference
 from minisgl.kernels.grouped_linear.panels import GroupedPanels
 from minisgl.kernels.grouped_linear.weights import BLOCK, Grouped
@@ -25,12 +25,12 @@ def grouped_linear_cpu(
     if native is None or not fits or not isinstance(weight, GroupedPanels):
         return grouped_linear_twin(x, weight, bias, wide)
     rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, k).contiguous()
-    y = torch.empty(*x.shape[:-1], n, dtype=torch.float32 if wide else x.dtype)
+    y = empty((*x.shape[:-1], n), torch.float32 if wide else x.dtype)
     rounded: tuple[torch.Tensor | None, ...] = (None, None, None)
     if weight.activations == "int8":
         blocks = len(rows), k // BLOCK
-        scales, sums = torch.empty(blocks), torch.empty(blocks)
-        rounded = torch.empty(len(rows), k, dtype=torch.int8), scales, sums
+        scales, sums = (empty(blocks, torch.float32) for _ in range(2))
+        rounded = empty((len(rows), k), torch.int8), scales, sums
     native.grouped_linear(
         rows.data_ptr(),
         rows.stride(0),
@@ -52,7 +52,7 @@ def embedding(ids: torch.Tensor, weight: Grouped | GroupedPanels) -> torch.Tenso
     native = csrc.load("model_ops")
     if isinstance(weight, GroupedPanels) and native is not None:
         ids = ids.int().contiguous()
-        rows = torch.empty(len(ids), weight.shape[1], dtype=weight.dtype)
+        rows = empty((len(ids), weight.shape[1]), weight.dtype)
         is_bf16 = weight.dtype == torch.bfloat16
         at = ids.data_ptr(), *weight.addresses, rows.data_ptr(), len(ids)
         native.embed_grouped(*at, *weight.layout, is_bf16)

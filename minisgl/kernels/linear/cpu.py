@@ -8,6 +8,7 @@ fp32 where the CPU has no bf16 arithmetic, without which it is slow.
 import torch
 import torch.nn.functional as F
 
+from minisgl.device.tape import empty
 from minisgl.kernels.config import batch_invariant
 from minisgl.kernels.linear import linear_reference
 from minisgl.kernels.linear.panels import Dense, Panels
@@ -30,7 +31,7 @@ def linear_cpu(
         return linear_reference(x, weight, bias, wide)
     rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, k).contiguous()
     if isinstance(weight, Panels):
-        y = torch.empty(*x.shape[:-1], n, dtype=torch.float32 if wide else x.dtype)
+        y = empty((*x.shape[:-1], n), torch.float32 if wide else x.dtype)
         native.linear_panels(
             rows.data_ptr(),
             rows.stride(0),
@@ -48,7 +49,7 @@ def linear_cpu(
         if x.dtype == torch.float32 or native.BF16_ARITHMETIC:
             return linear_reference(x, weight, bias, wide)
         return _widened(rows, weight, bias, wide).view(*x.shape[:-1], n)
-    y = torch.empty(*x.shape[:-1], n, dtype=torch.float32 if wide else x.dtype)
+    y = empty((*x.shape[:-1], n), torch.float32 if wide else x.dtype)
     native.linear(
         rows.data_ptr(),
         rows.stride(0),

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from minisgl import csrc
+from minisgl.device.tape import empty
 
 WIDTH = 32
 LARGE = 8 * 2**20  # bytes that are too many to unpack in every step, as until the build has ended
@@ -74,6 +75,6 @@ def embedding(ids: torch.Tensor, weight: Dense) -> torch.Tensor:
     if native is None:
         return F.embedding(ids, unpacked(weight))
     ids, (n, k) = ids.int().contiguous(), weight.shape
-    rows = torch.empty(len(ids), k, dtype=weight.values.dtype)
+    rows = empty((len(ids), k), weight.values.dtype)
     native.embed_panels(ids.data_ptr(), weight.values.data_ptr(), rows.data_ptr(), len(ids), n, k)
     return rows

@@ -3,7 +3,7 @@ with the CPU's own linear layers and activations."""
 
 import torch
 
-from minisgl.device.tape import by_call
+from minisgl.device.tape import by_call, empty
 from minisgl.kernels.activation.cpu import gelu_tanh_and_mul_cpu, silu_and_mul_cpu
 from minisgl.kernels.grouped_linear.cpu import grouped_linear_cpu
 from minisgl.kernels.linear.cpu import linear_cpu
@@ -23,8 +23,8 @@ def moe_route_cpu(
     native = model_ops(logits)
     if native is None or logits.stride(1) != 1 or not 1 <= top_k <= experts:
         return moe_route_twin(logits, top_k, renormalize)
-    weights = torch.empty(tokens, top_k, dtype=torch.float32)
-    ids = torch.empty(tokens, top_k, dtype=torch.int32)
+    weights = empty((tokens, top_k), torch.float32)
+    ids = empty((tokens, top_k), torch.int32)
     addresses = (logits.data_ptr(), logits.stride(0), weights.data_ptr(), ids.data_ptr())
     how = (renormalize, logits.dtype == torch.bfloat16, torch.get_num_threads())
     native.moe_route(*addresses, tokens, experts, top_k, *how)
@@ -52,8 +52,8 @@ def moe_experts_cpu(
     fits = fits and all(tensor.is_contiguous() for tensor in (x, weights, ids))
     if native is None or not fits:
         return moe_experts_twin(x, gate_up, down, weights, ids, activation)
-    middle, parts = (x.new_empty(tokens * top_k, width) for width in (inner, hidden))
-    out = torch.empty(tokens, hidden, dtype=x.dtype)
+    middle, parts = (empty((tokens * top_k, width), x.dtype) for width in (inner, hidden))
+    out = empty((tokens, hidden), x.dtype)
     tensors = (gate_up.values, down.values, weights, ids, middle, parts, out)
     addresses = (x.data_ptr(), x.stride(0), *(tensor.data_ptr() for tensor in tensors))
     sizes = (tokens, experts, top_k, hidden, inner)

@@ -2,7 +2,7 @@
 
 import torch
 
-from minisgl.device.tape import by_call
+from minisgl.device.tape import by_call, empty
 from minisgl.kernels.native import address, model_ops
 from minisgl.kernels.qkv_prepare import qkv_prepare_reference
 
@@ -46,7 +46,7 @@ def qkv_prepare_cpu(
     tokens = qkv.shape[0]
     _, num_kv_heads, head_dim = k_pool.shape
     positions, slots = positions.long().contiguous(), slot_mapping.long().contiguous()
-    q = torch.empty(tokens, num_q_heads, head_dim, dtype=qkv.dtype) if out is None else out
+    q = empty((tokens, num_q_heads, head_dim), qkv.dtype) if out is None else out
     native.qkv_prepare(
         qkv.data_ptr(),
         positions.data_ptr(),

@@ -2,6 +2,7 @@
 
 import torch
 
+from minisgl.device.tape import empty
 from minisgl.kernels.native import address, model_ops
 from minisgl.kernels.rmsnorm import rmsnorm_reference
 
@@ -22,8 +23,8 @@ def rmsnorm_cpu(
     fits = fits and (residual is None or residual.shape == x.shape)
     if native is None or not fits or stride is None or other_stride is None:
         return rmsnorm_reference(x, weight, eps, residual, unit_offset)
-    y = torch.empty(x.shape, dtype=x.dtype)
-    total = None if residual is None else torch.empty(x.shape, dtype=x.dtype)
+    y = empty(x.shape, x.dtype)
+    total = None if residual is None else empty(x.shape, x.dtype)
     native.rmsnorm(
         x.data_ptr(),
         stride,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from minisgl import csrc
-from minisgl.device.tape import by_call
+from minisgl.device.tape import by_call, empty
 from minisgl.kernels.sampling import (
     PARAMS,
     SEEN_IN_PROMPT,
@@ -108,7 +108,7 @@ def sample_cpu(
     if native is None:
         return sample_twin(logits, rows, positions, params)
     logits, positions = logits.contiguous(), positions.contiguous()
-    tokens = torch.empty(logits.shape[0], dtype=torch.int32)
+    tokens = empty(logits.shape[:1], torch.int32)
     tensors = (rows, positions, params, tokens)
     addresses = [tensor.data_ptr() for tensor in tensors]
     native.sample(logits.data_ptr(), *logits.shape, *addresses, torch.get_num_threads())
