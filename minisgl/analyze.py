@@ -41,7 +41,7 @@ def load_sizes(model: str, dtype: str) -> ModelSizes:
     if model.lower() in PRESETS:
         config = ModelConfig.from_dict(PRESETS[model.lower()], where=model)
     else:
-        config = ModelConfig.from_hf(model_directory(model, weights=False))
+        config = ModelConfig.from_hf(model_directory(model, weights=False, known=PRESETS))
     return ModelSizes(**config.cost_sizes(getattr(torch, dtype)))
 
 

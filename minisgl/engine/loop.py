@@ -42,9 +42,9 @@ def drive(build: Callable[[], Engine], receive: Receive, send: Send) -> bool:
         engine = build()
     except Exception as error:
         # What was given is refused in a line; whoever debugs sees where.
-        told = log.debug if isinstance(error, ValueError | OSError) else log.error
-        told("the engine could not be built", exc_info=error)
-        send(Failed(f"{type(error).__name__}: {error}"))
+        refused = isinstance(error, ValueError | OSError)
+        (log.debug if refused else log.error)("the engine could not be built", exc_info=error)
+        send(Failed(str(error) if refused else f"{type(error).__name__}: {error}"))
         return False
     send(Ready(engine.info))
     failure = None

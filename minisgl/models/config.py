@@ -122,14 +122,18 @@ class ModelConfig:
         """Read config.json, and generation_config.json where there is one, of a directory; or what
         a GGUF file says of the same.
 
-        Raises FileNotFoundError without a config.json, and ValueError naming the field for
-        anything that is missing, wrong, or asks for what is not supported.
+        Raises ValueError naming a folder without a config.json, or the field for anything that is
+        missing, wrong, or asks for what is not supported.
         """
         path = Path(path)
         if path.suffix == ".gguf":
             return cls.from_dict(_of_gguf(path)[0], where=str(path))
-        config, generation = read_json(path / "config.json"), read_generation(path)[0]
-        return cls.from_dict(config, generation, where=str(path / "config.json"))
+        if not (file := path / "config.json").is_file():
+            raise ValueError(
+                f"{path} holds no model: there is neither a config.json, with .safetensors files "
+                "beside it, nor a .gguf file"
+            )
+        return cls.from_dict(read_json(file), read_generation(path)[0], where=str(file))
 
     @classmethod
     def from_dict(

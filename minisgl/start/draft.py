@@ -31,7 +31,8 @@ def read_draft(
     path = BUNDLED_DRAFT
     if config.speculative_draft_model != BUNDLED_DRAFT.name:
         weights = config.load_format != "dummy"
-        path = model_directory(config.speculative_draft_model, weights=weights)
+        known = [BUNDLED_DRAFT.name]
+        path = model_directory(config.speculative_draft_model, weights=weights, known=known)
     model = ModelConfig.from_hf(path)
     if model.vocab_size != target.vocab_size:
         raise ValueError(

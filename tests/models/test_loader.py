@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from minisgl.kernels.matrix import unpacked
@@ -252,8 +253,46 @@ def test_model_directory(tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(ValueError, match=r"a directory, a GGUF file or a hub id, but .* is none"):
         model_directory(str(file))
-    with pytest.raises(ValueError, match="neither a file or directory here nor"):
-        model_directory("/nowhere/at/all")
+
+
+@pytest.mark.parametrize(
+    "path", ["/nowhere/at/all", "./no", "../no/such", "no/such/path", "~nobody-here/x", "x.gguf"]
+)
+def test_what_is_written_as_a_path_is_not_looked_for_on_the_hub(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    with pytest.raises(ValueError, match=rf"^model '{path}': no such file or folder$"):
+        model_directory(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("smolm2", "smollm2"), ("SmolLM2", "smollm2"), ("tiny_draft", "tiny-draft")],
+)
+def test_a_known_name_that_is_misspelt_is_told(
+    name: str, meant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    with pytest.raises(ValueError, match=rf"model '{name}' is not known; did you mean {meant}\?"):
+        model_directory(name, known=["tiny-draft"])
+
+
+def test_what_the_hub_has_not_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def snapshot_download(*_: str, **__: object) -> str:
+        raise LocalEntryNotFoundError("no connection\n\nand nothing cached")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    for name in ("gpt2", "some/smollm2"):
+        with pytest.raises(ValueError, match=r"nor a model on .*: no connection and nothing cach"):
+            model_directory(name)
+
+
+def test_a_folder_without_a_model_says_what_was_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match=rf"^{folder} holds no model: .* config\.json.*\.gguf"):
+            ModelConfig.from_hf(folder)
 
 
 def test_a_gguf_file_or_the_folder_of_one(tmp_path: Path) -> None:
@@ -308,11 +347,6 @@ def test_a_gguf_file_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     names.append("x-Q4_0.gguf")
     with pytest.raises(ValueError, match="some/model' on the hub holds several GGUF files"):
         model_directory("some/model")
-
-
-def test_a_home_that_is_nowhere_is_a_wrong_name_and_no_other_error() -> None:
-    with pytest.raises(ValueError, match="model '~nobody-here/x' is neither"):
-        model_directory("~nobody-here/x")
 
 
 @pytest.mark.parametrize("weights", [True, False])

@@ -389,10 +389,9 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path):
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        (
-            "--model=/no/such/folder",
-            "'/no/such/folder' is neither a file or directory here nor a model",
-        ),
+        ("--model=/no/such/folder", "serve: model '/no/such/folder': no such file or folder\n"),
+        ("--model=smolm2", "serve: model 'smolm2' is not known; did you mean smollm2?\n"),
+        (f"--model={ROOT / 'docs'}", f"serve: {ROOT / 'docs'} holds no model: there is neither a"),
         ("--profile-dir=/dev/null", "profile_dir: cannot make /dev/null: File exists"),
         ("--device=cuda:99", "device must be "),
     ],
