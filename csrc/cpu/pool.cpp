@@ -10,11 +10,14 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <limits>
 #include <mutex>
 #include <system_error>
 #include <thread>
 
 namespace {
+
+thread_local int most_threads = std::numeric_limits<int>::max();  // of the jobs that this one calls
 
 constexpr auto SPIN = std::chrono::microseconds(50);  // longer than waking a thread takes
 
@@ -41,17 +44,15 @@ bool spin_until(const F &done) {
 
 class Pool {
   public:
-    static constexpr int ANY = 1 << 30;
-    std::atomic<int> most{ANY};  // threads, of any job
-
-    // One for the process. It is never destroyed: its threads sleep until the process has ended.
+    // One for the process. It is never destroyed: its threads sleep until the process has ended. A fork
+    // has none of them, nor who may have held the lock: it gets a pool of its own.
     static Pool &get() {
-        static Pool *pool = new Pool;
+        static Pool *pool = (pthread_atfork(nullptr, nullptr, [] { pool = new Pool; }), new Pool);
         return *pool;
     }
 
     void run(std::int64_t count, int threads, Body body, const void *context) {
-        threads = int(std::min<std::int64_t>({threads, most.load(std::memory_order_relaxed), count}));
+        threads = int(std::min<std::int64_t>({threads, most_threads, count}));
         std::unique_lock<std::mutex> owner(owner_, std::defer_lock);
         if (threads < 2 || !owner.try_lock()) {
             Blocks blocks(count, 0, false);
@@ -153,8 +154,8 @@ bool Blocks::take() {
     return true;
 }
 
-FewerThreads::FewerThreads(int most) { Pool::get().most = most; }
-FewerThreads::~FewerThreads() { Pool::get().most = Pool::ANY; }
+FewerThreads::FewerThreads(int most) : before_(most_threads) { most_threads = most; }
+FewerThreads::~FewerThreads() { most_threads = before_; }
 
 void share_work(std::int64_t blocks, int threads, Body body, const void *context) {
     if (blocks > 0) Pool::get().run(blocks, threads, body, context);

@@ -42,13 +42,16 @@ using Body = void (*)(const void *context, Blocks &blocks);
 // other: one of them has the pool, the others work alone. Bodies must not throw.
 void share_work(std::int64_t blocks, int threads, Body body, const void *context);
 
-// Until it ends, no op is shared by more than `most` threads.
+// Until it ends, no op that this thread calls is shared by more than `most` threads.
 class FewerThreads {
   public:
     explicit FewerThreads(int most);
     ~FewerThreads();
     FewerThreads(const FewerThreads &) = delete;
     FewerThreads &operator=(const FewerThreads &) = delete;
+
+  private:
+    const int before_;
 };
 
 // f(blocks) in several threads: for what a thread sets up once.

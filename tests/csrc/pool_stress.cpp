@@ -1,6 +1,11 @@
 // Callers in several threads share work through one pool, with all counts of blocks and threads, and
 // short and long pauses between jobs, so that helpers are met spinning, asleep, and falling asleep.
-// Every block must be done exactly once before `share` returns. Prints the number of jobs.
+// Every block must be done exactly once before `share` returns. Prints the number of jobs. Before and
+// after, jobs have as many threads as they ask for: in a fork of a process with helpers too, and while
+// another caller is held to one.
+
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
@@ -33,7 +38,45 @@ static int run_caller(int seed, double seconds) {
     return jobs;
 }
 
+// Whether two threads work on a job of two blocks at once: each block waits for the other to begin.
+static bool meets(std::chrono::milliseconds within) {
+    std::atomic<int> begun{0}, met{0};
+    const auto end = std::chrono::steady_clock::now() + within;
+    share(2, 2, [&](std::int64_t) {
+        ++begun;
+        while (begun != 2 && std::chrono::steady_clock::now() < end) std::this_thread::yield();
+        met += begun == 2;
+    });
+    return met == 2;
+}
+
+static void expect(bool holds, const char *what) {
+    if (!holds) std::printf("%s\n", what), std::exit(1);
+}
+
+static void check_threads() {
+    using namespace std::chrono_literals;
+    expect(meets(20s), "a job of two blocks has one thread");
+    if (const pid_t child = fork(); child == 0) {
+        _exit(meets(20s) ? 0 : 1);
+    } else {
+        int status = -1;
+        waitpid(child, &status, 0);
+        expect(status == 0, "in a fork a job of two blocks has one thread");
+    }
+    const FewerThreads one(1);
+    expect(!meets(200ms), "a caller that is held to one thread has two");
+    bool other = false;
+    std::thread([&] { other = meets(20s); }).join();
+    expect(other, "a caller is held to one thread because another is");
+    {
+        const FewerThreads none(1);
+    }
+    expect(!meets(200ms), "a limit ends with one within it");
+}
+
 int main(int, char **argv) {
+    check_threads();
     const int callers = std::atoi(argv[1]);
     std::vector<int> jobs(callers, 0);
     std::vector<std::thread> threads;
@@ -41,5 +84,6 @@ int main(int, char **argv) {
         threads.emplace_back([&, i] { jobs[i] = run_caller(i, std::atof(argv[2])); });
     int all = 0;
     for (int i = 0; i < callers; ++i) threads[i].join(), all += jobs[i];
+    check_threads();
     std::printf("%d jobs\n", all);
 }
