@@ -51,11 +51,21 @@ def make_config(model: str | os.PathLike[str] | None, options: Mapping[str, Any]
     return config
 
 
+def require_own(pid: int, kind: str) -> None:
+    """Raises RuntimeError in a fork of the process `pid`, where an engine's threads are not."""
+    if os.getpid() != pid:
+        raise RuntimeError(
+            f"this {kind} was made in another process, which this one is a fork of; make one in "
+            "each process (multiprocessing: with the start method spawn)"
+        )
+
+
 class LLM:
     """An engine in this process. Keyword arguments are `EngineConfig`'s fields.
 
     `model` is a directory or a hub id, the bundled model when None. Use it as a context manager, or
-    call `close`. Not thread-safe; for asyncio and threads there is `AsyncLLM`.
+    call `close`. Not thread-safe; for asyncio and threads there is `AsyncLLM`. Calls in a fork of
+    the process that made it raise RuntimeError.
 
     Where torch is imported before this class, it is slow on a CPU that other programs keep busy:
     its threads then wait long for each other. Import this first, or set GOMP_SPINCOUNT=1000.
@@ -73,6 +83,7 @@ class LLM:
             raise
         self._running: dict[str, Collector] = {}
         self._closed = False
+        self._pid = os.getpid()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -186,11 +197,13 @@ class LLM:
     def close(self) -> None:
         """Release the device. Idempotent; Ctrl-C takes effect once it is done.
 
-        What is not closed ends with the interpreter.
+        What is not closed ends with the interpreter. In a fork nothing is done: the engine is the
+        parent's.
         """
         with held_back():
             self._closed = True
-            self._engine.close()
+            if os.getpid() == self._pid:
+                self._engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -207,11 +220,13 @@ class LLM:
         self._running[collector.request.id] = collector
 
     def _require_open(self) -> None:
+        require_own(self._pid, "LLM")
         if self._closed:
             raise RuntimeError("this LLM is closed")
 
     def _step(self) -> list[Collector]:
         """Advance the engine; return the requests that have ended."""
+        require_own(self._pid, "LLM")
         ended = []
         for delta in self._engine.step():
             if collector := self._running.get(delta.request_id):
@@ -255,6 +270,7 @@ class AsyncLLM:
         self._client: ProcessClient | None = None  # made in the event loop of the first call
         self._reader: PromptReader | None = None
         self._closed = False
+        self._pid = os.getpid()
 
     async def ready(self) -> EngineInfo:
         """Wait until the model is loaded. Raises EngineDeadError when it cannot be."""
@@ -319,8 +335,11 @@ class AsyncLLM:
         return await client.stop_profile()
 
     async def close(self, drain_timeout: float = 0.0) -> None:
-        """Finish what runs within `drain_timeout` seconds, then end the process. Idempotent."""
+        """Finish what runs within `drain_timeout` seconds, then end the process. Idempotent. In a
+        fork nothing is done: the engine is the parent's."""
         self._closed = True
+        if os.getpid() != self._pid:
+            return
         if self._client is not None and self._loop is asyncio.get_running_loop():
             await self._client.close(drain_timeout)
         self._process.close()
@@ -358,6 +377,7 @@ class AsyncLLM:
         collector.result()  # raises where the request failed
 
     async def _connected(self) -> tuple[ProcessClient, PromptReader]:
+        require_own(self._pid, "AsyncLLM")
         if self._closed:
             raise RuntimeError("this AsyncLLM is closed")
         loop = asyncio.get_running_loop()

@@ -88,6 +88,59 @@ def test_a_device_that_is_closed_is_let_go():
     assert run(DEVICE.format(also=f"{gone}; gc.collect(); assert it() is None")) == (0, "")
 
 
+FORK = """
+import asyncio, os
+from minisgl import LLM, AsyncLLM, SamplingParams
+
+options = dict(max_total_tokens=2048, device="cpu", log_level="error", tp_size=2)
+short = SamplingParams(max_tokens=3, temperature=0)
+llm, other = LLM(**options), AsyncLLM(**options)
+expected = llm.generate("Hello", short, use_tqdm=False).text
+stream = llm.stream("Hello", short)
+next(stream)
+
+async def ask() -> None:
+    async with other:
+        pass
+
+def told(call) -> None:
+    try:
+        call()
+    except RuntimeError as error:
+        assert "LLM was made in another process" in str(error), error
+    else:
+        raise AssertionError(call)
+
+if (child := os.fork()) == 0:
+    code = 1
+    try:
+        told(lambda: llm.generate("Hello", short, use_tqdm=False))
+        told(lambda: next(llm.stream("Hello", short)))
+        told(lambda: next(stream))
+        told(llm.start_profile)
+        told(lambda: asyncio.run(ask()))
+        llm.close()
+        asyncio.run(other.close())
+        code = 0
+    finally:
+        os._exit(code)
+assert os.waitpid(child, 0)[1] == 0
+stream.close()
+assert llm.generate("Hello", short, use_tqdm=False).text == expected
+llm.close()
+
+async def answer() -> str:
+    async with other:
+        return (await other.generate("Hello", short)).text
+
+assert asyncio.run(answer()) == expected
+"""
+
+
+def test_a_fork_is_told_and_leaves_the_engine_to_its_parent():
+    assert run(FORK) == (0, "")
+
+
 def test_ctrl_c_twice_in_a_chat_ends_it():
     command = [sys.executable, "-m", "minisgl.chat", "--max-total-tokens", "2048"]
     with subprocess.Popen(
