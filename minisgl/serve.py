@@ -146,21 +146,28 @@ async def _serve(
 
 
 def _served_model(info: "EngineInfo", config: ServerConfig) -> "ServedModel":
-    from minisgl.server.answer import REASONING_FORMATS, chosen
+    from minisgl.server.answer import REASONING_FORMATS, chosen, told
     from minisgl.server.calls import ServedModel
     from minisgl.server.tokenizer import Tokenizer
     from minisgl.server.tool_formats import TOOL_FORMATS
 
     tokenizer = Tokenizer.from_directory(info.model_path, config.chat_template)
     template = tokenizer.chat_template.source if tokenizer.chat_template else ""
+    tools = chosen(config.tool_call_parser, TOOL_FORMATS, template)
+    reasoning = chosen(config.reasoning_parser, REASONING_FORMATS, template)
+    log.info(
+        "parser of tool calls: %s; of reasoning: %s",
+        told(config.tool_call_parser, TOOL_FORMATS, tools),
+        told(config.reasoning_parser, REASONING_FORMATS, reasoning),
+    )
     return ServedModel(
         name=config.served_model_name or info.model,
         tokenizer=tokenizer,
         limits=info.limits,
         sampling_defaults=info.sampling_defaults,
         has_priorities=config.schedule_policy == "priority",
-        tool_format=chosen(config.tool_call_parser, TOOL_FORMATS, template),
-        reasoning=chosen(config.reasoning_parser, REASONING_FORMATS, template),
+        tool_format=tools,
+        reasoning=reasoning,
     )
 
 

@@ -134,3 +134,13 @@ def chosen(name: str, formats: Mapping[str, F], template: str) -> F | None:
     """The form of this name; where it is "auto", the one that the chat template shows."""
     shown = (form for form in formats.values() if form.sign in template)
     return next(shown, None) if name == "auto" else formats.get(name)
+
+
+def told(name: str, formats: Mapping[str, F], form: F | None) -> str:
+    """The name of the form that was chosen, and why, for a log."""
+    if name != "auto":
+        return f"{name} (as asked)"
+    if form is None:
+        return "none (the chat template shows no form that is known)"
+    own = next(each for each in formats if formats[each] is form)
+    return f"{own} (the chat template holds {form.sign})"

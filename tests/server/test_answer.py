@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from minisgl.config import ServerConfig
-from minisgl.server.answer import REASONING_FORMATS, AnswerForm, AnswerParser, chosen
+from minisgl.server.answer import REASONING_FORMATS, AnswerForm, AnswerParser, chosen, told
 from minisgl.server.tool_formats import TOOL_FORMATS
 
 FORMATS = sorted(TOOL_FORMATS)
@@ -330,6 +330,19 @@ def test_a_form_is_known_by_its_templates_words():
     assert chosen("none", TOOL_FORMATS, both) is None
     assert chosen("auto", TOOL_FORMATS, "plain") is None
     assert chosen("auto", REASONING_FORMATS, "<think>") is REASONING_FORMATS["think"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("auto", "hermes (the chat template holds <tool_call>)"),
+        ("mistral", "mistral (as asked)"),
+        ("none", "none (as asked)"),
+    ],
+)
+def test_what_was_chosen_is_told_with_its_reason(name, words):
+    form = chosen(name, TOOL_FORMATS, "calls in <tool_call> tags")
+    assert told(name, TOOL_FORMATS, form) == words
 
 
 def test_the_flags_name_every_form():

@@ -101,6 +101,8 @@ def test_it_says_what_it_serves_and_on_what(served):
     served.wait_ready()
     assert "serving dummy (Qwen3ForCausalLM, " in served.output
     assert "on CPU" in served.output
+    none = "none (the chat template shows no form that is known)"
+    assert f"server INFO parser of tool calls: {none}; of reasoning: {none}\n" in served.output
 
 
 def test_it_is_not_ready_while_the_engine_loads(served):
