@@ -41,11 +41,12 @@ ELSEWHERE = {
     "--speculative-num-draft-tokens": "--num-speculative-tokens --draft --draft-max",
     "--speculative-ngram-min": "--speculative-ngram-min-match-window-size",
     "--speculative-ngram-max": "--speculative-ngram-max-match-window-size",
+    "--sampling-defaults": "--generation-config --override-generation-config",
     "--log-level": "--uvicorn-log-level",
     "--reasoning-parser": "--reasoning-format",
 }
 OTHER_NAMES = {name: [ours] for ours, names in ELSEWHERE.items() for name in names.split()}
-# Flags of other engines for what needs none here.
+# Flags of other engines for what needs none here, or is done elsewhere.
 ALWAYS = {
     "--enable-prefix-caching": "prefixes are always cached, without --disable-radix-cache",
     "--enable-chunked-prefill": "prompts are always computed in chunks of --chunked-prefill-size",
@@ -57,6 +58,7 @@ ALWAYS = {
     "--guided-decoding-backend": "structured output is always there, by llguidance",
     "--grammar-backend": "structured output is always there, by llguidance",
     "--seed": "each request has a seed of its own, in its body",
+    "--api-key": "no key is asked for: a proxy before the server can do that",
 }
 
 C = TypeVar("C", bound=EngineConfig)

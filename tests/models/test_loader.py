@@ -320,7 +320,7 @@ def test_parts_of_a_gguf_file_are_to_be_merged(tmp_path: Path) -> None:
 def test_a_name_is_found_in_its_package_or_says_how(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    package, file = PACKAGED["smollm2"]
+    package, file, _ = PACKAGED["smollm2"]
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     with pytest.raises(ValueError, match="smollm2 is not installed: `make smollm2`, or `pip"):
         model_directory("smollm2")

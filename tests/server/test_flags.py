@@ -95,6 +95,8 @@ def test_aliases():
         (["--tensor-parallel-size", "2"], "; did you mean --tp-size? (--help"),
         (["-tp", "2"], "unknown argument -tp; did you mean --tp-size? (--help"),
         (["--enable-prefix-caching"], "; prefixes are always cached, without --disable-radix"),
+        (["--api-key", "k"], "--api-key; no key is asked for: a proxy before the server can"),
+        (["--generation-config", "vllm"], "; did you mean --sampling-defaults? (--help"),
         (["--kv-cache-dtype", "fp8"], "unknown argument --kv-cache-dtype (--help"),
         (["--max-lora-rank", "8"], "unknown argument --max-lora-rank (--help"),
         (["--max-seq-len", "8"], "unknown argument --max-seq-len (--help"),

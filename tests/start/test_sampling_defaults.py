@@ -33,6 +33,13 @@ def test_what_is_read(tmp_path, content, expected):
     assert read(tmp_path, content) == NEUTRAL | expected
 
 
+def test_a_model_known_by_name_has_its_makers_where_its_file_says_nothing(tmp_path):
+    config, card = EngineConfig(model="smollm2"), {"temperature": 0.2, "top_p": 0.9}
+    assert read_sampling_defaults(config, tmp_path) == NEUTRAL | card
+    assert read(tmp_path, {"top_k": 7}, model="smollm2") == NEUTRAL | {"top_k": 7}
+    assert read(tmp_path, {}, model="smollm2", sampling_defaults="openai") == NEUTRAL
+
+
 def test_openais_defaults_on_demand_and_without_a_file(tmp_path):
     assert read_sampling_defaults(EngineConfig(), tmp_path) == NEUTRAL
     wrong = {"temperature": "hot", "do_sample": False}
