@@ -62,10 +62,10 @@ def transformers(model: str) -> tuple[Generate, str]:
     return generate, version("transformers")
 
 
-def vllm(model: str) -> tuple[Generate, str]:
+def vllm(model: str, dtype: str) -> tuple[Generate, str]:
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
-    llm = LLM(model=model, dtype="bfloat16", max_model_len=2560, max_num_seqs=256)
+    llm = LLM(model=model, dtype=dtype, max_model_len=2560, max_num_seqs=256)
 
     def generate(prompts: list[list[int]], outputs: list[int]) -> list[int]:
         params = [SamplingParams(max_tokens=n, temperature=0.0, ignore_eos=True) for n in outputs]
@@ -76,7 +76,8 @@ def vllm(model: str) -> tuple[Generate, str]:
 
 
 def openvino(model: str) -> tuple[Generate, str]:
-    """Of a folder that optimum-cli has exported; keys and values in bf16 as everybody's."""
+    """Of a folder that optimum-cli has exported; keys and values in bf16 as everybody's, or in
+    fp32 on a CPU whose bf16 it refuses."""
     import numpy as np
     import openvino as ov  # type: ignore[import-not-found]
     import openvino_genai as genai  # type: ignore[import-not-found]
@@ -84,7 +85,9 @@ def openvino(model: str) -> tuple[Generate, str]:
     scheduler = genai.SchedulerConfig()
     scheduler.cache_size, scheduler.max_num_seqs = 4, 256
     scheduler.max_num_batched_tokens, scheduler.enable_prefix_caching = 4096, True
-    types = {"KV_CACHE_PRECISION": "bf16", "INFERENCE_PRECISION_HINT": "bf16"}
+    capable = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    precision = "bf16" if "BF16" in capable else "f32"
+    types = {"KV_CACHE_PRECISION": precision, "INFERENCE_PRECISION_HINT": precision}
     pipeline = genai.ContinuousBatchingPipeline(model, scheduler, "CPU", types, {})
 
     def generate(prompts: list[list[int]], outputs: list[int]) -> list[int]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Protocol
 
 from benchmarks.http_load import Client, Job, Outcome
+from minisgl.csrc import cpu_level
 
 START_SECONDS = 600  # vLLM compiles for more than a minute
 SHORT = [*range(16, 48)]  # what a woken engine is asked first
@@ -29,7 +30,7 @@ SERVERS = {
     "minisgl": ("minisgl.serve", "--device cpu"),
     "vllm": (
         "vllm.entrypoints.openai.api_server",
-        "--dtype bfloat16 --max-model-len 2560 --max-num-seqs 256 --disable-uvicorn-access-log",
+        "--max-model-len 2560 --max-num-seqs 256 --disable-uvicorn-access-log",
     ),
 }
 
@@ -49,6 +50,12 @@ class Side:
     url: str | None = None
     bits: int = 16
     flags: Mapping[str, str] = field(default_factory=dict)
+
+    def options(self) -> dict[str, str]:
+        """Of the command, minisgl's own or vLLM's: without AVX-512 its bf16 is slower than fp32."""
+        if self.engine != "vllm":
+            return dict(self.flags)
+        return {"dtype": "bfloat16" if cpu_level().startswith("avx512") else "float32"}
 
     def environment(self) -> dict[str, str]:
         """What the engine's documents set for its best speed on all cores."""
@@ -77,13 +84,13 @@ class Side:
         here = Path(__file__).parent
         if self.engine == "llamacpp":
             return ["node", str(here / "cpu_llamacpp.mjs"), self.python, self.model]
-        flags = [f"{name}={value}" for name, value in self.flags.items()]
+        flags = [f"{name}={value}" for name, value in self.options().items()]
         return [self.python, str(here / "cpu_engines.py"), self.engine, self.model, *flags]
 
     def server(self, port: int) -> list[str]:
         """The command that serves, of an engine in SERVERS."""
         module, options = SERVERS[self.engine]
-        own = {"model": self.model, "port": str(port), **self.flags}
+        own = {"model": self.model, "port": str(port), **self.options()}
         words = [word for name, value in own.items() for word in (f"--{name}", value)]
         return [self.python, "-m", module, *options.split(), *words]
 
