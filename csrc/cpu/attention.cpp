@@ -1,5 +1,5 @@
 // Attention of chunks of queries over paged bf16 keys and values: scores and weighted sums as products
-// of pairs, softmax in fp32, probabilities rounded to bf16 for the second product.
+// of pairs, softmax in fp32, probabilities rounded to bf16 where pairs of that are multiplied.
 //
 // An item is a span of one sequence's queries with one key head. For each block of KEYS keys it puts
 // them into the order of the products, then takes its queries a few rows at a time: a row is one
@@ -37,7 +37,8 @@ struct Item {
 // What a thread works in; all that an item leaves of it is overwritten by the next.
 template <int D>
 struct Scratch {
-    std::vector<bf16> keys, values, queries, probabilities;
+    std::vector<bf16> keys, values;
+    std::vector<Operand> queries, probabilities;
     std::vector<float> scores, sums, largest, totals, fix;
 
     explicit Scratch(Index rows)
@@ -73,19 +74,19 @@ void pack(const Chunks &op, const std::int32_t *pages, const bf16 *k_pool, const
     for (Index j = 0; j < padded; j += 2)
         for (Index d = 0; d < D; d += 16) {
             const u32x16 both = interleaved(from_values[j] + d, from_values[j + 1] + d);
-            std::memcpy(scratch.values.data() + j * D + d * 2, &both, sizeof both);
+            store_as(scratch.values.data() + j * D + d * 2, both);
         }
 }
 
 // scores[r][j] = q_r . k_j for TILE_ROWS rows and VECTORS blocks of sixteen keys.
 template <int D, int VECTORS>
-void multiply_keys(const bf16 *queries, const bf16 *keys, float *scores) {
+void multiply_keys(const Operand *queries, const bf16 *keys, float *scores) {
     f32x16 sums[TILE_ROWS][VECTORS] = {};
     for (int d = 0; d < D; d += 2) {
         Pairs columns[VECTORS];
         for (int v = 0; v < VECTORS; ++v) columns[v] = load_pairs(keys + v * 16 * D + d * 16);
         for (int r = 0; r < TILE_ROWS; ++r) {
-            const Pairs own = broadcast_pair(queries + r * D + d);
+            const auto own = broadcast_pair(queries + r * D + d);
             for (int v = 0; v < VECTORS; ++v) add_products(sums[r][v], own, columns[v]);
         }
     }
@@ -96,7 +97,7 @@ void multiply_keys(const bf16 *queries, const bf16 *keys, float *scores) {
 // sums[r] = fix[r] * sums[r] + sum_j p_rj v_j for TILE_ROWS rows, keys from <= j < upto, and
 // dimensions [FIRST, D).
 template <int D, int FIRST = 0>
-void add_values(const bf16 *probabilities, const bf16 *values, Index from, Index upto,
+void add_values(const Operand *probabilities, const bf16 *values, Index from, Index upto,
                 const float *fix, float *sums) {
     constexpr int VECTORS = std::min((D - FIRST) / 16, TILE_VECTORS);
     f32x16 own[TILE_ROWS][VECTORS];
@@ -108,7 +109,7 @@ void add_values(const bf16 *probabilities, const bf16 *values, Index from, Index
         for (int v = 0; v < VECTORS; ++v)
             columns[v] = load_pairs(values + j * D + (FIRST + v * 16) * 2);
         for (int r = 0; r < TILE_ROWS; ++r) {
-            const Pairs p = broadcast_pair(probabilities + r * KEYS + j);
+            const auto p = broadcast_pair(probabilities + r * KEYS + j);
             for (int v = 0; v < VECTORS; ++v) add_products(own[r][v], p, columns[v]);
         }
     }
@@ -132,12 +133,13 @@ void run_item(const Chunks &op, const Item &item, const bf16 *q, const bf16 *k_p
     };
     const auto position = [&](Index row) { return past + item.begin + row / groups; };
     for (Index row = 0; row < padded_rows; ++row) {
-        bf16 *to = scratch.queries.data() + row * D;
+        Operand *to = scratch.queries.data() + row * D;
         if (row < num_rows) {
             const auto [token, head] = place(row);
-            std::copy_n(q + token * op.q_stride + head * D, D, to);
+            const bf16 *from = q + token * op.q_stride + head * D;
+            for (int d = 0; d < D; d += 16) store16(to + d, load16(from + d));
         } else {
-            std::fill_n(to, D, bf16{});
+            std::fill_n(to, D, Operand{});
         }
     }
     std::fill_n(scratch.sums.begin(), padded_rows * D, 0.0f);

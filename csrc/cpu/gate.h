@@ -9,6 +9,6 @@
 template <bool GELU>
 f32x16 gate(f32x16 x) {
     const f32x16 z = GELU ? x * 1.5957691216057308f * (1.0f + 0.044715f * x * x) : x;
-    const f32x16 small = exp16(z > 0.0f ? -z : z);
-    return x * (z > 0.0f ? splat(1.0f) : small) / (1.0f + small);
+    const f32x16 small = exp16(where(z > 0.0f, -z, z));
+    return x * where(z > 0.0f, splat(1.0f), small) / (1.0f + small);
 }

@@ -33,7 +33,7 @@ void dequantize(const W &w, Index panel, float *out) {
                 for (int i = 0; i < 4; ++i) {
                     const i32x16 code = (i32x16)((quad >> 8 * i) & 255);
                     store16(out + (b * BLOCK + q * 4 + i) * WIDTH + v * 16,
-                            __builtin_convertvector(code, f32x16) * scale + least);
+                            converted<f32x16>(code) * scale + least);
                 }
             }
         }

@@ -32,41 +32,65 @@ inline f32x16 load_numbers(const half *p) {  // finite ones
 #if defined(__AVX512F__)
     return (f32x16)_mm512_maskz_cvtph_ps(0xffff, (__m256i)load_as<u16x16>(p));
 #else
-    const u32x16 bits = __builtin_convertvector(load_as<u16x16>(p), u32x16);
+    const u32x16 bits = converted<u32x16>(load_as<u16x16>(p));
     const f32x16 size = (f32x16)((bits & 0x7fff) << 13) * 0x1p112f;
     return (f32x16)((u32x16)size | (bits & 0x8000) << 16);
 #endif
 }
 
-// sums + the products of four bytes without sign in each lane of `codes` with four that have one.
-inline i32x16 add_dots(i32x16 sums, u32x16 codes, int32_t four) {
-#if defined(__AVX512VNNI__)
-    return (i32x16)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, _mm512_set1_epi32(four));
-#elif defined(__AVX2__)
-    const u32x16 even = codes & 0x00ff00ff, odd = (codes >> 8) & 0x00ff00ff;
-    const auto pair = [&](int first, int second) {
-        return int32_t(uint32_t(uint16_t(int8_t(four >> first))) |
-                       uint32_t(uint16_t(int8_t(four >> second))) << 16);
-    };
-    const int32_t own[2] = {pair(0, 16), pair(8, 24)};
-    const u32x16 pairs[2] = {even, odd};
-    for (int i = 0; i < 2; ++i) {
 #if defined(__AVX512BW__)
-        sums += (i32x16)_mm512_madd_epi16((__m512i)pairs[i], _mm512_set1_epi32(own[i]));
+constexpr auto multiply_add_pairs = [](auto a, auto b) {
+    return (i32x16)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+};
+constexpr auto multiply_add_bytes = [](auto a, auto b) {
+    return (i32x16)_mm512_maddubs_epi16((__m512i)a, (__m512i)b);
+};
+#elif defined(__AVX2__)
+constexpr auto multiply_add_pairs = [](auto a, auto b) {
+    return (Vector<int32_t, 8>)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+};
+constexpr auto multiply_add_bytes = [](auto a, auto b) {
+    return (Vector<int32_t, 8>)_mm256_maddubs_epi16((__m256i)a, (__m256i)b);
+};
+#endif
+
+// sums + the products of four codes of BITS in each lane with four bytes with sign. Those of a block
+// are `summed` behind it: of 4 bits, they add up in 16 where bytes are multiplied in pairs.
+template <int BITS, class I, class U>
+inline I add_dots(I sums, U codes, U own) {
+    if constexpr (IN_HALVES<I>) {
+        return {add_dots<BITS>(sums.low, codes.low, own.low),
+                add_dots<BITS>(sums.high, codes.high, own.high)};
+    } else {
+#if defined(__AVX512VNNI__)
+        return (I)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, (__m512i)own);
+#elif defined(__AVX2__)
+        typedef int16_t I16 __attribute__((vector_size(sizeof(I))));
+        if constexpr (BITS == 4) {  // at most 8 quads of 2 * 15 * 127
+            return (I)((I16)sums + (I16)multiply_add_bytes(codes, own));
+        } else {  // two products of bytes may not fit 16 bits
+            const U even = codes & 0x00ff00ff, odd = codes >> 8 & 0x00ff00ff;
+            const I16 own_even = (I16)own << 8 >> 8, own_odd = (I16)own >> 8;
+            return sums + multiply_add_pairs(even, own_even) + multiply_add_pairs(odd, own_odd);
+        }
 #else
-        __m256i halves[2], products[2];
-        std::memcpy(halves, &pairs[i], sizeof halves);
-        for (int h = 0; h < 2; ++h)
-            products[h] = _mm256_madd_epi16(halves[h], _mm256_set1_epi32(own[i]));
-        sums += load_as<i32x16>(products);
+        for (int b = 0; b < 4; ++b)
+            sums += (I)(codes >> 8 * b & 255) * ((I)own << (24 - 8 * b) >> 24);
+        return sums;
 #endif
     }
-    return sums;
-#else
-    for (int b = 0; b < 4; ++b)
-        sums += (i32x16)((codes >> 8 * b) & 255) * int32_t(int8_t(four >> 8 * b));
-    return sums;
+}
+
+template <int BITS, class I>
+inline I summed(I dots) {
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+    if constexpr (IN_HALVES<I>) {
+        return {summed<BITS>(dots.low), summed<BITS>(dots.high)};
+    } else if constexpr (BITS == 4) {
+        return multiply_add_pairs(dots, filled<I>(0x00010001));
+    }
 #endif
+    return dots;
 }
 
 // BITS: of a code. S: of scales and minimums. No minimums: they are -2^(BITS - 1) times the scale.
@@ -109,7 +133,6 @@ struct Rounded {
     // x [k] as row t of that tile.
     template <class T>
     void put(const T *x, Index row, Index height, Index t) const {
-        typedef int8_t i8x16 __attribute__((vector_size(16)));
         int8_t *to = codes + row * k + t * BLOCK;
         Index at = row * (k / BLOCK) + t;
         for (Index b = 0; b < k / BLOCK; ++b, to += height * BLOCK, at += height) {
@@ -117,7 +140,8 @@ struct Rounded {
             for (int v = 0; v < 2; ++v) values[v] = load16(x + b * BLOCK + v * 16);
             const i32x16 sizes[2] = {(i32x16)values[0] & 0x7fffffff, (i32x16)values[1] & 0x7fffffff};
             // In the order of whole numbers what is no number is the largest, and stays.
-            const float largest = largest_size(sizes[0] > sizes[1] ? sizes[0] : sizes[1]);
+            const auto bits = largest_lane(larger(sizes[0], sizes[1]));
+            const auto largest = load_as<float>(&bits);
             const float inverse = largest > 0x1p-120f ? 127.0f / largest : 0.0f;  // else infinite
             i32x16 sum = {};
             for (int v = 0; v < 2; ++v) {
@@ -125,22 +149,12 @@ struct Rounded {
                 // At least -128 of course: so that the product is rounded before it is added to.
                 const f32x16 rounded = larger(values[v] * inverse, splat(-128.0f)) + shift;
                 const i32x16 whole = (i32x16)rounded - (i32x16)shift;
-                const i8x16 narrow = __builtin_convertvector(whole, i8x16);
-                std::memcpy(to + v * 16, &narrow, sizeof narrow);
+                store_as(to + v * 16, converted<Vector<int8_t, 16>>(whole));
                 sum += whole;
             }
             scales[at] = largest - largest == 0.0f ? largest / 127.0f : NAN;  // as inf times 0 is
-            sums[at] = ::sum(__builtin_convertvector(sum, f32x16)) * sums_times;
+            sums[at] = ::sum(converted<f32x16>(sum)) * sums_times;
         }
-    }
-
-    static float largest_size(i32x16 sizes) {
-        const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        for (int far = 8; far; far /= 2) {
-            const i32x16 others = (i32x16)shuffled((f32x16)sizes, (f32x16)sizes, lanes ^ far);
-            sizes = sizes > others ? sizes : others;
-        }
-        return ((f32x16)sizes)[0];
     }
 };
 
@@ -165,11 +179,11 @@ template <int MT, class W>
             for (int half = 0; half < 8 / W::BITS; ++half)
 #pragma GCC unroll 16
                 for (int t = 0; t < MT; ++t) {
-                    const auto four = load_as<int32_t>(own + t * BLOCK + q * 4 + half * 16);
+                    const auto four = load_as<uint32_t>(own + t * BLOCK + q * 4 + half * 16);
                     for (int v = 0; v < 2; ++v) {
                         const u32x16 quad =
                             W::BITS == 8 ? quads[v] : quads[v] >> 4 * half & 0x0f0f0f0f;
-                        dots[t][v] = add_dots(dots[t][v], quad, four);
+                        dots[t][v] = add_dots<W::BITS>(dots[t][v], quad, filled<u32x16>(four));
                     }
                 }
         }
@@ -181,7 +195,7 @@ template <int MT, class W>
                 if constexpr (minimums) least = load_numbers(w.minimums + s + v * 16);
 #pragma GCC unroll 16
                 for (int t = 0; t < MT; ++t) {
-                    f32x16 whole = __builtin_convertvector(dots[t][v], f32x16);
+                    f32x16 whole = converted<f32x16>(summed<W::BITS>(dots[t][v]));
                     if constexpr (minimums)
                         whole = whole * scale + least * own_sums[t];
                     else

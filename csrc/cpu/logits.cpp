@@ -74,8 +74,8 @@ void adjust_logits(Address logits, Address rows, Address positions, Address para
 void mask_logits(Address logits, Address indices, Address bits, Index count, Index vocab,
                  int threads) {
     const f32x16 forbidden = splat(-std::numeric_limits<float>::infinity());
-    const u32x16 one = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-    const u32x16 lanes = one << u32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const auto one = filled<u32x16>(1);
+    const u32x16 lanes = one << (u32x16)lane_numbers();
     const Index words = (vocab + 31) / 32;
     share_pieces(count, vocab, threads, [&](Index m, Index begin, Index end) {
         const Index n = at<const std::int32_t>(indices)[m];
@@ -86,7 +86,7 @@ void mask_logits(Address logits, Address indices, Address bits, Index count, Ind
         for (; v + 16 <= end; v += 16) {
             const std::uint32_t half = word[v / 32] >> v % 32;
             if ((half & 0xFFFF) != 0xFFFF)
-                store16(x + v, (one * half & lanes) != 0 ? load16(x + v) : forbidden);
+                store16(x + v, where((one * half & lanes) != 0, load16(x + v), forbidden));
         }
         for (; v < end; ++v)
             if (!(word[v / 32] >> v % 32 & 1)) x[v] = forbidden[0];

@@ -15,7 +15,8 @@
 namespace {
 
 constexpr Index WORTH_SHARING = 500000;  // products: waking a thread for fewer costs more
-constexpr int GATES = TILE_VECTORS / 2;  // vectors of gates in a tile; as many of ups beside them
+constexpr int GATES = std::max(TILE_VECTORS / 2, 1);  // vectors of gates in a tile; as many of ups
+constexpr int ROWS = std::min(TILE_ROWS * TILE_VECTORS / (2 * GATES), TILE_ROWS);  // beside them
 
 // Of an array of n columns, what lies from `column` on.
 void put(f32x16 values, bf16 *row, Index column, Index n) {
@@ -69,7 +70,7 @@ struct Experts {
             w[v] = from + (column % WIDTH + v * 16) * 2;
             w[GATES + v] = w[v] + panels;
         }
-        for_tiles(begins[c + 1] - begins[c], [&](Index row, auto height) {
+        for_tiles<ROWS>(begins[c + 1] - begins[c], [&](Index row, auto height) {
             constexpr int MT = decltype(height)::value;
             const Index first = begins[c] + row;
             const bf16 *rows[MT];
@@ -90,7 +91,7 @@ struct Experts {
         const Index panels = (hidden + WIDTH - 1) / WIDTH;
         const bf16 *from = down + (chosen[c] * panels + panel) * WIDTH * inner;
         const bf16 *w[2] = {from, from + WIDTH};
-        for_tiles(begins[c + 1] - begins[c], [&](Index row, auto height) {
+        for_tiles<ROWS>(begins[c + 1] - begins[c], [&](Index row, auto height) {
             constexpr int MT = decltype(height)::value;
             const Index first = begins[c] + row;
             const bf16 *rows[MT];

@@ -10,8 +10,17 @@
 // Sums that are held in registers: of so many rows, in so many vectors of columns.
 #if defined(__AVX512F__)
 constexpr int TILE_ROWS = 6, TILE_VECTORS = 4;
+#elif defined(__AVX2__)
+constexpr int TILE_ROWS = 5, TILE_VECTORS = 1;
 #else
-constexpr int TILE_ROWS = 3, TILE_VECTORS = 2;
+constexpr int TILE_ROWS = 3, TILE_VECTORS = 1;
+#endif
+
+// What rows are multiplied as. Without products of pairs they are widened once, not for every tile.
+#if defined(__AVX512BF16__)
+using Operand = bf16;
+#else
+using Operand = float;
 #endif
 
 // Two values each of sixteen columns: what fp32 has in place of pairs.
@@ -28,17 +37,10 @@ inline void add_products(f32x16 &sums, const Both &a, const Both &b) {
     sums += a.second * b.second;
 }
 
-// Eight pairs of a row, and eight of zeros.
-inline u32x16 half_of_pairs(const bf16 *p) {
-    u32x16 v{};
-    std::memcpy(&v, p, sizeof v / 2);
-    return v;
-}
-
 // Sixteen values of each of two rows, side by side.
 inline u32x16 interleaved(const bf16 *a, const bf16 *b) {
     const auto wide = [](const bf16 *p) {
-        return __builtin_convertvector(load_as<u16x16>(p), u32x16);
+        return converted<u32x16>(load_as<u16x16>(p));
     };
     return wide(a) | wide(b) << 16;
 }
@@ -47,7 +49,7 @@ inline u32x16 interleaved(const bf16 *a, const bf16 *b) {
 typedef __m512bh Pairs;  // of sixteen columns
 
 inline Pairs load_pairs(const bf16 *p) { return (__m512bh)load_as<i32x16>(p); }
-inline Pairs load_half(const bf16 *p) { return (__m512bh)half_of_pairs(p); }
+inline Pairs load_half(const bf16 *p) { return (__m512bh)load_half_as<u32x16>(p); }
 inline Pairs load_rows(const bf16 *a, const bf16 *b) { return (__m512bh)interleaved(a, b); }
 inline Pairs broadcast_pair(const bf16 *p) { return (__m512bh)(load_as<int32_t>(p) - i32x16{}); }
 inline void add_products(f32x16 &sums, const Pairs &a, const Pairs &b) {
@@ -58,7 +60,7 @@ typedef Both Pairs;
 
 inline Pairs load_pairs(const bf16 *p) { return {load_first(p), load_second(p)}; }
 inline Pairs load_half(const bf16 *p) {
-    const u32x16 half = half_of_pairs(p);
+    const auto half = load_half_as<u32x16>(p);
     return {(f32x16)(half << 16), (f32x16)(half & 0xffff0000u)};
 }
 inline Pairs load_rows(const bf16 *a, const bf16 *b) { return {load16(a), load16(b)}; }

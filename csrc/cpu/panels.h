@@ -12,18 +12,20 @@
 constexpr Index WIDTH = 32;  // columns of a panel
 
 // sums[t][v] += x[t] times the sixteen columns that begin at w[v] of their panel, over k. Meanwhile half
-// as many weights are brought into the second cache from `ahead` on, if it is not null.
-template <int MT, int VECTORS>
-[[gnu::always_inline]] inline void add_tile(const bf16 *const (&x)[MT], const bf16 *const (&w)[VECTORS],
+// as many weights, or as many where it is one vector, are brought into the second cache from `ahead` on, if
+// it is not null.
+template <class X, int MT, int VECTORS>
+[[gnu::always_inline]] inline void add_tile(const X *const (&x)[MT], const bf16 *const (&w)[VECTORS],
                                             Index k, f32x16 (&sums)[MT][VECTORS],
                                             const bf16 *ahead = nullptr) {
     for (Index i = 0; i < k; i += 2) {
         Pairs columns[VECTORS];
-        for (int v = 0; ahead && v < VECTORS / 2; ++v)
-            __builtin_prefetch(ahead + (i / 2 * (VECTORS / 2) + v) * WIDTH, 0, 2);
+        constexpr int LINES = VECTORS > 1 ? VECTORS / 2 : 1;
+        for (int v = 0; ahead && v < LINES; ++v)
+            __builtin_prefetch(ahead + (i / 2 * LINES + v) * WIDTH, 0, 2);
         for (int v = 0; v < VECTORS; ++v) columns[v] = load_pairs(w[v] + i * WIDTH);
         for (int t = 0; t < MT; ++t) {
-            const Pairs own = broadcast_pair(x[t] + i);
+            const auto own = broadcast_pair(x[t] + i);
             for (int v = 0; v < VECTORS; ++v) add_products(sums[t][v], own, columns[v]);
         }
     }

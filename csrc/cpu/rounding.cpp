@@ -17,31 +17,27 @@ f32x16 to_half(f32x16 x) {
     const f32x16 size = (f32x16)bits;
     const f32x16 normal = (f32x16)((bits + 0xfff + (bits >> 13 & 1)) & ~0x1fffu);
     const f32x16 small = (size + 0.5f) - 0.5f;  // multiples of 2^-24
-    const f32x16 kept = size < 0x1p-14f ? small : normal;
+    const f32x16 kept = where(size < 0x1p-14f, small, normal);
     const f32x16 infinite = splat(std::numeric_limits<float>::infinity());
-    return (f32x16)((u32x16)(size >= 65520.0f ? infinite : kept) | sign);
+    return (f32x16)((u32x16)where(size >= 65520.0f, infinite, kept) | sign);
 }
 
 f32x16 nearest(f32x16 values, float scale, float minimum, float largest) {
     const f32x16 steps = (values - minimum) / (scale > 0.0f ? scale : 1.0f);
     const f32x16 whole = (steps + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: ties to even
     const f32x16 positive = larger(whole, f32x16{});
-    return positive < largest ? positive : splat(largest);
+    return where(positive < largest, positive, splat(largest));
 }
 
 template <class T>
 double squared_error(const T *weights, Index size, float scale, float minimum) {
-    typedef float f32x8 __attribute__((vector_size(32)));
-    typedef double f64x8 __attribute__((vector_size(64)));
-    f64x8 sums = {};
+    Vector<double, 8> sums = {};
     for (Index i = 0; i < size; i += 16) {
         const f32x16 values = load16(weights + i);
         const f32x16 off = nearest(values, scale, minimum, 15.0f) * scale + minimum - values;
         const f32x16 squares = off * off;
-        f32x8 halves[2];
-        std::memcpy(halves, &squares, sizeof squares);
-        sums += __builtin_convertvector(halves[0], f64x8);
-        sums += __builtin_convertvector(halves[1], f64x8);
+        sums += converted<Vector<double, 8>>(low_half(squares));
+        sums += converted<Vector<double, 8>>(high_half(squares));
     }
     double total = 0.0;
     for (int i = 0; i < 8; ++i) total += sums[i];
@@ -52,18 +48,18 @@ double squared_error(const T *weights, Index size, float scale, float minimum) {
 template <class T>
 void choose(const T *weights, Index size, int bits, float low, float high, float &scale,
             float &minimum) {
-    f32x16 tried = {};
     if (bits == 8) {
-        scale = to_half(tried + (high > -low ? high : -low) / 127.0f)[0];
+        scale = to_half(splat((high > -low ? high : -low) / 127.0f))[0];
         minimum = -128.0f * scale;
         return;
     }
     int clip = 0;
+    float shares[16] = {};
     for (const double share : CLIPS) {
-        tried[clip] = (high - low) * float(share / 15);
-        tried[MINIMUMS + clip++] = low * float(share);
+        shares[clip] = (high - low) * float(share / 15);
+        shares[MINIMUMS + clip++] = low * float(share);
     }
-    tried = to_half(tried);
+    const f32x16 tried = to_half(load16(shares));
     double least = std::numeric_limits<double>::infinity();
     for (int c = 0; c < clip; ++c) {
         const double error = squared_error(weights, size, tried[c], tried[MINIMUMS + c]);
@@ -79,11 +75,10 @@ void choose(const T *weights, Index size, int bits, float low, float high, float
 template <class T>
 void round_group(const T *weights, Index size, int bits, uint8_t *codes, float &scale,
                  float &minimum) {
-    typedef uint8_t u8x16 __attribute__((vector_size(16)));
     f32x16 low = {}, high = {}, wrong = {};
     for (Index i = 0; i < size; i += 16) {
         const f32x16 values = load16(weights + i);
-        low = values < low ? values : low;
+        low = where(values < low, values, low);
         high = larger(values, high);
         wrong += values - values;  // NaN where one is not finite
     }
@@ -93,9 +88,7 @@ void round_group(const T *weights, Index size, int bits, uint8_t *codes, float &
     const float largest = bits == 8 ? 255.0f : 15.0f;
     for (Index i = 0; i < size; i += 16) {
         const f32x16 whole = nearest(load16(weights + i), scale, minimum, largest);
-        const u8x16 bytes =
-            __builtin_convertvector(__builtin_convertvector(whole, i32x16), u8x16);
-        std::memcpy(codes + i, &bytes, sizeof bytes);
+        store_as(codes + i, converted<Vector<uint8_t, 16>>(converted<i32x16>(whole)));
     }
 }
 

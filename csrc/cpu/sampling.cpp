@@ -75,7 +75,7 @@ struct Best {
 // -e ln 2, so a logarithm is taken only where a value may win.
 Best drawn(const float *x, Index begin, Index end, float temperature, const Noise &noise) {
     constexpr float LN2 = 0.69314718f, SLACK = 1e-3f;
-    const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const i32x16 lanes = lane_numbers();
     const float scale = 1.0f / temperature;
     Best best;
     const auto consider = [&](Index i) {
@@ -84,12 +84,12 @@ Best drawn(const float *x, Index begin, Index end, float temperature, const Nois
     Index i = begin;
     for (; i + 16 <= end; i += 16) {
         const u32x16 bits = noise.bits((u32x16)(lanes + std::int32_t(i)));
-        const f32x16 v = (__builtin_convertvector((i32x16)bits, f32x16) + 0.5f) * Noise::SCALE;
+        const f32x16 v = (converted<f32x16>((i32x16)bits) + 0.5f) * Noise::SCALE;
         const i32x16 exponent = ((i32x16)v >> 23) - 127;
         const f32x16 z = load16(x + i) * scale;
         // Relative slack covers the rounding of the product.
-        const f32x16 size = z < 0.0f ? -z : z;
-        const f32x16 bound = z + size * 1e-6f + SLACK - __builtin_convertvector(exponent, f32x16) * LN2;
+        const f32x16 size = larger(z, -z);
+        const f32x16 bound = z + size * 1e-6f + SLACK - converted<f32x16>(exponent) * LN2;
         const i32x16 may = bound > splat(best.score);
         if (any(may))
             for (int lane = 0; lane < 16; ++lane)
@@ -103,18 +103,17 @@ Best drawn(const float *x, Index begin, Index end, float temperature, const Nois
 // both exactly.
 f32x16 masses16(f32x16 z, float top) {
     const f32x16 scaled = exp16(z - top) * 0x1p32f;
-    const f32x16 whole = __builtin_convertvector(__builtin_convertvector(scaled, i32x16), f32x16);
-    return scaled < 0x1p23f ? whole : scaled;  // from 2^23 on a float has no fraction
+    const f32x16 whole = converted<f32x16>(converted<i32x16>(scaled));
+    return where(scaled < 0x1p23f, whole, scaled);  // from 2^23 on a float has no fraction
 }
 
 double mass_of(const float *z, Index n, float top) {
-    typedef double f64x16 __attribute__((vector_size(128)));
-    f64x16 sums = {};
+    Vector<double, 16> sums = {};
     Index i = 0;
     for (; i + 16 <= n; i += 16) {
         const f32x16 values = load16(z + i);
         if (!any(values > splat(top - 22.5f))) continue;  // all below 2^-32
-        sums += __builtin_convertvector(masses16(values, top), f64x16);
+        sums += converted<Vector<double, 16>>(masses16(values, top));
     }
     double total = 0.0;
     for (int lane = 0; lane < 16; ++lane) total += sums[lane];

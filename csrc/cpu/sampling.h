@@ -36,8 +36,8 @@ void share_pieces(Index count, Index vocab, int threads, const F &f) {
 }
 
 inline bool any(i32x16 mask) {
-    std::uint64_t words[8], all = 0;
-    std::memcpy(words, &mask, sizeof mask);
-    for (const std::uint64_t word : words) all |= word;
-    return all != 0;
+    const auto eight = low_half(mask) | high_half(mask);
+    std::uint64_t words[4];
+    store_as(words, eight);
+    return (words[0] | words[1] | words[2] | words[3]) != 0;
 }

@@ -12,9 +12,9 @@ constexpr float NONE = -std::numeric_limits<float>::infinity();  // the largest 
 
 // softcap * tanh(x / softcap), by 1 - 2t / (1 + t) with t = e^-2|x / softcap|.
 inline f32x16 capped(f32x16 x, float softcap) {
-    const f32x16 u = x / softcap, t = exp16(u > 0.0f ? u * -2.0f : u * 2.0f);
+    const f32x16 u = x / softcap, t = exp16(where(u > 0.0f, u * -2.0f, u * 2.0f));
     const f32x16 size = (1.0f - t) / (1.0f + t) * softcap;
-    return u > 0.0f ? size : -size;
+    return where(u > 0.0f, size, -size);
 }
 
 // The scores of one row at keys lo <= j < hi of a block become probabilities, relative to the largest
@@ -23,14 +23,14 @@ inline f32x16 capped(f32x16 x, float softcap) {
 template <class T>
 float softmax(float scale, float softcap, float *scores, std::int64_t lo, std::int64_t hi,
               std::int64_t from, std::int64_t upto, float &largest, float &total, T *probabilities) {
-    const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const i32x16 lanes = lane_numbers();
     f32x16 most = splat(NONE);
     for (std::int64_t j = from; j < upto; j += 16) {
         f32x16 x = load16(scores + j) * scale;
         if (softcap != 0.0f) x = capped(x, softcap);
         if (j < lo || j + 16 > hi) {
             const i32x16 at = lanes + std::int32_t(j);
-            x = (at >= std::int32_t(lo)) & (at < std::int32_t(hi)) ? x : splat(NONE);
+            x = where((at >= std::int32_t(lo)) & (at < std::int32_t(hi)), x, splat(NONE));
         }
         store16(scores + j, x);
         most = larger(most, x);
