@@ -75,6 +75,14 @@ MODELS: Mapping[str, tuple[ModelConfig, Mapping[str, Any]]] = {
     ),
     "llama-8b int4": (_preset("llama-3.1-8b"), ALONE | {"quantization": "int4"}),
     "llama-8b int8": (_preset("llama-3.1-8b"), ALONE | {"quantization": "int8"}),
+    "qwen3-30b-a3b int4": (
+        _preset("qwen3-30b-a3b"),
+        ALONE | {"page_size": 1, "quantization": "int4"},
+    ),
+    "qwen3-30b-a3b int8": (
+        _preset("qwen3-30b-a3b"),
+        ALONE | {"page_size": 1, "quantization": "int8"},
+    ),
     "tiny-fp32": (_model("Qwen3", 256, 512, 4, 2, 64, dtype="float32"), ALONE),
 }
 

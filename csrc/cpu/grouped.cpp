@@ -12,32 +12,6 @@
 namespace {
 
 constexpr Index WORTH_SHARING = 500000;  // products: waking a thread for fewer costs more
-#if defined(__AVX512F__)
-constexpr int FLOAT_ROWS = 6;  // whose sums are held in registers
-#else
-constexpr int FLOAT_ROWS = 2;
-#endif
-
-// A panel in floats, [k, 32].
-template <class W>
-void dequantize(const W &w, Index panel, float *out) {
-    const uint8_t *from = w.panel(panel);
-    for (Index b = 0; b < w.k / BLOCK; ++b, from += W::BLOCK_BYTES)
-        for (int v = 0; v < 2; ++v) {
-            const Index s = w.scale_at(panel, b) + v * 16;
-            const f32x16 scale = load_numbers(w.scales + s);
-            const f32x16 least =
-                w.minimums ? load_numbers(w.minimums + s) : scale * -float(1 << (W::BITS - 1));
-            for (int q = 0; q < QUADS; ++q) {
-                const u32x16 quad = W::load_quad(from, q, v);
-                for (int i = 0; i < 4; ++i) {
-                    const i32x16 code = (i32x16)((quad >> 8 * i) & 255);
-                    store16(out + (b * BLOCK + q * 4 + i) * WIDTH + v * 16,
-                            converted<f32x16>(code) * scale + least);
-                }
-            }
-        }
-}
 
 // One row, [k].
 template <class W, class T>
@@ -55,19 +29,6 @@ void embed(const W &w, Index row, T *out) {
                 store(out + b * BLOCK + q * 4 + i, float(quad >> 8 * i & 255) * scale + least);
         }
     }
-}
-
-// out [MT, 32]: of rows of x and of a panel in floats.
-template <int MT, class T>
-[[gnu::noinline]] void float_tile(const T *x, Index x_stride, const float *weights, Index k, float *out) {
-    f32x16 sums[MT][2] = {};
-    for (Index i = 0; i < k; ++i)
-        for (int v = 0; v < 2; ++v) {
-            const f32x16 columns = load16(weights + i * WIDTH + v * 16);
-            for (int t = 0; t < MT; ++t) sums[t][v] += columns * to_float(x[t * x_stride + i]);
-        }
-    for (int t = 0; t < MT; ++t)
-        for (int v = 0; v < 2; ++v) store16(out + t * WIDTH + v * 16, sums[t][v]);
 }
 
 template <class W, class T, class Y>
@@ -94,32 +55,14 @@ struct Product {
             }
     }
 
-    // One panel's columns of all rows. Beside them the panel `next` is fetched, if there is one; a
-    // single row asks for nothing but weights, which the CPU then fetches faster by itself.
-    void rounded_panel(Index panel, Index next) const {
-        constexpr Index LINES = W::BLOCK_BYTES / 64;
-        const Index tiles = (m + ROUNDED_ROWS - 1) / ROUNDED_ROWS, lines = (LINES + tiles - 1) / tiles;
-        Index done = m > 1 && next < w.panels() ? 0 : LINES;
-        for_tiles<ROUNDED_ROWS>(m, [&](Index row, auto height) {
-            constexpr int MT = decltype(height)::value;
-            alignas(64) float sums[MT * WIDTH];
-            const Index own = std::min(lines, LINES - done);
-            rounded_tile<MT>(w, panel, rounded, row, sums, w.panel(next) + done * 64, int(own));
-            done += own;
-            put(sums, row, MT, panel);
-        });
-    }
+    const T *row(Index i) const { return x + i * x_stride; }
 
-    void float_panel(Index panel) const {
-        static thread_local std::vector<float> weights;
-        weights.resize(std::max<std::size_t>(weights.size(), w.k * WIDTH));
-        dequantize(w, panel, weights.data());
-        for_tiles<FLOAT_ROWS>(m, [&](Index row, auto height) {
-            constexpr int MT = decltype(height)::value;
-            alignas(64) float sums[MT * WIDTH];
-            float_tile<MT>(x + row * x_stride, x_stride, weights.data(), w.k, sums);
-            put(sums, row, MT, panel);
-        });
+    void panel(Index panel) const {
+        const auto own = [&](const float *sums, Index row, Index rows) { put(sums, row, rows, panel); };
+        if (rounded.codes)
+            rounded_panel(w, panel, rounded, 0, m, own);
+        else
+            float_panel(w, panel, [&](Index i) { return row(i); }, m, own);
     }
 
     void run(int threads) const {
@@ -127,38 +70,14 @@ struct Product {
         const Index tiles = (m + ROUNDED_ROWS - 1) / ROUNDED_ROWS;
         if (rounded.codes)
             share_rows(tiles, threads, [&](Index tile) {
-                const Index row = tile * m / tiles, end = (tile + 1) * m / tiles;
-                for (Index t = row; t < end; ++t)
-                    rounded.put(x + t * x_stride, row, end - row, t - row);
+                rounded.put_tile([&](Index i) { return row(i); }, 0, m, tile);
             });
         const Index part = tiles > 1 ? 1 : std::clamp<Index>(w.panels() / (4 * threads), 1, 32);
         share((w.panels() + part - 1) / part, threads, [&](Index b) {
-            for (Index p = b * part; p < std::min((b + 1) * part, w.panels()); ++p)
-                rounded.codes ? rounded_panel(p, p + 1) : float_panel(p);
+            for (Index p = b * part; p < std::min((b + 1) * part, w.panels()); ++p) panel(p);
         });
     }
 };
-
-// Calls f with the weights as what they are.
-template <class F>
-void with_weights(Address codes, Address scales, Address minimums, Index n, Index k, Index group,
-                  int bits, bool is_half, F f) {
-    const auto call = [&](auto bits_of, auto number) {
-        using S = decltype(number);
-        f(Weights<decltype(bits_of)::value, S>{at<const uint8_t>(codes), at<const S>(scales),
-                                               at<const S>(minimums), n, k, group});
-    };
-    const auto with_bits = [&](auto number) {
-        if (bits == 4)
-            call(std::integral_constant<int, 4>{}, number);
-        else
-            call(std::integral_constant<int, 8>{}, number);
-    };
-    if (is_half)
-        with_bits(half{});
-    else
-        with_bits(float{});
-}
 
 }  // namespace
 

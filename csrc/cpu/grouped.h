@@ -5,7 +5,9 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "panels.h"
 
@@ -21,6 +23,12 @@ constexpr int ROUNDED_ROWS = 8;  // of a tile: with as many sums, in two vectors
 constexpr int ROUNDED_ROWS = 6;
 #else
 constexpr int ROUNDED_ROWS = 2;
+#endif
+
+#if defined(__AVX512F__)
+constexpr int FLOAT_ROWS = 6;  // whose sums are held in registers
+#else
+constexpr int FLOAT_ROWS = 2;
 #endif
 
 struct half {
@@ -104,6 +112,13 @@ struct Weights {
 
     Index panels() const { return (n + WIDTH - 1) / WIDTH; }
 
+    // One of several matrices, which lie one after another.
+    Weights matrix(Index i) const {
+        const Index numbers = i * panels() * (k / group) * WIDTH;
+        const S *least = minimums ? minimums + numbers : nullptr;
+        return {codes + i * panels() * (k / BLOCK) * BLOCK_BYTES, scales + numbers, least, n, k, group};
+    }
+
     const uint8_t *panel(Index panel) const { return codes + panel * (k / BLOCK) * BLOCK_BYTES; }
 
     Index scale_at(Index panel, Index block) const {
@@ -129,6 +144,15 @@ struct Rounded {
     float *sums;     // of a block's codes; where the weights have no minimums, times -2^(BITS - 1)
     Index k;
     float sums_times;
+
+    // Whole rows from row `first` on, m of them and in tiles as products take them; row_of(row) is where
+    // one lies. Only those of the tile-th tile.
+    template <class R>
+    void put_tile(const R &row_of, Index first, Index m, Index tile) const {
+        const Index tiles = (m + ROUNDED_ROWS - 1) / ROUNDED_ROWS;
+        const Index row = tile * m / tiles, end = (tile + 1) * m / tiles;
+        for (Index t = row; t < end; ++t) put(row_of(t), first + row, end - row, t - row);
+    }
 
     // x [k] as row t of that tile.
     template <class T>
@@ -214,4 +238,94 @@ template <int MT, class W>
 #pragma GCC unroll 16
     for (int t = 0; t < MT; ++t)
         for (int v = 0; v < 2; ++v) store16(out + t * WIDTH + v * 16, sums[t][v]);
+}
+
+// A panel in floats, [k, 32].
+template <class W>
+void dequantize(const W &w, Index panel, float *out) {
+    const uint8_t *from = w.panel(panel);
+    for (Index b = 0; b < w.k / BLOCK; ++b, from += W::BLOCK_BYTES)
+        for (int v = 0; v < 2; ++v) {
+            const Index s = w.scale_at(panel, b) + v * 16;
+            const f32x16 scale = load_numbers(w.scales + s);
+            const f32x16 least =
+                w.minimums ? load_numbers(w.minimums + s) : scale * -float(1 << (W::BITS - 1));
+            for (int q = 0; q < QUADS; ++q) {
+                const u32x16 quad = W::load_quad(from, q, v);
+                for (int i = 0; i < 4; ++i) {
+                    const i32x16 code = (i32x16)((quad >> 8 * i) & 255);
+                    store16(out + (b * BLOCK + q * 4 + i) * WIDTH + v * 16,
+                            converted<f32x16>(code) * scale + least);
+                }
+            }
+        }
+}
+
+// out [MT, 32]: of rows of x and of a panel in floats.
+template <int MT, class T>
+[[gnu::noinline]] void float_tile(const T *const (&x)[MT], const float *weights, Index k, float *out) {
+    f32x16 sums[MT][2] = {};
+    for (Index i = 0; i < k; ++i)
+        for (int v = 0; v < 2; ++v) {
+            const f32x16 columns = load16(weights + i * WIDTH + v * 16);
+            for (int t = 0; t < MT; ++t) sums[t][v] += columns * to_float(x[t][i]);
+        }
+    for (int t = 0; t < MT; ++t)
+        for (int v = 0; v < 2; ++v) store16(out + t * WIDTH + v * 16, sums[t][v]);
+}
+
+// One panel's columns of all m rows, from row `first` of what is rounded on: put(sums [rows, 32], first of
+// the m, rows). Beside them the next panel is fetched, if there is one; a single row asks for nothing but
+// weights, which the CPU then fetches faster by itself.
+template <class W, class F>
+void rounded_panel(const W &w, Index panel, const Rounded &x, Index first, Index m, const F &put) {
+    constexpr Index LINES = W::BLOCK_BYTES / 64;
+    const Index tiles = (m + ROUNDED_ROWS - 1) / ROUNDED_ROWS, lines = (LINES + tiles - 1) / tiles;
+    Index done = m > 1 && panel + 1 < w.panels() ? 0 : LINES;
+    for_tiles<ROUNDED_ROWS>(m, [&](Index row, auto height) {
+        constexpr int MT = decltype(height)::value;
+        alignas(64) float sums[MT * WIDTH];
+        const Index own = std::min(lines, LINES - done);
+        rounded_tile<MT>(w, panel, x, first + row, sums, w.panel(panel + 1) + done * 64, int(own));
+        done += own;
+        put(sums, row, Index(MT));
+    });
+}
+
+// The same of rows that are not rounded: row_of(row) is where one lies.
+template <class W, class R, class F>
+void float_panel(const W &w, Index panel, const R &row_of, Index m, const F &put) {
+    using T = std::remove_pointer_t<decltype(row_of(0))>;
+    static thread_local std::vector<float> weights;
+    weights.resize(std::max<std::size_t>(weights.size(), w.k * WIDTH));
+    dequantize(w, panel, weights.data());
+    for_tiles<FLOAT_ROWS>(m, [&](Index row, auto height) {
+        constexpr int MT = decltype(height)::value;
+        alignas(64) float sums[MT * WIDTH];
+        T *rows[MT];
+        for (int t = 0; t < MT; ++t) rows[t] = row_of(row + t);
+        float_tile<MT>(rows, weights.data(), w.k, sums);
+        put(sums, row, Index(MT));
+    });
+}
+
+// Calls f with the weights as what they are.
+template <class F>
+void with_weights(Address codes, Address scales, Address minimums, Index n, Index k, Index group,
+                  int bits, bool is_half, F f) {
+    const auto call = [&](auto bits_of, auto number) {
+        using S = decltype(number);
+        f(Weights<decltype(bits_of)::value, S>{at<const uint8_t>(codes), at<const S>(scales),
+                                               at<const S>(minimums), n, k, group});
+    };
+    const auto with_bits = [&](auto number) {
+        if (bits == 4)
+            call(std::integral_constant<int, 4>{}, number);
+        else
+            call(std::integral_constant<int, 8>{}, number);
+    };
+    if (is_half)
+        with_bits(half{});
+    else
+        with_bits(float{});
 }

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <string>
+#include <tuple>
 #include <type_traits>
 
 #include "vec.h"
@@ -102,11 +103,19 @@ void gated(Address x, Index x_stride, Address y, Index rows, Index n, bool gelu,
 void moe_route(Address logits, Index stride, Address weights, Address ids, Index tokens,
                Index experts, Index top_k, bool renormalize, bool is_bf16, int threads);
 
-// bf16 only, weights in panels. middle [tokens * top_k, inner] and parts [tokens * top_k, hidden] are
-// for its own use; an id outside [0, experts) adds nothing.
-void moe_experts(Address x, Index x_stride, Address gate_up, Address down, Address weights,
-                 Address ids, Address middle, Address parts, Address out, Index tokens,
-                 Index experts, Index top_k, Index hidden, Index inner, bool gelu, int threads);
+// Of all experts, in panels: values of bf16 and 0 where there are 16 bits; else codes, scales, minimums as
+// in grouped_linear. Group, bits, whether scales are fp16, whether inputs are rounded.
+using ExpertsWeight = std::tuple<Address, Address, Address, Index, int, bool, bool>;
+// Codes int8 [tokens * top_k, the most inputs], scales and sums fp32, one for 32 codes; null where nothing
+// is rounded.
+using RoundedRows = std::tuple<Address, Address, Address>;
+
+// gate_up of [experts, 2, inner, hidden]. middle [tokens * top_k, inner], parts [tokens * top_k, hidden]
+// and `rounded` are for its own use; an id outside [0, experts) adds nothing.
+void moe_experts(Address x, Index x_stride, ExpertsWeight gate_up, ExpertsWeight down, Address weights,
+                 Address ids, RoundedRows rounded, Address middle, Address parts, Address out,
+                 Index tokens, Index experts, Index top_k, Index hidden, Index inner, bool gelu,
+                 bool is_bf16, int threads);
 
 void qkv_prepare(Address qkv, Address positions, Address cos_sin, Address k_pool, Address v_pool,
                  Address slots, Address q_weight, Address k_weight, Address q, Index tokens,

@@ -39,7 +39,7 @@ def packed(weight: Matrix) -> Matrix:
     and is then gone."""
     if not isinstance(weight, Grouped):
         return weight if isinstance(weight, Quantized) else panels.packed(weight)
-    form = blocks if weight.device.type == "cuda" and weight.codes.dim() == 2 else grouped_panels
+    form = blocks if weight.device.type == "cuda" else grouped_panels
     return form.packed(weight)  # type: ignore[no-any-return]
 
 

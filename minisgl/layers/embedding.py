@@ -11,6 +11,8 @@ from minisgl.layers.weights import Block, Placement, Weight
 class VocabTable(Block):
     """Rows of a [vocab, hidden] matrix held by one rank; the last rank's may be fewer."""
 
+    matrices = ("weight",)
+
     def __init__(self, name: str, vocab_size: int, hidden_size: int, at: Placement) -> None:
         self.name = name
         self.comm = at.comm

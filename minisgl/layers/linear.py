@@ -29,6 +29,8 @@ class ColumnLinear(Block):
     W [out, in] stacks the parts: queries, keys and values in one product, gate and up in one.
     """
 
+    matrices = ("weight",)
+
     def __init__(
         self, prefix: str, in_features: int, parts: Sequence[Part], *, bias: bool, at: Placement
     ) -> None:
@@ -63,6 +65,8 @@ class ColumnLinear(Block):
 
 class RowLinear(Block):
     """y = x W^T + b. The inputs are shared over ranks, whose outputs add up to y."""
+
+    matrices = ("weight",)
 
     def __init__(
         self, prefix: str, part: Part, out_features: int, *, bias: bool, at: Placement

@@ -45,6 +45,8 @@ class MoeConfig:
 class Moe(Block):
     """The top_k experts of each token, weighted by the router; ranks share each expert's rows."""
 
+    matrices = "gate_up", "down"
+
     def __init__(
         self, prefix: str, hidden_size: int, config: MoeConfig, activation: str, at: Placement
     ) -> None:

@@ -94,6 +94,8 @@ class Block:
     """What is made of blocks, which are its attributes, or in tuples there; those without any have
     weights of their own."""
 
+    matrices: tuple[str, ...] = ()  # the attributes of its own that may be held in codes
+
     def blocks(self) -> list["Block"]:
         """Each once, though a head may be the embedding too."""
         values = (v if isinstance(v, tuple) else (v,) for v in vars(self).values())
@@ -112,21 +114,20 @@ class Block:
 
     def forms(self) -> Forms:
         """How its matrices, in their order, are held on a GPU: None for floats."""
-        matrices = (vars(block)["weight"] for block in self.with_matrices())
-        return tuple(w.form if isinstance(w, GroupedBlocks) else None for w in matrices)
+        held = (vars(block)[name] for block, name in self.all_matrices())
+        return tuple(w.form if isinstance(w, GroupedBlocks) else None for w in held)
 
     def take_forms(self, forms: Forms) -> None:
         """Hold its matrices so, their content any: what `forms` of one like it has given."""
-        for block, form in zip(self.with_matrices(), forms, strict=True):
+        for (block, name), form in zip(self.all_matrices(), forms, strict=True):
             if form is not None:
-                vars(block)["weight"] = empty(form, vars(block)["weight"])
+                vars(block)[name] = empty(form, vars(block)[name])
 
-    def with_matrices(self) -> Iterator["Block"]:
-        """Those of its blocks that hold a matrix as their `weight`, itself included."""
-        if len(getattr(vars(self).get("weight"), "shape", ())) == 2:
-            yield self
+    def all_matrices(self) -> Iterator[tuple["Block", str]]:
+        """Those of all its blocks, itself included: the block, and the attribute's name."""
+        yield from ((self, name) for name in self.matrices)
         for block in self.blocks():
-            yield from block.with_matrices()
+            yield from block.all_matrices()
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """What is held in memory; what blocks share more than once."""

@@ -60,7 +60,7 @@ def load_model(
             config = _settle_head(config, stored)
         groups = _check(Decoder(config, replace(at, device=torch.device("meta"))), stored)
     asked = quantization or Quantization()
-    choice = Choice(asked, groups, experts=at.device.type == "cpu")
+    choice = Choice(asked, groups)
     activations = "int8" if asked.int8_activations else "float"
     decoder = Decoder(config, replace(at, group=choice.group, activations=activations))
     choice.report()

@@ -37,7 +37,6 @@ class Choice:
 
     asked: Quantization
     stored: Mapping[str, int]  # by name the group size of a matrix that the checkpoint has in codes
-    experts: bool = True  # whether there is a product for those of mixtures
     left: dict[str, str] = field(default_factory=dict)  # why what stays as floats
     kept: bool = False  # whether any matrix is as it is stored, in codes
     rounded: bool = False  # whether any is, or a part of it
@@ -55,8 +54,6 @@ class Choice:
         why = ""
         if asked == "auto" and None in groups:
             why = f"the checkpoint has {names[groups.index(None)]} in floats"
-        if len(shape) > 2 and not self.experts:
-            why = "experts of mixtures are multiplied in floats here"
         group = math.gcd(shape[-1], *(group or self.asked.group for group in groups))
         if group % BLOCK:
             why = f"a rank has {shape[-1]} inputs of it, in no whole groups of {BLOCK}"

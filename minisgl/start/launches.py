@@ -144,9 +144,9 @@ def _run_products(model: Decoder | None) -> None:
 
     A prompt may have any of them, and so may what is scored of it.
     """
-    for block in () if model is None else model.with_matrices():
-        weight = vars(block)["weight"]
-        if isinstance(weight, GroupedBlocks):
+    for block, name in () if model is None else model.all_matrices():
+        weight = vars(block)[name]
+        if isinstance(weight, GroupedBlocks) and len(weight.shape) == 2:  # not of experts
             for rows in ROW_EDGES:
                 x = weight.scales.new_empty(rows, weight.num_inputs, dtype=weight.dtype)
                 wide = isinstance(block, VocabTable)

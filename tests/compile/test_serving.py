@@ -42,14 +42,20 @@ def start(
     draft: ModelConfig | None = None,
     rank: int = 0,
     form: Form | None = None,
+    experts: int = 0,
     **options: Any,
 ) -> tuple[Worker, set[str]]:
     """A worker for the tiny model, and what serving with it can launch.
 
-    form: of all its matrices but the last layer's, which are of floats.
+    form: of all its matrices but the last layer's, which are of floats. experts: of each layer.
     """
     config = EngineConfig(max_running_requests=8, chunked_prefill_size=64, **options)
-    shape = {} if form is None else {"hidden_size": 64, "intermediate_size": 96}
+    shape: dict[str, Any] = {}
+    if form is not None:
+        shape = {"hidden_size": 64, "intermediate_size": 96}
+    if experts:
+        shape |= {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": experts}
+        shape |= {"num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True}
     model, dtype, device = tiny_decoder(**shape).config, torch.bfloat16, MetaDevice()
     facts = Facts(
         config,
@@ -114,6 +120,16 @@ def test_whatever_weights_in_codes_launch_was_recorded(fixed):
     found = {key.split()[0].rpartition(".")[2] for key in launched}
     assert ("few_rows_kernel" in found) != fixed
     assert "tiles_kernel" in found
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_whatever_experts_in_codes_launch_was_recorded(fixed):
+    worker, known = start(form=(4, 32, True, True), experts=3, batch_invariant=fixed)
+    with recorded(ARCH) as launched:
+        serve_all(worker, drafts=False, groups=not fixed)
+    assert launched.keys() - known == set()
+    found = {variant.name for variant in launched.values()}
+    assert found >= {"coded_experts_kernel", "experts_kernel"}  # the last layer's are of floats
 
 
 @pytest.mark.parametrize("fixed", [False, True])

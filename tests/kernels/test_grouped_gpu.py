@@ -9,7 +9,10 @@ from minisgl.kernels.config import fixed_order, target
 from minisgl.kernels.grouped_linear import grouped_linear
 from minisgl.kernels.grouped_linear.blocks import packed
 from minisgl.kernels.grouped_linear.portable import grouped_linear_portable, part_count
+from minisgl.kernels.grouped_linear.weights import Grouped
 from minisgl.kernels.matrix import embedding, unpacked
+from minisgl.kernels.moe import moe_experts
+from minisgl.kernels.moe.portable import moe_experts_portable
 from tests.kernels.cards import check
 from tests.world.codes import random_codes
 
@@ -70,6 +73,34 @@ def test_rows_need_not_be_dense_and_what_does_not_fit_is_refused() -> None:
         grouped_linear_portable(x, blocks, torch.ones(2))
     with pytest.raises(ValueError, match="activations must be float"):
         packed(replace(blocks.unpacked(), activations="int8"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("minimums", ["implied", "fp16", "fp32"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_experts(bits: int, minimums: str, dtype: torch.dtype) -> None:
+    """Of three experts, one of which has no token; inputs that are no whole blocks of 4 bits."""
+    experts, hidden, inner = 3, 96, 32
+
+    def matrix(rows: int, inputs: int, group: int) -> Grouped:
+        weight = random_codes(experts * rows, inputs, bits, group, minimums, dtype)
+        return weight.reshaped(experts, rows)
+
+    coded = matrix(2 * inner, hidden, 96), matrix(hidden, inner, 32)
+    blocks = [packed(each) for each in coded]
+    for weight, held in zip(coded, blocks, strict=True):
+        assert (held.bits, held.minimums is None) == (bits, minimums == "implied")
+        for own, found in zip(weight.tensors, held.unpacked().tensors, strict=True):
+            assert torch.equal(own, found)
+        assert torch.equal(unpacked(held[1]), weight[1].dequantized(dtype))
+    generator = torch.Generator().manual_seed(bits)
+    ids = torch.tensor([[0, 2], [2, 0], [2, -1], [0, 2], [2, 0]], dtype=torch.int32)
+    arguments = {"x": torch.randn(5, hidden, generator=generator).to(dtype)}
+    arguments |= {"gate_up": blocks[0], "down": blocks[1], "ids": ids}
+    arguments |= {"weights": torch.rand(ids.shape, generator=generator)}
+    check(moe_experts, "portable", arguments)
+    with pytest.raises(ValueError, match=r"gate_up must be \[3, 64, 96\]"):
+        moe_experts_portable(**arguments | {"gate_up": blocks[1]})
 
 
 def test_part_counts_depend_on_shapes_alone() -> None:

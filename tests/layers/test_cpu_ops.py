@@ -1,6 +1,7 @@
 """The CPU's implementations on every card's cases, native and, where nothing is built, without."""
 
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any
 from unittest.mock import patch
 
@@ -14,8 +15,10 @@ from minisgl.kernels.attention import attention
 from minisgl.kernels.attention.paged import paged_case
 from minisgl.kernels.cascade import cascade, cascade_case
 from minisgl.kernels.decode import decode
+from minisgl.kernels.grouped_linear.panels import GroupedPanels
 from minisgl.kernels.linear import linear
-from minisgl.kernels.linear.panels import LARGE, Panels, embedding, packed, unpacked
+from minisgl.kernels.linear.panels import LARGE, Panels, embedding, packed
+from minisgl.kernels.matrix import unpacked
 from minisgl.kernels.moe import moe_experts, moe_route_reference, packed_experts
 from minisgl.kernels.op import Case, Op, all_ops
 from minisgl.kernels.rmsnorm import rmsnorm
@@ -277,12 +280,11 @@ def test_a_token_has_one_result_in_any_batch(dtype: torch.dtype, pack: bool, lev
 @pytest.mark.parametrize("case", moe_experts.cases, ids=lambda case: case.label)
 def test_packed_experts(case: Case, level: str | None) -> None:
     arguments = case.make(torch.device("cpu"), torch.bfloat16, torch.Generator().manual_seed(0))
-    whole = arguments["gate_up"], arguments["down"]
-    gates, down = packed_experts(*(weight.clone() for weight in whole))
-    assert isinstance(gates, Panels)
-    assert isinstance(down, Panels)
-    assert torch.equal(unpacked(gates).flatten(1, 2), whole[0])
-    assert torch.equal(unpacked(down), whole[1])
+    whole = deepcopy((arguments["gate_up"], arguments["down"]))
+    gates, down = packed_experts(arguments["gate_up"], arguments["down"])
+    for was, made in zip(whole, (gates, down), strict=True):
+        assert isinstance(made, Panels if torch.is_tensor(was) else GroupedPanels)
+        assert torch.equal(unpacked(made).reshape(was.shape), unpacked(was))
     with at(level):
         check(moe_experts, "cpu", arguments | {"gate_up": gates, "down": down})
 

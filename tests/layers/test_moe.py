@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from minisgl import csrc
+from minisgl.device.tape import Arena, TapeGraph, calls_noted
 from minisgl.kernels.activation import silu_and_mul_reference
 from minisgl.kernels.grouped_linear import rounded_to_int8
 from minisgl.kernels.grouped_linear.panels import GroupedPanels
-from minisgl.kernels.grouped_linear.weights import quantized
+from minisgl.kernels.grouped_linear.weights import Grouped, quantized
 from minisgl.kernels.linear.panels import Panels
 from minisgl.kernels.moe import (
     moe_experts,
@@ -22,6 +23,7 @@ from minisgl.kernels.moe import (
 from minisgl.layers.mlp import Moe, MoeConfig
 from minisgl.layers.weights import Placement
 from minisgl.parallel import Communicator
+from tests.world.levels import at, levels
 
 HIDDEN, INNER, EXPERTS, TOP_K = 96, 48, 6, 3
 
@@ -67,28 +69,43 @@ def test_packed_shares_add_up_to_the_experts() -> None:
             assert total == (held if packed else weights)
 
 
-@pytest.mark.skipif(csrc.load("model_ops", wait=True) is None, reason="nothing is packed")
+NEEDS_NATIVE = pytest.mark.skipif(
+    csrc.load("model_ops", wait=True) is None, reason="nothing is packed"
+)
+
+
+def _coded(bits: int, inner: int, hidden: int, dtype: torch.dtype, activations: Any) -> Any:
+    """gate_up and down in codes; where groups of 32 do not divide `inner`, down in floats."""
+    generator = torch.Generator().manual_seed(bits)
+
+    def matrix(rows: int, inputs: int) -> torch.Tensor | Grouped:
+        weight = torch.randn(EXPERTS, rows, inputs, generator=generator) * inputs**-0.5
+        if inputs % 32:
+            return weight.to(dtype)
+        return replace(quantized(weight, bits, 32), dtype=dtype, activations=activations)
+
+    return matrix(2 * inner, hidden), matrix(hidden, inner)
+
+
+def _routed(tokens: int, hidden: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(tokens)
+    x, logits = (torch.randn(tokens, n, generator=generator) for n in (hidden, EXPERTS))
+    weights, ids = moe_route_reference(logits, TOP_K, True)
+    return x.to(dtype), weights, torch.where(ids == 2, -1, ids)
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize("level", [*levels(), None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("activations", ["int8", "float"])
-@pytest.mark.parametrize("mixed", [False, True])
-def test_experts_in_codes(bits: int, activations: Any, mixed: bool) -> None:
-    """`mixed`: of 48 inputs no groups of 32 are made, so the second product stays in floats."""
-    generator = torch.Generator().manual_seed(bits)
-    inner = 48 if mixed else 64
-
-    def normal(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=generator)
-
-    gate_up = quantized(normal(EXPERTS, 2 * inner, HIDDEN) * HIDDEN**-0.5, bits, 32)
-    down: Any = (normal(EXPERTS, HIDDEN, inner) * inner**-0.5).bfloat16()
-    how: Any = {"dtype": torch.bfloat16, "activations": activations}
-    gate_up, down = (
-        replace(gate_up, **how),
-        down if mixed else replace(quantized(down, bits, 32), **how),
-    )
-    x = normal(37, HIDDEN).bfloat16()
-    weights, ids = moe_route_reference(normal(37, EXPERTS), TOP_K, True)
-    ids = torch.where(ids == 2, -1, ids)
+@pytest.mark.parametrize("inner", [64, 48, 224])
+def test_experts_in_codes(
+    bits: int, activations: Any, inner: int, dtype: torch.dtype, level: str | None
+) -> None:
+    """Of 48 inputs no groups of 32 are made, so the second product stays in floats."""
+    gate_up, down = _coded(bits, inner, HIDDEN, dtype, activations)
+    x, weights, ids = _routed(37, HIDDEN, dtype)
     exact = [w.float() if torch.is_tensor(w) else w.dequantized() for w in (gate_up, down)]
     want = torch.zeros(37, HIDDEN)
     for (token, choice), expert in zip(
@@ -99,19 +116,45 @@ def test_experts_in_codes(bits: int, activations: Any, mixed: bool) -> None:
         own = x[token, None].float()
         if activations == "int8":
             own = rounded_to_int8(own)
-        middle = silu_and_mul_reference((own @ exact[0][expert].T).bfloat16()).float()
-        if activations == "int8" and not mixed:
+        middle = silu_and_mul_reference(own @ exact[0][expert].T).to(dtype).float()
+        if activations == "int8" and inner != 48:
             middle = rounded_to_int8(middle)
         want[token] += weights[token, choice] * (middle @ exact[1][expert].T)[0]
     codes = gate_up.codes.clone()
     coded = packed_experts(gate_up, down)
     assert isinstance(coded[0], GroupedPanels)
-    assert isinstance(coded[1], torch.Tensor if mixed else GroupedPanels)
-    assert torch.equal(coded[0].unpacked().codes, codes)
-    for found in (
-        moe_experts(x, *coded, weights, ids),
-        moe_experts_reference(x, *coded, weights, ids),
-    ):
-        assert (found - want).norm() < 0.01 * want.norm()
-    one = moe_experts(x[5:6], *coded, weights[5:6], ids[5:6])
-    assert torch.equal(one, moe_experts(x, *coded, weights, ids)[5:6])
+    assert torch.is_tensor(down) != isinstance(coded[1], GroupedPanels)
+    assert torch.equal(coded[0].unpacked().codes.reshape(codes.shape), codes)
+    with at(level):
+        for found in (
+            moe_experts(x, *coded, weights, ids),
+            moe_experts_reference(x, *coded, weights, ids),
+        ):
+            error = (found - want).norm() / want.norm()
+            assert error < (0.01 if dtype == torch.bfloat16 or activations == "int8" else 1e-5)
+        if level is not None and not any(map(torch.is_tensor, coded)):  # bf16 alone has panels
+            one = moe_experts(x[5:6], *coded, weights[5:6], ids[5:6])
+            assert torch.equal(one, moe_experts(x, *coded, weights, ids)[5:6])
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("activations", ["int8", "float"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_tape_of_experts_in_codes_needs_no_python(
+    bits: int, activations: Any, dtype: torch.dtype
+) -> None:
+    """With other values in the same buffers it gives the bits of an eager call."""
+    coded = packed_experts(*_coded(bits, 96, HIDDEN, dtype, activations))
+    x, weights, ids = _routed(19, HIDDEN, dtype)
+    out = torch.empty_like(x)
+    with calls_noted() as calls:
+        moe_experts(x, *coded, weights, ids)
+    assert not calls
+    graph = TapeGraph(lambda: out.copy_(moe_experts(x, *coded, weights, ids)), Arena())
+    graph.replay()
+    for buffer, other in zip((x, weights, ids), _routed(19, HIDDEN, dtype), strict=True):
+        buffer.copy_(other.flip(0))
+    out.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(out, moe_experts(x, *coded, weights, ids))

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from minisgl.kernels.config import architecture, batch_invariant, product_tile
 from minisgl.kernels.grouped_linear.blocks import GroupedBlocks, packed
+from minisgl.kernels.grouped_linear.tiles import own_blocks, tile_of_weights
 from minisgl.kernels.grouped_linear.weights import Grouped
 
 FEW_ROWS = 2
@@ -25,27 +26,6 @@ MAX_PARTS = 16
 LEAST_BLOCKS = 4  # of a part
 PROGRAMS = 8  # to a processor, where they share out inputs
 SUM_BLOCK = 1024
-
-
-@triton.jit
-def widened(codes, HALF: tl.constexpr, BITS: tl.constexpr):
-    """1 + code / 16 or 1 + code / 256 in fp32, the codes put into a mantissa."""
-    bits = codes.to(tl.int32)
-    if BITS == 8:
-        bits = bits << 15
-    else:  # shifted before it is masked: one instruction less
-        bits = (bits << 19 if HALF == 0 else bits << 15) & 0x780000
-    return (bits | 0x3F800000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def scaled(scales_ptr, minimums_ptr, at, ok, BITS: tl.constexpr, MINIMUMS: tl.constexpr):
-    """What turns a `widened` code into a weight: factors, and what is added."""
-    scale = tl.load(scales_ptr + at, mask=ok, other=0.0).to(tl.float32)
-    factor = scale * (1 << BITS)
-    if MINIMUMS:
-        return factor, tl.load(minimums_ptr + at, mask=ok, other=0.0).to(tl.float32) - factor
-    return factor, -1.5 * factor
 
 
 @triton.jit
@@ -71,20 +51,18 @@ def few_rows_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     ok = n < N
     j = tl.arange(0, 32)
-    blocks = tl.cdiv(K, INPUTS)
-    run = tl.cdiv(blocks, tl.num_programs(1))
-    begin = tl.program_id(1) * run
+    begin, end = own_blocks(K, BITS)
     codes_at = codes_ptr + begin.to(tl.int64) * (N * 32) + n[:, None] * 32 + j[None, :]
     first = tl.zeros([BLOCK_N, 32], tl.float32)
     second = first
-    for block in range(begin, tl.minimum(begin + run, blocks)):
+    for block in range(begin, end):
         codes = tl.load(codes_at, mask=ok[:, None], other=0)
         codes_at += N * 32
         for half in tl.static_range(8 // BITS):
             k = block * INPUTS + half * 32
-            group = k // GROUP if WHOLE else tl.minimum(k // GROUP, K // GROUP - 1)
-            factor, added = scaled(scales_ptr, minimums_ptr, group * N + n, ok, BITS, MINIMUMS)
-            weights = widened(codes, half, BITS) * factor[:, None] + added[:, None]
+            weights = tile_of_weights(
+                codes, scales_ptr, minimums_ptr, n, ok, k, N, K, half, GROUP, BITS, MINIMUMS, WHOLE
+            )
             x = tl.load(x_ptr + k + j, mask=WHOLE | (k + j < K), other=0.0)
             first += x.to(tl.float32)[None, :] * weights
             if ROWS == 2:
@@ -125,20 +103,18 @@ def tiles_kernel(
     n = tl.program_id(0) // row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     ok = n < N
     j = tl.arange(0, 32)
-    blocks = tl.cdiv(K, INPUTS)
-    run = tl.cdiv(blocks, tl.num_programs(1))
-    begin = tl.program_id(1) * run
+    begin, end = own_blocks(K, BITS)
     codes_at = codes_ptr + begin.to(tl.int64) * (N * 32) + n[:, None] * 32 + j[None, :]
     x_at = x_ptr + m.to(tl.int64)[:, None] * x_stride + j[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for block in range(begin, tl.minimum(begin + run, blocks)):
+    for block in range(begin, end):
         codes = tl.load(codes_at, mask=ok[:, None], other=0)
         codes_at += N * 32
         for half in tl.static_range(8 // BITS):
             k = block * INPUTS + half * 32
-            group = k // GROUP if WHOLE else tl.minimum(k // GROUP, K // GROUP - 1)
-            factor, added = scaled(scales_ptr, minimums_ptr, group * N + n, ok, BITS, MINIMUMS)
-            weights = widened(codes, half, BITS) * factor[:, None] + added[:, None]
+            weights = tile_of_weights(
+                codes, scales_ptr, minimums_ptr, n, ok, k, N, K, half, GROUP, BITS, MINIMUMS, WHOLE
+            )
             inside = (m < M)[:, None]
             if not WHOLE:
                 inside = inside & (k + j < K)[None, :]

@@ -66,6 +66,11 @@ class Grouped:
     def __len__(self) -> int:
         return len(self.codes)
 
+    def reshaped(self, *leading: int) -> Self:
+        """The same rows as [*leading, K]."""
+        codes, scales, minimums = (each.reshape(*leading, each.shape[-1]) for each in self.tensors)
+        return replace(self, codes=codes, scales=scales, minimums=minimums)
+
     def chosen(self, ids: torch.Tensor) -> Self:
         """Copies of rows `ids` [T] of N. Raises IndexError for an id without a row."""
         codes, scales, minimums = (tensor.index_select(0, ids) for tensor in self.tensors)

@@ -8,19 +8,17 @@ Gale et al., "MegaBlocks", 2022.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from minisgl.kernels.activation import gelu_tanh_and_mul_reference, silu_and_mul_reference
 from minisgl.kernels.grouped_linear import grouped_linear_reference
-from minisgl.kernels.grouped_linear.weights import Grouped
+from minisgl.kernels.grouped_linear.weights import Grouped, quantized
 from minisgl.kernels.linear.panels import Panels
 from minisgl.kernels.matrix import Matrix, Quantized, packed, tensors, unpacked
 from minisgl.kernels.op import Case, Cost, Expected, Implementation, Op
-from minisgl.log import get_logger
-
-log = get_logger(__name__)
 
 ACTIVATIONS = {"silu": silu_and_mul_reference, "gelu_tanh": gelu_tanh_and_mul_reference}
 
@@ -50,17 +48,14 @@ def moe_experts_reference(
 ) -> torch.Tensor:
     """x: [T, H]; gate_up: [E, 2N, H], the gate first; down: [E, H, N]. Returns [T, H].
 
-    In panels gate_up is [E, 2, N, H].
+    In a CPU's panels gate_up is [E, 2, N, H].
     weights: [T, K] fp32 and ids: [T, K] int32 as `moe_route` gives them; an id outside [0, E)
     belongs to another rank and adds nothing. activation: "silu" or "gelu_tanh". Each expert's
     products are in x's dtype, their weighted sum over k is taken in fp32 and rounded once. Only
     experts that were chosen are computed, each once over all its tokens.
     """
     num_experts, top_k = gate_up.shape[0], ids.shape[1]
-    if not isinstance(gate_up, Quantized):
-        gate_up = unpacked(gate_up).reshape(num_experts, -1, x.shape[1])
-    if not isinstance(down, Quantized):
-        down = unpacked(down)
+    gate_up, down = (unpacked(w) if isinstance(w, Panels) else w for w in (gate_up, down))
     flat = ids.flatten().long()
     order = torch.argsort(flat, stable=True)
     chosen, counts = torch.unique_consecutive(flat[order], return_counts=True)
@@ -72,32 +67,34 @@ def moe_experts_reference(
         if not 0 <= expert < num_experts:
             continue
         tokens = pairs // top_k
-        hidden = ACTIVATIONS[activation](_product(x[tokens], gate_up[expert]))
-        contribution = _product(hidden, down[expert]).float()
+        hidden = ACTIVATIONS[activation](_product(x[tokens], gate_up, expert))
+        contribution = _product(hidden, down, expert).float()
         output.index_add_(0, tokens, contribution * weights.flatten()[pairs, None])
     return output.to(x.dtype)
 
 
-def _product(x: torch.Tensor, weight: Any) -> torch.Tensor:
-    if isinstance(weight, Quantized):
-        return grouped_linear_reference(x, weight)
-    return x @ weight.T  # type: ignore[no-any-return]
+def _product(x: torch.Tensor, weight: Matrix, expert: int) -> torch.Tensor:
+    """x times one expert's weight; gates and ups that are apart one after the other."""
+    own: Any = weight[expert]
+    if isinstance(own, Quantized):
+        grouped = own if isinstance(own, Grouped) else own.unpacked()
+        return grouped_linear_reference(x, grouped.reshaped(-1))
+    return x @ own.flatten(0, -2).T  # type: ignore[no-any-return]
 
 
 def packed_experts(
     gate_up: torch.Tensor | Grouped, down: torch.Tensor | Grouped
 ) -> tuple[Matrix, Matrix]:
-    """gate_up [E, 2N, H] and down [E, H, N] in panels, gates [E, 2, N, H] of floats apart from ups;
-    or as they are, where `packed` leaves them so and where one is in codes and the other in floats.
-    Codes of a device that has no product of them become floats first."""
-    if isinstance(gate_up, Grouped) or isinstance(down, Grouped):
-        coded = [packed(each) if isinstance(each, Grouped) else each for each in (gate_up, down)]
-        if not any(isinstance(each, Grouped) for each in coded):
-            return coded[0], coded[1]
-        log.warning("quantised experts become %s: they have no product in codes", gate_up.dtype)
-        gate_up, down = (each if torch.is_tensor(each) else unpacked(each) for each in coded)
-    gates = packed(gate_up.unflatten(1, (2, -1)))
-    return (gates if isinstance(gates, Panels) else gate_up), packed(down)
+    """gate_up [E, 2N, H] and down [E, H, N] as products on their device read them fastest: gates
+    [E, 2, N, H] apart from ups in a CPU's panels. Or as they are, where `packed` leaves them so."""
+    if gate_up.device.type != "cpu":
+        return packed(gate_up), packed(down)
+    experts, _, hidden = gate_up.shape
+    if isinstance(gate_up, Grouped):
+        gates = packed(gate_up.reshaped(experts, 2, -1))
+    else:
+        gates = packed(gate_up.view(experts, 2, -1, hidden))
+    return (gate_up if type(gates) is type(gate_up) else gates), packed(down)
 
 
 def moe_route_cost(logits: torch.Tensor, top_k: int, **_: Any) -> Cost:
@@ -140,7 +137,10 @@ def _experts_case(
     *,
     activation: str = "silu",
     foreign: bool = False,
+    bits: int | None = None,
 ) -> Case:
+    """bits: of codes; where groups of 32 do not divide `inner`, the second product is in floats."""
+
     def make(
         device: torch.device, dtype: torch.dtype, generator: torch.Generator
     ) -> dict[str, Any]:
@@ -149,20 +149,27 @@ def _experts_case(
         def normal(*size: int) -> torch.Tensor:
             return torch.randn(*size, generator=generator, device=on)
 
+        def matrix(rows: int, inputs: int) -> torch.Tensor | Grouped:
+            weight = normal(experts, rows, inputs) * inputs**-0.5
+            if bits is None or inputs % 32:
+                return weight.to(device, dtype)
+            return replace(quantized(weight.to(device), bits, 32), dtype=dtype)
+
         logits = normal(tokens, experts) * 2
         weights, ids = moe_route_reference(logits, top_k, True)
         if foreign:
             ids = torch.where(ids % 2 == 0, ids, -1)
         return {
             "x": normal(tokens, hidden).to(device, dtype),
-            "gate_up": (normal(experts, 2 * inner, hidden) * hidden**-0.5).to(device, dtype),
-            "down": (normal(experts, hidden, inner) * inner**-0.5).to(device, dtype),
+            "gate_up": matrix(2 * inner, hidden),
+            "down": matrix(hidden, inner),
             "weights": weights.to(device),
             "ids": ids.to(device),
             "activation": activation,
         }
 
     label = f"T{tokens}-E{experts}-K{top_k}-H{hidden}-N{inner}-{activation}"
+    label += f"-{bits}bits" if bits else ""
     return Case(label + ("-foreign" if foreign else ""), make)
 
 
@@ -177,6 +184,10 @@ EXPERTS_CASES = (
     _experts_case(33, 8, 2, 96, 80),
     _experts_case(70, 5, 3, 128, 48, activation="gelu_tanh"),
     _experts_case(9, 8, 4, 64, 32, foreign=True),
+    _experts_case(1, 8, 2, 96, 32, bits=4),
+    _experts_case(70, 5, 3, 128, 96, activation="gelu_tanh", bits=8),
+    _experts_case(95, 3, 2, 160, 224, foreign=True, bits=4),
+    _experts_case(33, 8, 2, 96, 80, bits=4),
 )
 
 moe_route = Op(
@@ -198,5 +209,9 @@ moe_experts = Op(
     ],
     cases=EXPERTS_CASES,
     cost=moe_experts_cost,
-    expected=[Expected("experts_kernel", ("load128", "wgmma"))],
+    expected=[
+        Expected("experts_kernel", ("load128", "wgmma")),
+        Expected("coded_experts_kernel", ("wgmma",), lambda facts: facts["arch"] >= 90),
+        Expected("coded_experts_kernel", ("mma",), lambda facts: facts["arch"] < 90),
+    ],
 )

@@ -5,12 +5,13 @@ import torch
 
 from minisgl.device.tape import by_call, empty
 from minisgl.kernels.activation.cpu import gelu_tanh_and_mul_cpu, silu_and_mul_cpu
-from minisgl.kernels.grouped_linear.cpu import grouped_linear_cpu
+from minisgl.kernels.grouped_linear.panels import GroupedPanels
+from minisgl.kernels.grouped_linear.weights import BLOCK
 from minisgl.kernels.linear.cpu import linear_cpu
-from minisgl.kernels.linear.panels import Panels, unpacked
+from minisgl.kernels.linear.panels import Dense, Panels, unpacked
 from minisgl.kernels.matrix import Matrix, Quantized
-from minisgl.kernels.moe import moe_route_reference
-from minisgl.kernels.native import model_ops
+from minisgl.kernels.moe import moe_experts_reference, moe_route_reference
+from minisgl.kernels.native import address, model_ops
 
 ACTIVATIONS = {"silu": silu_and_mul_cpu, "gelu_tanh": gelu_tanh_and_mul_cpu}
 
@@ -43,22 +44,47 @@ def moe_experts_cpu(
     activation: str = "silu",
 ) -> torch.Tensor:
     """See `moe_experts_reference`; with panels a token's result does not depend on the others."""
-    if not (isinstance(gate_up, Panels) and isinstance(down, Panels)):
+    kinds = Panels | GroupedPanels
+    if not (isinstance(gate_up, kinds) and isinstance(down, kinds)):
         return moe_experts_twin(x, gate_up, down, weights, ids, activation)
-    native = model_ops(x, gate_up.values, down.values)
+    native = model_ops(x, *(w.values for w in (gate_up, down) if isinstance(w, Panels)))
     (tokens, top_k), (experts, hidden, inner) = ids.shape, down.shape
     shapes = (*x.shape, *weights.shape, *gate_up.shape)
     fits = shapes == (tokens, hidden, tokens, top_k, experts, 2, inner, hidden)
     fits = fits and all(tensor.is_contiguous() for tensor in (x, weights, ids))
     if native is None or not fits:
         return moe_experts_twin(x, gate_up, down, weights, ids, activation)
-    middle, parts = (empty((tokens * top_k, width), x.dtype) for width in (inner, hidden))
+    pairs = tokens * top_k
+    middle, parts = (empty((pairs, width), x.dtype) for width in (inner, hidden))
     out = empty((tokens, hidden), x.dtype)
-    tensors = (gate_up.values, down.values, weights, ids, middle, parts, out)
-    addresses = (x.data_ptr(), x.stride(0), *(tensor.data_ptr() for tensor in tensors))
-    sizes = (tokens, experts, top_k, hidden, inner)
-    native.moe_experts(*addresses, *sizes, activation == "gelu_tanh", torch.get_num_threads())
+    rounded: tuple[torch.Tensor | None, ...] = (None, None, None)
+    if any(isinstance(w, GroupedPanels) and w.activations == "int8" for w in (gate_up, down)):
+        most = pairs * max(hidden, inner)
+        numbers = (empty((most // BLOCK + pairs,), torch.float32) for _ in range(2))
+        rounded = empty((most,), torch.int8), *numbers
+    native.moe_experts(
+        x.data_ptr(),
+        x.stride(0),
+        _addresses(gate_up),
+        _addresses(down),
+        weights.data_ptr(),
+        ids.data_ptr(),
+        tuple(map(address, rounded)),
+        *(tensor.data_ptr() for tensor in (middle, parts, out)),
+        *(tokens, experts, top_k, hidden, inner),
+        activation == "gelu_tanh",
+        x.dtype == torch.bfloat16,
+        torch.get_num_threads(),
+    )
     return out
+
+
+def _addresses(weight: Panels | GroupedPanels) -> tuple[int | bool, ...]:
+    """As the native op takes it."""
+    if isinstance(weight, Panels):
+        return weight.values.data_ptr(), 0, 0, 0, 16, False, False
+    _, _, *layout = weight.layout
+    return *weight.addresses, *layout, weight.activations == "int8"
 
 
 @by_call
@@ -70,8 +96,10 @@ def moe_experts_twin(
     ids: torch.Tensor,
     activation: str,
 ) -> torch.Tensor:
-    """The same for weights as they are, or in codes. A token's experts are added in ascending order
-    of ids."""
+    """The same for weights as they are; in codes the reference. A token's experts are added in
+    ascending order of ids."""
+    if isinstance(gate_up, Quantized) or isinstance(down, Quantized):
+        return moe_experts_reference(x, gate_up, down, weights, ids, activation)
     num_experts, top_k = gate_up.shape[0], ids.shape[1]
     flat = ids.flatten()
     order = torch.argsort(flat, stable=True)
@@ -87,10 +115,8 @@ def moe_experts_twin(
     return output.to(x.dtype)
 
 
-def _product(x: torch.Tensor, weight: Matrix, expert: int, wide: bool = False) -> torch.Tensor:
+def _product(x: torch.Tensor, weight: Dense, expert: int, wide: bool = False) -> torch.Tensor:
     """x times one expert's weight [N, K]."""
-    if isinstance(weight, Quantized):
-        return grouped_linear_cpu(x, weight[expert], wide=wide)
     if not isinstance(weight, Panels):
         return linear_cpu(x, weight[expert], wide=wide)
     own = unpacked(weight._replace(values=weight.values[expert]))

@@ -4,14 +4,20 @@
 positions, each expert's rows padded to whole tiles; the two products go over the tiles, the first
 with the activation in its epilogue; `combine` adds a token's choices in their order. Ranks come
 from atomics, but a row's product does not depend on its place in a tile, so results repeat.
+Weights in codes become floats in registers, as in `grouped_linear`, and are the left operand.
 Launch shapes depend on the number of tokens only: tiles that no expert needs return at once.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from minisgl.kernels.config import Tile, architecture, batch_invariant, product_tile
+from minisgl.kernels.grouped_linear.blocks import GroupedBlocks, packed
+from minisgl.kernels.grouped_linear.tiles import tile_of_weights
+from minisgl.kernels.grouped_linear.weights import Grouped
 
 ROUTE_ROWS = 8
 ALIGN_BLOCK = 32
@@ -92,6 +98,14 @@ def align_kernel(
 
 
 @triton.jit
+def activated(gate, GELU: tl.constexpr):
+    argument = gate
+    if GELU:
+        argument = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    return gate / (1.0 + tl.exp(-argument))
+
+
+@triton.jit
 def experts_kernel(
     a_ptr,  # [T, K] gated, else [pairs, K]
     weight_ptr,  # [E, 2 N, K] gated, else [E, N, K]
@@ -131,12 +145,77 @@ def experts_kernel(
                 w = tl.load(weight + N * K + start, mask=n_ok & inside, other=0.0)
                 up = tl.dot(a, tl.trans(w), up, input_precision="ieee")
         if GATED:
-            argument = acc
-            if GELU:
-                argument = 1.5957691216057308 * (acc + 0.044715 * acc * acc * acc)
-            acc = acc / (1.0 + tl.exp(-argument)) * up
+            acc = activated(acc, GELU) * up
         to = out_ptr + tl.where(pair >= 0, pair, 0)[:, None] * N + n[None, :]
         tl.store(to, acc.to(out_ptr.dtype.element_ty), mask=row_ok & (n < N)[None, :])
+
+
+@triton.jit
+def coded_experts_kernel(
+    a_ptr,  # [T, K] gated, else [pairs, K]
+    codes_ptr,  # [E, blocks, 2 N, 32] gated, else [E, blocks, N, 32]
+    scales_ptr,  # [E, K / GROUP, 2 N] gated, else [E, K / GROUP, N]
+    minimums_ptr,
+    out_ptr,  # [pairs, N]
+    sorted_ptr,
+    tile_expert_ptr,
+    E: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    MINIMUMS: tl.constexpr,
+    WHOLE: tl.constexpr,  # blocks, none of which goes beyond K
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GATED: tl.constexpr,
+    GELU: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    expert = tl.load(tile_expert_ptr + tile)
+    if expert < E:
+        INPUTS: tl.constexpr = 256 // BITS
+        blocks: tl.constexpr = (K + INPUTS - 1) // INPUTS
+        rows: tl.constexpr = 2 * N if GATED else N
+        pair = tl.load(sorted_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+        row = tl.where(pair >= 0, pair // TOP_K if GATED else pair, 0)
+        n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        ok = n < N
+        j = tl.arange(0, 32)
+        a_at = a_ptr + row[:, None] * K + j[None, :]
+        codes_at = codes_ptr + expert.to(tl.int64) * (blocks * rows * 32)
+        codes_at += n[:, None] * 32 + j[None, :]
+        scales_at = scales_ptr + expert.to(tl.int64) * (K // GROUP * rows)
+        minimums_at = minimums_ptr + expert.to(tl.int64) * (K // GROUP * rows)
+        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        for block in range(blocks):
+            codes = tl.load(codes_at, mask=ok[:, None], other=0)
+            if GATED:
+                ups = tl.load(codes_at + N * 32, mask=ok[:, None], other=0)
+            codes_at += rows * 32
+            for half in tl.static_range(8 // BITS):
+                k = block * INPUTS + half * 32
+                inside = (pair >= 0)[:, None]
+                if not WHOLE:
+                    inside = inside & (k + j < K)[None, :]
+                a = tl.trans(tl.load(a_at + k, mask=inside, other=0.0))
+                w = tile_of_weights(
+                    codes, scales_at, minimums_at, n, ok, k, rows, K, half,
+                    GROUP, BITS, MINIMUMS, WHOLE,
+                )  # fmt: skip
+                acc = tl.dot(w.to(a.dtype), a, acc, input_precision="ieee")
+                if GATED:
+                    w = tile_of_weights(
+                        ups, scales_at, minimums_at, n + N, ok, k, rows, K, half,
+                        GROUP, BITS, MINIMUMS, WHOLE,
+                    )  # fmt: skip
+                    up = tl.dot(w.to(a.dtype), a, up, input_precision="ieee")
+        if GATED:
+            acc = activated(acc, GELU) * up
+        to = out_ptr + tl.where(pair >= 0, pair, 0)[None, :] * N + n[:, None]
+        tl.store(to, acc.to(out_ptr.dtype.element_ty), mask=(pair >= 0)[None, :] & ok[:, None])
 
 
 @triton.jit
@@ -224,8 +303,8 @@ def launch_sort(
 
 def moe_experts_portable(
     x: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: torch.Tensor | Grouped | GroupedBlocks,
+    down: torch.Tensor | Grouped | GroupedBlocks,
     weights: torch.Tensor,
     ids: torch.Tensor,
     activation: str = "silu",
@@ -241,7 +320,9 @@ def moe_experts_portable(
         )
     if activation not in ("silu", "gelu_tanh"):
         raise ValueError(f"activation must be silu or gelu_tanh, got {activation!r}")
-    if not all(tensor.is_contiguous() for tensor in (x, gate_up, down, weights, ids)):
+    matrices = [packed(each) if isinstance(each, Grouped) else each for each in (gate_up, down)]
+    dense = (x, weights, ids, *(each for each in matrices if torch.is_tensor(each)))
+    if not all(tensor.is_contiguous() for tensor in dense):
         raise ValueError("x, gate_up, down, weights and ids must be dense")
     out = torch.empty_like(x)
     pairs = tokens * top_k
@@ -250,30 +331,26 @@ def moe_experts_portable(
     arch = architecture(x.device)
     few = pairs <= 16 * experts and not batch_invariant()
     tile: Tile = product_tile(arch.experts_few if few else arch.experts, x.dtype)
+    in_codes: Tile = product_tile(arch.grouped_few if few else arch.grouped, x.dtype)
     order, tile_expert = launch_sort(ids, experts, tile.rows)
-    tiles = len(tile_expert)
     middle = torch.empty((pairs, inner), dtype=x.dtype, device=x.device)
     parts = torch.empty((pairs, hidden), dtype=x.dtype, device=x.device)
-    for source, weight, target, gated in ((x, gate_up, middle, True), (middle, down, parts, False)):
-        columns = tile.cols // 2 if gated else tile.cols  # two accumulators, or one
-        experts_kernel[(tiles, triton.cdiv(target.shape[1], columns))](
-            source,
-            weight,
-            target,
-            order,
-            tile_expert,
-            E=experts,
-            N=target.shape[1],
-            K=source.shape[1],
-            TOP_K=top_k,
-            BLOCK_M=tile.rows,
-            BLOCK_N=columns,
-            BLOCK_K=tile.depth,
-            GATED=gated,
-            GELU=activation == "gelu_tanh",
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+    how: dict[str, Any] = {"TOP_K": top_k, "GELU": activation == "gelu_tanh"}
+    for source, weight, target in ((x, matrices[0], middle), (middle, matrices[1], parts)):
+        how["GATED"], coded = target is middle, isinstance(weight, GroupedBlocks)
+        # Half of them where there are two accumulators, or floats are made of codes in registers.
+        columns = tile.cols // 2 if how["GATED"] or coded else tile.cols
+        sizes = {"E": experts, "N": target.shape[1], "K": source.shape[1]}
+        sizes |= {"BLOCK_M": tile.rows, "BLOCK_N": columns}
+        launched = in_codes if coded else tile
+        launch = {"num_warps": launched.warps, "num_stages": launched.stages}
+        grid, sort = (len(tile_expert), triton.cdiv(target.shape[1], columns)), (order, tile_expert)
+        if coded:
+            facts = sizes | weight.constants | how | launch
+            coded_experts_kernel[grid](source, *weight.pointers, target, *sort, **facts)
+        else:
+            facts = sizes | {"BLOCK_K": tile.depth} | how | launch
+            experts_kernel[grid](source, weight, target, *sort, **facts)
     combine_kernel[(tokens, triton.cdiv(hidden, 1024))](
         parts, weights, ids, out, E=experts, H=hidden, TOP_K=top_k, BLOCK=1024, num_warps=4
     )
