@@ -7,7 +7,8 @@ int32, the first in the lowest bits; a weight is scale * (code - zero):
   less than it is unless the format is gptq_v2, and `g_idx`, the group of each input
 - AWQ: `qweight` [K, N / 8], `qzeros` and `scales`; words hold columns in the order of `_AWQ`
 - compressed-tensors: `weight_packed` [N, K / 8], or `weight` in int8, `weight_scale` [N, K / G],
-  and `weight_zero_point`, packed along N, where zero is not in the middle of the range
+  and `weight_zero_point`, packed along N, where zero is not in the middle of the range;
+  `weight_shape` [2] says N and K
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ _TYPES = {
     **dict.fromkeys(("scales", "weight_scale"), ("F16", "BF16", "F32")),
     "weight": ("I8",),
     "weight_zero_point": ("I32", "I8"),
-    "g_idx": ("I32", "I64"),
+    **dict.fromkeys(("g_idx", "weight_shape"), ("I32", "I64")),
 }
 _ONES = {4: 0x11111111, 8: 0x01010101}  # one for each code of a word
 
@@ -90,12 +91,12 @@ class IntCheckpoint:
 class IntMatrix:
     """One matrix [N, K], of which rows can be had as they are stored, and parts dequantised.
 
-    Raises ValueError naming the tensor that is missing, has another shape than the others ask for,
-    or has its inputs in groups in another order than their own.
+    Raises ValueError naming the tensor that is missing, has or states another shape than the others
+    ask for, has its inputs in groups in another order than their own, or is not finite.
     """
 
     def __init__(self, where: str, form: IntFormat, parts: Mapping[str, Any]) -> None:
-        self._form, self._parts = form, parts
+        self._where, self._form, self._parts = where, form, parts
         self._per_word = 32 // form.bits
         names = "scales", "qzeros"
         if form.method == "compressed-tensors":
@@ -115,6 +116,11 @@ class IntMatrix:
         for name, part in parts.items():
             if (shape := part.get_shape()) != (asked := shapes.get(name, shape)):
                 raise ValueError(f"{where}.{name} has shape {shape}, the others ask for {asked}")
+        if (stated := parts.get("weight_shape")) is not None:
+            said = stated[:].flatten().tolist()
+            if said != list(self.shape):
+                asked = f"{form.codes} has {list(self.shape)}"
+                raise ValueError(f"{where}.weight_shape says {said}, {asked}")
         groups = shapes[scales][form.method == "compressed-tensors"]
         if (zeros := parts.get("weight_zero_point")) is not None:
             n = -(-self.shape[0] // self._per_word) if zeros.get_dtype() == "I32" else self.shape[0]
@@ -150,7 +156,12 @@ class IntMatrix:
         some = slice(low, min(words.stop * self._per_word, self.shape[0]))
         codes, zeros, scales = _READERS[self._form.method](self._form, self._parts, some, words)
         kept, scales = slice(start - low, stop - low), scales.float()
-        return codes[kept], scales[kept], (-scales * zeros[: len(scales)])[kept]
+        minimums = -scales * zeros[: len(scales)]
+        if not (scales.isfinite().all() and minimums.isfinite().all()):
+            name = "weight_scale" if self._form.method == "compressed-tensors" else "scales"
+            wrong = scales[~(scales.isfinite() & minimums.isfinite())][0]
+            raise ValueError(f"{self._where}.{name} must be finite, got {wrong:g}")
+        return codes[kept], scales[kept], minimums[kept]
 
 
 Shapes = dict[str, list[int]]

@@ -179,6 +179,37 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
             load(tmp_path)
 
 
+@pytest.mark.parametrize("weights", ["auto", "none"])
+@pytest.mark.parametrize("wrong", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("gptq-4", "scales"), ("awq", "scales"), ("int4", "weight_scale"), ("int8", "weight_scale")],
+)
+def test_scales_that_are_no_numbers_are_refused(
+    name: str, part: str, wrong: float, weights: str, tmp_path: Path
+) -> None:
+    make_int(name, tmp_path)
+    whole = load_file(tmp_path / "model.safetensors")
+    scales = whole[f"model.layers.1.mlp.up_proj.{part}"]
+    scales[-1, -1] = wrong
+    save_file(whole, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"1\.mlp\.up_proj\.{part} must be finite, got {wrong:g}"):
+        load(tmp_path, weights=weights)
+
+
+@pytest.mark.parametrize("stated", [[160, 95], [96, 160], [160], [[160, 96, 1]]])
+def test_a_stated_shape_that_is_not_that_of_the_codes_is_refused(
+    stated: list[Any], tmp_path: Path
+) -> None:
+    make_int("int4", tmp_path)
+    whole = load_file(tmp_path / "model.safetensors")
+    whole["model.layers.1.mlp.up_proj.weight_shape"] = torch.tensor(stated)
+    save_file(whole, tmp_path / "model.safetensors")
+    asked = r"weight_packed has \[160, 96\]"
+    with pytest.raises(ValueError, match=rf"1\.mlp\.up_proj\.weight_shape says .*, {asked}"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("key", ["format", "checkpoint_format"])
 def test_either_name_of_gptqs_format_is_read(key: str, tmp_path: Path) -> None:
     oracle = make_int("gptq-v2", tmp_path, **{"checkpoint_format": None, key: "gptq_v2"})
