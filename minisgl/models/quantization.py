@@ -65,8 +65,8 @@ class Choice:
         return group
 
     def report(self) -> None:
-        """Log what stays as floats although it is quantised in the checkpoint, or was to be, and
-        what was asked for in vain."""
+        """Log what stays as floats although it is quantised in the checkpoint, or was to be, what
+        was asked for in vain, and that activations are rounded."""
         asked = {self.asked.weights, self.asked.head}
         if "auto" in asked and not (self.kept or self.left):
             log.warning("quantization auto: the checkpoint has no weights in codes")
@@ -74,6 +74,11 @@ class Choice:
             log.warning(
                 "quantization: nothing is rounded, as the checkpoint's matrices are in codes "
                 "already and stay so, as with auto"
+            )
+        if self.asked.int8_activations and (self.kept or self.rounded):
+            log.info(
+                "activations are rounded to 8 bits where weights are in codes, which is faster; "
+                "--quantized-activations none leaves them as they are"
             )
         reasons: dict[str, list[str]] = {}
         for name, why in self.left.items():

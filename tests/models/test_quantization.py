@@ -107,6 +107,18 @@ def test_what_was_asked_for_in_vain_is_said(
     assert said in caplog.messages[-1]
 
 
+@pytest.mark.parametrize("int8", [True, False])
+def test_that_activations_are_rounded_is_said(
+    int8: bool, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    load(folder, Quantization(int8_activations=int8))
+    assert not caplog.messages
+    load(folder, Quantization("int8", int8_activations=int8))
+    said = [line for line in caplog.messages if "--quantized-activations none" in line]
+    assert len(said) == int8
+
+
 def test_what_flags_ask_for() -> None:
     def of(
         dtype: torch.dtype = torch.bfloat16, device: str = "cpu", **flags: object
