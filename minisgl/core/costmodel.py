@@ -179,23 +179,25 @@ class CostModel:
         rate = max(DEVIATION_RATE, 1.0 / self.num_observed)
         off = min(abs(seconds / cost.seconds - 1.0), 1.0)
         self.deviation += rate * (off - self.deviation)
-        # The terms of this step, as shares of its time: fixed, and whichever bounds it.
-        terms = [UNIT / seconds, 0.0, 0.0]
-        if cost.bound == "compute":
-            terms[1] = cost.compute_seconds / self._compute / seconds
-        else:
-            terms[2] = cost.memory_seconds / self._memory / seconds
+        # The terms of this step, as shares of its time: fixed, and whichever bounds it, the `k`th.
         factors = [self._fixed / UNIT, self._compute, self._memory]
-        error = 1.0 - _dot(terms, factors)
-        direction = [_dot(row, terms) for row in self._covariance]
-        scale = 1.0 / (FORGETTING + _dot(terms, direction))
+        k = 1 if cost.bound == "compute" else 2
+        own = (cost.compute_seconds, cost.memory_seconds)[k - 1] / factors[k]
+        fixed, bound = UNIT / seconds, own / seconds
+        error = 1.0 - fixed * factors[0] - bound * factors[k]
+        p, q, r = self._covariance
+        x, y, z = direction = [row[0] * fixed + row[k] * bound for row in (p, q, r)]
+        scale = 1.0 / (FORGETTING + fixed * x + bound * direction[k])
         # One regime alone would inflate the uncertainty of the other without end.
-        uncertain = sum(self._covariance[i][i] for i in range(3)) > MAX_UNCERTAINTY
-        growth = 1.0 if uncertain else 1.0 / FORGETTING
+        growth = 1.0 if p[0] + q[1] + r[2] > MAX_UNCERTAINTY else 1.0 / FORGETTING
         for i, row in enumerate(self._covariance):
-            factors[i] = max(factors[i] + scale * direction[i] * error, SMALLEST[i])
             share = scale * direction[i]
-            row[:] = [growth * (row[j] - share * direction[j]) for j in range(3)]
+            factors[i] = max(factors[i] + share * error, SMALLEST[i])
+            row[:] = (
+                growth * (row[0] - share * x),
+                growth * (row[1] - share * y),
+                growth * (row[2] - share * z),
+            )
         self._fixed, self._compute, self._memory = factors[0] * UNIT, factors[1], factors[2]
 
     def _flops(self, work: Work) -> float:
@@ -221,7 +223,3 @@ class CostModel:
             return model.layers
         seen = min(1.0, work.num_tokens * model.window / work.num_pairs)
         return model.layers - model.windowed_layers * (1.0 - seen)
-
-
-def _dot(a: list[float], b: list[float]) -> float:
-    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
