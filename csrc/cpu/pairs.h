@@ -8,8 +8,10 @@
 #include "vec.h"
 
 // Sums that are held in registers: of so many rows, in so many vectors of columns.
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
 constexpr int TILE_ROWS = 6, TILE_VECTORS = 4;
+#elif defined(__AVX512F__)
+constexpr int TILE_ROWS = 5, TILE_VECTORS = 4;  // a pair of columns is two registers
 #elif defined(__AVX2__)
 constexpr int TILE_ROWS = 5, TILE_VECTORS = 1;
 #else

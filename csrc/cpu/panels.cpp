@@ -64,7 +64,7 @@ struct Product {
     void tiles(Index row, Index first, Index end, const bf16 *ahead) const {
         for (; first + WIDE <= end; first += WIDE)
             tile<MT, WIDE>(row, first, WIDE == 1 && ahead ? ahead + first % 2 * HALF * k : ahead);
-        if constexpr (WIDE > 1)
+        if constexpr (WIDE > std::min(TILE_VECTORS, 2))
             if (first < end) tiles<MT, WIDE / 2>(row, first, end, ahead);
     }
 

@@ -1,0 +1,59 @@
+"""What the compiler makes of the loop that most of a prompt's time is spent in."""
+
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from minisgl.csrc.build import LEVELS, find_compiler, find_headers
+from tests.csrc.test_loader import needs_compiler
+
+SOURCES = Path(__file__).parents[2] / "csrc"
+TILE = """
+#include "cpu/panels.h"
+void tile(const Operand *x, Index stride, const bf16 *panel, Index k, float *out) {
+    const Operand *rows[TILE_ROWS];
+    const bf16 *w[TILE_VECTORS];
+    for (int t = 0; t < TILE_ROWS; ++t) rows[t] = x + t * stride;
+    for (int v = 0; v < TILE_VECTORS; ++v) w[v] = panel + v / 2 * WIDTH * k + v % 2 * WIDTH;
+    f32x16 sums[TILE_ROWS][TILE_VECTORS] = {};
+    add_tile(rows, w, k, sums);
+    for (int t = 0; t < TILE_ROWS; ++t)
+        for (int v = 0; v < TILE_VECTORS; ++v) store16(out + (t * TILE_VECTORS + v) * 16, sums[t][v]);
+}
+"""
+PRODUCT = re.compile(r"\t(vfmadd\w+|vdpbf16ps)\s")
+# Sums, rows times registers of sixteen columns: as many products, and twice where pairs have none.
+PRODUCTS = {"avx2": 5 * 2 * 2, "avx512": 5 * 4 * 2, "avx512_bf16": 6 * 4}
+
+
+def hottest_loop(assembly: str) -> list[str]:
+    """The lines from a label to the jump back to it that hold the most products."""
+    lines = assembly.splitlines()
+    labels = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
+    loops = []
+    for i, line in enumerate(lines):
+        jump = re.match(r"\tj\w+\s+(\.L\w+)", line)
+        if jump and labels.get(jump[1], i) < i:
+            loops.append(lines[labels[jump[1]] : i])
+    return max(loops, key=lambda loop: sum(bool(PRODUCT.match(line)) for line in loop))
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="reads the machine code of x86")
+@pytest.mark.parametrize("level", PRODUCTS)
+def test_sums_of_a_tile_stay_in_registers(level: str, tmp_path: Path):
+    """A vector wider than a register, or a row too many, would have them loaded and stored."""
+    source = tmp_path / "tile.cpp"
+    source.write_text(TILE)
+    includes = [word for folder in find_headers() for word in ("-I", folder)]
+    command = [find_compiler("cpu"), "-std=c++20", "-O3", "-fPIC", *LEVELS[level].flags]
+    command += [f'-DLEVEL="{level}"', "-I", str(SOURCES), *includes, "-S", str(source), "-o", "-"]
+    made = subprocess.run(command, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    loop = hottest_loop(made.stdout)
+    assert sum(bool(PRODUCT.match(line)) for line in loop) == PRODUCTS[level]
+    stores = [line for line in loop if re.search(r",\s*-?\w*\(%r[sb]p\)$", line)]
+    assert not stores
