@@ -21,7 +21,7 @@ void tile(const Operand *x, Index stride, const bf16 *panel, Index k, float *out
     f32x16 sums[TILE_ROWS][TILE_VECTORS] = {};
     add_tile(rows, w, k, sums);
     for (int t = 0; t < TILE_ROWS; ++t)
-        for (int v = 0; v < TILE_VECTORS; ++v) store16(out + (t * TILE_VECTORS + v) * 16, sums[t][v]);
+        for (int v = 0; v < TILE_VECTORS; ++v, out += 16) store16(out, sums[t][v]);
 }
 """
 PRODUCT = re.compile(r"\t(vfmadd\w+|vdpbf16ps)\s")
