@@ -120,9 +120,8 @@ class Arguments:
             return f"{self._text_value(name, schema, key)} {NEW_LINE}"
         shared, outward = self._named_by(schema)
         if outward:
-            place = f"#/properties/{key}" if key else "#/additionalProperties"
             reason = f"$ref to {outward[0]!r}, which is not in $defs, is not kept in this form"
-            self._reader.leave_out(place, f"{reason} of calls")
+            self._reader.leave_out(_place(key), f"{reason} of calls")
             schema, shared = True, {}
         whole = schema if isinstance(schema, dict) else {}
         self.rules.append(f"{name}: %json {json.dumps(whole | shared | self._options)}")
@@ -147,7 +146,7 @@ class Arguments:
         """A text as it is, and the mark behind it."""
         if not isinstance(schema, dict) or _asks_for_types_alone(schema):
             return self._ended(name, r"(?s:.*)")
-        path, after = f"#/properties/{key}", self._written.after
+        path, after = _place(key), self._written.after
         for key in sorted(schema.keys() - OF_A_TEXT):
             reason = f"{key} of a text is not kept in calls of this form"
             self._reader.leave_out(f"{path}/{key}", reason)
@@ -197,6 +196,11 @@ def _texts_of(lists: list[Any], least: int, most: int | None, has_null: bool) ->
 
 def _is_list(value: object) -> bool:
     return isinstance(value, list)
+
+
+def _place(key: str) -> str:
+    """Where the schema of a parameter stands; without a name, of those that are not named."""
+    return f"#/properties/{key}" if key else "#/additionalProperties"
 
 
 def _said(text: str) -> str:

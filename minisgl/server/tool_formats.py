@@ -146,7 +146,8 @@ def _xml_calls(reader: Reader, tools: Schemas, known: bool) -> Reading[bool]:
     if not TOOL_NAME.fullmatch(name) or not (yield from reader.literal(">")):
         return False
     reader.begin_call(name)
-    properties, lead = _mapping(_mapping(tools.get(name)).get("properties")), "{"
+    schema, lead = _mapping(tools.get(name)), "{"
+    properties = _mapping(schema.get("properties"))
     while True:
         yield from reader.skip_space()
         if not (yield from reader.literal("<parameter=")):
@@ -156,7 +157,7 @@ def _xml_calls(reader: Reader, tools: Schemas, known: bool) -> Reading[bool]:
             return True
         reader.say(f"{lead}{json.dumps(key, ensure_ascii=False)}: ")
         lead = ", "
-        yield from _xml_value(reader, properties.get(key))
+        yield from _xml_value(reader, properties.get(key, schema.get("additionalProperties")))
     if (yield from reader.literal("</function>")):
         reader.say("{}" if lead == "{" else "}")
         reader.end_call()
@@ -215,9 +216,10 @@ def _types(schema: Any) -> set[str]:
 
 
 def texts(schema: Mapping[str, Any]) -> list[str]:
-    """The parameters whose values any text is good for: of strings, or of strings and null."""
-    types = {name: _types(of) for name, of in _mapping(schema.get("properties")).items()}
-    return [name for name, found in types.items() if found in _TEXTS]
+    """The parameters whose values any text is good for: of strings, or of strings and null. An
+    empty name stands for those that the schema does not name."""
+    schemas = {**_mapping(schema.get("properties")), "": schema.get("additionalProperties")}
+    return [name for name, of in schemas.items() if _types(of) in _TEXTS]
 
 
 def _typed(text: str, types: set[str]) -> str:

@@ -267,6 +267,36 @@ def test_each_argument_that_is_written_by_itself_fits(world, name):
             assert json.loads("".join(n.text for n in news if n.kind == "arguments")) == arguments
 
 
+ENDS = "</parameter></function>"  # of a call, but for where it stands
+TEXT_LIST = {"type": "array", "items": {"type": "string"}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "fit", "misfit"),  # texts and what is read of them
+    [
+        ({}, {"a": "a", "[1]": [1], "": ""}, []),
+        ({"type": "string"}, {"a": "a", '"b"': '"b"', "7": "7"}, []),
+        ({"type": ["string", "null"]}, {"a": "a", "null": None}, []),
+        ({"type": "object"}, {json.dumps({"a": f'" {ENDS}'}): {"a": f'" {ENDS}'}}, ["a", "[]"]),
+        (TEXT_LIST, {json.dumps([ENDS, "x"]): [ENDS, "x"], "[]": []}, ["[1]", "x", f"[] {ENDS}"]),
+        ({"type": ["string", "integer"]}, {"7": 7, f'"{ENDS}"': ENDS}, ["7.5", "a"]),
+        ({"$ref": "#/$defs/a"}, {"7": 7}, ["x"]),
+    ],
+)
+def test_arguments_of_any_name_fit_the_schema_of_all(world, schema, fit, misfit):
+    given = {"additionalProperties": schema, "$defs": {"a": {"type": "integer"}}}
+    shape = dataclasses.replace(form("qwen3_coder"), schemas={"f": given})
+    for said, meant in fit.items():
+        text = written(world, "qwen3_coder", [("f", {"x": said, "y": said})])
+        assert fits(world, shape, text), text
+        parser = AnswerParser(shape)
+        news = [*parser.push(text), *parser.end()]
+        found = "".join(n.text for n in news if n.kind == "arguments")
+        assert json.loads(found) == {"x": meant, "y": meant}
+    for said in misfit:
+        assert not fits(world, shape, written(world, "qwen3_coder", [("f", {"x": said})])), said
+
+
 def test_numbers_that_no_machine_holds_stay_numbers(world):
     schema = {"properties": {"a": {"type": "number"}, "b": {"type": "object"}}}
     for name in ("pythonic", "qwen3_coder"):
