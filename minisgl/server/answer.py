@@ -84,7 +84,7 @@ class AnswerParser(Reader):
             yield from self._reason(self._form.reasoning)
         tools = self._form.tools
         if tools is not None and tools.bare:
-            if (yield from self.space()) == tools.bare:
+            if (yield from self.space()) == tools.bare.first:
                 self.give_back()
                 yield from self._call(tools, known=True)
             else:

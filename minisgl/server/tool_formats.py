@@ -81,6 +81,8 @@ def _json_call(reader: Reader, tools: Schemas, known: bool) -> Reading[bool]:
             if begun:
                 reader.say(early)
                 said = True
+        elif known and not begun and "".join(value) != '"function"':  # of another type
+            return False
     else:
         if begun:
             reader.say("" if said else "{}")
@@ -337,6 +339,15 @@ class Frame(NamedTuple):
     needs: str = ""  # a token that the vocabulary must have
 
 
+class Bare(NamedTuple):
+    """How calls of known tools begin where an answer does, without a mark: regular expressions."""
+
+    first: str  # character
+    before: str  # up to a name, as a grammar has it
+    like: str  # up to a name, as the reading takes it
+    called: str  # behind that: what makes it a call of one of the NAMES
+
+
 class ToolFormat(NamedTuple):
     """One form. `sign` is what a chat template that teaches it holds."""
 
@@ -345,12 +356,19 @@ class ToolFormat(NamedTuple):
     closes: str  # the mark behind them, which may be missing
     read: Callable[[Reader, Schemas, bool], Reading[bool]]
     frames: tuple[Frame, ...]  # the first whose token the vocabulary has; the last needs none
-    bare: str = ""  # begins calls of known tools without a mark, where an answer begins
+    bare: Bare | None = None
     inner: tuple[str, ...] = ()  # further marks
     id_length: int | None = None  # of a call's id, where a template wants one
     written: str = ""  # how arguments are that are no JSON
 
 
+_OBJECT = Bare(
+    "{",
+    r'\s{0,4}\{\s{0,4}("type"\s{0,4}:\s{0,4}"function"\s{0,4},\s{0,4})?"name"\s{0,4}:\s{0,4}"',
+    r'\s*\{[\s,]*("type"\s*:\s*"function"[\s,]*)*"name"\s*:\s*"',
+    r'(NAMES"|[^"]*\\)',
+)
+_LIST = Bare("[", r"\s{0,4}\[\s{0,4}", r"\s*\[", r"[\s,]*NAMES\(")
 _TAGS = ("<tool_call>",), "</tool_call>"
 _TAGGED = Frame('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", between="\n")
 _LISTED = Frame('{"name": "', '", "arguments": ', "}", "[TOOL_CALLS][", ", ", "]")
@@ -365,7 +383,7 @@ TOOL_FORMATS = {
     "qwen3_coder": ToolFormat("<function=", *_TAGS, _xml_calls, (_FUNCTION,), written="xml"),
     "hermes": ToolFormat("<tool_call>", *_TAGS, _json_calls, (_TAGGED,)),
     "mistral": ToolFormat(
-        "[TOOL_CALLS]", ("[TOOL_CALLS]",), "", _mistral_calls, (_MARKED, _LISTED), "", _INNER, 9
+        "[TOOL_CALLS]", ("[TOOL_CALLS]",), "", _mistral_calls, (_MARKED, _LISTED), None, _INNER, 9
     ),
     "pythonic": ToolFormat(
         "func_name1(",
@@ -373,10 +391,10 @@ TOOL_FORMATS = {
         "<|python_end|>",
         _python_calls,
         (_CALLED,),
-        "[",
+        _LIST,
         written="python",
     ),
     "llama3_json": ToolFormat(
-        '"parameters": dictionary', ("<|python_tag|>",), "", _json_calls, (_BARE,), "{"
+        '"parameters": dictionary', ("<|python_tag|>",), "", _json_calls, (_BARE,), _OBJECT
     ),
 }

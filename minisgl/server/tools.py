@@ -140,11 +140,11 @@ def held_to(
     """What `structured_outputs` hold an answer to, and how it is read then.
 
     A grammar where it must call, where calls are exact, and where JSON stands behind reasoning or
-    may be a call instead. And wherever a mark opens calls: behind it they fit their schemas as far
-    as these can be kept. Calls that begin as an answer in JSON may are left free, and so are they
-    where the body has a say in when an answer ends, with which no grammar goes.
+    may be a call instead. And wherever there may be calls: these fit their schemas as far as these
+    can be kept. They are left free where the body has a say in when an answer ends, with which no
+    grammar goes.
     """
-    can = form.tools is not None and not form.tools.bare and ends_freely
+    can = form.tools is not None and ends_freely
     exact = {each.name for each in tools.functions if each.strict} & {*form.schemas}
     must = form.must_call or bool(exact) or structure is not None
     text: Any = None

@@ -28,9 +28,10 @@ SCHEMAS = {"weather": PLACE, "clock": None, "any": {}}
 HELD = sorted(TOOL_FORMATS)
 # As text, or as tokens of their own.
 MARKS = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "</think>", "[ARGS]"]
+MARKS += ["<|python_start|>", "<|python_end|>"]
 
 
-@pytest.fixture(scope="module", params=[0, 5, 6], ids=["text", "tokens", "and [ARGS]"])
+@pytest.fixture(scope="module", params=[0, 5, len(MARKS)], ids=["text", "tokens", "and [ARGS]"])
 def world(request, tmp_path_factory):
     backend = tokenizers.Tokenizer.from_str(small_tokenizers.byte_level().to_str())
     backend.add_special_tokens(MARKS[: request.param])
@@ -150,7 +151,8 @@ def test_what_does_not_fit_cannot_be_written(world, name, called, must_call):
         return  # arguments of this form have names
     text = written(world, name, called)
     for before in ("", "<think>x</think>", "Hm. "):
-        is_text = bool(shape.tools.bare) and before == "Hm. " and not must_call
+        may_be_text = bool(shape.tools.bare) and not must_call
+        is_text = may_be_text and (before == "Hm. " or called == [("nobody", {})])
         assert fits(world, shape, before + text, must_call=must_call) == is_text
 
 
@@ -163,6 +165,111 @@ def test_text_fits_only_where_nothing_must_be_called(world, name):
     assert fits(world, form(name), f"{call}", must_call=False)
     assert not fits(world, form(name), f"{call} and more")
     assert not fits(world, form(name), f"x{call}")
+
+
+BARE = [name for name in HELD if TOOL_FORMATS[name].bare]
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_without_a_mark_only_calls_of_tools_are_no_text(world, name):
+    for text in (
+        '{"name": "Ana", "age": 4}',
+        '{"name": "weather_of", "parameters": {}}',
+        '{"type": "weather", "name": "weather"}',
+        '{"type": 1, "name": "weather", "parameters": {"place": 1}}',
+        '{"weather": 1}',
+        "[1, 2]",
+        "[weather](http://x)",
+        "[weather_of(a=1)]",
+        " [",
+    ):
+        assert fits(world, form(name), text, must_call=False), text
+        assert not fits(world, form(name), text), text
+        parser = AnswerParser(form(name))
+        assert not [n for n in [*parser.push(text), *parser.end()] if n.kind != "text"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("llama3_json", '{"type":"function"  "name": "weather", "parameters": {"place": 1}}'),
+        ("llama3_json", '{ , "name": "weather", "parameters": {"place": 1}}'),
+        ("llama3_json", '{"name": "we\\u0061ther", "parameters": {"place": 1}}'),
+        ("llama3_json", '      {"name": "weather", "parameters": {"place": 1}}'),
+        ("pythonic", "[, weather(place=1)]"),
+        ("pythonic", "[       weather(place=1)]"),
+        ("pythonic", "      [weather(place=1)]"),
+    ],
+)
+def test_what_would_be_taken_for_a_bare_call_is_no_text(world, name, text):
+    parser = AnswerParser(form(name))
+    parser.push(text)
+    assert parser.num_calls == 1
+    assert not fits(world, form(name), text, must_call=False)
+
+
+@pytest.mark.parametrize("must_call", [True, False])
+def test_bare_calls_begin_in_more_ways_than_one(world, must_call):
+    for name, texts in {
+        "llama3_json": (
+            '{"name":"clock", "parameters": {}}',
+            '\n\n{ "name" : "clock", "parameters": {}}',
+            '{\n"type": "function",\n"name": "clock", "parameters": {}}',
+        ),
+        "pythonic": (" [clock()]", "[ clock()]"),
+    }.items():
+        for text in texts:
+            assert fits(world, form(name), text, must_call=must_call), text
+            parser = AnswerParser(form(name))
+            found = [(n.kind, n.text) for n in [*parser.push(text), *parser.end()]]
+            assert found == [("name", "clock"), ("arguments", "{}")]
+
+
+@pytest.mark.parametrize("must_call", [True, False])
+@pytest.mark.parametrize("name", BARE)
+def test_a_mark_before_bare_calls_is_one_where_it_is_a_token(world, name, must_call):
+    opens, closes = TOOL_FORMATS[name].opens[0], TOOL_FORMATS[name].closes
+    is_token = world[0].token_to_id(opens) is not None
+    called = [("weather", {"place": "Oslo"}), ("clock", {})]
+    text = written(world, name, called)
+    for marked in (f"{opens}{text}", f"{opens}\n{text}{closes}"):
+        assert fits(world, form(name), marked, must_call=must_call) == is_token
+        parser = AnswerParser(form(name))
+        news = [*parser.push(marked), *parser.end()]
+        assert [n.text for n in news if n.kind == "name"] == ["weather", "clock"]
+        assert not [n for n in news if n.kind == "text"]
+    wrong = written(world, name, [("weather", {"place": 1})])
+    for no_call in (f"{opens}{wrong}", f"{opens}Hm.", f"Hm. {opens}{text}", opens + opens + text):
+        assert not fits(world, form(name), no_call, must_call=must_call)
+
+
+PIECES = {
+    "llama3_json": [
+        *('{"name": "weather", "parameters": {"place": "x"}}', '{"name": "weather"', "{", "}"),
+        *('"name"', '"type"', ":", ",", " ", "\n", '"weather"', '"we\\u0061ther"', '"function"'),
+        *('"parameters"', '{"place": "x"}', '{"place": 1}', "1", "; ", '"'),
+    ],
+    "pythonic": [
+        *('[weather(place="x")]', "weather", "place", '"x"', "clock", "weather(", "[weather("),
+        *"[]()=1, \n",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", BARE)
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_whatever_fits_holds_no_call_that_does_not(world, name, data):
+    text = "".join(data.draw(st.lists(st.sampled_from(PIECES[name]), max_size=12)))
+    if not fits(world, form(name), text, must_call=False):
+        return
+    parser = AnswerParser(form(name))
+    news = [*parser.push(text), *parser.end()]
+    names = [n.text for n in news if n.kind == "name"]
+    assert parser.num_calls == parser.num_ended == len(names)
+    for index, called in enumerate(names):
+        found = "".join(n.text for n in news if n.kind == "arguments" and n.call == index)
+        assert called != "weather" or isinstance(json.loads(found)["place"], str)
 
 
 @pytest.mark.parametrize("name", HELD)

@@ -176,12 +176,13 @@ def test_calls_that_a_mark_opens_fit_their_schemas_though_nobody_asks():
         assert "answer: text | before" in found
         assert '"x-guidance": {"lenient": true}' in found
     assert lark(hermes, tool_choice="none") is None
-    # No grammar goes with these, and without a mark an answer in JSON must remain possible.
-    assert lark(hermes, ignore_eos=True) is None
+    # No grammar goes with these.
+    for name in TOOL_FORMATS:
+        assert lark(model(tools=name), ignore_eos=True) is None
     assert lark(hermes, min_tokens=2, max_tokens=4) is None
     assert "answer: text | before" in lark(model(tools="qwen3_coder"))
-    for free in ("llama3_json", "pythonic"):
-        assert lark(model(tools=free)) is None
+    for bare in ("llama3_json", "pythonic"):
+        assert "answer: text | calls" in lark(model(tools=bare))
 
 
 @pytest.mark.parametrize("thinking", [False, True])
