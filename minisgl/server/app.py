@@ -335,6 +335,8 @@ async def _api_error(_: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{error.detail}: {request.method} {cut(request.url.path)}"
+    if error.status_code == 404 and not request.url.path.startswith("/v1/"):
+        message += "; the paths of OpenAI's API begin with /v1/"
     response = _json(ApiError(message).body, error.status_code)
     response.headers.update(error.headers or {})
     return response

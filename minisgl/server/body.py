@@ -25,6 +25,9 @@ ELSEWHERE = {
     "max_tokens": "max_new_tokens n_predict max_completion_tokens max_output_tokens",
     "max_output_tokens": "max_new_tokens n_predict max_completion_tokens max_tokens",
     "repetition_penalty": "repeat_penalty",
+    "chat_template_kwargs.enable_thinking": "enable_thinking",
+    "function.name": "name",
+    "function.parameters": "parameters input_schema",
 }
 # Fields that are not supported -> the values that ask for nothing, or None: whatever the value is,
 # it could not change the answer. null always asks for nothing.

@@ -8,6 +8,7 @@ from minisgl.core.request import STRUCTURES, SamplingParams
 from minisgl.server.body import ELSEWHERE, ApiError
 from minisgl.server.chat import parse_chat
 from minisgl.server.completions import parse_completion
+from minisgl.server.fields import ChatBody, Function, Tool
 from minisgl.server.responses import parse_response
 from tests.server.fake_engine import served_model
 
@@ -77,11 +78,21 @@ def test_a_field_that_is_not_supported_names_what_asks_for_nothing(name, given, 
     [(name, ours) for ours, names in ELSEWHERE.items() for name in names.split()],
 )
 def test_a_field_of_another_engine_suggests_that_of_this_body(name, ours):
-    field, _, kind = ours.partition(".")
-    body, parse = {"prompt": "hi"}, parse_completion
+    field, _, within = ours.partition(".")
+    body, parse, path = {"prompt": "hi", name: 3}, parse_completion, ""
     if field == "max_output_tokens":
-        body, parse = {"input": "hi"}, parse_response
-    message = f"{name} is not a field that is supported; did you mean {ours}?"
-    assert refusal(parse, **body, **{name: 3})["message"] == message
-    assert field in {*SamplingParams.__struct_fields__, "max_output_tokens"}
-    assert not kind or kind in STRUCTURES
+        body, parse = {"input": "hi", name: 3}, parse_response
+    elif field == "chat_template_kwargs":
+        body, parse = {name: 3}, parse_chat
+    elif field == "function":
+        body, parse, path = {"tools": [{name: 3}]}, parse_chat, "tools[0]."
+    message = f"{path}{name} is not a field that is supported; did you mean {ours}?"
+    assert refusal(parse, **body)["message"] == message
+    known = {
+        *SamplingParams.__struct_fields__,
+        *ChatBody.__struct_fields__,
+        *Tool.__struct_fields__,
+    }
+    assert field in known | {"max_output_tokens"}
+    assert field != "structured_outputs" or within in STRUCTURES
+    assert field != "function" or within in Function.__struct_fields__

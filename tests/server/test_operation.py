@@ -216,3 +216,7 @@ def test_unknown_paths_and_methods_have_openais_shape(server):
         response = httpx.request(method, server.url + path)
         assert response.status_code == status
         assert response.json()["error"]["type"] == "invalid_request_error"
+    for path, is_told in (("/chat/completions", True), ("/v1/completion", False)):
+        message = httpx.post(server.url + path, json={}).json()["error"]["message"]
+        assert message.startswith(f"Not Found: POST {path}")
+        assert message.endswith("; the paths of OpenAI's API begin with /v1/") == is_told
