@@ -3,6 +3,9 @@
 python -m minisgl.chat                                  # the bundled model, in this process
 python -m minisgl.chat --model Qwen/Qwen3-0.6B
 python -m minisgl.chat --url http://127.0.0.1:30000     # any OpenAI-compatible server
+
+What a model reasons before its answer is shown dimmed in a terminal, and left out elsewhere; it is
+no part of the conversation.
 """
 
 import contextlib
@@ -13,8 +16,9 @@ import sys
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from minisgl.config import EngineConfig
@@ -28,10 +32,18 @@ HELP = (
 COMMAND = re.compile(r"/\w*(?:\s.*)?")  # a path or a comment is none
 COMMANDS = "/help, /reset, /save FILE, /profile, /exit"
 OUTGROWN = "context length"  # in a server's refusal of a conversation that is too long
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 HELP_PROFILE = "/profile starts a profile; the next /profile ends and writes it."
 
 Conversation = list[dict[str, str]]
 Sampling = dict[str, Any]  # the flags of a chat that are fields of a request
+
+
+class Piece(NamedTuple):
+    """Some text of an answer, or of what a model reasons before it."""
+
+    text: str
+    is_reasoning: bool = False
 
 
 class RemotePartner:
@@ -45,7 +57,7 @@ class RemotePartner:
         with self._asked("GET", "/models") as response:
             self._model: str = json.load(response)["data"][0]["id"]
 
-    def answer(self, messages: Conversation) -> Generator[str, None, None]:
+    def answer(self, messages: Conversation) -> Generator[Piece, None, None]:
         body = {"model": self._model, "messages": messages, "stream": True, **self._sampling}
         with self._asked("POST", "/chat/completions", json.dumps(body)) as response:
             for line in response:
@@ -56,7 +68,10 @@ class RemotePartner:
                 if "error" in chunk:
                     raise RuntimeError(chunk["error"]["message"])
                 for choice in chunk["choices"]:
-                    yield choice["delta"].get("content") or ""
+                    delta = choice["delta"]
+                    for name in ("reasoning_content", "content"):
+                        if text := delta.get(name):
+                            yield Piece(text, name != "content")
             raise ConnectionError("the stream ended before the answer did")
 
     def profile(self) -> str:
@@ -89,7 +104,8 @@ class RemotePartner:
 
 
 class LocalPartner:
-    """An engine in this process, which ends with it."""
+    """An engine in this process, which ends with it. Reasoning is told apart where its marks are
+    text, and no special tokens."""
 
     def __init__(self, config: EngineConfig, sampling: Sampling) -> None:
         from minisgl.core.request import SamplingParams
@@ -99,10 +115,20 @@ class LocalPartner:
         self._llm = LLM(**asdict(config))
         self._profiling = False
 
-    def answer(self, messages: Conversation) -> Generator[str, None, None]:
-        prompt = self._llm.tokenizer.encode_chat(messages)
+    def answer(self, messages: Conversation) -> Generator[Piece, None, None]:
+        from minisgl.server.answer import REASONING_FORMATS, AnswerParser, chosen
+        from minisgl.server.tools import Tools, answer_form
+
+        tokenizer = self._llm.tokenizer
+        text, frame = tokenizer.render_both(messages)
+        template = tokenizer.chat_template.source if tokenizer.chat_template else ""
+        marks = chosen("auto", REASONING_FORMATS, template)
+        parser = AnswerParser(answer_form(Tools(), frame, None, marks))
+        prompt = tokenizer.encode(text, add_special_tokens=False)
         with closing(self._llm.stream(prompt, self._params)) as pieces:
-            yield from pieces
+            for piece in chain(pieces, [None]):  # and its end
+                for news in parser.end() if piece is None else parser.push(piece):
+                    yield Piece(news.text, news.kind == "reasoning")
 
     def profile(self) -> str:
         if self._profiling:
@@ -171,11 +197,16 @@ def _save(messages: Conversation, file: str) -> str:
 def _show(partner: RemotePartner | LocalPartner, messages: Conversation) -> str | None:
     """Print an answer as it comes and return it: up to a Ctrl-C, or None where there is none."""
     pieces: list[str] = []
+    dims, reasoned = sys.stdout.isatty(), False
     try:
         with closing(partner.answer(messages)) as answer:
-            for piece in answer:
-                pieces.append(piece)
-                print(piece, end="", flush=True)
+            for text, is_reasoning in answer:
+                if not is_reasoning:
+                    pieces.append(text)
+                    print("\n\n" * reasoned + text, end="", flush=True)
+                elif dims:
+                    print(f"{DIM}{text}{PLAIN}", end="", flush=True)
+                reasoned = is_reasoning and dims
     except KeyboardInterrupt:
         print(" ...", end="")
     except (ValueError, RuntimeError) as error:

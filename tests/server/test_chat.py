@@ -4,10 +4,14 @@ import io
 import json
 import socket
 import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
 from minisgl import chat
+from minisgl.build import BUNDLED_MODEL
+from minisgl.config import EngineConfig
+from minisgl.server.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -127,6 +131,65 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(server, engine, monkeypa
     assert engine.text.startswith(text)
     assert engine.text != text
     assert text in said(engine)[1]
+
+
+class Reasons(BaseHTTPRequestHandler):
+    """A server whose model reasons, and whose stream has null where there is nothing."""
+
+    def do_GET(self):
+        self.answer(json.dumps({"data": [{"id": "m"}]}))
+
+    def do_POST(self):
+        deltas = (
+            {"role": "assistant"},
+            {"reasoning_content": "hm"},
+            {"content": None},
+            {"content": "a"},
+        )
+        chunks = [json.dumps({"choices": [{"delta": delta}]}) for delta in deltas]
+        self.answer("".join(f"data: {chunk}\n\n" for chunk in [*chunks, "[DONE]"]))
+
+    def answer(self, text):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_reasoning_is_dimmed_in_a_terminal_and_no_part_of_the_conversation(
+    tmp_path, monkeypatch, capsys, is_terminal
+):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"x\n/save {tmp_path}/kept\n"))
+    with HTTPServer(("127.0.0.1", 0), Reasons) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert chat.main(["--url", f"http://127.0.0.1:{server.server_port}"]) == 0
+        server.shutdown()
+    out = capsys.readouterr().out.split("\n", 1)[1]
+    assert out == ("> \x1b[2mhm\x1b[0m\n\na\n> > \n" if is_terminal else "> a\n> > \n")
+    assert json.loads((tmp_path / "kept").read_text())[1]["content"] == "a"
+
+
+def test_an_engine_in_this_process_tells_reasoning_apart(tmp_path, monkeypatch):
+    template = tmp_path / "template"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}<think>\n")
+
+    class Engine:
+        tokenizer = Tokenizer.from_directory(BUNDLED_MODEL, str(template))
+
+        def __init__(self, **_):
+            pass
+
+        def stream(self, *_):
+            yield from ("wh", "at</th", "ink>\n\nye", "s <think>")
+
+    monkeypatch.setattr("minisgl.llm.LLM", Engine)
+    pieces = [*chat.LocalPartner(EngineConfig(), {}).answer([{"role": "user", "content": "x"}])]
+    assert "".join(text for text, is_reasoning in pieces if is_reasoning) == "what"
+    assert "".join(text for text, is_reasoning in pieces if not is_reasoning) == "yes <think>"
 
 
 @pytest.mark.parametrize(
