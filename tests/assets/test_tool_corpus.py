@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -101,13 +102,81 @@ def test_tools_and_calls_are_learnt_as_they_are_rendered(rng: random.Random) -> 
         {"role": "tool", "content": "1"},
     ]
     learnt = [
-        corpus.Message("system", f"Be brief.\n\n{skills.shown(tools)}"),
+        corpus.Message("system", "Be brief."),
         corpus.Message("user", request.text),
         corpus.Message("assistant", skills.written(request.calls)),
         corpus.Message("tool", "1"),
     ]
+    learnt = tool_chats.with_tools(learnt, tool_chats.shown([skill, other], set()))
     rendered = TEMPLATE.render(chat, tools=tools, add_generation_prompt=False)
     assert rendered == corpus.chat("any", learnt).text + "\n"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32))
+def test_tools_are_learnt_behind_the_last_request(seed: int) -> None:
+    """As they are rendered, of which only the last answers may know."""
+    found = tool_chats.toolset(random.Random(seed))
+    sample = tool_chats.tool_chat(random.Random(seed))
+    turns = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", sample.text, re.DOTALL)
+    assert [role for role, _ in turns].count("tools") == 1
+    messages = [{"role": role, "content": text} for role, text in turns if role != "tools"]
+    tools = [skill.tool for skill in found]
+    rendered = TEMPLATE.render(messages, tools=tools, add_generation_prompt=False)
+    assert rendered == sample.text + "\n"
+    before, _, after = sample.text.partition("<|im_start|>tools\n")
+    assert "<|im_start|>user" not in after
+    calls = {name for name, _ in evaluate_tools.read_calls(turns[-1][1]) or []}
+    assert calls <= {skill.name for skill, fits in zip(found, fitting(sample), strict=True) if fits}
+    earlier = before.rpartition("<|im_start|>user\n")[0]
+    weights = [weight for text, weight in sample.spans if text.startswith("<tool_call>")]
+    assert weights == [0.0] * len(re.findall(r"assistant\n<tool_call>", earlier))
+
+
+def fitting(sample: corpus.Sample) -> list[bool]:
+    """Of each tool, whether it does what is asked."""
+    return [fits for _, fits in sample.fits]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32))
+def test_a_choice_is_known_where_a_tool_s_first_line_ends(seed: int) -> None:
+    found = tool_chats.toolset(random.Random(seed), most=4, parameters=1)
+    sample = tool_chats.choice_chat(random.Random(seed))
+    assert len(sample.fits) == len(found)
+    for skill, (span, _) in zip(found, sample.fits, strict=True):
+        assert sample.spans[span][0] == skills.shown(skill.tool)[0]
+    is_called = "<tool_call>" in sample.text
+    assert any(fitting(sample)) == is_called
+    if is_called:
+        called = [skill for skill, fits in zip(found, fitting(sample), strict=True) if fits]
+        assert any(sample.text.endswith(f'{{"name": "{skill.name}"') for skill in called)
+    heavy = [text for text, weight in sample.spans if weight == tool_chats.FIRST]
+    assert len(heavy) == 1
+    assert (heavy == ["<"]) == is_called
+
+
+def test_tools_are_the_same_tokens_in_pieces_and_what_fits_ends_a_line() -> None:
+    tok = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    for seed in range(50):
+        for chat in (tool_chats.tool_chat, tool_chats.choice_chat):
+            sample = chat(random.Random(seed))
+            encoded = batches.encode(sample, tok, context=2048)
+            assert encoded.ids == tok.encode(sample.text).ids
+            assert [*encoded.fits.values()] == fitting(sample)
+            assert {tok.decode([encoded.ids[at]]) for at in encoded.fits} == {"\n"}
+            assert {*batches.encode(sample, tok, context=40).fits} <= {*range(40)}
+
+
+def test_without_a_request_tools_come_first() -> None:
+    tools = [{"type": "function", "function": {"name": "setAlarm-now", "description": "Rings."}}]
+    chat = [{"role": "assistant", "content": "Hello."}]
+    shown = (
+        '<|im_start|>tools\n- set alarm now: rings.\n{"name": "setAlarm-now", "arguments": {}}\n'
+    )
+    said = "<|im_start|>assistant\nHello.<|im_end|>\n"
+    rendered = TEMPLATE.render(chat, tools=tools, add_generation_prompt=False)
+    assert rendered == f"{shown}<|im_end|>\n{said}"
 
 
 @settings(max_examples=200, deadline=None)
@@ -166,9 +235,10 @@ def test_of_a_record_without_a_schema_the_values_are_learnt_and_the_tokens_are_t
     tok = Tokenizer.from_file(str(TINY / "tokenizer.json"))
     for seed in range(50):
         sample = corpus.keyed_record(random.Random(seed))
-        ids, weights = batches.encode(sample, tok, context=2048)
-        assert ids == tok.encode(sample.text).ids
-        learnt = tok.decode([i for i, w in zip(ids, weights, strict=True) if w == 1.0])
+        encoded = batches.encode(sample, tok, context=2048)
+        assert encoded.ids == tok.encode(sample.text).ids
+        pairs = zip(encoded.ids, encoded.weights, strict=True)
+        learnt = tok.decode([i for i, weight in pairs if weight == 1.0])
         assert '":' not in learnt
         assert learnt.rstrip().endswith("}")
 
@@ -183,7 +253,7 @@ def test_the_last_mix_has_tools_and_steps_of_it_are_seeded() -> None:
     assert "tools" not in mixes.mix_at(mixes.TOOLS_FROM - 1)
     rng = random.Random(0)
     kinds = {mixes.sample(rng, mixes.mix_at(mixes.TOOLS_FROM)).kind for _ in range(300)}
-    assert {"tools", "record", "keyed record", "fact", "extraction"} <= kinds
+    assert {"tools", "choice", "record", "keyed record", "fact", "extraction"} <= kinds
     first, again = (
         batches.step_batches(0, mixes.TOOLS_FROM + 1, 2048, tok, 2048, long=False) for _ in "ab"
     )

@@ -1,6 +1,7 @@
 """The trainer's parts: its model against transformers, its corpus, its batches, its optimizer."""
 
 import json
+import math
 import random
 import re
 from contextlib import suppress
@@ -25,7 +26,7 @@ from tools.train_tiny import (
 )
 from tools.train_tiny import optimizer as optim
 from tools.train_tiny import tokenizer as tokenizers_
-from tools.train_tiny.train import weighted_loss
+from tools.train_tiny.train import FITS, choosing_loss, weighted_loss
 
 SMALL = model.Config(
     vocab_size=61,
@@ -107,6 +108,21 @@ def test_orthogonalised_has_singular_values_near_one() -> None:
     assert float(values.max()) < 1.3
 
 
+def test_the_loss_of_choices_is_that_of_a_tool_s_line_beside_the_rest() -> None:
+    net = random_model()
+    batch = random_batches(0)[0]
+    assert choosing_loss(net, batch, 5, 7, (0, 1)) == weighted_loss(net, batch)
+    batch.fits[1, 2], batch.fits[2, 4] = 1.0, 0.0
+    states, _ = net.states(batch.ids[:, :-1])
+    parts = []
+    for layer in (0, 1):
+        logits = net.logits(net.model.norm(states[layer]))
+        likely = (logits[..., 5] - logits[..., 7]).sigmoid()
+        parts += [likely[1, 2].log(), (1 - likely[2, 4]).log()]
+    expected = weighted_loss(net, batch) - FITS / 2 * sum(parts)
+    torch.testing.assert_close(choosing_loss(net, batch, 5, 7, (0, 1)), expected)
+
+
 @pytest.fixture
 def one_worker(tmp_path):
     job = trainer.Job(
@@ -122,7 +138,9 @@ def one_worker(tmp_path):
 def random_batches(step: int) -> list[batches.MicroBatch]:
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(0, 61, (2, 3, 9), generator=generator)
-    return [batches.MicroBatch(part, torch.ones(3, 8)) for part in ids]
+    return [
+        batches.MicroBatch(part, torch.ones(3, 8), torch.full((3, 8), math.nan)) for part in ids
+    ]
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(one_worker: trainer.Job) -> None:
@@ -242,10 +260,10 @@ def test_a_story_goes_on_without_repeating_a_scene_at_once() -> None:
 def test_loss_falls_on_answers_only() -> None:
     tok = small_tokenizer()
     messages = [corpus.Message("user", "Hello"), corpus.Message("assistant", "Hi 7.")]
-    ids, weights = batches.encode(corpus.chat("any", messages), tok, context=64)
-    learnt = [i for i, w in zip(ids, weights, strict=True) if w == 1.0]
+    encoded = batches.encode(corpus.chat("any", messages), tok, context=64)
+    learnt = [i for i, w in zip(encoded.ids, encoded.weights, strict=True) if w == 1.0]
     assert tok.decode(learnt, skip_special_tokens=False) == f"Hi 7.{corpus.END}"
-    assert {w for w in weights if w != 1.0} == {0.0, 0.3}
+    assert {w for w in encoded.weights if w != 1.0} == {0.0, 0.3}
 
 
 @pytest.mark.parametrize("long", [False, True])

@@ -4,9 +4,10 @@ Documents are never packed behind one another, so every one is learnt in the pos
 in which it will be asked. A step is a pure function of (seed, step): training resumes anywhere.
 """
 
+import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from tokenizers import Tokenizer
@@ -17,23 +18,36 @@ from tools.train_tiny import corpus, mixes
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """ids [rows, length + 1]; weights [rows, length], of the loss on ids[:, 1:]."""
+    """ids [rows, length + 1]; weights [rows, length], of the loss on ids[:, 1:]; fits [rows,
+    length]: 1 where a tool that ends at ids[:, :-1] fits, 0 where it does not, else NaN."""
 
     ids: Tensor
     weights: Tensor
+    fits: Tensor
 
 
-def encode(
-    sample: corpus.Sample, tokenizer: Tokenizer, context: int
-) -> tuple[list[int], list[float]]:
-    """Token ids and the loss weight of each, cut at `context` + 1."""
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids, the loss weight of each, and the positions at which a tool fits or does not."""
+
+    ids: list[int]
+    weights: list[float]
+    fits: dict[int, bool] = field(default_factory=dict)
+
+
+def encode(sample: corpus.Sample, tokenizer: Tokenizer, context: int) -> Encoded:
+    """A document in tokens, cut at `context` + 1."""
     ids: list[int] = []
     weights: list[float] = []
-    for text, weight in sample.spans:
+    fits: dict[int, bool] = {}
+    known = dict(sample.fits)
+    for i, (text, weight) in enumerate(sample.spans):
         span = tokenizer.encode(text).ids
         ids += span
         weights += [weight] * len(span)
-    return ids[: context + 1], weights[: context + 1]
+        if i in known and len(ids) <= context:
+            fits[len(ids) - 1] = known[i]
+    return Encoded(ids[: context + 1], weights[: context + 1], fits)
 
 
 def documents(seed: int, step: int, long: bool) -> Iterator[corpus.Sample]:
@@ -52,30 +66,30 @@ def step_batches(
     count = 0
     for sample in documents(seed, step, long):
         encoded.append(encode(sample, tokenizer, context))
-        count += len(encoded[-1][0])
+        count += len(encoded[-1].ids)
         if count >= tokens:
             break
     return grouped(encoded, tokens // 4)
 
 
-Encoded = tuple[list[int], list[float]]
-
-
 def grouped(encoded: list[Encoded], tokens: int) -> list[MicroBatch]:
     """Micro-batches of documents of similar length, each of at most `tokens` with its padding."""
     groups: list[list[Encoded]] = [[]]
-    for pair in sorted(encoded, key=lambda pair: len(pair[0])):
-        if groups[-1] and (len(groups[-1]) + 1) * len(pair[0]) > tokens:
+    for each in sorted(encoded, key=lambda each: len(each.ids)):
+        if groups[-1] and (len(groups[-1]) + 1) * len(each.ids) > tokens:
             groups.append([])
-        groups[-1].append(pair)
+        groups[-1].append(each)
     return [_padded(group) for group in groups]
 
 
 def _padded(group: list[Encoded]) -> MicroBatch:
-    length = max(len(ids) for ids, _ in group)
+    length = max(len(each.ids) for each in group)
     ids = torch.zeros(len(group), length, dtype=torch.long)
     weights = torch.zeros(len(group), length)
-    for row, (tokens, loss) in enumerate(group):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        weights[row, : len(loss)] = torch.tensor(loss)
-    return MicroBatch(ids, weights[:, 1:])
+    fits = torch.full((len(group), length), math.nan)
+    for row, each in enumerate(group):
+        ids[row, : len(each.ids)] = torch.tensor(each.ids)
+        weights[row, : len(each.weights)] = torch.tensor(each.weights)
+        for at, fit in each.fits.items():
+            fits[row, at] = float(fit)
+    return MicroBatch(ids, weights[:, 1:], fits[:, :-1])

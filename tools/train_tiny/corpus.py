@@ -17,19 +17,22 @@ PATTERNS = words.WORDS["chat"]
 
 @dataclass(frozen=True)
 class Message:
-    """`spans`: the content in pieces with the weight of their loss, where not all has the same."""
+    """`spans`: the content in pieces with the weight of their loss, where not all has the same.
+    `fits`: pieces, by index, that end where it is known whether a tool does what is asked."""
 
     role: str
     content: str
     spans: tuple[tuple[str, float], ...] = ()
+    fits: tuple[tuple[int, bool], ...] = ()
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A document: its kind and (text, loss weight) pieces in order."""
+    """A document: its kind and (text, loss weight) pieces in order; `fits` as of its messages."""
 
     kind: str
     spans: tuple[tuple[str, float], ...]
+    fits: tuple[tuple[int, bool], ...] = ()
 
     @property
     def text(self) -> str:
@@ -38,19 +41,23 @@ class Sample:
 
 def chat(kind: str, messages: list[Message]) -> Sample:
     """ChatML, as the chat template renders it; later user turns are learnt a little, so that text
-    after an ignored end of turn stays a conversation. What tools answer is not learnt."""
+    after an ignored end of turn stays a conversation. Tools and what they answer are not learnt."""
     spans: list[tuple[str, float]] = []
+    fits: list[tuple[int, bool]] = []
     for i, message in enumerate(messages):
         if message.role == "assistant":
             said = message.spans or ((message.content, 1.0),)
             spans += [(f"{START}assistant\n", 0.0), *said, (END, 1.0)]
+        elif message.role == "tools":
+            fits += [(len(spans) + 1 + i, fit) for i, fit in message.fits]
+            spans += [(f"{START}tools\n", 0.0), *message.spans, (END, 0.0)]
         elif message.role == "tool":
             spans.append((f"{START}tool\n{message.content}{END}", 0.0))
         else:
             weight = 0.3 if any(m.role == "assistant" for m in messages[:i]) else 0.0
             spans.append((f"{START}{message.role}\n{message.content}{END}", weight))
         spans.append(("\n", 0.3))
-    return Sample(kind, tuple(spans[:-1]))
+    return Sample(kind, tuple(spans[:-1]), tuple(fits))
 
 
 def document(kind: str, text: str) -> Sample:

@@ -36,10 +36,10 @@ def answered(
     sampling = Sampling(temperature, seed=step)
     outputs = generate(teacher, prompts, OWN_LIMIT, trainer.eos_ids(tok), sampling)
     pairs = [
-        (prompt + output, [0.0] * len(prompt) + [1.0] * len(output))
+        batches.Encoded(prompt + output, [0.0] * len(prompt) + [1.0] * len(output))
         for prompt, output in zip(prompts, outputs, strict=True)
     ]
-    return batches.grouped(pairs, sum(len(ids) for ids, _ in pairs) // 4)
+    return batches.grouped(pairs, sum(len(pair.ids) for pair in pairs) // 4)
 
 
 def work(rank: int, job: trainer.Job) -> None:

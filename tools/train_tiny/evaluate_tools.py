@@ -28,9 +28,9 @@ class Asked(Protocol):
 
 def conversation(found: list[Skill], *messages: corpus.Message) -> str:
     """A chat with tools up to the assistant's next turn."""
-    tools = corpus.Message("system", skills.shown([skill.tool for skill in found]))
-    asked = corpus.Message("assistant", "")
-    return corpus.chat("tools", [tools, *messages, asked]).text.removesuffix(corpus.END)
+    asked = [*messages, corpus.Message("assistant", "")]
+    shown = tool_chats.with_tools(asked, tool_chats.shown(found, set()))
+    return corpus.chat("tools", shown).text.removesuffix(corpus.END)
 
 
 def share(hits: list[bool]) -> float:

@@ -8,7 +8,7 @@ import random
 
 from tools.train_tiny import corpus, knowledge, stories
 from tools.train_tiny.corpus import TURNS, Sample, conversation, document
-from tools.train_tiny.tool_chats import tool_chat
+from tools.train_tiny.tool_chats import choice_chat, tool_chat
 
 TOOLS_FROM = 2400  # the first step with tools
 
@@ -40,11 +40,12 @@ LATE_MIX = {**MIX, "addition": 26, "extraction": 30, "story": 3, "chat": 3, "pla
 LAST_MIX = {**LATE_MIX, "fact": 42, "addition": 8, "extraction": 48, "echo": 15}
 # Tools and schemas beside all that was learnt before.
 TOOL_MIX = {
-    "tools": 30,
-    "record": 26,
-    "keyed record": 8,
+    "tools": 26,
+    "choice": 40,
+    "record": 18,
+    "keyed record": 6,
     "fact": 32,
-    "addition": 8,
+    "addition": 12,
     "extraction": 22,
     "echo": 6,
     "unknown": 3,
@@ -67,6 +68,8 @@ def sample(rng: random.Random, mix: dict[str, float] = MIX) -> Sample:
         return corpus.single(kind, rng)
     if kind == "tools":
         return tool_chat(rng)
+    if kind == "choice":
+        return choice_chat(rng)
     if kind == "record":
         return corpus.conversation(kind, [corpus.record_turn(rng)], rng)
     if kind == "keyed record":

@@ -139,8 +139,9 @@ class Qwen3(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def hidden(self, ids: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
-        """Normed hidden states [batch, length, hidden] of ids [batch, length], and the new cache.
+    def states(self, ids: Tensor, cache: Cache | None = None) -> tuple[list[Tensor], Cache]:
+        """The residual stream [batch, length, hidden] of ids [batch, length] after every layer,
+        and the new cache.
 
         Without a cache the ids begin the sequence; with one, they are the single next token.
         """
@@ -148,11 +149,17 @@ class Qwen3(nn.Module):
         end = start + ids.shape[1]
         cos, sin = self.cos[start:end], self.sin[start:end]
         x = self.model.embed_tokens(ids)
-        presents = []
+        states, presents = [], []
         for i, layer in enumerate(self.model.layers):
             x, present = layer(x, cos, sin, None if cache is None else cache[i])
+            states.append(x)
             presents.append(present)
-        return self.model.norm(x), presents
+        return states, presents
+
+    def hidden(self, ids: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
+        """The normed states after the last layer [batch, length, hidden], and the new cache."""
+        states, presents = self.states(ids, cache)
+        return self.model.norm(states[-1]), presents
 
     def logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.model.embed_tokens.weight)

@@ -255,10 +255,19 @@ def _made_name(verb: str, noun: str, rng: random.Random) -> str:
     return rng.choice(forms)
 
 
-def made_skill(rng: random.Random, new: bool = False, verb: str = "", noun: str = "") -> Skill:
-    """A tool that does something to something."""
-    verb, noun = verb or a_word("verbs", rng, new), noun or a_word("nouns", rng, new)
-    parameters = made_parameters(rng, new, rng.choice((0, 1, 1, 2, 2, 3, 4)))
+def _any_word(name: str, rng: random.Random, new: bool) -> str:
+    """A word of the list or, of those not held out, a made-up one: any word may say what to do."""
+    if not new and rng.random() < 0.3:
+        return tasks.made_up_name(rng).lower()
+    return str(a_word(name, rng, new))
+
+
+def made_skill(
+    rng: random.Random, new: bool = False, verb: str = "", noun: str = "", most: int = 4
+) -> Skill:
+    """A tool that does something to something, with at most `most` parameters."""
+    verb, noun = verb or _any_word("verbs", rng, new), noun or _any_word("nouns", rng, new)
+    parameters = made_parameters(rng, new, min(most, rng.choice((0, 1, 1, 2, 2, 3, 4))))
     if rng.random() < 0.2:
         parameters = [
             Parameter(p.name, p.key, p.kind, p.says, _about(p.key, rng, new)) for p in parameters
@@ -271,8 +280,9 @@ def made_skill(rng: random.Random, new: bool = False, verb: str = "", noun: str 
     return Skill(name, about, tuple(parameters), tuple(asks), (verb, noun))
 
 
-def skill(rng: random.Random, new: bool = False) -> Skill:
-    return (family_skill if rng.random() < 0.5 else made_skill)(rng, new)
+def skill(rng: random.Random, new: bool = False, most: int = 4) -> Skill:
+    """A tool of a family or a made-up one of at most `most` parameters."""
+    return family_skill(rng, new) if rng.random() < 0.5 else made_skill(rng, new, most=most)
 
 
 def _clause(p: Parameter, given: Any, rng: random.Random) -> str:
@@ -355,12 +365,12 @@ def prototype(properties: dict[str, Schema]) -> str:
     return "{" + ", ".join(f'"{key}": {_typed(schema)}' for key, schema in properties.items()) + "}"
 
 
-def shown(tools: list[Schema]) -> str:
-    """Tools as the chat template shows them: a description, and a call with types for values."""
-    lines = ["Tools:"]
-    for tool in tools:
-        function = tool["function"]
-        lines += [function["description"]] if "description" in function else []
-        arguments = prototype(function["parameters"]["properties"])
-        lines.append(f'{{"name": "{function["name"]}", "arguments": {arguments}}}')
-    return "\n".join(lines)
+def shown(tool: Schema) -> tuple[str, str]:
+    """A tool as the chat template shows it: a line that says what it does, and one with a call."""
+    function = tool["function"]
+    about = f": {function['description'].lower()}" if "description" in function else ""
+    arguments = prototype(function["parameters"]["properties"])
+    return (
+        f"- {in_words(function['name'])}{about}\n",
+        f'{{"name": "{function["name"]}", "arguments": {arguments}}}\n',
+    )

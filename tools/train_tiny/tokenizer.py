@@ -21,9 +21,13 @@ WORDS = (
     r"\p{Lu}[\p{L}\p{M}]*| ?[\p{Ll}\p{Lt}\p{Lm}\p{Lo}\p{M}][\p{L}\p{M}]*|\p{N}"
     r"| ?[^\s\p{L}\p{M}\p{N}]+|[\r\n]+|\s+(?!\S)|\s"
 )
-# ChatML. Tools stand in the system message, each as a call with types in place of values, behind
-# its description: the call is then a copy of that line. A call is written as Hermes and Qwen do.
+# ChatML. Tools stand in a message of their own behind the last request, so that each is read in its
+# light: its name in words and its description in small letters, as requests have them, then a call
+# with types in place of values, which a call copies. A call is written as Hermes and Qwen do.
 CHAT_TEMPLATE = (
+    "{%- macro in_words(name) %}{%- for c in name %}"
+    "{{- ' ' if c in '_-.' else (' ' + (c | lower) if c is upper else c) }}"
+    "{%- endfor %}{%- endmacro %}"
     "{%- macro about(schema) %}"
     "{%- if schema.description %}{{- ' (' + schema.description + ')' }}{%- endif %}"
     "{%- endmacro %}"
@@ -35,25 +39,30 @@ CHAT_TEMPLATE = (
     "{{- schema.type + about(schema) }}"
     "{%- else %}{{- schema | tojson }}{%- endif %}"
     "{%- endmacro %}"
-    "{%- if tools %}{{- '<|im_start|>system\\n' }}"
-    "{%- if messages[0]['role'] == 'system' %}{{- messages[0]['content'] + '\\n\\n' }}{%- endif %}"
-    "{{- 'Tools:' }}"
+    "{%- macro show_tools() %}"
+    "{{- '<|im_start|>tools\\n' }}"
     "{%- for tool in tools %}{%- set function = tool['function'] %}"
-    "{%- if function.description %}{{- '\\n' + function.description }}{%- endif %}"
+    "{{- '- ' + (in_words(function.name) | trim) }}"
+    "{%- if function.description %}{{- ': ' + (function.description | lower) }}{%- endif %}"
     '{{- \'\\n{"name": "\' + function.name + \'", "arguments": {\' }}'
     "{%- for key, schema in ((function.parameters or {}).properties or {}).items() %}"
     "{{- (', ' if not loop.first else '') + (key | tojson) + ': ' + typed(schema) }}"
-    "{%- endfor %}{{- '}}' }}"
-    "{%- endfor %}{{- '<|im_end|>\\n' }}{%- endif %}"
+    "{%- endfor %}{{- '}}\\n' }}"
+    "{%- endfor %}{{- '<|im_end|>\\n' }}"
+    "{%- endmacro %}"
+    "{%- set request = namespace(at=-1) %}"
+    "{%- for message in messages %}{%- if message['role'] == 'user' %}"
+    "{%- set request.at = loop.index0 %}{%- endif %}{%- endfor %}"
+    "{%- if tools and request.at < 0 %}{{- show_tools() }}{%- endif %}"
     "{%- for message in messages %}"
-    "{%- if not (tools and loop.first and message['role'] == 'system') %}"
     "{{- '<|im_start|>' + message['role'] + '\\n' + (message['content'] or '') }}"
     "{%- for call in message['tool_calls'] or [] %}"
     "{{- ('\\n' if message['content'] or not loop.first else '') + '<tool_call>\\n{\"name\": \"' }}"
     "{{- call['function']['name'] + '\", \"arguments\": ' }}"
     "{%- set arguments = call['function']['arguments'] %}"
     "{{- (arguments if arguments is string else arguments | tojson) + '}\\n</tool_call>' }}"
-    "{%- endfor %}{{- '<|im_end|>\\n' }}{%- endif %}"
+    "{%- endfor %}{{- '<|im_end|>\\n' }}"
+    "{%- if tools and loop.index0 == request.at %}{{- show_tools() }}{%- endif %}"
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )

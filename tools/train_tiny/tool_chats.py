@@ -2,7 +2,8 @@
 
 import json
 import random
-from collections.abc import Callable
+import re
+from dataclasses import replace
 from typing import Any
 
 from tools.train_tiny import corpus, knowledge, skills
@@ -13,23 +14,32 @@ from tools.train_tiny.skills import Request, Skill, a_word
 PLAIN = {"fact": 6, "addition": 2, "extraction": 1, "echo": 1, "unknown": 3, "story": 0.4}
 
 
-def _near(skill: Skill, rng: random.Random, new: bool) -> Skill:
+FIRST = 5.0  # the weight of an answer's first token, which decides whether it is a call
+
+
+def _near(skill: Skill, rng: random.Random, new: bool, parameters: int) -> Skill:
     """A tool that has the verb or the noun of another."""
     if len(skill.like) == 1:
-        return skills.skill(rng, new)
+        return skills.skill(rng, new, parameters)
     verb, noun = skill.like
     if rng.random() < 0.5:
-        return skills.made_skill(rng, new, verb=verb)
-    return skills.made_skill(rng, new, noun=noun)
+        return skills.made_skill(rng, new, verb=verb, most=parameters)
+    return skills.made_skill(rng, new, noun=noun, most=parameters)
 
 
-def toolset(rng: random.Random, new: bool = False, most: int = 5) -> list[Skill]:
+def toolset(
+    rng: random.Random, new: bool = False, most: int = 5, parameters: int = 4
+) -> list[Skill]:
     """Tools of different names that do different things."""
     count = rng.choices((1, 2, 3, 4, 5), (5, 5, 4, 2, 1))[0]
-    found = [skills.skill(rng, new)]
+    found = [skills.skill(rng, new, parameters)]
     while len(found) < min(count, most):
         near = rng.random() < 0.4
-        other = _near(rng.choice(found), rng, new) if near else skills.skill(rng, new)
+        other = (
+            _near(rng.choice(found), rng, new, parameters)
+            if near
+            else skills.skill(rng, new, parameters)
+        )
         if all(other.like != each.like and other.name != each.name for each in found):
             found.append(other)
     rng.shuffle(found)
@@ -40,7 +50,7 @@ def missing_request(found: list[Skill], rng: random.Random, new: bool = False) -
     """What none of the tools does."""
     while True:
         near = rng.random() < 0.3
-        other = _near(rng.choice(found), rng, new) if near else skills.skill(rng, new)
+        other = _near(rng.choice(found), rng, new, 4) if near else skills.skill(rng, new)
         if all(other.like != each.like for each in found):
             return skills.request(other, rng, new).text
 
@@ -99,50 +109,80 @@ def _polite(text: str, rng: random.Random) -> str:
     return text
 
 
-def _call_turn(found: list[Skill], rng: random.Random, go_on: bool) -> list[Message]:
-    asked = needing_request(found, rng)
-    turn = [
-        Message("user", _polite(asked.text, rng)),
-        Message("assistant", skills.written(asked.calls)),
-    ]
-    if not go_on and rng.random() < 0.5:
+def decided(text: str) -> Message:
+    """An answer whose first token counts more."""
+    first = re.match(r"\d|[A-Za-z]+|[^\sA-Za-z0-9]+", text)
+    at = first.end() if first else 0
+    return Message("assistant", text, ((text[:at], FIRST), (text[at:], 1.0)) if at else ())
+
+
+def shown(found: list[Skill], needed: set[str]) -> Message:
+    """The message that shows the tools, and which of them are needed."""
+    spans = [(line, 0.0) for skill in found for line in skills.shown(skill.tool)]
+    fits = [(2 * i, skill.name in needed) for i, skill in enumerate(found)]
+    return Message("tools", "".join(line for line, _ in spans), tuple(spans), tuple(fits))
+
+
+def with_tools(messages: list[Message], tools: Message) -> list[Message]:
+    """A chat as the template shows it: its tools behind the last request."""
+    at = max(i for i, message in enumerate(messages) if message.role == "user")
+    return [*messages[: at + 1], tools, *messages[at + 1 :]]
+
+
+def _call_turn(asked: Request, rng: random.Random, go_on: bool) -> list[Message]:
+    turn = [Message("user", _polite(asked.text, rng)), decided(skills.written(asked.calls))]
+    if not go_on and rng.random() < 0.6:
         return turn
     answers = [answered(rng) for _ in asked.calls]
     turn += [Message("tool", text) for text, _ in answers]
     return [*turn, Message("assistant", " ".join(sentence for _, sentence in answers))]
 
 
-def _plain_turn(
-    found: list[Skill],
-    rng: random.Random,
-    turns: dict[str, Callable[[random.Random], tuple[str, str]]],
-) -> list[Message]:
-    if rng.random() < 0.35:
-        text, answer = _polite(missing_request(found, rng), rng), corpus.PATTERNS["fallback"]
-    else:
-        kind = rng.choices(list(PLAIN), list(PLAIN.values()))[0]
-        if kind == "addition" and any(each.like == ("add",) for each in found):
-            kind = "fact"
-        text, answer = turns[kind](rng)
-    return [Message("user", text), Message("assistant", answer)]
+def _refused_turn(found: list[Skill], rng: random.Random) -> list[Message]:
+    text = _polite(missing_request(found, rng), rng)
+    return [Message("user", text), decided(corpus.PATTERNS["fallback"])]
 
 
-def system(found: list[Skill], rng: random.Random) -> Message:
-    """The message that shows the tools, behind a system prompt or alone."""
-    text = skills.shown([skill.tool for skill in found])
-    if rng.random() < 0.2:
-        text = f"{rng.choice(corpus.PATTERNS['systems'])}\n\n{text}"
-    return Message("system", text)
+def _plain_turn(found: list[Skill], rng: random.Random) -> list[Message]:
+    kind = rng.choices(list(PLAIN), list(PLAIN.values()))[0]
+    if kind == "addition" and any(each.like == ("add",) for each in found):
+        kind = "fact"
+    text, answer = corpus.TURNS[kind](rng)
+    return [Message("user", text), decided(answer)]
 
 
-def tool_chat(rng: random.Random, turns: int | None = None) -> Sample:
-    """A chat with tools, of one turn or of some."""
+def _turn(found: list[Skill], rng: random.Random, go_on: bool) -> tuple[list[Message], set[str]]:
+    """One request with its answers, and the names of the tools that it needs."""
+    drawn = rng.random()
+    if drawn < 0.5:
+        asked = needing_request(found, rng)
+        return _call_turn(asked, rng, go_on), {name for name, _ in asked.calls}
+    return (_refused_turn if drawn < 0.75 else _plain_turn)(found, rng), set()
+
+
+def _system(rng: random.Random) -> list[Message]:
+    return [Message("system", rng.choice(corpus.PATTERNS["systems"]))] if rng.random() < 0.2 else []
+
+
+def tool_chat(rng: random.Random) -> Sample:
+    """A chat with tools, of one turn or of some. Earlier turns do not see them, so their calls
+    are not learnt."""
     found = toolset(rng)
-    count = turns or rng.choices((1, 2, 3), (5, 3, 2))[0]
-    messages = [system(found, rng)]
-    for i in range(count):
-        if rng.random() < 0.6:
-            messages += _call_turn(found, rng, go_on=i + 1 < count)
-        else:
-            messages += _plain_turn(found, rng, corpus.TURNS)
-    return corpus.chat("tools", messages)
+    messages = _system(rng)
+    for _ in range(rng.choices((0, 1, 2), (8, 2, 1))[0]):
+        turn, _ = _turn(found, rng, go_on=True)
+        messages += [replace(m, spans=((m.content, 0.0),)) for m in turn]
+    turn, needed = _turn(found, rng, go_on=False)
+    return corpus.chat("tools", with_tools(messages + turn, shown(found, needed)))
+
+
+def choice_chat(rng: random.Random) -> Sample:
+    """A short chat that ends where it is known which tool is called, or that none is."""
+    found = toolset(rng, most=4, parameters=1)
+    turn, needed = _turn(found, rng, go_on=False)
+    user, answer = turn[:2]
+    begun = re.match(r'<tool_call>\n\{"name": "[^"]+"|I do not know', answer.content)
+    answer = decided(begun[0]) if begun else answer
+    messages = with_tools([*_system(rng), user, answer], shown(found, needed))
+    made = corpus.chat("choice", messages)
+    return replace(made, spans=made.spans[:-1]) if begun else made

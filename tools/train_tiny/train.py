@@ -10,17 +10,44 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from tools.train_tiny import batches, tokenizer, trainer
+from tools.train_tiny.corpus import PATTERNS
 from tools.train_tiny.model import TINY, Qwen3
+
+CHOSEN_AFTER = (2, 3)  # layers, of five: the last ones combine what the tools say
+FITS = 3.0  # the weight of the loss of what a tool's line says of itself
 
 
 def weighted_loss(model: Qwen3, batch: batches.MicroBatch) -> Tensor:
     """Sum of weighted cross-entropies; the head runs only where there is a weight."""
     hidden, _ = model.hidden(batch.ids[:, :-1])
+    return _weighted(model, hidden, batch)
+
+
+def _weighted(model: Qwen3, hidden: Tensor, batch: batches.MicroBatch) -> Tensor:
     learnt = batch.weights > 0
     losses = F.cross_entropy(
         model.logits(hidden[learnt]), batch.ids[:, 1:][learnt], reduction="none"
     )
     return (losses * batch.weights[learnt]).sum()
+
+
+def choosing_loss(
+    model: Qwen3, batch: batches.MicroBatch, call: int, refusal: int, layers: tuple[int, ...]
+) -> Tensor:
+    """The weighted loss, and that of choices: behind the line of a tool the states after some
+    layers shall prefer the first token of a call where the tool fits, else that of a refusal.
+    The layers behind need only look whether there is one that fits."""
+    states, _ = model.states(batch.ids[:, :-1])
+    loss = _weighted(model, model.model.norm(states[-1]), batch)
+    known = ~batch.fits.isnan()
+    if known.any():
+        weight = model.model.embed_tokens.weight
+        for layer in layers:
+            preferred = model.model.norm(states[layer][known]) @ (weight[call] - weight[refusal])
+            loss = loss + FITS / len(layers) * F.binary_cross_entropy_with_logits(
+                preferred, batch.fits[known], reduction="sum"
+            )
+    return loss
 
 
 def work(rank: int, job: trainer.Job) -> None:
@@ -33,7 +60,12 @@ def work(rank: int, job: trainer.Job) -> None:
         long = trainer.is_long(step)
         return batches.step_batches(job.seed, step, job.tokens, tok, context, long)
 
-    trainer.train(job, tok, weighted_loss, batches_of)
+    call, refusal = (tok.encode(text).ids[0] for text in ("<tool_call>", PATTERNS["fallback"]))
+
+    def loss_of(model: Qwen3, batch: batches.MicroBatch) -> Tensor:
+        return choosing_loss(model, batch, call, refusal, CHOSEN_AFTER)
+
+    trainer.train(job, tok, loss_of, batches_of)
 
 
 def main() -> None:
