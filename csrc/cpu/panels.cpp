@@ -16,7 +16,7 @@ constexpr int TILE_PANELS = std::max(TILE_VECTORS / 2, 1);  // that stay in the 
 constexpr Index HALF = TILE_PANELS * WIDTH / 2;  // of their weights, for each k
 constexpr Index ENOUGH = 16, MANY = 16;  // blocks of a thread; tiles of rows of a block
 constexpr Index WORTH_SHARING = 500000;  // products: waking a thread for fewer costs more
-constexpr Index WIDENED = 512;           // rows at a time, so that memory for them is bounded
+constexpr Index WIDENED = 1 << 20;       // floats that rows are widened to at a time, about
 
 // Vectors of a tile of so many rows. Where few fit, those of few rows come from several panels at a time,
 // for one stream of memory is not read as fast as it could be.
@@ -91,7 +91,8 @@ struct Product {
             return share((all + size - 1) / size, threads, [&](Index b) {
                 const Index end = std::min((b + 1) * size, all);
                 if (wide_tile(int(m)) > 1) return block(b * size, size, 0, m, nullptr);
-                for (Index p = b * size; p < end; ++p) block(p, 1, 0, m, panels + (p + 1) * WIDTH * k);
+                for (Index p = b * size; p < end; ++p)
+                    block(p, 1, 0, m, p + 1 < all ? panels + (p + 1) * WIDTH * k : nullptr);
             });
         }
         // Few panels are shared by rows as well, so that the threads end at about the same time.
@@ -120,11 +121,13 @@ void multiply(Product<Y> product, const bf16 *x, int threads) {
         static thread_local std::vector<float> widened;
         const Index m = product.m, k = product.k, x_stride = product.x_stride;
         const Index stride = (k + 15) / 16 * 16 + 16;  // no two rows in one set of the cache
-        widened.resize(std::min(m, WIDENED) * stride);
+        const Index most = std::clamp<Index>(WIDENED / stride, 4 * TILE_ROWS, 512);
+        const auto floats = std::size_t(std::min(m, most) * stride);
+        if (widened.size() < floats) widened.resize(floats);  // kept: growing fills with zeros
         product.x = widened.data();
         product.x_stride = stride;
-        for (Index first = 0; first < m; first += WIDENED, product.y += WIDENED * product.n) {
-            product.m = std::min(WIDENED, m - first);
+        for (Index first = 0; first < m; first += most, product.y += most * product.n) {
+            product.m = std::min(most, m - first);
             float *to = widened.data();
             share_rows(product.m, product.m * k < WORTH_SHARING ? 1 : threads, [&](Index row) {
                 widen(x + (first + row) * x_stride, k, to + row * stride);
