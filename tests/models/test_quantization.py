@@ -111,7 +111,7 @@ def test_what_was_asked_for_in_vain_is_said(
 def test_that_activations_are_rounded_is_said(
     int8: bool, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="minisgl")
     load(folder, Quantization(int8_activations=int8))
     assert not caplog.messages
     load(folder, Quantization("int8", int8_activations=int8))
