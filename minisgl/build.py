@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from minisgl import csrc
 from minisgl.config import EngineConfig
 from minisgl.core.costmodel import DEVICES, CostModel, DevicePeaks, ModelSizes, cascade_min_tokens
 from minisgl.core.draft_policy import DraftPolicy
@@ -52,6 +53,7 @@ def build_engine(config: EngineConfig) -> Engine:
         )
     started = time.perf_counter()
     path = _model_path(config)
+    csrc.use_level(config.cpu_level)
     device = pick_device(config.device, of=config.tp_size // config.nnodes)
     try:
         _log_device(config, device)

@@ -27,6 +27,7 @@ SchedulePolicy = Literal["fcfs", "lpm", "priority"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 BatchPolicy = Literal["balanced", "prefill-first", "decode-first"]
 SamplingSource = Literal["model", "openai"]
+CpuLevel = Literal["auto", "avx512_bf16", "avx512", "avx2", "portable"]
 AttentionBackend = Literal["auto", "triton", "gluon"]
 SpeculativeAlgorithm = Literal["none", "draft", "ngram"]
 ToolCallParser = Literal[
@@ -66,6 +67,9 @@ class EngineConfig:
         "auto", "what quantised weights are multiplied with; auto: int8 on a CPU in bfloat16"
     )
     device: str = _option("auto", "cuda, cpu, or auto: cuda when there is one")
+    cpu_level: CpuLevel = _option(
+        "auto", "instructions that native CPU code may use; auto: the best that the CPU has"
+    )
     load_format: LoadFormat = _option("auto", "auto reads the files, dummy fills random weights")
     tp_size: int = _option(1, "tensor-parallel ranks", aliases=("--tp",))
     nnodes: int = _option(1, "machines that share the ranks equally")

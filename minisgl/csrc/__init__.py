@@ -33,8 +33,10 @@ __all__ = [
     "Unavailable",
     "cpu_level",
     "is_coming",
+    "level_in_use",
     "load",
     "loaded",
+    "use_level",
 ]
 
 log = get_logger(__name__)
@@ -44,9 +46,9 @@ def load(name: str, arch: str | None = None, wait: bool = False) -> ModuleType |
     """The native module `name`, or None when it is not built yet or cannot be built (logged once).
 
     arch: for CUDA modules, as nvcc spells it ("80", "90a", "100"); for CPU modules one of LEVELS,
-    by default the best that this CPU has. The first call imports a finished build at once, else
-    starts one in a thread; later calls cost a dictionary look-up. wait=True blocks until the build
-    has ended. KeyError: no such module.
+    by default that of `use_level`, or the best of this CPU. The first call imports a finished
+    build, else starts one in a thread; later calls cost a dictionary look-up. wait=True blocks
+    until the build has ended. KeyError: no such module.
     """
     unit = _unit(name, arch)
     if unit.module is None and (wait or not unit.started):
@@ -65,12 +67,37 @@ def is_coming(name: str) -> bool:
     return _unit(name, None).is_coming
 
 
+def use_level(level: str) -> None:
+    """Have this process load CPU modules for `level`, one of LEVELS; "auto" leaves it as it is.
+
+    ValueError: this CPU lacks what the level needs, or modules of another are in use.
+    """
+    if level == "auto":
+        return
+    names = list(LEVELS)
+    present = names[names.index(cpu_level()) :]  # each has what those behind it need
+    if level not in present:
+        raise ValueError(f"cpu_level must be auto or one of {present} on this CPU, got {level!r}")
+    if (in_use := level_in_use(level)) != level:
+        raise ValueError(f"cpu_level must be auto or {in_use}, as in use already, got {level!r}")
+
+
+_level: str | None = None  # of this process's CPU modules, which are loaded once as well
+
+
+def level_in_use(asked: str | None = None) -> str:
+    """The level of this process: the first that was asked for, or else the CPU's best."""
+    global _level
+    _level = _level or asked or cpu_level()
+    return _level
+
+
 @functools.cache
 def _unit(name: str, arch: str | None) -> "Unit":
     module = find_module(name)
     if arch is None and module.kind == "cuda":
         raise ValueError(f"{name} is a cuda module: it needs an arch")
-    return Unit(Target(module, arch or cpu_level()))
+    return Unit(Target(module, arch or level_in_use()))
 
 
 class Unit:

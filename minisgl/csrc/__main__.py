@@ -1,4 +1,4 @@
-"""`python -m minisgl.csrc build [--arch 80,90a,100]`: build the native parts ahead of time."""
+"""`python -m minisgl.csrc build [--arch 80,90a] [--cpu-level avx2]`: build ahead of time."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TextIO
 
 from minisgl.csrc.build import (
+    LEVELS,
     MODULES,
     BuildError,
     Target,
@@ -50,12 +51,15 @@ def main() -> int:
         help="GPU architectures for the CUDA modules, as nvcc spells them, joined by commas; "
         "default: those of the GPUs present",
     )
+    build.add_argument(
+        "--cpu-level", choices=LEVELS, help="instructions of the CPU modules; default: this CPU's"
+    )
     arguments = parser.parse_args()
     archs = arguments.arch.split(",") if arguments.arch else present_archs()
     targets = [
         Target(module, arch)
         for module in MODULES
-        for arch in (archs if module.kind == "cuda" else [cpu_level()])
+        for arch in (archs if module.kind == "cuda" else [arguments.cpu_level or cpu_level()])
     ]
     with ThreadPoolExecutor() as pool:
         results = list(pool.map(report, targets))

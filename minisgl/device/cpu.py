@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minisgl import csrc
 from minisgl.device.pace import Pace
 from minisgl.device.protocol import Cut, T
 from minisgl.device.tape import ALL, Arena, TapeGraph
@@ -115,7 +116,7 @@ class CpuDevice:
     @property
     def name(self) -> str:
         cores = "core" if self.num_threads == 1 else "cores"
-        return f"CPU ({self.num_threads} {cores})"
+        return f"CPU ({self.num_threads} {cores}, {csrc.level_in_use()})"
 
     def _work(self) -> None:
         keep_freed_memory()

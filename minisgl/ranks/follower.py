@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 import torch.distributed as dist
 
+from minisgl import csrc
 from minisgl.child import read_boot
 from minisgl.core.executor import Failed, Profiled
 from minisgl.device import pick_device
@@ -45,6 +46,7 @@ def follow(boot: Boot, channel: Channel, store: dist.Store | None) -> None:
     """Load the model, then run rank 0's batches until it sends Stop. Raises any error of both."""
     config = boot.config
     local_size = config.tp_size // config.nnodes
+    csrc.use_level(config.cpu_level)
     device = pick_device(config.device, index=boot.rank % local_size, of=local_size)
     if device.torch_device.type == "cpu":
         plan_on_one_thread()

@@ -9,12 +9,13 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 import pytest
 import torch
 
-from minisgl.csrc import Module, Target, Unavailable, Unit, cpu_level, load
+from minisgl.config import CpuLevel
+from minisgl.csrc import LEVELS, Module, Target, Unavailable, Unit, cpu_level, load, use_level
 from minisgl.csrc.__main__ import report, say
 from minisgl.csrc.build import find_compiler, find_headers, find_module, find_ninja
 
@@ -238,6 +239,41 @@ def test_the_best_level_that_the_cpu_has_is_chosen():
     level = cpu_level()
     assert level == {"AVX512": level, "AVX2": "avx2"}.get(ask, "portable")
     assert level.startswith("avx512") == (ask == "AVX512")
+
+
+def test_a_level_is_chosen_once_a_process():
+    """In a process of its own, whose modules are of that level."""
+    lines = """
+from minisgl import csrc
+csrc.use_level("auto")
+csrc.use_level("portable")
+module = csrc.load("core_ops", wait=True)
+assert module is None or "core_ops-portable-" in module.__file__, module
+csrc.use_level("portable"), csrc.use_level("auto")
+for level in ("avx2", "fast"):
+    try:
+        csrc.use_level(level)
+    except ValueError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    in_use, unknown = done.stdout.splitlines()
+    present = list(LEVELS)[list(LEVELS).index(cpu_level()) :]
+    assert unknown == f"cpu_level must be auto or one of {present} on this CPU, got 'fast'"
+    if "avx2" in present:
+        assert in_use == "cpu_level must be auto or portable, as in use already, got 'avx2'"
+
+
+def test_a_level_that_the_cpu_lacks_is_refused(monkeypatch):
+    monkeypatch.setattr("minisgl.csrc.cpu_level", lambda: "avx2")
+    refusal = r"one of \['avx2', 'portable'\] on this CPU, got 'avx512'"
+    with pytest.raises(ValueError, match=f"^cpu_level must be auto or {refusal}$"):
+        use_level("avx512")
+
+
+def test_the_config_has_every_level():
+    assert get_args(CpuLevel) == ("auto", *LEVELS)
 
 
 CUDA_SOURCE = """

@@ -25,6 +25,7 @@ VALUES = {
     "chat_template": "x",
     "dtype": "float32",
     "device": "cpu",
+    "cpu_level": "portable",
     "load_format": "dummy",
     "tp_size": 4,
     "dist_init_addr": "a:1",
