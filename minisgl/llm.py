@@ -67,11 +67,16 @@ class LLM:
     call `close`. Not thread-safe; for asyncio and threads there is `AsyncLLM`. Calls in a fork of
     the process that made it raise RuntimeError.
 
+    Prompts go first here, unless `batch_policy` or `itl_target_ms` is given: a list is done sooner
+    when its decode steps are full, and nobody reads it meanwhile.
+
     Where torch is imported before this class, it is slow on a CPU that other programs keep busy:
     its threads then wait long for each other. Import this first, or set GOMP_SPINCOUNT=1000.
     """
 
     def __init__(self, model: str | os.PathLike[str] | None = None, **config: Any) -> None:
+        if config.get("itl_target_ms") is None:
+            config.setdefault("batch_policy", "prefill-first")
         made = make_config(model, config)
         from minisgl.build import build_engine  # here, for AsyncLLM does without torch
 

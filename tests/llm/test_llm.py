@@ -430,6 +430,28 @@ def test_an_unknown_option_is_a_type_error_that_suggests_the_nearest(name, neare
         LLM("nowhere", **{name: 1})
 
 
+@pytest.mark.parametrize(
+    ("options", "policy"),
+    [
+        ({}, "prefill-first"),
+        ({"itl_target_ms": None}, "prefill-first"),
+        ({"itl_target_ms": 20.0}, "balanced"),
+        ({"batch_policy": "decode-first"}, "decode-first"),
+    ],
+)
+def test_prompts_go_first_unless_another_policy_is_asked_for(monkeypatch, options, policy):
+    built = []
+
+    def build(config):
+        built.append(config)
+        return make_engine()
+
+    monkeypatch.setattr("minisgl.build.build_engine", build)
+    LLM(**options).close()
+    assert [config.batch_policy for config in built] == [policy]
+    assert EngineConfig().batch_policy == "balanced"  # of a server, whose streams are read
+
+
 def test_options_are_the_configs_fields(tmp_path):
     config = make_config(tmp_path, {"page_size": 1, "schedule_policy": "lpm"})
     assert config == EngineConfig(model=str(tmp_path), page_size=1, schedule_policy="lpm")
