@@ -10,6 +10,7 @@ from minisgl.kernels.logprobs import logprobs
 from minisgl.kernels.sampling import (
     SEEN_IN_PROMPT,
     adjust_logits,
+    cap_logits,
     make_params,
     mask_logits,
     sample,
@@ -85,6 +86,10 @@ def logits(small: bool) -> Iterator[Workload]:
             "bits": setting.integers(0, 2**31 - 1, rows, words),
         }
 
+    def cap(setting: Setting) -> Arguments:
+        values = setting.normal(rows, vocab, scale=20.0, dtype=torch.float32)
+        return {"logits": values, "softcap": 30.0}
+
     def score(setting: Setting) -> Arguments:
         return {
             "logits": setting.normal(rows, vocab, dtype=torch.float32),
@@ -94,5 +99,6 @@ def logits(small: bool) -> Iterator[Workload]:
 
     label = f"{rows} x {vocab}"
     yield Workload(logprobs, label, score, {}, {"rows": rows})
+    yield Workload(cap_logits, label, cap, {}, {"rows": rows})
     yield Workload(adjust_logits, label, adjust, {}, {"rows": rows})
     yield Workload(mask_logits, label, mask, baselines.MASK, {"rows": rows})

@@ -18,9 +18,11 @@ from benchmarks.kernels.workload import (
     Workload,
 )
 from minisgl.kernels.activation import silu_and_mul
-from minisgl.kernels.advance import accept_and_advance, prepare_inputs
+from minisgl.kernels.advance import accept_and_advance, prepare_inputs, prepare_points
+from minisgl.kernels.embedding import embedding
 from minisgl.kernels.kv_copy import copy_pages
 from minisgl.kernels.kv_staging import gather_pages, scatter_pages
+from minisgl.kernels.propose import keep_proposals, prepare_proposals
 from minisgl.kernels.qkv_prepare import qkv_prepare
 from minisgl.kernels.rmsnorm import rmsnorm
 
@@ -52,6 +54,10 @@ def rowwise(small: bool) -> Iterator[Workload]:
         def activation(setting: Setting, tokens: int = tokens, inner: int = inner) -> Arguments:
             return {"x": setting.normal(tokens, 2 * inner)}
 
+        def embed(setting: Setting, tokens: int = tokens, hidden: int = hidden) -> Arguments:
+            ids, rows = setting.integers(0, 4096, tokens), setting.normal(4096, hidden)
+            return {"ids": ids, "weight": rows, "scale": 8.0}
+
         label = f"{tokens} x {hidden}"
         goal = () if (shape, tokens) in GOAL_CASES else None
         added, halves = f"{label} + residual", f"{tokens} x 2 x {inner}"
@@ -61,6 +67,7 @@ def rowwise(small: bool) -> Iterator[Workload]:
             (silu_and_mul, halves, activation, baselines.ACTIVATION),
         ):
             yield Workload(op, name, make, rivals, tags, goal_rivals=goal)
+        yield Workload(embedding, label, embed, {}, tags)
 
 
 def heads(small: bool) -> Iterator[Workload]:
@@ -123,6 +130,27 @@ def pages(small: bool) -> Iterator[Workload]:
     yield Workload(scatter_pages, label, stage, baselines.SCATTER_PAGES, {"pages": count})
 
 
+def proposals(small: bool) -> Iterator[Workload]:
+    """Around a later pass of a draft model, of three."""
+    count, vocab = (8, 4096) if small else (256, QWEN3_8B.vocab)
+
+    def nth(setting: Setting) -> Arguments:
+        place = torch.ones(1, dtype=torch.int64, device=setting.device)
+        return {"drafted": setting.integers(0, vocab, count, 3), "nth": place}
+
+    def prepare(setting: Setting) -> Arguments:
+        asked = setting.integers(0, 2, 4, count)
+        asked[0] = setting.order(count)
+        state = {name: setting.integers(0, 4000, count) for name in ("last", "previous", "lengths")}
+        return {"asked": asked, "width": 1} | nth(setting) | state
+
+    def keep(setting: Setting) -> Arguments:
+        return {"tokens": setting.integers(0, vocab, count)} | nth(setting)
+
+    yield Workload(prepare_proposals, f"{count} rows", prepare, {}, {})
+    yield Workload(keep_proposals, f"{count} rows", keep, {}, {})
+
+
 def steps(small: bool) -> Iterator[Workload]:
     """A decode step before and after the model, without drafts and with three."""
     count, vocab = (8, 4096) if small else (256, QWEN3_8B.vocab)
@@ -151,6 +179,15 @@ def steps(small: bool) -> Iterator[Workload]:
                 "page_size": 16,
             }
 
+        def points(setting: Setting, width: int = width, tokens: int = tokens) -> Arguments:
+            rows = setting.order(count).int()
+            return {
+                "ids": setting.integers(0, vocab, tokens),
+                "positions": setting.order(tokens),
+                "rows": rows,
+                "num_tokens": torch.full_like(rows, width),
+            }
+
         def advance(setting: Setting, width: int = width, tokens: int = tokens) -> Arguments:
             sampled = setting.integers(0, vocab, tokens)
             first = torch.arange(count, dtype=torch.int32, device=setting.device) * width
@@ -168,4 +205,5 @@ def steps(small: bool) -> Iterator[Workload]:
 
         label = f"{count} sequences, {width} tokens each"
         yield Workload(prepare_inputs, label, prepare, {}, tags)
+        yield Workload(prepare_points, label, points, {}, tags)
         yield Workload(accept_and_advance, label, advance, {}, tags)

@@ -21,3 +21,4 @@ def workloads(*, small: bool) -> Iterator[Workload]:
     yield from sampling_work.logits(small)
     yield from token_work.pages(small)
     yield from token_work.steps(small)
+    yield from token_work.proposals(small)

@@ -1,10 +1,11 @@
-// What happens to logits before the draw, in place: penalties, biases and bans; grammar masks. The
+// What happens to logits before the draw, in place: the model's cap; penalties, biases and bans; grammar masks. The
 // specification is in minisgl/kernels/sampling, whose results these are bit for bit.
 
 #include <algorithm>
 #include <limits>
 
 #include "sampling.h"
+#include "softmax.h"
 
 namespace {
 
@@ -68,6 +69,20 @@ void adjust_logits(Address logits, Address rows, Address positions, Address para
         const bool banned = at<const Index>(positions)[n] < p.min_length;
         for (Index i = banned ? 0 : p.num_bans; i < p.num_biases; ++i)
             if (ids[i] >= begin && ids[i] < end) x[ids[i]] += values[i];
+    });
+}
+
+void cap_logits(Address logits, Index count, Index vocab, float softcap, int threads) {
+    share_pieces(count, vocab, threads, [&](Index n, Index begin, Index end) {
+        float *x = at<float>(logits) + n * vocab;
+        for (Index v = begin; v < end; v += 16) {
+            float some[16] = {};
+            const Index size = std::min<Index>(end - v, 16);
+            std::copy_n(x + v, size, some);
+            const f32x16 from = load16(some);
+            store16(some, where(from == from, capped(from, softcap), from));
+            std::copy_n(some, size, x + v);
+        }
     });
 }
 

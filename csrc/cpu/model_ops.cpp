@@ -7,6 +7,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstring>
 #include <memory>
 #include <utility>
 
@@ -35,12 +36,19 @@ PYBIND11_MODULE(model_ops, m) {
     m.def("qkv_prepare", recorded(&qkv_prepare), unlocked, "minisgl.kernels.qkv_prepare");
     m.def("attention", recorded(&attention), unlocked, "minisgl.kernels.attention, in bf16");
     m.def("decode", recorded(&decode), unlocked, "minisgl.kernels.decode, cascade");
+    m.def("cap_logits", recorded(&cap_logits), unlocked, "minisgl.kernels.sampling");
     m.def("adjust_logits", recorded(&adjust_logits), unlocked, "minisgl.kernels.sampling");
     m.def("mask_logits", recorded(&mask_logits), unlocked, "minisgl.kernels.sampling");
     m.def("sample", recorded(&sample), unlocked, "minisgl.kernels.sampling");
     m.def("prepare_inputs", recorded(&prepare_inputs), unlocked, "minisgl.kernels.advance");
     m.def("accept_and_advance", recorded(&accept_and_advance), unlocked, "minisgl.kernels.advance");
+    m.def("prepare_points", recorded(&prepare_points), unlocked, "minisgl.kernels.advance");
+    m.def("prepare_proposals", recorded(&prepare_proposals), unlocked, "minisgl.kernels.propose");
+    m.def("keep_proposals", recorded(&keep_proposals), unlocked, "minisgl.kernels.propose");
+    m.def("embed_dense", recorded(&embed_dense), unlocked, "minisgl.kernels.embedding");
     m.def("embed_panels", recorded(&embed_panels), unlocked, "rows of a weight in panels");
+    m.def("local_ids", recorded(&local_ids), unlocked, "minisgl.kernels.embedding, over ranks");
+    m.def("finish_rows", recorded(&finish_rows), unlocked, "minisgl.kernels.embedding, over ranks or scaled");
     py::class_<Tape>(m, "Tape", py::module_local())  // there may be a module for another level
         .def(py::init<>())
         .def("__len__", [](const Tape &tape) { return tape.size(); })
@@ -52,6 +60,10 @@ PYBIND11_MODULE(model_ops, m) {
                      py::gil_scoped_acquire held;
                      (*kept)();
                  });
+             })
+        .def("copy",  // of dense memory
+             [](Tape &tape, Address to, Address from, Index bytes) {
+                 tape.push_back([=] { std::memmove(at<char>(to), at<const char>(from), bytes); });
              })
         .def("replay",
              [](const Tape &tape, int most_threads) {

@@ -51,7 +51,7 @@ void with_head_dim(Index head_dim, F f) {
     }
 }
 
-// The ops, each in the file of its name; those of advance, panels, grouped, moe and logits are two.
+// The ops, each in the file of its name, or of what it is about.
 
 void linear(Address x, Index x_stride, Address w, Address bias, Address y, Index m, Index n,
             Index k, bool is_bf16, bool wide_output, int threads);
@@ -83,14 +83,38 @@ void prepare_inputs(Address input_ids, Address positions, Address slot_mapping, 
                     Address page_table, Index tokens, Index count, Index table_width,
                     Index page_size);
 
+// ids and previous null where rows do not keep the token before their last one.
 void accept_and_advance(Address tokens, Address first, Address rows, Address drafts,
                         Address positions, Address last, Address lengths, Address counts,
-                        Address counted, Address accepted, Index num_tokens, Index sequences,
-                        Index num_drafts, Index vocab);
+                        Address counted, Address ids, Address previous, Address accepted,
+                        Index num_tokens, Index sequences, Index num_drafts, Index vocab);
 
-// Raises IndexError for an id outside [0, num_rows).
+// Of `width` tokens each: point_rows and next [sequences * width], drafts [sequences, width - 1], before
+// [sequences * width, width - 1].
+void prepare_points(Address ids, Address positions, Address rows, Address num_tokens,
+                    Address point_rows, Address next, Address drafts, Address before,
+                    Index sequences, Index width);
+
+// asked [1 + num_drafts, size], drafted [size, num_drafts]; token_ids [size, width], others [size].
+void prepare_proposals(Address asked, Address drafted, Address nth, Address last, Address previous,
+                       Address lengths, Address token_ids, Address starts, Address num_tokens,
+                       Address positions, Index size, Index num_drafts, Index width);
+
+void keep_proposals(Address tokens, Address drafted, Address nth, Index size, Index num_drafts);
+
+// Both raise IndexError for an id outside [0, num_rows).
+void embed_dense(Address ids, Address weight, Address out, Index tokens, Index num_rows,
+                 Index row_bytes);
+
 void embed_panels(Address ids, Address panels, Address out, Index tokens, Index num_rows,
                   Index k);
+
+// Of a rank that has the rows of `count` ids from `first` on: an id's number among them, 0 for others.
+void local_ids(Address ids, Address out, Index tokens, Index first, Index count);
+
+// Rows [tokens, n] of such ids in place: times scale; zeros for ids of other ranks.
+void finish_rows(Address ids, Address rows, Index tokens, Index n, Index first, Index count,
+                 float scale, bool is_bf16, int threads);
 
 void rmsnorm(Address x, Index x_stride, Address weight, Address residual, Index residual_stride,
              Address y, Address total, Index rows, Index n, float eps, bool unit_offset, bool is_bf16,
@@ -139,6 +163,9 @@ void decode(Address q, Index q_stride, Address k_pool, Address v_pool, Address p
 void adjust_logits(Address logits, Address rows, Address positions, Address params,
                    Address bias_ids, Address bias_values, Address counts, Address drafts,
                    Index count, Index vocab, Index max_biases, Index num_drafts, int threads);
+
+// In place: softcap * tanh(x / softcap).
+void cap_logits(Address logits, Index count, Index vocab, float softcap, int threads);
 
 // indices [count] int32 of rows of logits; bits [count, vocab / 32 rounded up].
 void mask_logits(Address logits, Address indices, Address bits, Index count, Index vocab,

@@ -96,14 +96,23 @@ class Group {
         is_bf16 ? reduce(reinterpret_cast<bf16 *>(x), count) : reduce(reinterpret_cast<float *>(x), count);
     }
 
-    // On rank 0: out[r * bytes ...] = x of rank r. Elsewhere `out` is not touched.
-    void gather(Address x, Address out, Index bytes) {
-        for (Index i = 0; i < bytes; i += slot_) {
-            const Index n = std::min(slot_, bytes - i);
-            std::memcpy(begin(), reinterpret_cast<const char *>(x) + i, n);
+    // On rank 0: out [rows, width] = all ranks' x [rows, bytes] side by side, of which the last may be cut.
+    // Elsewhere `out` is not touched.
+    void gather(Address x, Address out, Index rows, Index bytes, Index width) {
+        const Index all = rows * bytes;
+        for (Index i = 0; i < all; i += slot_) {
+            const Index end = std::min(i + slot_, all);
+            std::memcpy(begin(), reinterpret_cast<const char *>(x) + i, end - i);
             barrier();
-            for (int r = 0; rank_ == 0 && r < size_; ++r)
-                std::memcpy(reinterpret_cast<char *>(out) + r * bytes + i, slot(r), n);
+            for (int r = 0; rank_ == 0 && r < size_; ++r) {
+                for (Index from = i, next; from < end; from = next) {  // a row after the other
+                    const Index row = from / bytes, column = r * bytes + from % bytes;
+                    next = std::min((row + 1) * bytes, end);
+                    if (column < width)
+                        std::memcpy(reinterpret_cast<char *>(out) + row * width + column,
+                                    slot(r) + (from - i), std::min(next - from, width - column));
+                }
+            }
         }
     }
 

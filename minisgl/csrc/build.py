@@ -63,6 +63,7 @@ MODULES = (
             "cpu/pool.cpp",
             "cpu/linear.cpp",
             "cpu/panels.cpp",
+            "cpu/embedding.cpp",
             "cpu/grouped.cpp",
             "cpu/rounding.cpp",
             "cpu/moe.cpp",

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from minisgl.kernels.grouped_linear import Quantized, blocks, cpu, grouped_linear
+from minisgl.kernels.grouped_linear import Quantized, blocks, grouped_linear
 from minisgl.kernels.grouped_linear import panels as grouped_panels
-from minisgl.kernels.grouped_linear.blocks import GroupedBlocks
 from minisgl.kernels.grouped_linear.weights import Grouped
 from minisgl.kernels.linear import linear, panels
 from minisgl.kernels.linear.panels import Dense, Panels
@@ -23,15 +22,6 @@ def product(
     """x W^T + b, by the op of the weight's kind; see `linear_reference`."""
     op = grouped_linear if isinstance(weight, Quantized) else linear
     return op(x, weight, bias, wide)
-
-
-def embedding(ids: torch.Tensor, weight: Matrix) -> torch.Tensor:
-    """Rows `ids` [T] of the weight. Returns [T, K]. Raises IndexError for an id without a row."""
-    if isinstance(weight, GroupedBlocks):
-        return weight.chosen(ids).dequantized(weight.dtype)
-    if isinstance(weight, Quantized):
-        return cpu.embedding(ids, weight)
-    return panels.embedding(ids, weight)
 
 
 def packed(weight: Matrix) -> Matrix:

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from minisgl.kernels.matrix import Matrix, embedding, packed, product
+from minisgl.kernels.embedding import embedding
+from minisgl.kernels.matrix import Matrix, packed, product
 from minisgl.layers.weights import Block, Placement, Weight
 
 
@@ -30,16 +31,11 @@ class VocabTable(Block):
     def pack(self) -> None:
         self.weight = packed(self.weight)
 
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids: [T] integers. Returns [T, hidden]."""
-        if self.comm.size == 1:
-            return embedding(ids, self.weight)
-        local = ids - self.start
-        foreign = (local < 0) | (local >= self.count)
-        rows = embedding(local.masked_fill(foreign, 0), self.weight)
-        return self.comm.all_reduce(rows.masked_fill_(foreign[:, None], 0.0))
+    def embed(self, ids: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+        """ids: [T] integers. Returns [T, hidden], times the scale."""
+        part = None if self.comm.size == 1 else (self.start, self.count)
+        return self.comm.all_reduce(embedding(ids, self.weight, part, scale))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [N, hidden]. Returns [N, vocab] fp32 on rank 0, elsewhere this rank's columns."""
-        logits = product(hidden, self.weight, wide=True)
-        return self.comm.gather(logits)[:, : self.vocab_size]
+        return self.comm.gather(product(hidden, self.weight, wide=True), self.vocab_size)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
+from minisgl.kernels.sampling import cap_logits
 from minisgl.layers.attention import KV, Attention, AttentionSlices, ForwardInputs
 from minisgl.layers.embedding import VocabTable
 from minisgl.layers.linear import ColumnLinear, Part, RowLinear
@@ -163,9 +164,7 @@ class Decoder(Block):
     @torch.inference_mode()
     def forward(self, inputs: ForwardInputs) -> torch.Tensor:
         """Hidden states [T, hidden] after the last norm; writes this step's KV."""
-        x = self.embedding.embed(inputs.input_ids)
-        if self.embedding_scale is not None:
-            x = x * self.embedding_scale
+        x = self.embedding.embed(inputs.input_ids, self.embedding_scale)
         residual = None
         slices = AttentionSlices.of(inputs)
         for layer, kv in zip(self.layers, inputs.kv, strict=True):
@@ -181,7 +180,7 @@ class Decoder(Block):
         """
         logits = self.head.logits(hidden)
         if self.config.logit_softcap is not None:
-            logits = torch.tanh(logits / self.config.logit_softcap) * self.config.logit_softcap
+            cap_logits(logits, self.config.logit_softcap)
         return logits
 
 

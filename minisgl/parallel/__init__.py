@@ -42,8 +42,9 @@ class Communicator:
         """
         return rmsnorm(self.all_reduce(x), weight, eps, residual, unit_offset)  # type: ignore[no-any-return]
 
-    def gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        """On rank 0 every rank's `x`, joined along `dim` in rank order; elsewhere `x` itself."""
+    def gather(self, x: torch.Tensor, width: int | None = None) -> torch.Tensor:
+        """On rank 0 every rank's `x` joined along the last dimension in rank order, of which the
+        first `width` entries are kept; elsewhere `x` itself."""
         return x
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:

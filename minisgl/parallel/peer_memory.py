@@ -66,8 +66,8 @@ class PeerMemory(Communicator):
             return super().all_reduce_norm(x, residual, weight, eps, unit_offset)
         return both
 
-    def gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        return self._group.gather(x, dim)
+    def gather(self, x: torch.Tensor, width: int | None = None) -> torch.Tensor:
+        return self._group.gather(x, width)
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         return self._group.broadcast(x)

@@ -49,11 +49,13 @@ class SharedMemory(Communicator):
         return x
 
     @ranged("gather", is_detail=True)
-    def gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        x = x.contiguous()
-        out = x.new_empty((self.size, *x.shape)) if self.rank == 0 else x
-        self._group.gather(x.data_ptr(), out.data_ptr(), x.numel() * x.element_size())
-        return torch.cat(out.unbind(), dim) if self.rank == 0 else x
+    def gather(self, x: torch.Tensor, width: int | None = None) -> torch.Tensor:
+        x, each = x.contiguous(), x.shape[-1]
+        width, size = width or self.size * each, x.element_size()
+        out = x.new_empty((*x.shape[:-1], width)) if self.rank == 0 else x
+        rows = x.numel() // max(each, 1)
+        self._group.gather(x.data_ptr(), out.data_ptr(), rows, each * size, width * size)
+        return out
 
     @ranged("broadcast", is_detail=True)
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:

@@ -61,14 +61,15 @@ class TorchGroup(Communicator):
 
     @by_call
     @ranged("gather", is_detail=True)
-    def gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    def gather(self, x: torch.Tensor, width: int | None = None) -> torch.Tensor:
         x = x.contiguous()
         if self.rank != 0:
             self._group.gather([], [x], dist.GatherOptions()).wait()
             return x
         everyone = [torch.empty_like(x) for _ in range(self.size)]
         self._group.gather([everyone], [x], dist.GatherOptions()).wait()
-        return torch.cat(everyone, dim)
+        width, each = width or self.size * x.shape[-1], x.shape[-1]
+        return torch.cat([y[..., : max(width - r * each, 0)] for r, y in enumerate(everyone)], -1)
 
     @by_call
     @ranged("broadcast", is_detail=True)

@@ -110,7 +110,7 @@ def share_of_memory(comm: Communicator, device: Device, local_size: int) -> int:
 
 def fewest(comm: Communicator, device: Device, count: int) -> int:
     """The least `count` of any rank."""
-    counts = comm.gather(torch.tensor([count], device=device.torch_device), 0)
+    counts = comm.gather(torch.tensor([count], device=device.torch_device))
     return int(comm.broadcast(counts.min()[None]).item())
 
 

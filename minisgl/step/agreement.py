@@ -19,10 +19,10 @@ def compare_ranks(comm: Communicator, packed: PackedBatch, hidden: torch.Tensor)
     whole = torch.int16 if hidden.element_size() == 2 else torch.int32
     bits = hidden.contiguous().view(whole).sum(dtype=torch.int64)
     known = torch.tensor([packed.batch.step, plan], dtype=torch.int64, device=hidden.device)
-    everyone = comm.gather(torch.cat([known, bits[None]])[None], 0)
+    everyone = comm.gather(torch.cat([known, bits[None]]))
     if comm.rank != 0:
         return
-    own, *others = everyone.tolist()
+    own, *others = everyone.view(comm.size, -1).tolist()
     for rank, other in enumerate(others, start=1):
         for part, here, there in zip(PARTS, own, other, strict=True):
             if here != there:

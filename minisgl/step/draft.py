@@ -20,16 +20,17 @@ from functools import cache, partial
 
 import torch
 
-from minisgl.core.batch import PENDING, Chunk
+from minisgl.core.batch import Chunk
 from minisgl.core.executor import Limits
 from minisgl.device import Device, Graph
+from minisgl.kernels.propose import keep_proposals, prepare_proposals
 from minisgl.kernels.sampling import adjust_logits, sample
 from minisgl.models.decoder import Decoder
 from minisgl.parallel import Communicator
 from minisgl.step.inputs import PackedBatch, Sent
 from minisgl.step.kv_pool import KVPool, KVShape
 from minisgl.step.proposals import FILL, resolve
-from minisgl.step.ragged import RAGGED, ragged_inputs
+from minisgl.step.ragged import RAGGED, equal_sequences, ragged_inputs
 from minisgl.step.rows import RowBuffers
 
 # Sections whose numbered drafts are replaced by tokens.
@@ -78,6 +79,7 @@ class DraftRunner:
         self._asked = device.zeros(((1 + num_drafts) * most,), torch.int32)
         self._drafted = device.zeros((most * num_drafts,), torch.int32)
         self._nth = device.zeros((1,), torch.int64)  # of the pass
+        self._layouts = {width: equal_sequences(device, most, width) for width in (1, FIRST_WIDTH)}
 
     def use(self, page: int) -> None:
         """As of `KVPool`."""
@@ -153,22 +155,16 @@ class DraftRunner:
         rows = self._rows
         asked = self._asked[: (1 + self._num_drafts) * size].view(-1, size)
         drafted, own, nth = self._drafted_of(size), asked[0], self._nth
-        lengths = rows.lengths.index_select(0, own)
-        if width > 1:
-            drafted.fill_(PENDING)
-            last, previous = rows.last.index_select(0, own), rows.previous.index_select(0, own)
-            ids, starts = torch.stack((previous, last), 1).view(-1), lengths - 1
-        else:
-            ids = drafted.index_select(1, nth - 1).view(-1)
-            starts = lengths + nth.int()
-        every = torch.arange(size + 1, dtype=torch.int32, device=own.device)
-        counts = asked[1:].index_select(0, nth).view(-1)
+        sequences, offsets = self._layouts[width]
+        ids, starts, counts, positions = prepare_proposals(
+            asked, drafted, nth, rows.last, rows.previous, rows.lengths, width
+        )
         inputs = ragged_inputs(
             rows,
             self._pool,
             ids,
-            every[:size, None].expand(size, width).reshape(-1),
-            every * width,
+            sequences[: size * width],
+            offsets[: size + 1],
             own,
             starts,
             counts,
@@ -177,7 +173,6 @@ class DraftRunner:
         )
         hidden = self._model.forward(inputs)
         logits = self._model.logits(hidden.view(size, width, -1)[:, -1])
-        positions = (lengths + 1).long() + nth
         if adjusts:
             adjust_logits(
                 logits,
@@ -189,4 +184,4 @@ class DraftRunner:
                 rows.counts,
                 drafted,
             )
-        drafted.index_copy_(1, nth, sample(logits, own, positions, rows.params)[:, None])
+        keep_proposals(sample(logits, own, positions, rows.params), drafted, nth)

@@ -16,16 +16,15 @@ from dataclasses import replace
 from enum import Enum, auto
 from functools import cache, partial
 
-import numpy as np
 import torch
 
-from minisgl.core.batch import PENDING
 from minisgl.core.executor import GrammarMasks
 from minisgl.device import Device, Graph
+from minisgl.kernels.advance import prepare_points
 from minisgl.layers.attention import ForwardInputs
 from minisgl.step.inputs import PackedBatch, pack_masks
 from minisgl.step.kv_pool import KVPool
-from minisgl.step.ragged import fill_inputs
+from minisgl.step.ragged import equal_sequences, fill_inputs
 from minisgl.step.rows import RowBuffers
 from minisgl.step.sampler import Masks, Points, Sampler, Shaping
 from minisgl.step.sizes import GraphSizes, cascade_words, decode_words, mask_words
@@ -82,17 +81,7 @@ class DecodeGraphs:
         self._graphs: dict[tuple[int, Forward | Shaping], Graph] = {}
         self._hidden: dict[int, torch.Tensor] = {}
         self._shared: torch.Tensor | None = None
-        # Made on the host: where there is no memory, PyTorch would load its compiler for an arange.
-        every = np.arange(self.sizes[-1] + 1, dtype=np.int32)
-        self.offsets = device.zeros((len(every),), torch.int32)
-        device.upload(every * width, self.offsets)
-        self.sequences = device.zeros((len(every[1:]) * width,), torch.int32)
-        device.upload(every[:-1].repeat(width), self.sequences)
-        if width > 1:
-            nth = np.arange(width, dtype=np.int32)
-            self._nth = device.upload(nth[1:])  # [K], each draft's place
-            # [width, K], whether a draft is before a point
-            self._earlier = device.upload(nth[:-1] < nth[:, None])
+        self.sequences, self.offsets = equal_sequences(device, self.sizes[-1], width)
 
     @property
     def captured(self) -> set[tuple[int, Forward | Shaping]]:
@@ -147,19 +136,15 @@ class DecodeGraphs:
     def points(self, size: int) -> Points:
         """Every token of the step in `staging` as a point, drafts as they were computed."""
         views = self._views_of(size)
-        inputs, width = views.inputs, self.width
-        rows = inputs.rows
-        if width == 1:
-            drafts = before = rows.new_empty((size, 0))
-        else:
-            ids = inputs.input_ids.view(size, width)[:, 1:]
-            drafts = torch.where(self._nth < views.num_tokens[:, None], ids, PENDING)
-            before = torch.where(self._earlier, drafts[:, None], PENDING).flatten(0, 1)
-            rows = rows.index_select(0, views.sequences)
+        inputs = views.inputs
+        rows, positions, drafts, before = prepare_points(
+            inputs.input_ids, inputs.positions, inputs.rows, views.num_tokens
+        )
         return Points(
             tokens=None,
             ids=inputs.input_ids,
             rows=rows,
+            positions=positions,
             first=inputs.cu_seqlens_q[:-1],
             sequence_rows=inputs.rows,
             drafts=drafts,
@@ -198,12 +183,11 @@ class DecodeGraphs:
     def _call_sampling(self, size: int, shaping: Shaping) -> None:
         views = self._views_of(size)
         tokens, accepted, _ = self._sampler.draw(
-            self._hidden[size], views.inputs.positions, self.points(size), shaping, views.masks
+            self._hidden[size], self.points(size), shaping, views.masks
         )
-        if self.width == 1:
-            views.sampled.copy_(tokens)
-        else:
-            torch.cat([tokens, accepted], out=views.sampled)
+        views.sampled[: len(tokens)].copy_(tokens)
+        if self.width > 1:
+            views.sampled[len(tokens) :].copy_(accepted)
 
 
 class _Views:

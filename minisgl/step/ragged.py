@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from minisgl.device import Device
 from minisgl.kernels.advance import prepare_inputs
 from minisgl.layers.attention import ForwardInputs
 from minisgl.step.kv_pool import KVPool
@@ -27,6 +28,16 @@ def ragged_sections(
     sequences = np.repeat(np.arange(len(widths), dtype=np.int32), widths)
     parts = (token_ids, sequences, offsets, rows, starts, num_tokens)
     return dict(zip(RAGGED, parts, strict=True))
+
+
+def equal_sequences(device: Device, most: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences [most * width] and offsets [most + 1] of sequences of `width` tokens each."""
+    # Made on the host: where there is no memory, PyTorch would load its compiler for an arange.
+    every = np.arange(most + 1, dtype=np.int32)
+    sequences = device.zeros((most * width,), torch.int32)
+    offsets = device.zeros((most + 1,), torch.int32)
+    device.upload(every[:-1].repeat(width), sequences)
+    return sequences, device.upload(every * width, offsets)
 
 
 def ragged_inputs(

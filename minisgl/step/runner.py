@@ -185,10 +185,8 @@ class Runner:
                 points = graphs.points(packed.num_sequences)
             elif packed.num_points:
                 assert step.input_ids is not None
-                points = Points.of(packed, step.sent, step.input_ids)
-            step.sampled = self._sampler(
-                packed, step.sent, step.hidden, step.positions, points, masks
-            )
+                points = Points.of(packed, step.sent, step.input_ids, step.positions)
+            step.sampled = self._sampler(packed, step.sent, step.hidden, points, masks)
         step.hidden = step.positions = step.input_ids = step.sent = None
         step.num_recordings += device.num_recordings
         step.events.append(self._device.record())

@@ -69,20 +69,24 @@ class Points:
     tokens: torch.Tensor | None  # [N padded] int32, those of the step's tokens; None = all of them
     ids: torch.Tensor  # [N] int32, their ids
     rows: torch.Tensor  # [N] int32
+    positions: torch.Tensor  # [N] int64, behind the points: where the new tokens will stand
     first: torch.Tensor  # [M] int32, where each sequence's points begin
     sequence_rows: torch.Tensor  # [M] int32
     drafts: torch.Tensor  # [M, K] int32, PENDING after a sequence's own
     before: torch.Tensor  # [N, K] int32, the drafts before each point
 
     @classmethod
-    def of(cls, step: PackedBatch, sent: Sent, input_ids: torch.Tensor) -> "Points":
-        """Those of a ragged step with tokens `input_ids` [T]."""
+    def of(
+        cls, step: PackedBatch, sent: Sent, input_ids: torch.Tensor, positions: torch.Tensor
+    ) -> "Points":
+        """Those of a ragged step with tokens `input_ids` at `positions` [T]."""
         points, count, k = sent["points"], len(step.sampling), step.max_drafts
-        none = points.new_empty((0,))
+        none, own = points.new_empty((0,)), points[: step.num_points]
         return cls(
             tokens=points,
-            ids=input_ids.index_select(0, points[: step.num_points]),
+            ids=input_ids.index_select(0, own),
             rows=sent["point_rows"],
+            positions=positions.index_select(0, own) + 1,
             first=sent["first"],
             sequence_rows=sent["sampled_rows"],
             drafts=sent.get("drafts", none).view(count, k),
@@ -126,11 +130,10 @@ class Sampler:
         step: PackedBatch,
         sent: Sent,
         hidden: torch.Tensor,
-        positions: torch.Tensor,
         points: Points | None,
         masks: GrammarMasks | None,
     ) -> Sampled:
-        """hidden: [T, H]; positions: [T] int64 of the step's tokens; points: None for no points."""
+        """hidden: [T, H]; points: None for no points."""
         device, sampled = self._device, Sampled()
         first = 0
         for request in step.prompt_logprobs:
@@ -148,7 +151,7 @@ class Sampler:
             index, bits = packed.tensor_split((len(masks.indices),))
             on_device = Masks(index, bits.view(-1, words))
         asked = sent.get("asked")
-        tokens, accepted, raw = self.draw(hidden, positions, points, shaping, on_device, asked)
+        tokens, accepted, raw = self.draw(hidden, points, shaping, on_device, asked)
         if not self.draws:
             return sampled
         drawn = torch.cat([tokens, accepted]) if step.max_drafts else tokens
@@ -161,7 +164,6 @@ class Sampler:
     def draw(
         self,
         hidden: torch.Tensor,
-        positions: torch.Tensor,
         points: Points,
         shaping: Shaping,
         masks: Masks | None = None,
@@ -174,13 +176,11 @@ class Sampler:
         rows, count = self._rows, len(points.rows)
         if points.tokens is not None:
             hidden = hidden.index_select(0, points.tokens)
-            positions = positions.index_select(0, points.tokens[:count])
         logits = self._logits(hidden)[:count]
-        positions = positions + 1  # where the new tokens will stand
         raw = None
         if self.draws:
             raw = None if asked is None else logits.index_select(0, asked)
-            tokens = self._choose(logits, positions, points, shaping, masks)
+            tokens = self._choose(logits, points, shaping, masks)
         else:
             tokens = points.rows.new_empty(count)
         tokens = self._comm.broadcast(tokens)
@@ -189,21 +189,19 @@ class Sampler:
             points.first,
             points.sequence_rows,
             points.drafts,
-            positions,
+            points.positions,
             rows.last,
             rows.lengths,
             rows.counts,
             rows.counted,
+            points.ids if self._keeps_previous else None,
+            rows.previous if self._keeps_previous else None,
         )
-        if self._keeps_previous:
-            before = points.ids.index_select(0, points.first + accepted)
-            rows.previous.index_copy_(0, points.sequence_rows.long(), before)
         return tokens, accepted, raw
 
     def _choose(
         self,
         logits: torch.Tensor,
-        positions: torch.Tensor,
         points: Points,
         shaping: Shaping,
         masks: Masks | None,
@@ -214,7 +212,7 @@ class Sampler:
             adjust_logits(
                 logits,
                 points.rows,
-                positions,
+                points.positions,
                 rows.params,
                 rows.bias_ids,
                 rows.bias_values,
@@ -224,7 +222,7 @@ class Sampler:
         if shaping is Shaping.MASKED:
             assert masks is not None
             mask_logits(logits, masks.indices, masks.bits)
-        tokens: torch.Tensor = sample(logits, points.rows, positions, rows.params)
+        tokens: torch.Tensor = sample(logits, points.rows, points.positions, rows.params)
         return tokens
 
     def _prompt_logprobs(

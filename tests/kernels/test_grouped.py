@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from minisgl import csrc
+from minisgl.kernels.embedding import embedding
 from minisgl.kernels.grouped_linear import panels
 from minisgl.kernels.grouped_linear.weights import Grouped, quantized, quantized_reference
-from minisgl.kernels.matrix import embedding, packed, product, tensors, unpacked
+from minisgl.kernels.matrix import packed, product, tensors, unpacked
 from minisgl.layers.weights import Block
 from tests.models.driver import Paged
 from tests.world.tiny import tiny_decoder

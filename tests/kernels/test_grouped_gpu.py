@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from minisgl.kernels.config import fixed_order, target
+from minisgl.kernels.embedding import embedding
 from minisgl.kernels.grouped_linear import grouped_linear
 from minisgl.kernels.grouped_linear.blocks import packed
 from minisgl.kernels.grouped_linear.portable import grouped_linear_portable, part_count
 from minisgl.kernels.grouped_linear.weights import Grouped
-from minisgl.kernels.matrix import embedding, unpacked
+from minisgl.kernels.matrix import unpacked
 from minisgl.kernels.moe import moe_experts
 from minisgl.kernels.moe.portable import moe_experts_portable
 from tests.kernels.cards import check

@@ -15,9 +15,10 @@ from minisgl.kernels.attention import attention
 from minisgl.kernels.attention.paged import paged_case
 from minisgl.kernels.cascade import cascade, cascade_case
 from minisgl.kernels.decode import decode
+from minisgl.kernels.embedding import embedding
 from minisgl.kernels.grouped_linear.panels import GroupedPanels
 from minisgl.kernels.linear import linear
-from minisgl.kernels.linear.panels import LARGE, Panels, embedding, packed
+from minisgl.kernels.linear.panels import LARGE, Panels, packed
 from minisgl.kernels.matrix import unpacked
 from minisgl.kernels.moe import moe_experts, moe_route_reference, packed_experts
 from minisgl.kernels.op import Case, Op, all_ops
@@ -38,6 +39,11 @@ NATIVE_OPS = (
     "prepare_inputs",
     "accept_and_advance",
     "moe_route",
+    "embedding",
+    "prepare_points",
+    "prepare_proposals",
+    "keep_proposals",
+    "cap_logits",
     "adjust_logits",
     "mask_logits",
     "sample",
@@ -98,7 +104,7 @@ def test_the_tokens_of_one_sequence_may_be_a_number_expanded() -> None:
     read = (ints(-1, 5), sequences, ints(0, 2), ints(1), ints(-1), ints(2), ints(7, 8), ints(3, 4))
     pages = torch.arange(8, dtype=torch.int32).view(2, 4)
     written = [ints(-7, -7), ints(-7, -7).long(), ints(-7, -7).long(), ints(-7)]
-    with patch("minisgl.kernels.advance.cpu.prepare_inputs_reference", side_effect=AssertionError):
+    with patch("minisgl.kernels.advance.cpu.prepare_inputs_twin", side_effect=AssertionError):
         prepare_inputs(*written, *read, pages, 2)
     assert [tensor.tolist() for tensor in written] == [[8, 5], [4, 5], [12, 13], [6]]
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from minisgl import csrc
+from minisgl.kernels.embedding import embedding
 from minisgl.kernels.grouped_linear import grouped_linear
 from minisgl.kernels.grouped_linear.panels import GroupedPanels
 from minisgl.kernels.grouped_linear.weights import Grouped
-from minisgl.kernels.matrix import embedding, packed
+from minisgl.kernels.matrix import packed
 from tests.kernels.cards import check
 from tests.world.codes import random_codes
 from tests.world.levels import at, levels

@@ -213,7 +213,7 @@ class Rank(Communicator):
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         raise AssertionError
 
-    def gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    def gather(self, x: torch.Tensor, width: int | None = None) -> torch.Tensor:
         raise AssertionError
 
 

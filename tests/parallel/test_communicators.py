@@ -119,10 +119,13 @@ def test_a_norm_of_the_sum_is_the_norm_of_the_sum(ranks: Ranks, unit_offset: boo
 
 
 def test_rank_0_gathers_and_is_heard(ranks: Ranks) -> None:
-    for shape, dim in [((4, 3), -1), ((2, 5), 0), ((1, SLOT_BYTES // 4 + 1), 1)]:
+    long = SLOT_BYTES // 8 + 1  # a row ends in the middle of what is sent at once
+    for shape, cut in [((4, 3), 0), ((4, 3), 2), ((5,), 1), ((2, 5), 6), ((3, long), 3)]:
         given = inputs(ranks.size, shape, torch.float32)
-        joined = ranks.run(lambda comm, g=given, d=dim: comm.gather(g[comm.rank], d))
-        assert torch.equal(joined[0], torch.cat(given, dim))
+        width = ranks.size * shape[-1] - cut
+        joined = ranks.run(lambda comm, g=given, w=width: comm.gather(g[comm.rank], w))
+        assert torch.equal(joined[0], torch.cat(given, -1)[..., :width])
+        assert joined[0].is_contiguous()
         assert torch.equal(joined[1], given[1])
         ids = [torch.arange(7, dtype=torch.int32) + 100 * rank for rank in range(ranks.size)]
         for heard in ranks.run(lambda comm, ids=ids: comm.broadcast(ids[comm.rank].clone())):

@@ -246,10 +246,10 @@ def test_nothing_moves_once_it_is_captured(model, executors, monkeypatch):
     replayed: list[tuple[int, int]] = []
     draw, sample = Sampler.draw, DecodeGraphs.sample
 
-    def watched_draw(sampler, hidden, positions, points, shaping, given, *others):
+    def watched_draw(sampler, hidden, points, shaping, given, *others):
         if shaping is Shaping.MASKED and replayed:
             masks[replayed[-1]].add((given.indices.data_ptr(), given.bits.data_ptr()))
-        return draw(sampler, hidden, positions, points, shaping, given, *others)
+        return draw(sampler, hidden, points, shaping, given, *others)
 
     def watched_sample(graphs, step, masks):
         replayed.append((step.num_sequences, graphs.width))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from minisgl.core.batch import PENDING, Batch, Chunk, RowSetup
 from minisgl.core.request import SamplingParams
 from minisgl.device import CpuDevice
-from minisgl.kernels.advance import accept_and_advance, prepare_inputs
+from minisgl.kernels.advance import accept_and_advance, prepare_inputs, prepare_points
 from minisgl.step.inputs import (
     PackedBatch,
     Sent,
@@ -20,6 +20,7 @@ from minisgl.step.inputs import (
 )
 from minisgl.step.rows import HostRows, RowBuffers
 from minisgl.step.sizes import Geometry, decode_words, padded_size
+from tests.kernels.cards import tensors
 
 ROWS, PAGES, VOCAB = 9, 6, 50
 
@@ -219,6 +220,8 @@ def test_rows_advance_by_what_was_accepted(case):
         grown = a["counts"][row] - before[row]
         new = tokens[first : first + want + 1] if a["counted"][row] else []
         assert grown.tolist() == np.bincount(np.array(new, int), minlength=37).tolist()
+        if "previous" in a:
+            assert a["previous"][row] == a["ids"][first + want]
         touched.add(row)
     others = [row for row in range(len(before)) if row not in touched]
     assert torch.equal(a["counts"][others], before[others])
@@ -260,7 +263,9 @@ def test_prompt_logprob_targets_are_the_next_prompt_tokens():
     assert found == prompt[1:]
 
 
-@pytest.mark.parametrize("op", [prepare_inputs, accept_and_advance], ids=lambda op: op.name)
+@pytest.mark.parametrize(
+    "op", [prepare_inputs, prepare_points, accept_and_advance], ids=lambda op: op.name
+)
 def test_the_cpu_implementations_equal_their_references(op):
     for case in op.cases:
         for seed in range(5):
@@ -270,7 +275,8 @@ def test_the_cpu_implementations_equal_their_references(op):
             ]
             got = op.implementation("cpu")(*made[0].values())
             want = op.reference(*made[1].values())
-            assert (got is None and want is None) or torch.equal(got, want)
+            for (_, found), (_, wanted) in zip(tensors("", got), tensors("", want), strict=True):
+                assert torch.equal(found, wanted)
             for name, value in made[0].items():
                 if isinstance(value, torch.Tensor):
                     assert value.dtype == made[1][name].dtype

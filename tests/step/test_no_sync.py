@@ -25,7 +25,9 @@ from tests.world.configs import VOCAB
 from tests.world.tiny import make_executor, tiny_decoder
 
 # Kernels have implementations for each device; their references keep to the same rule.
-OPS = ("sample", "adjust_logits", "mask_logits", "prepare_inputs", "accept_and_advance")
+OPS = ("sample", "adjust_logits", "mask_logits")
+OPS += ("prepare_inputs", "prepare_points", "accept_and_advance")
+OPS += ("prepare_proposals", "keep_proposals")
 LAYER_OPS = ("linear", "rmsnorm", "silu_and_mul")
 STAND_INS = (attention, decode, cascade, qkv_prepare)
 

@@ -17,6 +17,7 @@ from minisgl.core.executor import GrammarMasks
 from minisgl.core.speculation import Speculation
 from minisgl.device.cpu import CallPieces, CpuDevice
 from minisgl.kernels.activation import silu_and_mul
+from minisgl.kernels.embedding import embedding
 from minisgl.kernels.linear import linear
 from minisgl.kernels.op import forced
 from minisgl.kernels.qkv_prepare import qkv_prepare
@@ -153,7 +154,7 @@ def test_between_two_pieces_there_is_attention_and_nothing_else(executors, monke
     rest = ["linear", "rmsnorm", "linear", "silu_and_mul", "linear"]
     between = []
     for parts in passes:
-        assert parts[0::2] == [attends, [*rest, *attends], [*rest, "rmsnorm"]]
+        assert parts[0::2] == [["embedding", *attends], [*rest, *attends], [*rest, "rmsnorm"]]
         assert parts[1] == parts[3]
         between.append(tuple(parts[1]))
     kinds = {("attention",), ("decode", "attention"), ("cascade", "attention")}
@@ -207,9 +208,9 @@ class Taped:
 @contextmanager
 def by_references(executor: TinyExecutor):
     """Ops that are native code otherwise, which is not taken down, by what specifies them."""
-    names = (linear.name, rmsnorm.name, silu_and_mul.name, qkv_prepare.name)
+    ops = (embedding, linear, rmsnorm, silu_and_mul, qkv_prepare)
     within, device = ExitStack(), executor.worker.device
-    device.run(within.enter_context, forced(dict.fromkeys(names, "reference")))
+    device.run(within.enter_context, forced(dict.fromkeys((op.name for op in ops), "reference")))
     yield executor.worker
     device.run(within.close)
 

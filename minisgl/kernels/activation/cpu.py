@@ -2,21 +2,24 @@
 
 import torch
 
-from minisgl.device.tape import empty
+from minisgl.device.tape import by_call, empty
 from minisgl.kernels.activation import gelu_tanh_and_mul_reference, silu_and_mul_reference
 from minisgl.kernels.native import model_ops
+
+silu_and_mul_twin = by_call(silu_and_mul_reference)
+gelu_tanh_and_mul_twin = by_call(gelu_tanh_and_mul_reference)
 
 
 def silu_and_mul_cpu(x: torch.Tensor) -> torch.Tensor:
     """See `silu_and_mul_reference`."""
     y = _gated(x, gelu=False)
-    return silu_and_mul_reference(x) if y is None else y
+    return silu_and_mul_twin(x) if y is None else y
 
 
 def gelu_tanh_and_mul_cpu(x: torch.Tensor) -> torch.Tensor:
     """See `gelu_tanh_and_mul_reference`."""
     y = _gated(x, gelu=True)
-    return gelu_tanh_and_mul_reference(x) if y is None else y
+    return gelu_tanh_and_mul_twin(x) if y is None else y
 
 
 def _gated(x: torch.Tensor, gelu: bool) -> torch.Tensor | None:

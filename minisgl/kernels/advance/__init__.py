@@ -1,4 +1,5 @@
-"""A step's inputs made from the state of each row on the device, and that state updated after it.
+"""A step's inputs made from the state of each row on the device, its points, and that state updated
+after it.
 
 A row holds its last sampled token and `lengths`, the position where that token stands (all before
 it are computed). A chunk whose tokens the host has not read starts there, so a step can be planned
@@ -8,6 +9,8 @@ and launched before the one before it is read.
     start_s = starts[s], or lengths[rows[s]] where that is -1
     position_t = start_s + i;  slot_t = page_table[rows[s], position // page_size] * page_size
                                         + position % page_size, or -1 for padding
+`prepare_points`, where every token of a step is sampled behind, for token i of a sequence:
+    the drafts before the point are the sequence's own among its tokens 1 .. i
 `accept_and_advance`, after sampling, for a sequence with drafts d_1 .. d_k and samples s_0 .. s_k:
     accepted = the longest run with d_j = s_{j - 1};  the row's last token is s_accepted
 A draft is right exactly when it is what the target samples there, so the output is the target's
@@ -57,6 +60,27 @@ def prepare_inputs_reference(
     seq_lens.copy_(torch.where(num_tokens > 0, begin + offsets.diff(), 0))
 
 
+def prepare_points_reference(
+    ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, num_tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """For M sequences of 1 + K tokens each, N in all, of which num_tokens [M] int32 are their own.
+
+    ids: [N] int32. positions: [N] int64. rows: [M] int32. Returns each point's row [N] int32 and
+    the position behind it [N] int64; the sequences' drafts [M, K] int32, -1 after their own; and of
+    those the ones before each point [N, K] int32, else -1.
+    """
+    count = len(rows)
+    width = len(ids) // count
+    of_points = rows[:, None].expand(count, width).reshape(-1)
+    if width == 1:
+        none = rows.new_empty((count, 0))
+        return of_points, positions + 1, none, none
+    nth = torch.ones_like(ids[1:width]).cumsum(0)  # without memory an arange takes seconds
+    drafts = torch.where(nth < num_tokens[:, None], ids.view(count, width)[:, 1:], -1)
+    every = (drafts + 1)[:, None].expand(count, width, width - 1)
+    return of_points, positions + 1, drafts, (every.tril(-1) - 1).flatten(0, 1)
+
+
 def accept_and_advance_reference(
     tokens: torch.Tensor,
     first: torch.Tensor,
@@ -67,13 +91,16 @@ def accept_and_advance_reference(
     lengths: torch.Tensor,
     counts: torch.Tensor,
     counted: torch.Tensor,
+    ids: torch.Tensor | None = None,
+    previous: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Update rows by what was sampled; returns how many drafts each accepted, [M] int32.
 
     tokens: [N] int32 samples, sequence m's from index first[m] on. rows: [M] int32, distinct.
     drafts: [M, K] int32, -1 after a sequence's own. positions: [N] int64, where each sample stands.
     In place: last and lengths [R] int32; counts [R, V] int32, one more per new token in rows where
-    counted [R] int32 is not 0.
+    counted [R] int32 is not 0; where ids [N] int32 are given, the tokens that were sampled behind,
+    previous [R] int32, the token before the last one.
     """
     r, begin = rows.long(), first.long()
     k = drafts.shape[1]
@@ -82,12 +109,18 @@ def accept_and_advance_reference(
     accepted = right.int().cumprod(1).sum(1)
     final = begin + accepted
     last[r] = tokens[final]
+    if ids is not None and previous is not None:
+        previous[r] = ids[final]
     lengths[r] = positions[final].int()
     one = (counted[r] != 0).int()
     for j in range(k + 1):
         token = tokens[(begin + j).clamp(max=tokens.shape[0] - 1)].long()
         counts[r, token] += one * (j <= accepted)
     return accepted.int()
+
+
+def _points_cost(ids: torch.Tensor, rows: torch.Tensor, **_: Any) -> Cost:
+    return Cost(bytes=ids.numel() * (24 + 4 * len(ids) // len(rows)), flops=ids.numel() * 2)
 
 
 def _prepare_cost(token_ids: torch.Tensor, **_: Any) -> Cost:
@@ -141,7 +174,23 @@ def _prepare_case(label: str, widths: list[int], padded: int, page_size: int) ->
     return Case(label, make)
 
 
-def _advance_case(label: str, num_drafts: list[int]) -> Case:
+def _points_case(label: str, num_tokens: list[int], width: int) -> Case:
+    def make(
+        device: torch.device, dtype: torch.dtype, generator: torch.Generator
+    ) -> dict[str, Any]:
+        on, count = generator.device, len(num_tokens)
+        ids = torch.randint(0, 99, (count * width,), generator=generator, device=on)
+        positions = torch.randint(0, 99, (count * width,), generator=generator, device=on)
+        rows = torch.randperm(count + 3, generator=generator, device=on)[:count]
+        ints = {"ids": ids, "positions": positions, "rows": rows}
+        ints["num_tokens"] = torch.tensor(num_tokens)
+        kinds = {"positions": torch.int64}
+        return {k: tensor.to(device, kinds.get(k, torch.int32)) for k, tensor in ints.items()}
+
+    return Case(label, make)
+
+
+def _advance_case(label: str, num_drafts: list[int], *, keeps: bool = False) -> Case:
     """Sequence m has num_drafts[m] drafts; a random run of them is what was sampled."""
 
     def make(
@@ -167,6 +216,9 @@ def _advance_case(label: str, num_drafts: list[int]) -> Case:
             "counts": torch.randint(0, 3, (table_rows, vocab), generator=generator, device=on),
             "counted": torch.arange(table_rows) % 2,
         }
+        if keeps:
+            made["ids"] = torch.randint(9, 99, tokens.shape, generator=generator, device=on)
+            made["previous"] = torch.full((table_rows,), -7)
         moved = {name: tensor.to(device, torch.int32) for name, tensor in made.items()}
         return moved | {"positions": moved["positions"].long()}
 
@@ -193,6 +245,19 @@ prepare_inputs = Op(
     ),
     cost=_prepare_cost,
 )
+prepare_points = Op(
+    "prepare_points",
+    prepare_points_reference,
+    implementations=[
+        Implementation("cpu", "cpu", _CPU + "prepare_points_cpu"),
+        Implementation("torch", "cuda", _TORCH + "prepare_points_reference"),
+    ],
+    cases=(
+        _points_case("plain", [1, 1, 0, 1, 1], 1),
+        _points_case("drafts", [4, 0, 1, 3, 2], 4),
+    ),
+    cost=_points_cost,
+)
 accept_and_advance = Op(
     "accept_and_advance",
     accept_and_advance_reference,
@@ -204,6 +269,7 @@ accept_and_advance = Op(
     cases=(
         _advance_case("plain", [0, 0, 0, 0, 0]),
         _advance_case("drafts", [3, 0, 1, 4, 2, 4]),
+        _advance_case("previous", [0, 2, 1, 0], keeps=True),
     ),
     cost=_advance_cost,
 )

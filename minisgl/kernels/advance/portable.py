@@ -159,6 +159,8 @@ def accept_and_advance_portable(
     lengths: torch.Tensor,
     counts: torch.Tensor,
     counted: torch.Tensor,
+    ids: torch.Tensor | None = None,
+    previous: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`accept_and_advance_reference` on a GPU."""
     count, width = drafts.shape
@@ -184,4 +186,6 @@ def accept_and_advance_portable(
             K=width,
             num_warps=1,
         )
+    if ids is not None and previous is not None:
+        previous.index_copy_(0, rows.long(), ids.index_select(0, first + accepted))
     return accepted

@@ -2,7 +2,6 @@
 
 import torch
 
-from minisgl import csrc
 from minisgl.device.tape import by_call, empty
 from minisgl.kernels.grouped_linear import grouped_linear_reference
 from minisgl.kernels.grouped_linear.panels import GroupedPanels
@@ -45,17 +44,3 @@ def grouped_linear_cpu(
         torch.get_num_threads(),
     )
     return y
-
-
-def embedding(ids: torch.Tensor, weight: Grouped | GroupedPanels) -> torch.Tensor:
-    """Rows `ids` [T] of the weight. Returns [T, K]. Raises IndexError for an id without a row."""
-    native = csrc.load("model_ops")
-    if isinstance(weight, GroupedPanels) and native is not None:
-        ids = ids.int().contiguous()
-        rows = empty((len(ids), weight.shape[1]), weight.dtype)
-        is_bf16 = weight.dtype == torch.bfloat16
-        at = ids.data_ptr(), *weight.addresses, rows.data_ptr(), len(ids)
-        native.embed_grouped(*at, *weight.layout, is_bf16)
-        return rows
-    whole = weight.unpacked() if isinstance(weight, GroupedPanels) else weight
-    return whole.chosen(ids).dequantized(weight.dtype)

@@ -8,12 +8,13 @@ fp32 where the CPU has no bf16 arithmetic, without which it is slow.
 import torch
 import torch.nn.functional as F
 
-from minisgl.device.tape import empty
+from minisgl.device.tape import by_call, empty
 from minisgl.kernels.config import batch_invariant
 from minisgl.kernels.linear import linear_reference
 from minisgl.kernels.linear.panels import Dense, Panels
 from minisgl.kernels.native import address, model_ops
 
+linear_twin = by_call(linear_reference)
 MANY_ROWS = 192  # from here on, widening the weights to fp32 for PyTorch costs less than it gains
 BLOCK = 2**22  # weights widened at a time: they stay in the last cache
 
@@ -28,7 +29,7 @@ def linear_cpu(
     n, k = weight.shape
     fits = x.shape[-1] == k and (bias is None or (bias.shape == (n,) and bias.is_contiguous()))
     if native is None or not fits or not values.is_contiguous():
-        return linear_reference(x, weight, bias, wide)
+        return linear_twin(x, weight, bias, wide)
     rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, k).contiguous()
     if isinstance(weight, Panels):
         y = empty((*x.shape[:-1], n), torch.float32 if wide else x.dtype)
@@ -47,7 +48,7 @@ def linear_cpu(
         return y
     if rows.shape[0] >= MANY_ROWS and not batch_invariant():
         if x.dtype == torch.float32 or native.BF16_ARITHMETIC:
-            return linear_reference(x, weight, bias, wide)
+            return linear_twin(x, weight, bias, wide)
         return _widened(rows, weight, bias, wide).view(*x.shape[:-1], n)
     y = empty((*x.shape[:-1], n), torch.float32 if wide else x.dtype)
     native.linear(
@@ -66,6 +67,7 @@ def linear_cpu(
     return y
 
 
+@by_call
 def _widened(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wide: bool
 ) -> torch.Tensor:

@@ -3,10 +3,8 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from minisgl import csrc
-from minisgl.device.tape import empty
 
 WIDTH = 32
 LARGE = 8 * 2**20  # bytes that are too many to unpack in every step, as until the build has ended
@@ -65,16 +63,3 @@ def unpacked(weight: Dense) -> torch.Tensor:
         return weight
     *others, n, k = weight.shape
     return weight.values.transpose(-3, -2).reshape(*others, -1, k)[..., :n, :]
-
-
-def embedding(ids: torch.Tensor, weight: Dense) -> torch.Tensor:
-    """Rows `ids` [T] of the weight. Returns [T, K]. Raises IndexError for an id without a row."""
-    if not isinstance(weight, Panels):
-        return F.embedding(ids, weight)
-    native = csrc.load("model_ops")
-    if native is None:
-        return F.embedding(ids, unpacked(weight))
-    ids, (n, k) = ids.int().contiguous(), weight.shape
-    rows = empty((len(ids), k), weight.values.dtype)
-    native.embed_panels(ids.data_ptr(), weight.values.data_ptr(), rows.data_ptr(), len(ids), n, k)
-    return rows

@@ -1,7 +1,8 @@
-"""From logits to tokens: penalties and biases, grammar masks, filters and the draw itself.
+"""From logits to tokens: caps, penalties and biases, grammar masks, filters and the draw itself.
 
 With logits x of one row, in this order:
 
+    of models that cap them           x = softcap * tanh(x / softcap)
     seen tokens (prompt or output)    x = x / r if x > 0 else x * r             repetition
     output tokens, c times so far     x = x - frequency * c - presence          penalties
     listed tokens                     x = x + bias;  x = -inf while banned      bias, min_tokens
@@ -62,6 +63,11 @@ def column(params: torch.Tensor, name: str) -> torch.Tensor:
     if field_type == np.int64:
         return params.view(torch.int64)[:, offset // 8]
     return params.view(torch.float32 if field_type == np.float32 else torch.int32)[:, offset // 4]
+
+
+def cap_logits_reference(logits: torch.Tensor, softcap: float) -> None:
+    """x = softcap * tanh(x / softcap) in place; logits: [N, V] fp32."""
+    torch.div(logits, softcap, out=logits).tanh_().mul_(softcap)
 
 
 def adjust_logits_reference(
@@ -162,6 +168,10 @@ def fixed_point(weights: torch.Tensor) -> torch.Tensor:
     return (weights.double() * 2.0**32).long()
 
 
+def _cap_cost(logits: torch.Tensor, **_: Any) -> Cost:
+    return Cost(bytes=8 * logits.numel(), flops=8 * logits.numel())
+
+
 def _adjust_cost(logits: torch.Tensor, **_: Any) -> Cost:
     return Cost(bytes=3 * logits.numel() * 4, flops=6 * logits.numel())
 
@@ -194,6 +204,17 @@ def _rows_of(
     positions = torch.randint(1, 9000, (count,), generator=generator, device=on)
     made = {"logits": logits, "rows": rows, "positions": positions}
     return {name: tensor.to(device) for name, tensor in made.items()}
+
+
+def _cap_case(label: str, count: int, vocab: int, softcap: float) -> Case:
+    def make(
+        device: torch.device, dtype: torch.dtype, generator: torch.Generator
+    ) -> dict[str, Any]:
+        logits = _rows_of(count, vocab, device, generator)["logits"] * 20
+        logits[0, :3] = torch.tensor([math.inf, -math.inf, math.nan])
+        return {"logits": logits, "softcap": softcap}
+
+    return Case(label, make)
 
 
 def _sample_case(label: str, count: int, vocab: int, *, tied: bool = False, **fields: Any) -> Case:
@@ -268,6 +289,16 @@ _CPU = "minisgl.kernels.sampling.cpu:"
 _TORCH = "minisgl.kernels.sampling:"
 _TRITON = "minisgl.kernels.sampling."
 
+cap_logits = Op(
+    "cap_logits",
+    cap_logits_reference,
+    implementations=[
+        Implementation("cpu", "cpu", _CPU + "cap_logits_cpu"),
+        Implementation("torch", "cuda", _TORCH + "cap_logits_reference"),
+    ],
+    cases=(_cap_case("V64", 3, 64, 30.0), _cap_case("V131", 5, 131, 7.5)),
+    cost=_cap_cost,
+)
 adjust_logits = Op(
     "adjust_logits",
     adjust_logits_reference,

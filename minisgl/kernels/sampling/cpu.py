@@ -15,6 +15,7 @@ from minisgl.device.tape import by_call, empty
 from minisgl.kernels.sampling import (
     PARAMS,
     SEEN_IN_PROMPT,
+    cap_logits_reference,
     fixed_point,
     mask_logits_reference,
     top_k_threshold,
@@ -24,6 +25,18 @@ from minisgl.kernels.sampling.noise import gumbel, position_keys
 
 FEW = 256  # values looked at first for a top-p threshold
 BLOCK = 1 << 16  # elements of noise at once, so that they stay in cache
+
+
+def cap_logits_cpu(logits: torch.Tensor, softcap: float) -> None:
+    """See `cap_logits_reference`."""
+    native = csrc.load("model_ops")
+    if native is None or not logits.is_contiguous() or logits.dtype != torch.float32:
+        cap_logits_twin(logits, softcap)
+        return
+    native.cap_logits(logits.data_ptr(), *logits.shape, softcap, torch.get_num_threads())
+
+
+cap_logits_twin = by_call(cap_logits_reference)
 
 
 def adjust_logits_cpu(
