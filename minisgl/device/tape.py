@@ -1,10 +1,11 @@
 """Graphs of a CPU: what a function does to static buffers, recorded once and replayed as a tape.
 
 The first replay runs the function and records it: native ops by themselves (`csrc/cpu/tape.h`),
-with the addresses and sizes that they were given; PyTorch's operators as calls of the same operator
-that end in the same memory. A later replay makes these calls, the native ones without Python. What
-it allocates lies in an arena that all tapes of a device share, for they run one after another; like
-a CUDA graph's pool it is reused within a tape as soon as nothing refers to it.
+with the addresses and sizes that they were given; copies of dense memory as such; other operators
+of PyTorch as calls that end in the same memory. A later replay makes these calls, and but for the
+last ones without Python. What it allocates lies in an arena that all tapes of a device share, for
+they run one after another; like a CUDA graph's pool it is reused within a tape as soon as nothing
+refers to it.
 
 A function that decides by the values of its tensors cannot be recorded call by call: `by_call` has
 a tape call the whole of it again.
@@ -134,6 +135,7 @@ class TapeGraph:
         self._function = function
         self._arena = arena
         self._tape: Any = None  # of the native module
+        self.calls: frozenset[str] = frozenset()  # through Python in a replay, by name
 
     def replay(self, *_: object) -> None:
         """Until the native module is built, and while details are traced, runs the function; also
@@ -145,7 +147,7 @@ class TapeGraph:
         elif csrc.load("model_ops") is None:
             self._function()
         else:
-            self._tape = _record(self._function, self._arena)
+            self._tape, self.calls = _record(self._function, self._arena)
             self._arena.num_tapes += 1
 
 
@@ -167,7 +169,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 def by_call(function: Callable[P, R]) -> Callable[P, R]:
     """Decorates what reads its tensors' values on the host: a tape calls it as a whole.
 
-    The log names it when it first goes on a tape: it then has Python run in every such step.
+    The log names it when it first goes on a tape, like operators of PyTorch that do: it then has
+    Python run in every such step.
     """
 
     name = f"{function.__module__}.{function.__qualname__}"
@@ -179,12 +182,11 @@ def by_call(function: Callable[P, R]) -> Callable[P, R]:
             if (calls := _calls.get()) is not None:
                 calls.add(name)
             return function(*args, **kwargs)
-        _named(name)
         with recording.paused():
             context = copy_context()
             result = function(*args, **kwargs)
             again = partial(context.run, function)
-            return recording.note(again, args, kwargs, result)  # type: ignore[no-any-return]
+            return recording.note(name, again, args, kwargs, result)  # type: ignore[no-any-return]
 
     return call
 
@@ -200,8 +202,8 @@ def calls_noted() -> Iterator[set[str]]:
         _calls.reset(token)
 
 
-def _record(function: Callable[[], object], arena: Arena) -> Any:
-    """Run `function`; its tape."""
+def _record(function: Callable[[], object], arena: Arena) -> tuple[Any, frozenset[str]]:
+    """Run `function`; its tape, and the names of what that calls through Python."""
     modules = [module for name in ("model_ops", "rank_ops") if (module := csrc.loaded(name))]
     tape = modules[0].Tape()
     recording = _Recording(tape, arena, modules)
@@ -211,7 +213,7 @@ def _record(function: Callable[[], object], arena: Arena) -> Any:
             function()
     finally:
         _recording.reset(token)
-    return tape
+    return tape, frozenset(recording.calls)
 
 
 class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -223,6 +225,7 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._tape = tape
         self.arena = arena
         self._modules = modules
+        self.calls: set[str] = set()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -262,10 +265,14 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket in EMPTY and result.is_contiguous():
             return self.arena.empty(result.shape, result.dtype)
-        return self.note(func, args, kwargs or {}, result, func._schema.is_mutable)
+        if func == aten.copy_.default and _same_layout(*args[:2]):
+            self._tape.copy(args[0].data_ptr(), args[1].data_ptr(), args[0].nbytes)
+            return result
+        return self.note(str(func), func, args, kwargs or {}, result, func._schema.is_mutable)
 
     def note(
         self,
+        name: str,
         function: Callable[..., Any],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
@@ -290,6 +297,8 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 fresh[i] = self.arena.empty(leaf.shape, leaf.dtype).copy_(leaf)
         if not (fresh or writes):
             return result
+        _named(name)
+        self.calls.add(name)
         alias = partial(tree_map_only, torch.Tensor, self.arena.alias)
         own_args, own_kwargs = alias(tuple(args)), alias(dict(kwargs))
         outputs = {i: self.arena.alias(tensor) for i, tensor in fresh.items()}
@@ -325,6 +334,16 @@ def _reads(func: Any, args: Sequence[Any]) -> bool:
     if func.overloadpacket is aten.index:  # by numbers its shape is that of the indices
         return any(index.dtype in (torch.bool, torch.uint8) for index in _tensors(args[1]))
     return not READING.isdisjoint(func.tags)
+
+
+def _same_layout(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether copying is copying bytes."""
+    return (
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and one.is_contiguous()
+        and other.is_contiguous()
+    )
 
 
 def _storage(value: Any) -> int | None:

@@ -68,12 +68,41 @@ def test_the_log_names_once_what_tapes_call(caplog: pytest.LogCaptureFixture) ->
         return torch.tensor(x.tolist())
 
     with caplog.at_level(logging.INFO, "minisgl"), torch.inference_mode():
-        reads(torch.ones(3))
+        x = torch.ones(3)
+        reads(x)
         assert not caplog.messages
         for _ in range(2):
-            TapeGraph(lambda: reads(torch.ones(3)), Arena()).replay()
+            TapeGraph(lambda: reads(x), Arena()).replay()
     [message] = caplog.messages
     assert "test_the_log_names_once_what_tapes_call.<locals>.reads" in message
+
+
+def test_a_tape_knows_what_it_calls() -> None:
+    """Copies of dense memory are not called: in either direction, of parts, and onto itself."""
+    x, out, wide = torch.arange(12.0).view(3, 4), torch.zeros(3, 4), torch.zeros(3, 4).double()
+
+    def copy() -> None:
+        out[1:].copy_(x[:2])
+        out[:1].copy_(out[2:])
+        x.copy_(x)
+
+    def convert() -> None:
+        wide.copy_(x)
+        wide[:, 1:].copy_(out[:, :3])
+        wide.mul_(2)
+
+    for function, called in ((copy, set()), (convert, {"aten.copy_.default", "aten.mul_.Tensor"})):
+        graph = TapeGraph(function, Arena())
+        with torch.inference_mode():
+            graph.replay()
+            assert graph.calls == called
+            out.fill_(5.0)
+            x.add_(1)
+            graph.replay()
+            found = out.clone(), wide.clone()
+            function()
+        assert torch.equal(found[0], out)
+        assert torch.equal(found[1], wide)
 
 
 def test_tapes_of_many_sizes_share_their_memory() -> None:
