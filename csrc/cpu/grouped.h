@@ -21,6 +21,8 @@ constexpr int QUADS = 8;     // of a block
 constexpr int ROUNDED_ROWS = 8;  // of a tile: with as many sums, in two vectors each, all registers
 #elif defined(__AVX512F__)
 constexpr int ROUNDED_ROWS = 6;
+#elif defined(__AVX2__)
+constexpr int ROUNDED_ROWS = 5;
 #else
 constexpr int ROUNDED_ROWS = 2;
 #endif
@@ -53,13 +55,6 @@ constexpr auto multiply_add_pairs = [](auto a, auto b) {
 constexpr auto multiply_add_bytes = [](auto a, auto b) {
     return (i32x16)_mm512_maddubs_epi16((__m512i)a, (__m512i)b);
 };
-#elif defined(__AVX2__)
-constexpr auto multiply_add_pairs = [](auto a, auto b) {
-    return (Vector<int32_t, 8>)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-};
-constexpr auto multiply_add_bytes = [](auto a, auto b) {
-    return (Vector<int32_t, 8>)_mm256_maddubs_epi16((__m256i)a, (__m256i)b);
-};
 #endif
 
 // sums + the products of four codes of BITS in each lane with four bytes with sign. Those of a block
@@ -72,7 +67,7 @@ inline I add_dots(I sums, U codes, U own) {
     } else {
 #if defined(__AVX512VNNI__)
         return (I)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, (__m512i)own);
-#elif defined(__AVX2__)
+#elif defined(__AVX512BW__)
         typedef int16_t I16 __attribute__((vector_size(sizeof(I))));
         if constexpr (BITS == 4) {  // at most 8 quads of 2 * 15 * 127
             return (I)((I16)sums + (I16)multiply_add_bytes(codes, own));
@@ -91,7 +86,7 @@ inline I add_dots(I sums, U codes, U own) {
 
 template <int BITS, class I>
 inline I summed(I dots) {
-#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+#if defined(__AVX512BW__) && !defined(__AVX512VNNI__)
     if constexpr (IN_HALVES<I>) {
         return {summed<BITS>(dots.low), summed<BITS>(dots.high)};
     } else if constexpr (BITS == 4) {
@@ -184,6 +179,91 @@ struct Rounded {
 
 // sums [MT, 32]: of rounded rows from `row` on, which are a tile, and of a panel of weights. Meanwhile
 // `lines` lines of 64 bytes a block are brought into the second cache from `ahead` on.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+typedef int16_t i16x16 __attribute__((vector_size(32)));
+using f32x8 = Vector<float, 8>;
+using i32x8 = Vector<int32_t, 8>;
+using u32x8 = Vector<uint32_t, 8>;
+
+inline f32x8 load8(const float *p) { return load_as<f32x8>(p); }
+inline f32x8 load8(const half *p) { return (f32x8)_mm256_cvtph_ps(load_as<__m128i>(p)); }
+
+inline i16x16 multiply_add_bytes(u32x8 codes, u32x8 own) {
+    return (i16x16)_mm256_maddubs_epi16((__m256i)codes, (__m256i)own);
+}
+inline i32x8 add_pairs(i16x16 dots, int16_t times) {
+    return (i32x8)_mm256_madd_epi16((__m256i)dots, _mm256_set1_epi16(times));
+}
+
+// The same without products of bytes that are added to sums of 32 bits. Pairs of them are added up in 16 bits,
+// which hold a block's of codes of 4 bits, at most 16 * 15 * 127; a code of 8 is taken as two of 4, which are
+// put together behind the block. These sums fill the registers: those in fp32 lie in the first cache.
+template <int MT, class W>
+[[gnu::noinline]] void rounded_tile(const W &w, Index panel, const Rounded &x, Index row, float *out,
+                                    const uint8_t *ahead, int lines) {
+    constexpr int EIGHTS = 8 / W::BITS;  // of columns at a time; of inputs in a byte
+    const Index blocks = w.k / BLOCK, per_group = w.group / BLOCK, first = w.scale_at(panel, 0);
+    const uint8_t *codes = w.panel(panel);
+    const int8_t *own = x.codes + row * w.k;
+    const float *own_scales = x.scales + row * blocks, *own_sums = x.sums + row * blocks;
+    std::fill_n(out, MT * WIDTH, 0.0f);
+    for (Index b = 0; b < blocks; ++b) {
+        for (int i = 0; i < lines; ++i) __builtin_prefetch(ahead + b * W::BLOCK_BYTES + i * 64, 0, 2);
+        const Index s = first + b / per_group * WIDTH;
+        for (int c = 0; c < WIDTH; c += EIGHTS * 8) {
+            i16x16 dots[MT][2] = {};
+#pragma GCC unroll 8
+            for (int q = 0; q < QUADS / EIGHTS; ++q)
+#pragma GCC unroll 2
+                for (int half = 0; half < EIGHTS; ++half) {
+                    u32x8 parts[2];
+                    for (int p = 0; p < 2; ++p) {
+                        const int eight = W::BITS == 4 ? p : 0, shift = W::BITS == 4 ? half : p;
+                        const auto quads = load_as<u32x8>(codes + (q * WIDTH + c + eight * 8) * 4);
+                        parts[p] = quads >> 4 * shift & 0x0f0f0f0f;
+                    }
+#pragma GCC unroll 16
+                    for (int t = 0; t < MT; ++t) {
+                        const auto four = load_as<uint32_t>(own + t * BLOCK + q * 4 + half * 16);
+                        for (int p = 0; p < 2; ++p) {
+                            i16x16 sum = dots[t][p] + multiply_add_bytes(parts[p], filled<u32x8>(four));
+                            asm("" : "+x"(sum));  // one after another: a tree would need more registers
+                            dots[t][p] = sum;
+                        }
+                    }
+                }
+            const auto add = [&](auto minimums) {
+                f32x8 scales[EIGHTS], least[EIGHTS];
+                for (int p = 0; p < EIGHTS; ++p) {
+                    scales[p] = load8(w.scales + s + c + p * 8);
+                    if constexpr (minimums) least[p] = load8(w.minimums + s + c + p * 8);
+                }
+#pragma GCC unroll 16
+                for (int t = 0; t < MT; ++t) {
+                    const float own_scale = own_scales[t], own_sum = own_sums[t];
+                    for (int p = 0; p < EIGHTS; ++p) {
+                        i32x8 dot = add_pairs(dots[t][p], 1);
+                        if constexpr (W::BITS == 8) dot += add_pairs(dots[t][1], 16);
+                        f32x8 whole = converted<f32x8>(dot);
+                        if constexpr (minimums)
+                            whole = whole * scales[p] + least[p] * own_sum;
+                        else
+                            whole = (whole + own_sum) * scales[p];
+                        float *to = out + t * WIDTH + c + p * 8;
+                        store_as(to, load_as<f32x8>(to) + whole * own_scale);
+                    }
+                }
+            };
+            if (w.minimums)
+                add(std::true_type{});
+            else
+                add(std::false_type{});
+        }
+        codes += W::BLOCK_BYTES;
+        own += MT * BLOCK, own_scales += MT, own_sums += MT;
+    }
+}
+#else
 template <int MT, class W>
 [[gnu::noinline]] void rounded_tile(const W &w, Index panel, const Rounded &x, Index row, float *out,
                                     const uint8_t *ahead, int lines) {
@@ -239,6 +319,7 @@ template <int MT, class W>
     for (int t = 0; t < MT; ++t)
         for (int v = 0; v < 2; ++v) store16(out + t * WIDTH + v * 16, sums[t][v]);
 }
+#endif
 
 // A panel in floats, [k, 32].
 template <class W>

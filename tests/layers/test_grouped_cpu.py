@@ -72,7 +72,7 @@ def test_a_row_has_one_result_in_any_batch(bits: int, activations: Any, level: s
     x = torch.randn(350, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
     with at(level):
         whole = grouped_linear(x, panels)
-        for start, end in ((0, 1), (3, 5), (7, 23), (100, 349)):
+        for start, end in ((0, 1), (3, 5), (5, 8), (7, 23), (100, 349)):
             assert torch.equal(grouped_linear(x[start:end], panels), whole[start:end])
 
 
