@@ -7,7 +7,7 @@ to the bit what dequantising gives; but Q6_K's groups have 16, so it is rounded 
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from gguf import GGMLQuantizationType, dequantize
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
 Array = np.ndarray
 Groups = tuple[Array, Array, Array]  # codes uint8 [B, 32], scales and minimums fp32, one for 32
@@ -30,6 +30,18 @@ def grouped(rows: Array, kind: GGMLQuantizationType) -> Groups:
         codes, scales, minimums = read(rows.reshape(-1, size))
     count = len(rows)
     return codes.reshape(count, -1), scales.reshape(count, -1), minimums.reshape(count, -1)
+
+
+def first_infinite(rows: Array, kind: GGMLQuantizationType) -> tuple[int, int, float] | None:
+    """Row, block in it and value of the first scale or minimum in fp16 that is not finite, of rows
+    [N, bytes of a row] of a quantised type; None where all are, or it has no such numbers."""
+    found = []
+    for first in _NUMBERS.get(kind.name, ()):
+        size = GGML_QUANT_SIZES[kind][1]
+        numbers = _halves(rows.reshape(-1, size), first)
+        if len(wrong := np.flatnonzero(~np.isfinite(numbers))):
+            found.append((*divmod(int(wrong[0]), rows.shape[1] // size), float(numbers[wrong[0]])))
+    return min(found, default=None)
 
 
 def _halves(blocks: Array, first: int) -> Array:
@@ -107,4 +119,10 @@ _LAYOUTS: Mapping[str, tuple[int, Callable[[Array], Groups]]] = {
     "Q8_0": (34, _q8_0),
     "Q4_K": (144, _q4_k),
     "Q5_K": (176, _q5_k),
+}
+# Bytes of a block where its numbers in fp16 begin.
+_NUMBERS: Mapping[str, tuple[int, ...]] = {
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0"), (0,)),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    "Q6_K": (208,),
 }

@@ -127,7 +127,7 @@ class GgufSlice:
     def blocks(self, first: int, stop: int) -> np.ndarray:
         """Rows of the file as they are stored, uint8 [rows, bytes of a row].
 
-        Raises ValueError where the file has become shorter.
+        Raises ValueError where the file has become shorter, or a scale is not finite.
         """
         size, start = (
             self.info.row_bytes,
@@ -137,7 +137,14 @@ class GgufSlice:
         found = np.fromfile(self.file.path, np.uint8, count, offset=start)
         if len(found) != count:
             raise ValueError(f"{self.file.path} has become shorter: {self.info.name} is cut off")
-        return found.reshape(-1, size)
+        rows = found.reshape(-1, size)
+        if (wrong := blocks.first_infinite(rows, self.info.type)) is not None:
+            row, block, value = wrong
+            where = f"block {block} of row {self.first + first + row}"
+            raise ValueError(
+                f"{self.file.path}: {self.info.name} has a scale of {value:g} in {where}"
+            )
+        return rows
 
     def _dequantised(self, first: int, stop: int) -> np.ndarray:
         return dequantize(self.blocks(first, stop), self.info.type)

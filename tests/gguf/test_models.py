@@ -10,7 +10,9 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 
-from minisgl.gguf.blocks import grouped
+from minisgl.config import Bits
+from minisgl.gguf.blocks import first_infinite, grouped
+from minisgl.gguf.header import read_gguf
 from minisgl.kernels.grouped_linear.weights import Grouped
 from minisgl.kernels.matrix import unpacked
 from minisgl.layers.weights import Placement
@@ -28,12 +30,14 @@ CPU = torch.device("cpu")
 
 
 def load(
-    path: Path, comm: Communicator | None = None, dtype: torch.dtype = torch.float32
+    path: Path,
+    comm: Communicator | None = None,
+    dtype: torch.dtype = torch.float32,
+    weights: Bits = "auto",
 ) -> Decoder:
     at = Placement(dtype, CPU, comm or Communicator())
-    return load_model(
-        ModelConfig.from_hf(path), path, at, quantization=Quantization("auto", "auto")
-    )
+    asked = Quantization(weights, weights)
+    return load_model(ModelConfig.from_hf(path), path, at, quantization=asked)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -113,3 +117,34 @@ def test_blocks_of_256_are_the_weights_to_the_bit_but_of_q6_k() -> None:
         exact = torch.from_numpy(gguf.dequantize(rows, kind))
         error = ((found - exact).square().mean() / exact.square().mean()).sqrt()
         assert error == 0 if name != "Q6_K" else 0 < error < 0.006
+
+
+@pytest.mark.parametrize("weights", ["auto", "none"])
+@pytest.mark.parametrize("wrong", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize(("kind", "first"), [(Type.Q8_0, 0), (Type.Q4_0, 0), (Type.Q4_1, 2)])
+def test_scales_that_are_no_numbers_are_refused(
+    kind: Type, first: int, wrong: float, weights: Bits, tmp_path: Path
+) -> None:
+    make_gguf("llama2", path := tmp_path / "model.gguf", kind)
+    info = read_gguf(path).tensors["blk.1.attn_k.weight"]
+    with path.open("r+b") as file:
+        file.seek(info.start + 5 * info.row_bytes + 2 * gguf.GGML_QUANT_SIZES[kind][1] + first)
+        file.write(np.array(wrong, "<f2").tobytes())
+    where = rf"blk\.1\.attn_k\.weight has a scale of {wrong:g} in block 2 of row 5"
+    with pytest.raises(ValueError, match=where):
+        load(path, weights=weights)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"])
+def test_every_scale_is_looked_at(name: str) -> None:
+    """Each half in turn that makes a weight infinite or no number, among all halves of a block."""
+    kind = Type[name]
+    stored = np.ones((3, 2, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
+    assert first_infinite(stored.reshape(3, -1), kind) is None
+    for at in range(0, stored.shape[-1], 2):
+        changed = stored.copy()
+        changed[2, 1, at : at + 2] = 0, 0x7C
+        rows = changed.reshape(3, -1)
+        with np.errstate(all="ignore"):
+            finite = np.isfinite(gguf.dequantize(rows, kind)).all()
+        assert first_infinite(rows, kind) == (None if finite else (2, 1, np.inf))
