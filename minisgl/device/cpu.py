@@ -229,6 +229,12 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2 * MMAP_THRESHOLD)
 
 
+def give_back_freed_memory() -> None:
+    """Return to the system what the C library keeps of what is free by now."""
+    with suppress(OSError, AttributeError):  # of another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Zeros whose pages are committed at first touch; large ones in huge pages, where there are
     such: a fault for every 4 KiB of KV takes a tenth of a prompt's time."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import torch
 from tqdm import tqdm
 
+from minisgl.device.cpu import give_back_freed_memory
 from minisgl.layers.weights import Block, Placement, Weight
 from minisgl.log import get_logger, shows_progress
 from minisgl.models.config import ModelConfig
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-OPENED_FOR = 2**24  # weights: what is read of a file is this process's memory until it is closed
+OPENED_FOR = 2**22  # weights: what is read of a file is this process's memory until it is closed
 
 T = TypeVar("T")
 # A safetensors file, or what is read like an open one.
@@ -70,6 +71,7 @@ def load_model(
     for block in progress(decoder.blocks(), "loading weights", "layer"):
         _fill(block, stored, asked)
         block.pack()
+        give_back_freed_memory()  # what lies between the pieces that stay adds up
     return decoder
 
 

@@ -1,6 +1,7 @@
 """The CPU as a device: order, events, failures, an end that may come twice."""
 
 import math
+import mmap
 import subprocess
 import sys
 import threading
@@ -14,7 +15,13 @@ import pytest
 import torch
 
 from minisgl.device import CpuDevice, pick_device
-from minisgl.device.cpu import default_num_threads, lazy_zeros, left_of_quota
+from minisgl.device.cpu import (
+    default_num_threads,
+    give_back_freed_memory,
+    keep_freed_memory,
+    lazy_zeros,
+    left_of_quota,
+)
 
 
 def streams() -> set[threading.Thread]:
@@ -153,6 +160,21 @@ def test_graph_replays_on_static_buffers(device: CpuDevice):
 
 def test_memory_is_measured(device: CpuDevice):
     assert 0 < device.free_memory() < 2**50
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_freed_memory_between_what_stays_is_given_back():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    keep_freed_memory()
+    parts = [(np.ones(2**17), np.ones(100)) for _ in range(64)]
+    held = resident()
+    kept = [small for _, small in parts]
+    del parts
+    give_back_freed_memory()
+    assert held - resident() > 48 * 2**20
+    assert len(kept) == 64
 
 
 def test_files_in_the_page_cache_are_free_in_a_container(tmp_path: Path):

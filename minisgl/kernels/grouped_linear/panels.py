@@ -4,6 +4,7 @@ Nothing is lost: codes have 4 bits where none needs more, scales and minimums 16
 numbers of fp16, and minimums that follow from scales are left out.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -91,22 +92,32 @@ def packed(weight: Grouped) -> Grouped | GroupedPanels:
     if csrc.load("model_ops", wait=True) is None:
         return weight
     bits, padded = 4 if int(weight.codes.max()) <= 15 else 8, -n % WIDTH
-    follow = torch.equal(weight.minimums, -(2.0 ** (bits - 1)) * weight.scales)
-    numbers = [weight.scales] if follow else [weight.scales, weight.minimums]
-    halves = [each.half() for each in numbers]
-    small = all(
-        torch.equal(half.float(), each) and bool(half.isfinite().all())
-        for half, each in zip(halves, numbers, strict=True)
+    least = -(2.0 ** (bits - 1))
+    follow = _hold(
+        lambda low, scale: torch.equal(low, least * scale), weight.minimums, weight.scales
     )
+    numbers = [weight.scales] if follow else [weight.scales, weight.minimums]
+    small = all(_hold(_in_half, each) for each in numbers)
 
     def in_panels(rows: torch.Tensor) -> torch.Tensor:
-        rows = F.pad(rows, (0, 0, 0, padded))
+        rows = F.pad(rows, (0, 0, 0, padded)) if padded else rows
         panels = rows.view(*others, -1, WIDTH, rows.shape[-1]).transpose(-1, -2)
         return _in_huge_pages(panels, torch.float16 if small else torch.float32)
 
     minimums = None if follow else in_panels(weight.minimums)
     made = in_panels(weight.scales), minimums, n, weight.dtype, weight.activations
     return GroupedPanels(_packed_codes(weight.codes, bits), *made)
+
+
+def _hold(test: Callable[..., bool], *numbers: torch.Tensor) -> bool:
+    """Whether a test of numbers [..., N, K / G] does, some rows after others."""
+    rows = (each.flatten(0, -2).split(_AT_ONCE * WIDTH) for each in numbers)
+    return all(test(*some) for some in zip(*rows, strict=True))
+
+
+def _in_half(numbers: torch.Tensor) -> bool:
+    half = numbers.half()
+    return torch.equal(half.float(), numbers) and bool(half.isfinite().all())
 
 
 def _packed_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
