@@ -33,6 +33,12 @@ constexpr int FLOAT_ROWS = 6;  // whose sums are held in registers
 constexpr int FLOAT_ROWS = 2;
 #endif
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr Index FETCHING_ROWS = 1;  // or more: the next panel is fetched beside their products
+#else
+constexpr Index FETCHING_ROWS = 2;
+#endif
+
 struct half {
     uint16_t bits;
 };
@@ -357,12 +363,12 @@ template <int MT, class T>
 
 // One panel's columns of all m rows, from row `first` of what is rounded on: put(sums [rows, 32], first of
 // the m, rows). Beside them the next panel is fetched, if there is one; a single row asks for nothing but
-// weights, which the CPU then fetches faster by itself.
+// weights, which a CPU with AVX-512 then fetches faster by itself, one without half as fast.
 template <class W, class F>
 void rounded_panel(const W &w, Index panel, const Rounded &x, Index first, Index m, const F &put) {
     constexpr Index LINES = W::BLOCK_BYTES / 64;
     const Index tiles = (m + ROUNDED_ROWS - 1) / ROUNDED_ROWS, lines = (LINES + tiles - 1) / tiles;
-    Index done = m > 1 && panel + 1 < w.panels() ? 0 : LINES;
+    Index done = m >= FETCHING_ROWS && panel + 1 < w.panels() ? 0 : LINES;
     for_tiles<ROUNDED_ROWS>(m, [&](Index row, auto height) {
         constexpr int MT = decltype(height)::value;
         alignas(64) float sums[MT * WIDTH];
