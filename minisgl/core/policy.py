@@ -16,7 +16,7 @@ from minisgl.log import get_logger
 MATCH_WINDOW = 64  # oldest waiting sequences that `lpm` compares
 DECODE_SLOWDOWN = 2.0  # of streams while prompts are computed, if no target says otherwise
 FIXED_SHARE = 0.05  # of a step's time, where it can be chosen
-UNSEEN = 0.01  # seconds of arithmetic in a step: no reader sees that tokens come so far apart
+UNSEEN = 0.015  # seconds of arithmetic in a step: no reader sees that tokens come so far apart
 LEAST_SHARE = 1 / 4  # of the budget, which `decode-first` gives to prompts at least
 LEAST_TOKENS = 2  # of prompts in a step: one for a long prompt, one for a short one beside it
 ALONE_SLOWDOWN = 1.5  # of a stream, by others beside it: no target keeps it below

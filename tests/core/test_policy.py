@@ -19,7 +19,7 @@ from minisgl.core.costmodel import (
 )
 from minisgl.core.executor import Limits
 from minisgl.core.kvcache import KVCache
-from minisgl.core.policy import FAIR, Fairness, TokenBudget
+from minisgl.core.policy import FAIR, UNSEEN, Fairness, TokenBudget
 from minisgl.core.request import Request, SamplingParams
 from minisgl.core.scheduler import Scheduler
 from tests.core.simulation import (
@@ -119,7 +119,7 @@ def test_balanced_fills_a_step_beyond_the_ridge_and_not_far_beyond():
 
 
 def test_balanced_fills_a_small_models_step_until_somebody_would_see_it():
-    """Its decode takes 0.1 ms: whole prompts come beside it, as 10 ms are no gap to a reader."""
+    """Its decode takes 0.1 ms: whole prompts come beside it, as 15 ms are no gap to a reader."""
     model = ModelSizes(
         layers=4, hidden=256, heads=4, kv_heads=2, head_dim=64, intermediate=768, vocab=2048
     )
@@ -130,7 +130,7 @@ def test_balanced_fills_a_small_models_step_until_somebody_would_see_it():
         filled, more = (
             costs.cost(decode + prefill_work(n, start)).compute_seconds for n in (count, count + 1)
         )
-        assert filled <= 0.01 < more
+        assert filled <= UNSEEN < more
         assert count > 150
 
 
