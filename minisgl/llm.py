@@ -68,7 +68,8 @@ class LLM:
     the process that made it raise RuntimeError.
 
     Prompts go first here, unless `batch_policy` or `itl_target_ms` is given: a list is done sooner
-    when its decode steps are full, and nobody reads it meanwhile.
+    when its decode steps are full, and nobody reads it meanwhile. Of streams that are read in
+    turns, a new one's prompt then holds up the others until it is computed.
 
     Where torch is imported before this class, it is slow on a CPU that other programs keep busy:
     its threads then wait long for each other. Import this first, or set GOMP_SPINCOUNT=1000.

@@ -363,10 +363,11 @@ template <int MT, class T>
 
 // One panel's columns of all m rows, from row `first` of what is rounded on: put(sums [rows, 32], first of
 // the m, rows). Beside them the next panel is fetched, if there is one; a single row asks for nothing but
-// weights, which a CPU with AVX-512 then fetches faster by itself, one without half as fast.
+// weights, which a CPU with AVX-512 fetches faster by itself, and one with AVX2 alone does not.
 template <class W, class F>
 void rounded_panel(const W &w, Index panel, const Rounded &x, Index first, Index m, const F &put) {
     constexpr Index LINES = W::BLOCK_BYTES / 64;
+    if (m == 0) return;
     const Index tiles = (m + ROUNDED_ROWS - 1) / ROUNDED_ROWS, lines = (LINES + tiles - 1) / tiles;
     Index done = m >= FETCHING_ROWS && panel + 1 < w.panels() ? 0 : LINES;
     for_tiles<ROUNDED_ROWS>(m, [&](Index row, auto height) {

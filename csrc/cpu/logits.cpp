@@ -1,5 +1,5 @@
 // What happens to logits before the draw, in place: the model's cap; penalties, biases and bans; grammar masks. The
-// specification is in minisgl/kernels/sampling, whose results these are bit for bit.
+// specification is in minisgl/kernels/sampling, whose results these are bit for bit, but for the cap.
 
 #include <algorithm>
 #include <limits>

@@ -134,7 +134,7 @@ class TapeGraph:
     def __init__(self, function: Callable[[], object], arena: Arena) -> None:
         self._function = function
         self._arena = arena
-        self._tape: Any = None  # of the native module
+        self._tape: tuple[Any, list[torch.Tensor]] | None = None  # native, and what it refers to
         self.calls: frozenset[str] = frozenset()  # through Python in a replay, by name
 
     def replay(self, *_: object) -> None:
@@ -143,7 +143,7 @@ class TapeGraph:
         if detailed() or _recording.get() is not None:
             self._function()
         elif self._tape is not None:
-            self._tape.replay(self._arena.threads)
+            self._tape[0].replay(self._arena.threads)
         elif csrc.load("model_ops") is None:
             self._function()
         else:
@@ -167,7 +167,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 
 
 def by_call(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorates what reads its tensors' values on the host: a tape calls it as a whole.
+    """Decorates what a tape calls as a whole: what reads its tensors' values on the host, or has no
+    native form.
 
     The log names it when it first goes on a tape, like operators of PyTorch that do: it then has
     Python run in every such step.
@@ -202,8 +203,11 @@ def calls_noted() -> Iterator[set[str]]:
         _calls.reset(token)
 
 
-def _record(function: Callable[[], object], arena: Arena) -> tuple[Any, frozenset[str]]:
-    """Run `function`; its tape, and the names of what that calls through Python."""
+def _record(
+    function: Callable[[], object], arena: Arena
+) -> tuple[tuple[Any, list[torch.Tensor]], frozenset[str]]:
+    """Run `function`; its tape with what that refers to, and the names of what it calls through
+    Python."""
     modules = [module for name in ("model_ops", "rank_ops") if (module := csrc.loaded(name))]
     tape = modules[0].Tape()
     recording = _Recording(tape, arena, modules)
@@ -213,7 +217,7 @@ def _record(function: Callable[[], object], arena: Arena) -> tuple[Any, frozense
             function()
     finally:
         _recording.reset(token)
-    return tape, frozenset(recording.calls)
+    return (tape, recording.kept), frozenset(recording.calls)
 
 
 class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -226,6 +230,7 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.arena = arena
         self._modules = modules
         self.calls: set[str] = set()
+        self.kept: list[torch.Tensor] = []  # whose addresses copies have: not of the arena
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -267,6 +272,7 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self.arena.empty(result.shape, result.dtype)
         if func == aten.copy_.default and _same_layout(*args[:2]):
             self._tape.copy(args[0].data_ptr(), args[1].data_ptr(), args[0].nbytes)
+            self.kept += [tensor for tensor in args[:2] if self.arena.alias(tensor) is tensor]
             return result
         return self.note(str(func), func, args, kwargs or {}, result, func._schema.is_mutable)
 

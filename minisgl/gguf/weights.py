@@ -142,7 +142,7 @@ class GgufSlice:
             row, block, value = wrong
             where = f"block {block} of row {self.first + first + row}"
             raise ValueError(
-                f"{self.file.path}: {self.info.name} has a scale of {value:g} in {where}"
+                f"{self.file.path}: {self.info.name} has a scale or minimum of {value:g} in {where}"
             )
         return rows
 

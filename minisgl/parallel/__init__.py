@@ -45,7 +45,7 @@ class Communicator:
     def gather(self, x: torch.Tensor, width: int | None = None) -> torch.Tensor:
         """On rank 0 every rank's `x` joined along the last dimension in rank order, of which the
         first `width` entries are kept; elsewhere `x` itself."""
-        return x
+        return x[..., :width]
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """Rank 0's `x`; may be written into `x`."""

@@ -14,7 +14,7 @@ from minisgl.ranks.channel import Boot
 from minisgl.ranks.leader import start_rank
 from minisgl.ranks.meeting import open_store
 
-PER_NODE = ("node_rank", "model", "log_level")  # fields that may differ between nodes
+PER_NODE = ("node_rank", "model", "cpu_level", "log_level")  # fields that may differ between nodes
 
 log = get_logger(__name__)
 

@@ -176,6 +176,18 @@ def test_a_constant_is_kept() -> None:
     assert len(taken) == 50
 
 
+def test_what_a_copy_reads_is_kept() -> None:
+    """Also where PyTorch does not tell that it was made."""
+    out = torch.zeros(64)
+    graph = TapeGraph(lambda: out.copy_(torch.from_numpy(np.full(64, 3.0, np.float32))), Arena())
+    for _ in range(3):
+        out.zero_()
+        graph.replay()
+        taken = [np.full(64, 7.0, np.float32) for _ in range(200)]  # the memory that is free by now
+        assert out.unique().tolist() == [3.0]
+    assert len(taken) == 200
+
+
 def test_a_tape_within_another_is_a_part_of_it() -> None:
     arena, x, weight = Arena(), torch.ones(2, 64), torch.eye(64)
     middle, out = torch.zeros(2, 64), torch.zeros(2, 64)

@@ -130,7 +130,7 @@ def test_scales_that_are_no_numbers_are_refused(
     with path.open("r+b") as file:
         file.seek(info.start + 5 * info.row_bytes + 2 * gguf.GGML_QUANT_SIZES[kind][1] + first)
         file.write(np.array(wrong, "<f2").tobytes())
-    where = rf"blk\.1\.attn_k\.weight has a scale of {wrong:g} in block 2 of row 5"
+    where = rf"blk\.1\.attn_k\.weight has a scale or minimum of {wrong:g} in block 2 of row 5"
     with pytest.raises(ValueError, match=where):
         load(path, weights=weights)
 

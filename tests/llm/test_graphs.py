@@ -135,9 +135,10 @@ def test_nor_do_graphs_of_other_families(
 
 def test_nor_do_graphs_of_ranks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Of a vocabulary that they do not divide. What the other rank calls its log says."""
-    facts = FACTS | NGRAM | {"dtype": "bfloat16", "tp_size": 2, "log_level": "info"}
+    facts = FACTS | NGRAM | {"dtype": "bfloat16", "tp_size": 2, "log_level": "debug"}
     _check(partial(_run, folder_of(tmp_path, "gemma2")), set(), **facts)
     log = capfd.readouterr().err
+    assert "rank 1" in log
     assert not NATIVE or "recorded steps call" not in log
 
 

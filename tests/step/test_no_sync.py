@@ -3,6 +3,7 @@
 On a CPU nothing waits, so what would wait on a GPU is looked for among the operations.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import msgspec
@@ -28,7 +29,7 @@ from tests.world.tiny import make_executor, tiny_decoder
 OPS = ("sample", "adjust_logits", "mask_logits")
 OPS += ("prepare_inputs", "prepare_points", "accept_and_advance")
 OPS += ("prepare_proposals", "keep_proposals")
-LAYER_OPS = ("linear", "rmsnorm", "silu_and_mul")
+LAYER_OPS = ("embedding", "linear", "rmsnorm", "silu_and_mul", "cap_logits")
 STAND_INS = (attention, decode, cascade, qkv_prepare)
 
 
@@ -200,10 +201,12 @@ def test_nor_do_a_models_layers(monkeypatch, facts):
 
     for op, stand_in in zip(STAND_INS, (attend, attend, attend, prepare), strict=True):
         monkeypatch.setattr(op, "reference", stand_in)
+    model = tiny_decoder()
+    model.config = replace(model.config, logit_softcap=30.0)
     run_steps(
         monkeypatch,
         None,
-        tiny_decoder(),
+        model,
         (*OPS, *LAYER_OPS, *(op.name for op in STAND_INS)),
         **facts,
     )

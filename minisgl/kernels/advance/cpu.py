@@ -78,9 +78,10 @@ def accept_and_advance_cpu(
     """See `accept_and_advance_reference`."""
     tensors = (tokens, first, rows, drafts, positions, last, lengths, counts, counted)
     native = csrc.load("model_ops")
-    if native is None or not all(tensor.is_contiguous() for tensor in tensors):
+    kept = () if ids is None or previous is None else (ids, previous)
+    if native is None or not all(tensor.is_contiguous() for tensor in (*tensors, *kept)):
         return accept_and_advance_twin(*tensors, ids, previous)
     accepted = empty((len(rows),), torch.int32)
-    addresses = map(address, (*tensors, ids, previous, accepted))
+    addresses = map(address, (*tensors, *(kept or (None, None)), accepted))
     native.accept_and_advance(*addresses, len(tokens), *drafts.shape, counts.shape[1])
     return accepted
