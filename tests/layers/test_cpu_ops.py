@@ -122,6 +122,9 @@ def test_packed_weights(case: Case, level: str | None) -> None:
     ids = torch.randint(len(weight), (5,))
     with at(level):
         assert torch.equal(embedding(ids, panels), weight[ids])
+        part, some = (100, len(weight) - 1), ids.int() + 99  # ids before the part and within it
+        expected = embedding.reference(some, weight, part, 0.75)
+        assert torch.equal(embedding(some, panels, part, 0.75), expected)
         check(linear, "cpu", arguments)
 
 

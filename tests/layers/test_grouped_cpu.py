@@ -59,6 +59,10 @@ def test_products_and_rows(
             check(grouped_linear, "cpu", {"x": x, "weight": panels, "bias": bias, "wide": wide})
         expected = weight.dequantized(dtype)[ids]
         torch.testing.assert_close(embedding(ids, panels), expected, rtol=2**-7, atol=1e-7)
+        given = torch.cat((ids + 8, ids[:1] + 7))  # the last one is before the part
+        found = embedding(given, panels, (8, n), 0.5)
+        torch.testing.assert_close(found[:-1], expected * 0.5, rtol=2**-7, atol=1e-7)
+        assert not found[-1].any()
         with pytest.raises(IndexError):
             embedding(torch.tensor([n]), panels)
 

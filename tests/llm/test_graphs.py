@@ -101,6 +101,7 @@ def _run(folder: Path, **options: Any) -> list[tuple[list[int], list[TokenLogpro
         ("qwen3-moe", "bfloat16"),
         ("gemma2", "bfloat16"),
         ("gemma2", "float32"),
+        pytest.param("qwen3", "float32", marks=pytest.mark.thorough),
     ],
 )
 def test_graphs_change_no_bit(
