@@ -42,6 +42,7 @@ ALIGNMENT = 64  # bytes
 BLOCK_BYTES = 64 * 2**20  # of an arena's first block; what is not touched takes no memory
 
 aten = torch.ops.aten
+COPY, CONSTANT = aten.copy_.default, aten.lift_fresh.default
 EMPTY = (aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided)
 READING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 # What reads values and is no operator.
@@ -62,6 +63,7 @@ class Arena:
         self._free: list[tuple[int, int]] = []  # addresses, from byte to byte
         # Free too, but not in the list yet: a tensor may end in any thread and at any point.
         self._returned: deque[tuple[int, int]] = deque()
+        self._pieces: dict[int, weakref.ref[np.ndarray]] = {}  # told when one ends; by address
         self.num_tapes = 0  # recorded so far
         self.threads = ALL  # of a replay, at most
 
@@ -82,13 +84,16 @@ class Arena:
         if place is None:
             place = len(self._free)
             self._free.append(self._grow(size))
-        start, stop = self._free.pop(place)
+        start, stop = self._free[place]
         if stop - start > size:
-            self._free.insert(place, (start + size, stop))
+            self._free[place] = start + size, stop
+        else:
+            del self._free[place]
         memory = self._at(start, num_bytes)
         assert memory is not None
-        weakref.finalize(memory, self._returned.append, (start, start + size))
-        return torch.from_numpy(memory).view(dtype).view(shape)
+        returned = self._returned
+        self._pieces[start] = weakref.ref(memory, lambda _: returned.append((start, start + size)))
+        return torch.frombuffer(memory, dtype=dtype).view(shape)
 
     def alias(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same memory without keeping it: what a recorded call refers to is free to reuse."""
@@ -270,15 +275,15 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket in EMPTY and result.is_contiguous():
             return self.arena.empty(result.shape, result.dtype)
-        if func == aten.copy_.default and _same_layout(*args[:2]):
+        if func is COPY and _same_layout(*args[:2]):
             self._tape.copy(args[0].data_ptr(), args[1].data_ptr(), args[0].nbytes)
             self.kept += [tensor for tensor in args[:2] if self.arena.alias(tensor) is tensor]
             return result
-        return self.note(str(func), func, args, kwargs or {}, result, func._schema.is_mutable)
+        return self.note(func, func, args, kwargs or {}, result, func._schema.is_mutable)
 
     def note(
         self,
-        name: str,
+        name: object,
         function: Callable[..., Any],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
@@ -289,7 +294,7 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         Returns the result as the calls to come are to see it: where later calls will put theirs.
         """
-        is_constant = function == aten.lift_fresh.default  # it ends with the function: it is copied
+        is_constant = function is CONSTANT  # it ends with the function: it is copied
         own = _storage(result)
         if not (own is None or writes or is_constant) and own in map(_storage, args[:1]):
             return result  # a view, as most are
@@ -303,8 +308,8 @@ class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 fresh[i] = self.arena.empty(leaf.shape, leaf.dtype).copy_(leaf)
         if not (fresh or writes):
             return result
-        _named(name)
-        self.calls.add(name)
+        _named(str(name))
+        self.calls.add(str(name))
         alias = partial(tree_map_only, torch.Tensor, self.arena.alias)
         own_args, own_kwargs = alias(tuple(args)), alias(dict(kwargs))
         outputs = {i: self.arena.alias(tensor) for i, tensor in fresh.items()}

@@ -45,7 +45,7 @@ def qkv_prepare_cpu(
         )
     tokens = qkv.shape[0]
     _, num_kv_heads, head_dim = k_pool.shape
-    positions, slots = positions.long().contiguous(), slot_mapping.long().contiguous()
+    positions, slots = dense_int64(positions), dense_int64(slot_mapping)
     q = empty((tokens, num_q_heads, head_dim), qkv.dtype) if out is None else out
     native.qkv_prepare(
         qkv.data_ptr(),
@@ -69,3 +69,8 @@ def qkv_prepare_cpu(
         torch.get_num_threads(),
     )
     return q
+
+
+def dense_int64(x: torch.Tensor) -> torch.Tensor:
+    """`x` itself, as it mostly is, without asking PyTorch."""
+    return x if x.dtype == torch.int64 and x.is_contiguous() else x.long().contiguous()
