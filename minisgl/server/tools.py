@@ -110,19 +110,20 @@ def answer_form(
     is_open = reasoning is not None and frame.rstrip().endswith(reasoning.opens)
     if not tools.functions:
         return AnswerForm(reasoning, is_open=is_open)
+    schemas = {function.name: function.parameters for function in tools.functions}
+    forms = f"--tool-call-parser, one of {list(TOOL_FORMATS)}"
+    if next(iter(schemas)) not in frame:
+        message = (
+            "tools are left out by the chat template of this model; a server with --chat-template "
+            f"FILE uses another, which shows them, and with {forms}, reads calls of that form"
+        )
+        raise ApiError(message, param="tools", code="unsupported_parameter")
     if tool_format is None:
         message = (
             "tools need a model whose chat template shows how it calls them, or a server with "
-            f"--tool-call-parser, one of {list(TOOL_FORMATS)}; got {len(tools.functions)} tools"
+            f"{forms}; got {len(tools.functions)} tools"
         )
         raise ApiError(message, param="tools", code="unsupported_parameter")
-    schemas = {function.name: function.parameters for function in tools.functions}
-    if next(iter(schemas)) not in frame:
-        message = (
-            "tools are left out by the chat template of this model; a server with "
-            "--chat-template FILE uses another, which shows them"
-        )
-        raise ApiError(message, param="tools")
     ended = "stop" if tools.named else "tool_calls"  # as OpenAI has it
     kept = {tools.named: schemas[tools.named]} if tools.named else schemas
     most, must_call = tools.most_calls, tools.must_call
