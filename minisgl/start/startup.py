@@ -164,10 +164,8 @@ def warm_up(worker: Worker, widths: Iterable[int], cascade: bool, everything: bo
             runner.forward(step)
             runner.sample(step, masks)
     if calls and native:
-        shown = ", ".join(sorted(calls))
-        log.info(
-            "called through Python, for they have no native form (%s): %s", native.LEVEL, shown
-        )
+        shown = f"({native.LEVEL}) run in PyTorch, as exact and slower: {', '.join(sorted(calls))}"
+        log.info("ops of a step that have no native form %s", shown)
 
 
 def kinds_of_steps(
