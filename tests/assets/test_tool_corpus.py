@@ -135,7 +135,7 @@ def test_tools_are_learnt_behind_the_last_request(seed: int) -> None:
 
 def fitting(sample: corpus.Sample) -> list[bool]:
     """Of each tool, whether it does what is asked."""
-    return [fits for _, fits in sample.fits]
+    return [mark.fits for _, mark in sample.marks if mark.fits is not None]
 
 
 @settings(max_examples=100, deadline=None)
@@ -143,9 +143,16 @@ def fitting(sample: corpus.Sample) -> list[bool]:
 def test_a_choice_is_known_where_a_tool_s_first_line_ends(seed: int) -> None:
     found = tool_chats.toolset(random.Random(seed), most=4, parameters=1)
     sample = tool_chats.choice_chat(random.Random(seed))
-    assert len(sample.fits) == len(found)
-    for skill, (span, _) in zip(found, sample.fits, strict=True):
+    lines = [(span, mark) for span, mark in sample.marks if mark.fits is not None]
+    assert len(lines) == len(found)
+    for skill, (span, mark) in zip(found, lines, strict=True):
         assert sample.spans[span][0] == skills.shown(skill.tool)[0]
+        assert mark.topic == skills.topic(skill.like)
+    asked = [(sample.spans[span][0], mark) for span, mark in sample.marks if mark.fits is None]
+    assert len(asked) <= 1  # a request of two tools is about neither alone
+    for text, mark in asked:
+        assert text.startswith("<|im_start|>user\n")
+        assert all(each.topic == mark.topic for _, each in lines if each.fits)
     is_called = "<tool_call>" in sample.text
     assert any(fitting(sample)) == is_called
     if is_called:
@@ -163,9 +170,12 @@ def test_tools_are_the_same_tokens_in_pieces_and_what_fits_ends_a_line() -> None
             sample = chat(random.Random(seed))
             encoded = batches.encode(sample, tok, context=2048)
             assert encoded.ids == tok.encode(sample.text).ids
-            assert [*encoded.fits.values()] == fitting(sample)
-            assert {tok.decode([encoded.ids[at]]) for at in encoded.fits} == {"\n"}
-            assert {*batches.encode(sample, tok, context=40).fits} <= {*range(40)}
+            assert [*encoded.marks.values()] == [mark for _, mark in sample.marks]
+            ends = {encoded.ids[at] for at, mark in encoded.marks.items() if mark.fits is not None}
+            assert ends == {tok.token_to_id("Ċ")}
+            asked = {encoded.ids[at] for at, mark in encoded.marks.items() if mark.fits is None}
+            assert asked <= {tok.token_to_id(corpus.END)}
+            assert {*batches.encode(sample, tok, context=40).marks} <= {*range(40)}
 
 
 def test_without_a_request_tools_come_first() -> None:

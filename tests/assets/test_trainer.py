@@ -26,7 +26,7 @@ from tools.train_tiny import (
 )
 from tools.train_tiny import optimizer as optim
 from tools.train_tiny import tokenizer as tokenizers_
-from tools.train_tiny.train import FITS, choosing_loss, weighted_loss
+from tools.train_tiny.train import FITS, TOPIC, Choosing, choosing_loss, weighted_loss
 
 SMALL = model.Config(
     vocab_size=61,
@@ -111,7 +111,8 @@ def test_orthogonalised_has_singular_values_near_one() -> None:
 def test_the_loss_of_choices_is_that_of_a_tool_s_line_beside_the_rest() -> None:
     net = random_model()
     batch = random_batches(0)[0]
-    assert choosing_loss(net, batch, 5, 7, (0, 1)) == weighted_loss(net, batch)
+    choosing = Choosing(5, 7, range(10, 14), told=1, chosen=(0, 1))
+    assert choosing_loss(net, batch, choosing) == weighted_loss(net, batch)
     batch.fits[1, 2], batch.fits[2, 4] = 1.0, 0.0
     states, _ = net.states(batch.ids[:, :-1])
     parts = []
@@ -120,7 +121,11 @@ def test_the_loss_of_choices_is_that_of_a_tool_s_line_beside_the_rest() -> None:
         likely = (logits[..., 5] - logits[..., 7]).sigmoid()
         parts += [likely[1, 2].log(), (1 - likely[2, 4]).log()]
     expected = weighted_loss(net, batch) - FITS / 2 * sum(parts)
-    torch.testing.assert_close(choosing_loss(net, batch, 5, 7, (0, 1)), expected)
+    torch.testing.assert_close(choosing_loss(net, batch, choosing), expected)
+    batch.topics[0, 3], batch.topics[2, 4] = 2, 0
+    about = net.logits(net.model.norm(states[1]))[..., 10:14].log_softmax(-1)
+    expected = expected - TOPIC * (about[0, 3, 2] + about[2, 4, 0])
+    torch.testing.assert_close(choosing_loss(net, batch, choosing), expected)
 
 
 @pytest.fixture
@@ -139,7 +144,10 @@ def random_batches(step: int) -> list[batches.MicroBatch]:
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(0, 61, (2, 3, 9), generator=generator)
     return [
-        batches.MicroBatch(part, torch.ones(3, 8), torch.full((3, 8), math.nan)) for part in ids
+        batches.MicroBatch(
+            part, torch.ones(3, 8), torch.full((3, 8), math.nan), torch.full((3, 8), -1)
+        )
+        for part in ids
     ]
 
 

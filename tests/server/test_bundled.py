@@ -2,7 +2,6 @@
 
 import json
 
-import openai
 import pytest
 
 from minisgl.server.tokenizer import Tokenizer
@@ -102,12 +101,49 @@ def test_without_a_limit_the_context_ends_a_chat_and_16_tokens_a_completion(clie
     assert answer.usage.completion_tokens == 16
 
 
-def test_tools_are_refused_for_a_model_that_cannot_call_them(client):
-    tool = {"type": "function", "function": {"name": "f"}}
-    with pytest.raises(openai.BadRequestError, match="--tool-call-parser, one of") as caught:
-        ask(client, "Hello", tools=[tool])
-    assert caught.value.param == "tools"
-    assert text(ask(client, "What is 17 + 25?", tools=[tool], tool_choice="none"))
+def tool(name, about, **properties):
+    parameters = {"type": "object", "properties": properties, "required": [*properties]}
+    function = {"name": name, "description": about, "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+TOOLS = [
+    tool("get_weather", "Get the current weather of a city.", city={"type": "string"}),
+    tool("start_timer", "Start a timer.", minutes={"type": "integer"}),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_it_calls_a_tool_where_one_does_what_is_asked(client, stream):
+    for question, name, arguments in (
+        ("What is the weather in Paris?", "get_weather", {"city": "Paris"}),
+        ("Start a timer of 25 minutes.", "start_timer", {"minutes": 25}),
+    ):
+        whole = ask(client, question, tools=TOOLS).choices[0]
+        assert whole.finish_reason == "tool_calls"
+        (call,) = whole.message.tool_calls
+        assert (call.function.name, json.loads(call.function.arguments)) == (name, arguments)
+        if stream:
+            chunks = [c.choices[0] for c in ask(client, question, tools=TOOLS, stream=True)]
+            deltas = [delta for chunk in chunks for delta in chunk.delta.tool_calls or ()]
+            assert "".join(d.function.name or "" for d in deltas) == name
+            joined = "".join(d.function.arguments or "" for d in deltas)
+            assert joined == call.function.arguments
+            assert chunks[-1].finish_reason == "tool_calls"
+
+
+def test_it_calls_no_tool_where_none_does_what_is_asked(client):
+    for question, words in (
+        ("What is paged attention?", "page"),
+        ("What is 17 + 25?", "42"),
+        ("Wake me at 7:30.", "not know"),
+    ):
+        answer = ask(client, question, tools=TOOLS)
+        assert answer.choices[0].finish_reason == "stop"
+        assert not answer.choices[0].message.tool_calls
+        assert words in text(answer)
+    asked = ask(client, "What is 17 + 25?", tools=TOOLS, tool_choice="none")
+    assert "42" in text(asked)
 
 
 def test_the_wire_is_json_line_by_line(served):

@@ -19,35 +19,37 @@ from tools.train_tiny import corpus, mixes
 @dataclass(frozen=True)
 class MicroBatch:
     """ids [rows, length + 1]; weights [rows, length], of the loss on ids[:, 1:]; fits [rows,
-    length]: 1 where a tool that ends at ids[:, :-1] fits, 0 where it does not, else NaN."""
+    length]: 1 where a tool that ends at ids[:, :-1] fits, 0 where it does not, else NaN; topics
+    [rows, length]: what the text that ends there is about, -1 where it is not asked."""
 
     ids: Tensor
     weights: Tensor
     fits: Tensor
+    topics: Tensor
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids, the loss weight of each, and the positions at which a tool fits or does not."""
+    """Token ids, the loss weight of each, and what is known at some positions."""
 
     ids: list[int]
     weights: list[float]
-    fits: dict[int, bool] = field(default_factory=dict)
+    marks: dict[int, corpus.Mark] = field(default_factory=dict)
 
 
 def encode(sample: corpus.Sample, tokenizer: Tokenizer, context: int) -> Encoded:
     """A document in tokens, cut at `context` + 1."""
     ids: list[int] = []
     weights: list[float] = []
-    fits: dict[int, bool] = {}
-    known = dict(sample.fits)
+    marks: dict[int, corpus.Mark] = {}
+    known = dict(sample.marks)
     for i, (text, weight) in enumerate(sample.spans):
         span = tokenizer.encode(text).ids
         ids += span
         weights += [weight] * len(span)
         if i in known and len(ids) <= context:
-            fits[len(ids) - 1] = known[i]
-    return Encoded(ids[: context + 1], weights[: context + 1], fits)
+            marks[len(ids) - 1] = known[i]
+    return Encoded(ids[: context + 1], weights[: context + 1], marks)
 
 
 def documents(seed: int, step: int, long: bool) -> Iterator[corpus.Sample]:
@@ -87,9 +89,12 @@ def _padded(group: list[Encoded]) -> MicroBatch:
     ids = torch.zeros(len(group), length, dtype=torch.long)
     weights = torch.zeros(len(group), length)
     fits = torch.full((len(group), length), math.nan)
+    topics = torch.full((len(group), length), -1)
     for row, each in enumerate(group):
         ids[row, : len(each.ids)] = torch.tensor(each.ids)
         weights[row, : len(each.weights)] = torch.tensor(each.weights)
-        for at, fit in each.fits.items():
-            fits[row, at] = float(fit)
-    return MicroBatch(ids, weights[:, 1:], fits[:, :-1])
+        for at, mark in each.marks.items():
+            topics[row, at] = mark.topic
+            if mark.fits is not None:
+                fits[row, at] = mark.fits
+    return MicroBatch(ids, weights[:, 1:], fits[:, :-1], topics[:, :-1])

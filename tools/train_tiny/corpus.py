@@ -16,23 +16,35 @@ PATTERNS = words.WORDS["chat"]
 
 
 @dataclass(frozen=True)
+class Mark:
+    """What is known where a piece of a text ends: what it is about (a number, see `skills.TOPICS`)
+    and, behind the line of a tool, whether the tool does what is asked."""
+
+    topic: int
+    fits: bool | None = None
+
+
+Marks = tuple[tuple[int, Mark], ...]  # by the index of the piece
+
+
+@dataclass(frozen=True)
 class Message:
     """`spans`: the content in pieces with the weight of their loss, where not all has the same.
-    `fits`: pieces, by index, that end where it is known whether a tool does what is asked."""
+    `marks`: of its pieces, or of the whole as piece 0."""
 
     role: str
     content: str
     spans: tuple[tuple[str, float], ...] = ()
-    fits: tuple[tuple[int, bool], ...] = ()
+    marks: Marks = ()
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A document: its kind and (text, loss weight) pieces in order; `fits` as of its messages."""
+    """A document: its kind and (text, loss weight) pieces in order; `marks` as of its messages."""
 
     kind: str
     spans: tuple[tuple[str, float], ...]
-    fits: tuple[tuple[int, bool], ...] = ()
+    marks: Marks = ()
 
     @property
     def text(self) -> str:
@@ -43,21 +55,22 @@ def chat(kind: str, messages: list[Message]) -> Sample:
     """ChatML, as the chat template renders it; later user turns are learnt a little, so that text
     after an ignored end of turn stays a conversation. Tools and what they answer are not learnt."""
     spans: list[tuple[str, float]] = []
-    fits: list[tuple[int, bool]] = []
+    marks: list[tuple[int, Mark]] = []
     for i, message in enumerate(messages):
         if message.role == "assistant":
             said = message.spans or ((message.content, 1.0),)
             spans += [(f"{START}assistant\n", 0.0), *said, (END, 1.0)]
         elif message.role == "tools":
-            fits += [(len(spans) + 1 + i, fit) for i, fit in message.fits]
+            marks += [(len(spans) + 1 + i, mark) for i, mark in message.marks]
             spans += [(f"{START}tools\n", 0.0), *message.spans, (END, 0.0)]
         elif message.role == "tool":
             spans.append((f"{START}tool\n{message.content}{END}", 0.0))
         else:
             weight = 0.3 if any(m.role == "assistant" for m in messages[:i]) else 0.0
+            marks += [(len(spans), mark) for _, mark in message.marks]
             spans.append((f"{START}{message.role}\n{message.content}{END}", weight))
         spans.append(("\n", 0.3))
-    return Sample(kind, tuple(spans[:-1]), tuple(fits))
+    return Sample(kind, tuple(spans[:-1]), tuple(marks))
 
 
 def document(kind: str, text: str) -> Sample:

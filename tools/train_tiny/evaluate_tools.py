@@ -93,57 +93,87 @@ def new_tool_calls(bench: Asked, sampling: Sampling, verbose: bool) -> dict[str,
     return due_calls(bench, asked, sampling, verbose)
 
 
-def known_tool_calls(bench: Asked, sampling: Sampling, verbose: bool) -> dict[str, float]:
-    """One call of a trained tool beside others, asked for in other words."""
-    rng = random.Random("known tools")
+def known_tools(rng: random.Random, count: int) -> list[Skill]:
+    """Tools of different trained kinds, whose requests are worded as training never saw."""
+    found: list[Skill] = []
+    while len(found) < count:
+        other = skills.family_skill(rng, True, rng.choice(skills.FAMILIES[False]))
+        if all(other.like != each.like and other.name != each.name for each in found):
+            found.append(other)
+    return found
+
+
+def known_requests(rng: random.Random, count: int) -> list[tuple[list[Skill], Request]]:
+    """Requests of one call of a trained kind of tool, which stands beside others."""
     asked = []
-    for _ in range(COUNT):
-        known = skills.family_skill(rng, True, rng.choice(skills.FAMILIES[False]))
-        found = [known, *tool_chats.toolset(rng, new=True, most=2)]
-        request = skills.request(known, rng, new=True)
-        rng.shuffle(found)
-        asked.append((found, request))
+    for _ in range(count):
+        found = known_tools(rng, rng.randint(1, 4))
+        asked.append((found, skills.request(rng.choice(found), rng, new=True)))
+    return asked
+
+
+def known_tool_calls(bench: Asked, sampling: Sampling, verbose: bool) -> dict[str, float]:
+    """One call of a tool of a trained kind, asked for in other words."""
+    asked = known_requests(random.Random("known tools"), COUNT)
     return due_calls(bench, asked, sampling, verbose)
 
 
 def due_calls(
     bench: Asked, asked: list[tuple[list[Skill], Request]], sampling: Sampling, verbose: bool
 ) -> dict[str, float]:
-    """The shares of valid and of right answers."""
+    """The shares of answers that begin as a call, of valid and of right ones."""
     chats = [conversation(tools, corpus.Message("user", r.text)) for tools, r in asked]
-    valid, right = [], []
+    begun, valid, right = [], [], []
     for (found, request), text in zip(asked, bench.replies(chats, sampling, 160), strict=True):
         calls = read_calls(text)
+        begun.append(text.startswith("<tool_call>"))
         valid.append(is_valid(calls, found))
         right.append(calls == list(request.calls))
         if verbose and not right[-1]:
             print(f"  wrong call {request.text!r} -> {text!r}, not {request.calls}")
-    return {"valid": share(valid), "right": share(right)}
+    return {"begun": share(begun), "valid": share(valid), "right": share(right)}
+
+
+def needless_requests(count: int) -> dict[str, list[tuple[list[Skill], str]]]:
+    """Messages for which none of the tools is needed: questions and tasks that the model does
+    itself, what it does not know, and what only a tool that is not there does, of a trained kind
+    or of a new one."""
+    rng = random.Random("needless calls")
+    texts = {
+        "facts": [question.text for question in knowledge.held_out_questions(count, seed=1)],
+        "sums": [tasks.addition(rng)[0] for _ in range(count)],
+        "JSON": [tasks.extraction(rng, True, True).request for _ in range(count)],
+        "unknown": [corpus.unknown_turn(rng)[0] for _ in range(count)],
+    }
+    asked: dict[str, list[tuple[list[Skill], str]]] = {}
+    for name, given in texts.items():
+        asked[name] = []
+        while len(asked[name]) < len(given):
+            found = known_tools(rng, rng.randint(1, 4))
+            if tool_chats.is_plain(text := given[len(asked[name])], found):
+                asked[name].append((found, text))
+    for name in ("no such tool", "no such new tool"):
+        asked[name] = []
+        for _ in range(count):
+            if name == "no such tool":
+                missing, *found = known_tools(rng, rng.randint(2, 5))
+                request = skills.request(missing, rng, new=True)
+            else:
+                found = tool_chats.toolset(rng, new=True, most=4)
+                request = tool_chats.missing_request(found, rng, new=True)
+            asked[name].append((found, request.text))
+    return asked
 
 
 def needless_calls(bench: Asked, sampling: Sampling, verbose: bool) -> dict[str, float]:
-    """Where none is due, the share of answers without a call: questions and tasks that the model
-    does itself, what it does not know, and what only a tool that is not there does."""
-    rng = random.Random("needless calls")
-    questions = knowledge.held_out_questions(COUNT, seed=1)
-    texts = {
-        "facts": [question.text for question in questions],
-        "sums": [tasks.addition(rng)[0] for _ in range(COUNT)],
-        "JSON": [tasks.extraction(rng, True, True).request for _ in range(COUNT)],
-        "unknown": [corpus.unknown_turn(rng)[0] for _ in range(COUNT)],
-    }
+    """Where none is due, the share of answers without a call, and of facts that are right."""
     result = {}
-    for name in (*texts, "no such tool"):
-        chats = []
-        for i in range(COUNT):
-            found = tool_chats.toolset(rng, new=True, most=4)
-            missing = name == "no such tool"
-            text = tool_chats.missing_request(found, rng, new=True) if missing else texts[name][i]
-            chats.append(conversation(found, corpus.Message("user", text)))
+    for name, asked in needless_requests(COUNT).items():
+        chats = [conversation(found, corpus.Message("user", text)) for found, text in asked]
         answers = bench.replies(chats, sampling)
         result[name] = share(["<tool_call>" not in answer for answer in answers])
         if name == "facts":
-            pairs = zip(questions, answers, strict=True)
+            pairs = zip(knowledge.held_out_questions(COUNT, seed=1), answers, strict=True)
             result["facts right"] = share([q.key.lower() in a.lower() for q, a in pairs])
         if verbose:
             for chat, answer in zip(chats, answers, strict=True):

@@ -8,7 +8,7 @@ import random
 
 from tools.train_tiny import corpus, knowledge, stories
 from tools.train_tiny.corpus import TURNS, Sample, conversation, document
-from tools.train_tiny.tool_chats import choice_chat, tool_chat
+from tools.train_tiny.tool_chats import choice_chat, lines_sample, tool_chat
 
 TOOLS_FROM = 2400  # the first step with tools
 
@@ -42,6 +42,7 @@ LAST_MIX = {**LATE_MIX, "fact": 42, "addition": 8, "extraction": 48, "echo": 15}
 TOOL_MIX = {
     "tools": 26,
     "choice": 40,
+    "lines": 30,
     "record": 18,
     "keyed record": 6,
     "fact": 32,
@@ -54,7 +55,15 @@ TOOL_MIX = {
     "plain story": 1,
     "handbook": 1,
 }
-MIXES = ((TOOLS_FROM, TOOL_MIX), (1680, LAST_MIX), (560, LATE_MIX), (0, MIX))  # from which step on
+# First what tools do is learnt to be compared with what is asked, with little of the rest.
+LINES_MIX = {kind: share / (0.3 if kind == "lines" else 40) for kind, share in TOOL_MIX.items()}
+MIXES = (  # from which step on
+    (TOOLS_FROM + 400, TOOL_MIX),
+    (TOOLS_FROM, LINES_MIX),
+    (1680, LAST_MIX),
+    (560, LATE_MIX),
+    (0, MIX),
+)
 
 
 def mix_at(step: int) -> dict[str, float]:
@@ -70,6 +79,8 @@ def sample(rng: random.Random, mix: dict[str, float] = MIX) -> Sample:
         return tool_chat(rng)
     if kind == "choice":
         return choice_chat(rng)
+    if kind == "lines":
+        return lines_sample(rng)
     if kind == "record":
         return corpus.conversation(kind, [corpus.record_turn(rng)], rng)
     if kind == "keyed record":

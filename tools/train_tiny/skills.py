@@ -73,6 +73,7 @@ class Request:
 
     text: str
     calls: tuple[tuple[str, dict[str, Any]], ...]
+    topic: int | None = None  # of one call
 
 
 def a_word(name: str, rng: random.Random, new: bool) -> Any:
@@ -188,10 +189,22 @@ def _decorated(name: str, rng: random.Random) -> str:
     return rng.choice(odd) if rng.random() < 0.25 else name
 
 
+FAMILY_SHARE = 0.8  # of tools; the others are made up
 FAMILIES: dict[bool, list[dict[str, Any]]] = {
     False: TOOLS["family"],
     True: TOOLS["held_out_family"],
 }
+
+
+# What texts are about, as the numbers of trained kinds of tools: alike where these do the same.
+# Behind them all made-up tools, and requests that need no tool.
+TOPICS = sorted({family.get("like", family["names"][0]) for family in FAMILIES[False]})
+MADE_UP, NO_TOOL = len(TOPICS), len(TOPICS) + 1
+
+
+def topic(like: tuple[str, ...]) -> int:
+    """Of a skill by its `like`."""
+    return TOPICS.index(like[0]) if len(like) == 1 and like[0] in TOPICS else MADE_UP
 
 
 def family_skill(rng: random.Random, new: bool = False, family: Schema | None = None) -> Skill:
@@ -282,7 +295,8 @@ def made_skill(
 
 def skill(rng: random.Random, new: bool = False, most: int = 4) -> Skill:
     """A tool of a family or a made-up one of at most `most` parameters."""
-    return family_skill(rng, new) if rng.random() < 0.5 else made_skill(rng, new, most=most)
+    is_family = rng.random() < FAMILY_SHARE
+    return family_skill(rng, new) if is_family else made_skill(rng, new, most=most)
 
 
 def _clause(p: Parameter, given: Any, rng: random.Random) -> str:
@@ -323,7 +337,7 @@ def _said_once(s: Skill, rng: random.Random, new: bool) -> tuple[str, dict[str, 
 def request(s: Skill, rng: random.Random, new: bool = False) -> Request:
     """A request that needs one call of the skill."""
     text, given = _said_once(s, rng, new)
-    return Request(_marked(text, rng), ((s.name, given),))
+    return Request(_marked(text, rng), ((s.name, given),), topic(s.like))
 
 
 def double_request(s: Skill, other: Skill, rng: random.Random, new: bool = False) -> Request:
@@ -333,7 +347,8 @@ def double_request(s: Skill, other: Skill, rng: random.Random, new: bool = False
         (p,) = plain
         first, second = value(p.kind, rng, new), value(p.kind, rng, new)
         text = rng.choice(s.asks).format(**{p.name: f"{first} and {second}"})
-        return Request(_marked(text, rng), ((s.name, {p.key: first}), (s.name, {p.key: second})))
+        calls = (s.name, {p.key: first}), (s.name, {p.key: second})
+        return Request(_marked(text, rng), calls, topic(s.like))
     one, two = _said_once(s, rng, new), _said_once(other, rng, new)
     joined = rng.choice(("{}, and {}", "{} and then {}", "{}. Then {}", "{}. Also {}"))
     is_name = any(str(given).startswith(two[0].split()[0]) for given in two[1].values())

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from tools.train_tiny import corpus, knowledge, skills
-from tools.train_tiny.corpus import Message, Sample
+from tools.train_tiny.corpus import Mark, Message, Sample
 from tools.train_tiny.skills import Request, Skill, a_word
 
 # What is asked where tools are there and none is needed.
@@ -46,13 +46,13 @@ def toolset(
     return found
 
 
-def missing_request(found: list[Skill], rng: random.Random, new: bool = False) -> str:
+def missing_request(found: list[Skill], rng: random.Random, new: bool = False) -> Request:
     """What none of the tools does."""
     while True:
         near = rng.random() < 0.3
         other = _near(rng.choice(found), rng, new, 4) if near else skills.skill(rng, new)
         if all(other.like != each.like for each in found):
-            return skills.request(other, rng, new).text
+            return skills.request(other, rng, new)
 
 
 def needing_request(found: list[Skill], rng: random.Random, new: bool = False) -> Request:
@@ -97,8 +97,10 @@ def answered(rng: random.Random, new: bool = False) -> tuple[str, str]:
 
 
 def _polite(text: str, rng: random.Random) -> str:
-    """With an opening, a closing or a sentence that changes nothing."""
+    """With a polite beginning, an opening, a closing or a sentence that changes nothing."""
     patterns = knowledge.PATTERNS
+    if text.split()[0] in skills.TOOLS["imperatives"] and rng.random() < 0.3:
+        text = rng.choice(skills.TOOLS["polite"]) + text[0].lower() + text[1:]
     if rng.random() < 0.3:
         opening = rng.choice(patterns["openings"])
         text = opening + text
@@ -119,8 +121,11 @@ def decided(text: str) -> Message:
 def shown(found: list[Skill], needed: set[str]) -> Message:
     """The message that shows the tools, and which of them are needed."""
     spans = [(line, 0.0) for skill in found for line in skills.shown(skill.tool)]
-    fits = [(2 * i, skill.name in needed) for i, skill in enumerate(found)]
-    return Message("tools", "".join(line for line, _ in spans), tuple(spans), tuple(fits))
+    marks = [
+        (2 * i, Mark(skills.topic(skill.like), skill.name in needed))
+        for i, skill in enumerate(found)
+    ]
+    return Message("tools", "".join(line for line, _ in spans), tuple(spans), tuple(marks))
 
 
 def with_tools(messages: list[Message], tools: Message) -> list[Message]:
@@ -129,8 +134,13 @@ def with_tools(messages: list[Message], tools: Message) -> list[Message]:
     return [*messages[: at + 1], tools, *messages[at + 1 :]]
 
 
+def _asked(request: Request, rng: random.Random) -> Message:
+    marks = () if request.topic is None else ((0, Mark(request.topic)),)
+    return Message("user", _polite(request.text, rng), marks=marks)
+
+
 def _call_turn(asked: Request, rng: random.Random, go_on: bool) -> list[Message]:
-    turn = [Message("user", _polite(asked.text, rng)), decided(skills.written(asked.calls))]
+    turn = [_asked(asked, rng), decided(skills.written(asked.calls))]
     if not go_on and rng.random() < 0.6:
         return turn
     answers = [answered(rng) for _ in asked.calls]
@@ -139,16 +149,25 @@ def _call_turn(asked: Request, rng: random.Random, go_on: bool) -> list[Message]
 
 
 def _refused_turn(found: list[Skill], rng: random.Random) -> list[Message]:
-    text = _polite(missing_request(found, rng), rng)
-    return [Message("user", text), decided(corpus.PATTERNS["fallback"])]
+    asked = _asked(missing_request(found, rng), rng)
+    return [asked, decided(corpus.PATTERNS["fallback"])]
+
+
+def is_plain(text: str, found: list[Skill]) -> bool:
+    """Whether none of the tools does what is asked without one."""
+    likes = {each.like for each in found}
+    return not (
+        (("add",) in likes and re.search(r"\d", text))
+        or (("translate",) in likes and "ranslate" in text)
+    )
 
 
 def _plain_turn(found: list[Skill], rng: random.Random) -> list[Message]:
     kind = rng.choices(list(PLAIN), list(PLAIN.values()))[0]
-    if kind == "addition" and any(each.like == ("add",) for each in found):
-        kind = "fact"
     text, answer = corpus.TURNS[kind](rng)
-    return [Message("user", text), decided(answer)]
+    if not is_plain(text, found):
+        text, answer = corpus.TURNS["fact"](rng)
+    return [Message("user", text, marks=((0, Mark(skills.NO_TOOL)),)), decided(answer)]
 
 
 def _turn(found: list[Skill], rng: random.Random, go_on: bool) -> tuple[list[Message], set[str]]:
@@ -171,7 +190,7 @@ def tool_chat(rng: random.Random) -> Sample:
     messages = _system(rng)
     for _ in range(rng.choices((0, 1, 2), (8, 2, 1))[0]):
         turn, _ = _turn(found, rng, go_on=True)
-        messages += [replace(m, spans=((m.content, 0.0),)) for m in turn]
+        messages += [replace(m, spans=((m.content, 0.0),), marks=()) for m in turn]
     turn, needed = _turn(found, rng, go_on=False)
     return corpus.chat("tools", with_tools(messages + turn, shown(found, needed)))
 
@@ -186,3 +205,13 @@ def choice_chat(rng: random.Random) -> Sample:
     messages = with_tools([*_system(rng), user, answer], shown(found, needed))
     made = corpus.chat("choice", messages)
     return replace(made, spans=made.spans[:-1]) if begun else made
+
+
+def lines_sample(rng: random.Random) -> Sample:
+    """A request and the first lines of some tools: what is compared, and nothing else."""
+    found = toolset(rng, most=4, parameters=1)
+    turn, needed = _turn(found, rng, go_on=False)
+    tools = shown(found, needed)
+    lines, marks = tools.spans[::2], tuple((i // 2, mark) for i, mark in tools.marks)
+    shorter = Message("tools", "".join(line for line, _ in lines), lines, marks)
+    return corpus.chat("lines", [turn[0], shorter])

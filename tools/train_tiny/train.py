@@ -4,17 +4,30 @@ The result is `DIR/model`; the same command takes a stopped run up again.
 """
 
 import argparse
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from tools.train_tiny import batches, tokenizer, trainer
+from tools.train_tiny import batches, skills, tokenizer, trainer
 from tools.train_tiny.corpus import PATTERNS
 from tools.train_tiny.model import TINY, Qwen3
 
-CHOSEN_AFTER = (2, 3)  # layers, of five: the last ones combine what the tools say
-FITS = 3.0  # the weight of the loss of what a tool's line says of itself
+TOPIC, FITS = 4.0, 4.0  # the weights of the losses of what a text is about, and of what a line says
+
+
+@dataclass(frozen=True)
+class Choosing:
+    """How a choice is learnt: layers, from 0, after which the states tell what a text is about
+    (`told`) and whether a tool fits (`chosen`), and the tokens whose embeddings stand for a call, a
+    refusal and the topics."""
+
+    call: int
+    refusal: int
+    topics: range
+    told: int = 1
+    chosen: tuple[int, ...] = (2, 3)  # of five layers: the last ones combine what the tools say
 
 
 def weighted_loss(model: Qwen3, batch: batches.MicroBatch) -> Tensor:
@@ -31,20 +44,27 @@ def _weighted(model: Qwen3, hidden: Tensor, batch: batches.MicroBatch) -> Tensor
     return (losses * batch.weights[learnt]).sum()
 
 
-def choosing_loss(
-    model: Qwen3, batch: batches.MicroBatch, call: int, refusal: int, layers: tuple[int, ...]
-) -> Tensor:
-    """The weighted loss, and that of choices: behind the line of a tool the states after some
-    layers shall prefer the first token of a call where the tool fits, else that of a refusal.
-    The layers behind need only look whether there is one that fits."""
+def choosing_loss(model: Qwen3, batch: batches.MicroBatch, choosing: Choosing) -> Tensor:
+    """The weighted loss, and those of topics and choices.
+
+    Behind a request and behind the line of a tool the states after a layer shall tell what these
+    are about, both in one way, so that they can be compared. Behind the line the states after the
+    next layers shall prefer the first token of a call where the tool fits, else that of a refusal:
+    the layers behind need only look whether there is one that fits.
+    """
     states, _ = model.states(batch.ids[:, :-1])
     loss = _weighted(model, model.model.norm(states[-1]), batch)
-    known = ~batch.fits.isnan()
+    known, told = ~batch.fits.isnan(), batch.topics >= 0
+    weight = model.model.embed_tokens.weight
+    if told.any():
+        topics = weight[choosing.topics.start : choosing.topics.stop]
+        seen = model.model.norm(states[choosing.told][told]) @ topics.T
+        loss = loss + TOPIC * F.cross_entropy(seen, batch.topics[told], reduction="sum")
     if known.any():
-        weight = model.model.embed_tokens.weight
-        for layer in layers:
-            preferred = model.model.norm(states[layer][known]) @ (weight[call] - weight[refusal])
-            loss = loss + FITS / len(layers) * F.binary_cross_entropy_with_logits(
+        direction = weight[choosing.call] - weight[choosing.refusal]
+        for layer in choosing.chosen:
+            preferred = model.model.norm(states[layer][known]) @ direction
+            loss = loss + FITS / len(choosing.chosen) * F.binary_cross_entropy_with_logits(
                 preferred, batch.fits[known], reduction="sum"
             )
     return loss
@@ -61,9 +81,11 @@ def work(rank: int, job: trainer.Job) -> None:
         return batches.step_batches(job.seed, step, job.tokens, tok, context, long)
 
     call, refusal = (tok.encode(text).ids[0] for text in ("<tool_call>", PATTERNS["fallback"]))
+    unused = tok.token_to_id("¡")  # with those behind it, bytes that no text here has
+    choosing = Choosing(call, refusal, range(unused, unused + skills.NO_TOOL + 1))
 
     def loss_of(model: Qwen3, batch: batches.MicroBatch) -> Tensor:
-        return choosing_loss(model, batch, call, refusal, CHOSEN_AFTER)
+        return choosing_loss(model, batch, choosing)
 
     trainer.train(job, tok, loss_of, batches_of)
 

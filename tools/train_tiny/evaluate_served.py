@@ -1,0 +1,74 @@
+"""Tool calls of a model behind its server, which holds them to their schemas.
+
+    python -m minisgl.serve --model DIR &
+    python -m tools.train_tiny.evaluate_served --url http://127.0.0.1:30000
+
+Asked is what `evaluate_tools` asks, greedily, with `tool_choice` auto: of tools of trained kinds,
+requests that need a call of one and are worded as training never saw, and messages that need none.
+Prints the share of answers with calls that fit their tools and with the right ones, by kind of
+request, then one JSON line.
+"""
+
+import argparse
+import json
+import random
+import urllib.request
+from typing import Any
+
+from tools.train_tiny import evaluate_tools
+from tools.train_tiny.evaluate_tools import Call, share
+from tools.train_tiny.skills import Skill
+
+
+def answer(url: str, found: list[Skill], text: str) -> tuple[list[Call], str]:
+    """The calls of the server's answer, and its finish reason."""
+    body = {
+        "messages": [{"role": "user", "content": text}],
+        "tools": [skill.tool for skill in found],
+        "temperature": 0,
+        "max_tokens": 256,
+    }
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request) as response:
+        choice = json.load(response)["choices"][0]
+    functions = [call["function"] for call in choice["message"].get("tool_calls") or ()]
+    calls = [(each["name"], json.loads(each["arguments"])) for each in functions]
+    return calls, choice["finish_reason"]
+
+
+def due(url: str, count: int) -> dict[str, float]:
+    """Where a call is due."""
+    valid, right = [], []
+    for found, request in evaluate_tools.known_requests(random.Random("known tools"), count):
+        calls, reason = answer(url, found, request.text)
+        valid.append(reason == "tool_calls" and evaluate_tools.is_valid(calls, found))
+        right.append(valid[-1] and calls == list(request.calls))
+    return {"valid": share(valid), "right": share(right)}
+
+
+def needless(url: str, count: int) -> dict[str, float]:
+    """Where none is due, the share of answers without one."""
+    result = {}
+    for name, asked in evaluate_tools.needless_requests(count).items():
+        result[name] = share([not answer(url, found, text)[0] for found, text in asked])
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--url", default="http://127.0.0.1:30000")
+    parser.add_argument("--count", type=int, default=200, help="prompts of each kind")
+    args = parser.parse_args()
+    report: dict[str, Any] = {"calls": due(args.url, args.count)}
+    report["no calls"] = needless(args.url, args.count)
+    for title, row in report.items():
+        print(title, *(f"{name} {value:.3f}" for name, value in row.items()), sep="\n  ")
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
