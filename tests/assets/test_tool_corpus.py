@@ -135,7 +135,7 @@ def test_tools_are_learnt_behind_the_last_request(seed: int) -> None:
 
 def fitting(sample: corpus.Sample) -> list[bool]:
     """Of each tool, whether it does what is asked."""
-    return [mark.fits for _, mark in sample.marks if mark.fits is not None]
+    return [mark.fits for _, mark in sample.marks if None not in (mark.topic, mark.fits)]
 
 
 @settings(max_examples=100, deadline=None)
@@ -143,7 +143,9 @@ def fitting(sample: corpus.Sample) -> list[bool]:
 def test_a_choice_is_known_where_a_tool_s_first_line_ends(seed: int) -> None:
     found = tool_chats.toolset(random.Random(seed), most=4, parameters=1)
     sample = tool_chats.choice_chat(random.Random(seed))
-    lines = [(span, mark) for span, mark in sample.marks if mark.fits is not None]
+    *lines, (end, last) = [(span, mark) for span, mark in sample.marks if mark.fits is not None]
+    assert sample.spans[end][0] == corpus.END
+    assert last == corpus.Mark(None, any(mark.fits for _, mark in lines))
     assert len(lines) == len(found)
     for skill, (span, mark) in zip(found, lines, strict=True):
         assert sample.spans[span][0] == skills.shown(skill.tool)[0]
@@ -172,7 +174,7 @@ def test_tools_are_the_same_tokens_in_pieces_and_what_fits_ends_a_line() -> None
             assert encoded.ids == tok.encode(sample.text).ids
             assert [*encoded.marks.values()] == [mark for _, mark in sample.marks]
             ends = {encoded.ids[at] for at, mark in encoded.marks.items() if mark.fits is not None}
-            assert ends == {tok.token_to_id("Ċ")}
+            assert ends == {tok.token_to_id("Ċ"), tok.token_to_id(corpus.END)}
             asked = {encoded.ids[at] for at, mark in encoded.marks.items() if mark.fits is None}
             assert asked <= {tok.token_to_id(corpus.END)}
             assert {*batches.encode(sample, tok, context=40).marks} <= {*range(40)}

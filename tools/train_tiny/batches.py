@@ -94,7 +94,8 @@ def _padded(group: list[Encoded]) -> MicroBatch:
         ids[row, : len(each.ids)] = torch.tensor(each.ids)
         weights[row, : len(each.weights)] = torch.tensor(each.weights)
         for at, mark in each.marks.items():
-            topics[row, at] = mark.topic
+            if mark.topic is not None:
+                topics[row, at] = mark.topic
             if mark.fits is not None:
                 fits[row, at] = mark.fits
     return MicroBatch(ids, weights[:, 1:], fits[:, :-1], topics[:, :-1])

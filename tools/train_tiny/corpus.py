@@ -17,10 +17,10 @@ PATTERNS = words.WORDS["chat"]
 
 @dataclass(frozen=True)
 class Mark:
-    """What is known where a piece of a text ends: what it is about (a number, see `skills.TOPICS`)
-    and, behind the line of a tool, whether the tool does what is asked."""
+    """What is known where a piece of a text ends: its topic (a number, see `skills.TOPICS`), and
+    whether a tool does what is asked: behind its line, or behind all of them whether any does."""
 
-    topic: int
+    topic: int | None
     fits: bool | None = None
 
 

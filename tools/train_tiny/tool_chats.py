@@ -14,7 +14,7 @@ from tools.train_tiny.skills import Request, Skill, a_word
 PLAIN = {"fact": 6, "addition": 2, "extraction": 1, "echo": 1, "unknown": 3, "story": 0.4}
 
 
-FIRST = 5.0  # the weight of an answer's first token, which decides whether it is a call
+FIRST = 15.0  # the weight of an answer's first token, which decides whether it is a call
 
 
 def _near(skill: Skill, rng: random.Random, new: bool, parameters: int) -> Skill:
@@ -125,6 +125,7 @@ def shown(found: list[Skill], needed: set[str]) -> Message:
         (2 * i, Mark(skills.topic(skill.like), skill.name in needed))
         for i, skill in enumerate(found)
     ]
+    marks.append((len(spans), Mark(None, any(mark.fits for _, mark in marks))))
     return Message("tools", "".join(line for line, _ in spans), tuple(spans), tuple(marks))
 
 
