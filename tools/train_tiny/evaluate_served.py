@@ -20,8 +20,8 @@ from tools.train_tiny.evaluate_tools import Call, share
 from tools.train_tiny.skills import Skill
 
 
-def answer(url: str, found: list[Skill], text: str) -> tuple[list[Call], str]:
-    """The calls of the server's answer, and its finish reason."""
+def answer(url: str, found: list[Skill], text: str) -> tuple[list[Call], bool]:
+    """The calls of the server's answer, and whether they are whole."""
     body = {
         "messages": [{"role": "user", "content": text}],
         "tools": [skill.tool for skill in found],
@@ -36,17 +36,20 @@ def answer(url: str, found: list[Skill], text: str) -> tuple[list[Call], str]:
     with urllib.request.urlopen(request) as response:
         choice = json.load(response)["choices"][0]
     functions = [call["function"] for call in choice["message"].get("tool_calls") or ()]
-    calls = [(each["name"], json.loads(each["arguments"])) for each in functions]
-    return calls, choice["finish_reason"]
+    whole = choice["finish_reason"] == "tool_calls"  # and not broken off
+    calls = [(each["name"], json.loads(each["arguments"]) if whole else {}) for each in functions]
+    return calls, whole
 
 
-def due(url: str, count: int) -> dict[str, float]:
+def due(url: str, count: int, verbose: bool) -> dict[str, float]:
     """Where a call is due."""
     valid, right = [], []
     for found, request in evaluate_tools.known_requests(random.Random("known tools"), count):
-        calls, reason = answer(url, found, request.text)
-        valid.append(reason == "tool_calls" and evaluate_tools.is_valid(calls, found))
-        right.append(valid[-1] and calls == list(request.calls))
+        calls, whole = answer(url, found, request.text)
+        valid.append(whole and evaluate_tools.is_valid(calls, found))
+        right.append(calls == list(request.calls))
+        if not right[-1] and verbose:
+            print(f"  wrong call {request.text!r} -> {calls}, not {request.calls}")
     return {"valid": share(valid), "right": share(right)}
 
 
@@ -62,8 +65,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", default="http://127.0.0.1:30000")
     parser.add_argument("--count", type=int, default=200, help="prompts of each kind")
+    parser.add_argument("--verbose", action="store_true", help="print what was wrong")
     args = parser.parse_args()
-    report: dict[str, Any] = {"calls": due(args.url, args.count)}
+    report: dict[str, Any] = {"calls": due(args.url, args.count, args.verbose)}
     report["no calls"] = needless(args.url, args.count)
     for title, row in report.items():
         print(title, *(f"{name} {value:.3f}" for name, value in row.items()), sep="\n  ")
