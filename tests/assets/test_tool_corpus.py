@@ -264,8 +264,9 @@ def test_the_last_mix_has_tools_and_steps_of_it_are_seeded() -> None:
     tok = Tokenizer.from_file(str(TINY / "tokenizer.json"))
     assert "tools" not in mixes.mix_at(mixes.TOOLS_FROM - 1)
     rng = random.Random(0)
-    kinds = {mixes.sample(rng, mixes.mix_at(mixes.TOOLS_FROM)).kind for _ in range(300)}
-    assert {"tools", "choice", "record", "keyed record", "fact", "extraction"} <= kinds
+    for step in (mixes.TOOLS_FROM + 400, mixes.TOOLS_FROM + 2700):
+        kinds = {mixes.sample(rng, mixes.mix_at(step)).kind for _ in range(400)}
+        assert {"tools", "choice", "lines", "record", "keyed record", "fact"} <= kinds
     first, again = (
         batches.step_batches(0, mixes.TOOLS_FROM + 1, 2048, tok, 2048, long=False) for _ in "ab"
     )

@@ -57,7 +57,10 @@ TOOL_MIX = {
 }
 # First what tools do is learnt to be compared with what is asked, with little of the rest.
 LINES_MIX = {kind: share / (0.3 if kind == "lines" else 40) for kind, share in TOOL_MIX.items()}
+# At last whole calls: which tool is known by then, and what is said is to be copied.
+CALLS_MIX = {**TOOL_MIX, "tools": 65, "choice": 20, "lines": 12}
 MIXES = (  # from which step on
+    (TOOLS_FROM + 2700, CALLS_MIX),
     (TOOLS_FROM + 400, TOOL_MIX),
     (TOOLS_FROM, LINES_MIX),
     (1680, LAST_MIX),

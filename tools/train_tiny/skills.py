@@ -81,6 +81,13 @@ def a_word(name: str, rng: random.Random, new: bool) -> Any:
     return rng.choice(TOOLS["held_out_" + name if new else name])
 
 
+def _any_word(name: str, rng: random.Random, new: bool) -> str:
+    """A word of the list or, of those not held out, a made-up one, which can only be copied."""
+    if not new and rng.random() < 0.3:
+        return tasks.made_up_name(rng).lower()
+    return str(a_word(name, rng, new))
+
+
 def _name(rng: random.Random, new: bool) -> str:
     if not new and rng.random() < 0.5:
         return tasks.made_up_name(rng)
@@ -98,23 +105,38 @@ def _city(rng: random.Random, new: bool) -> str:
 
 
 def _phrase(rng: random.Random, new: bool) -> str:
-    if rng.random() < 0.5:
+    if rng.random() < 0.3:
         return str(a_word("phrases", rng, new))
-    verb, noun = a_word("verbs", rng, new), a_word("nouns", rng, new)
+    verb, noun = _any_word("verbs", rng, new), _any_word("nouns", rng, new)
     ends = ("", "", " now", " of " + _name(rng, new), " in " + _city(rng, new))
     return f"{verb} the {noun}{rng.choice(ends)}"
 
 
 def _topic(rng: random.Random, new: bool) -> str:
-    if rng.random() < 0.6:
+    if rng.random() < 0.3:
         return str(a_word("topics", rng, new))
-    return rng.choice((_name(rng, new), f"{a_word('nouns', rng, new)}s in {_city(rng, new)}"))
+    noun = _any_word("nouns", rng, new)
+    more = f"{noun}s in {_city(rng, new)}", f"{_word(rng, new)} {noun}"
+    return rng.choice((_name(rng, new), *more))
 
 
 def _word(rng: random.Random, new: bool) -> str:
     if not new and rng.random() < 0.4:
         return tasks.made_up_name(rng).lower()
     return str(a_word(rng.choice(("nouns", "products")), rng, new))
+
+
+def _thing(name: str, rng: random.Random, new: bool) -> str:
+    """One of a short list, more often any noun: so that it is copied, not remembered."""
+    if new or rng.random() < 0.4:
+        return str(a_word(name, rng, new))
+    return _any_word("nouns", rng, new)
+
+
+def _firm(rng: random.Random, new: bool) -> str:
+    if not new and rng.random() < 0.5:
+        return tasks.made_up_name(rng)
+    return str(a_word("firms", rng, new))
 
 
 def _integer(rng: random.Random, _: bool) -> int:
@@ -160,9 +182,9 @@ KINDS: dict[str, Callable[[random.Random, bool], Any]] = {
     "file": _file,
     "date": _date,
     "time": lambda rng, _: f"{rng.randrange(24)}:{rng.randrange(60):02}",
-    "product": lambda rng, new: a_word("products", rng, new),
-    "room": lambda rng, new: a_word("rooms", rng, new),
-    "firm": lambda rng, new: a_word("firms", rng, new),
+    "product": lambda rng, new: _thing("products", rng, new),
+    "room": lambda rng, new: _thing("rooms", rng, new),
+    "firm": _firm,
     "currency": lambda rng, _: a_word("currencies", rng, False),
     "language": lambda rng, new: rng.choice(NEW_LANGUAGES if new else LANGUAGES),
 }
@@ -266,13 +288,6 @@ def _made_name(verb: str, noun: str, rng: random.Random) -> str:
     camel = f"{verb}{noun.capitalize()}"
     forms = (f"{verb}_{noun}", f"{verb}_{noun}", camel, f"{noun}_{verb}", f"{verb}_the_{noun}")
     return rng.choice(forms)
-
-
-def _any_word(name: str, rng: random.Random, new: bool) -> str:
-    """A word of the list or, of those not held out, a made-up one: any word may say what to do."""
-    if not new and rng.random() < 0.3:
-        return tasks.made_up_name(rng).lower()
-    return str(a_word(name, rng, new))
 
 
 def made_skill(

@@ -14,7 +14,7 @@ from tools.train_tiny.skills import Request, Skill, a_word
 PLAIN = {"fact": 6, "addition": 2, "extraction": 1, "echo": 1, "unknown": 3, "story": 0.4}
 
 
-FIRST = 15.0  # the weight of an answer's first token, which decides whether it is a call
+FIRST = 5.0  # the weight of an answer's first token, which decides whether it is a call
 
 
 def _near(skill: Skill, rng: random.Random, new: bool, parameters: int) -> Skill:
