@@ -59,7 +59,10 @@ TOOL_MIX = {
 LINES_MIX = {kind: share / (0.3 if kind == "lines" else 40) for kind, share in TOOL_MIX.items()}
 # At last whole calls: which tool is known by then, and what is said is to be copied.
 CALLS_MIX = {**TOOL_MIX, "tools": 65, "choice": 20, "lines": 12}
+# And what was known before is not to be forgotten.
+KEEPING_MIX = {**CALLS_MIX, "fact": 90, "addition": 32, "unknown": 5}
 MIXES = (  # from which step on
+    (TOOLS_FROM + 3200, KEEPING_MIX),
     (TOOLS_FROM + 2700, CALLS_MIX),
     (TOOLS_FROM + 400, TOOL_MIX),
     (TOOLS_FROM, LINES_MIX),
