@@ -111,18 +111,15 @@ def answer_form(
     if not tools.functions:
         return AnswerForm(reasoning, is_open=is_open)
     schemas = {function.name: function.parameters for function in tools.functions}
-    forms = f"--tool-call-parser, one of {list(TOOL_FORMATS)}"
+    wrong = []
     if next(iter(schemas)) not in frame:
-        message = (
-            "tools are left out by the chat template of this model; a server with --chat-template "
-            f"FILE uses another, which shows them, and with {forms}, reads calls of that form"
-        )
-        raise ApiError(message, param="tools", code="unsupported_parameter")
+        wrong.append("--chat-template FILE, for the chat template of this model leaves tools out")
     if tool_format is None:
-        message = (
-            "tools need a model whose chat template shows how it calls them, or a server with "
-            f"{forms}; got {len(tools.functions)} tools"
-        )
+        forms = f"--tool-call-parser, one of {list(TOOL_FORMATS)}"
+        wrong.append(f"{forms}, where the template does not show how it calls them")
+    if tool_format is None or wrong:
+        message = f"tools need a server with {', and with '.join(wrong)}"
+        message += f"; got {len(tools.functions)} tools"
         raise ApiError(message, param="tools", code="unsupported_parameter")
     ended = "stop" if tools.named else "tool_calls"  # as OpenAI has it
     kept = {tools.named: schemas[tools.named]} if tools.named else schemas

@@ -164,8 +164,8 @@ def warm_up(worker: Worker, widths: Iterable[int], cascade: bool, everything: bo
             runner.forward(step)
             runner.sample(step, masks)
     if calls and native:
-        shown = f"({native.LEVEL}) run in PyTorch, as exact and slower: {', '.join(sorted(calls))}"
-        log.info("ops of a step that have no native form %s", shown)
+        shown = f"for {native.LEVEL} and are called through Python: {', '.join(sorted(calls))}"
+        log.info("some ops of a step have no native form %s", shown)
 
 
 def kinds_of_steps(
