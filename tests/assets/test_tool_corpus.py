@@ -152,9 +152,13 @@ def test_a_choice_is_known_where_a_tool_s_first_line_ends(seed: int) -> None:
         assert mark.topic == skills.topic(skill.like)
     asked = [(sample.spans[span][0], mark) for span, mark in sample.marks if mark.fits is None]
     assert len(asked) <= 1  # a request of two tools is about neither alone
+    fit = {mark.topic for _, mark in lines if mark.fits}
+    assert asked or any(fitting(sample))
     for text, mark in asked:
         assert text.startswith("<|im_start|>user\n")
-        assert all(each.topic == mark.topic for _, each in lines if each.fits)
+        assert fit <= {mark.topic}
+        is_refused = "I do not know" in sample.text.rpartition("assistant\n")[2]
+        assert fit or (mark.topic == skills.NO_TOOL) or is_refused
     is_called = "<tool_call>" in sample.text
     assert any(fitting(sample)) == is_called
     if is_called:
@@ -167,6 +171,7 @@ def test_a_choice_is_known_where_a_tool_s_first_line_ends(seed: int) -> None:
 
 def test_tools_are_the_same_tokens_in_pieces_and_what_fits_ends_a_line() -> None:
     tok = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    asked: set[int] = set()
     for seed in range(50):
         for chat in (tool_chats.tool_chat, tool_chats.choice_chat):
             sample = chat(random.Random(seed))
@@ -175,9 +180,9 @@ def test_tools_are_the_same_tokens_in_pieces_and_what_fits_ends_a_line() -> None
             assert [*encoded.marks.values()] == [mark for _, mark in sample.marks]
             ends = {encoded.ids[at] for at, mark in encoded.marks.items() if mark.fits is not None}
             assert ends == {tok.token_to_id("Ċ"), tok.token_to_id(corpus.END)}
-            asked = {encoded.ids[at] for at, mark in encoded.marks.items() if mark.fits is None}
-            assert asked <= {tok.token_to_id(corpus.END)}
+            asked |= {encoded.ids[at] for at, mark in encoded.marks.items() if mark.fits is None}
             assert {*batches.encode(sample, tok, context=40).marks} <= {*range(40)}
+    assert asked == {tok.token_to_id(corpus.END)}
 
 
 def test_without_a_request_tools_come_first() -> None:
@@ -225,8 +230,12 @@ def test_nothing_that_is_held_out_is_trained() -> None:
     for name in [name for name in texts if name.startswith("held_out_")]:
         trained, kept = texts[name.removeprefix("held_out_")], texts[name]
         assert all(text not in trained for text in kept), name
+    asks = [ask for family in texts["family"] for ask in family["asks"]]
+    begun = [ask for ask in asks if ask.split()[0] in texts["imperatives"]]
+    asks += [way + ask[0].lower() + ask[1:] for way in texts["polite"] for ask in begun]
+    trained = {re.sub(r"\{\w+\}", "{}", ask) for ask in asks}
     for family in texts["family"]:
-        assert not {*family["asks"]} & {*family["held_out_asks"]}
+        assert not {re.sub(r"\{\w+\}", "{}", ask) for ask in family["held_out_asks"]} & trained
     trained_names = {name for family in texts["family"] for name in family["names"]}
     assert not trained_names & {n for family in texts["held_out_family"] for n in family["names"]}
 
@@ -264,13 +273,30 @@ def test_the_last_mix_has_tools_and_steps_of_it_are_seeded() -> None:
     tok = Tokenizer.from_file(str(TINY / "tokenizer.json"))
     assert "tools" not in mixes.mix_at(mixes.TOOLS_FROM - 1)
     rng = random.Random(0)
-    for step in (mixes.TOOLS_FROM + 400, mixes.TOOLS_FROM + 2700):
-        kinds = {mixes.sample(rng, mixes.mix_at(step)).kind for _ in range(400)}
-        assert {"tools", "choice", "lines", "record", "keyed record", "fact"} <= kinds
+    for after in (400, 2700, 3200):
+        mix = mixes.mix_at(mixes.TOOLS_FROM + after)
+        kinds = {mixes.sample(rng, mix).kind for _ in range(500)}
+        assert {"tools", "choice", "lines", "record", "keyed record", "fact", "extraction"} <= kinds
+    kinds = [mixes.sample(rng, mixes.mix_at(mixes.TOOLS_FROM)).kind for _ in range(300)]
+    assert kinds.count("lines") > 240
     first, again = (
         batches.step_batches(0, mixes.TOOLS_FROM + 1, 2048, tok, 2048, long=False) for _ in "ab"
     )
     assert all(torch.equal(a.ids, b.ids) for a, b in zip(first, again, strict=True))
+
+
+def test_what_is_asked_of_tools_that_are_shown_and_of_none() -> None:
+    for found, request in evaluate_tools.known_requests(random.Random(0), 50):
+        ((name, _),) = request.calls
+        assert [skill.name for skill in found].count(name) == 1
+    kinds = evaluate_tools.needless_requests(20)
+    assert {len(asked) for asked in kinds.values()} == {20}
+    for found, text in [each for asked in kinds.values() for each in asked]:
+        assert found
+        words = {skill.like[0] for skill in found}
+        assert "translate" not in words or not text.startswith("Translate")
+    plain = [text for found, text in kinds["sums"] if ("add",) in {skill.like for skill in found}]
+    assert plain == []
 
 
 class Scripted:

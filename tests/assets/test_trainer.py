@@ -111,7 +111,7 @@ def test_orthogonalised_has_singular_values_near_one() -> None:
 def test_the_loss_of_choices_is_that_of_a_tool_s_line_beside_the_rest() -> None:
     net = random_model()
     batch = random_batches(0)[0]
-    choosing = Choosing(5, 7, range(10, 14), told=1, chosen=(0, 1))
+    choosing = Choosing(5, 7, range(10, 14), told=0, chosen=(0, 1))
     assert choosing_loss(net, batch, choosing) == weighted_loss(net, batch)
     batch.fits[1, 2], batch.fits[2, 4] = 1.0, 0.0
     states, _ = net.states(batch.ids[:, :-1])
@@ -123,7 +123,7 @@ def test_the_loss_of_choices_is_that_of_a_tool_s_line_beside_the_rest() -> None:
     expected = weighted_loss(net, batch) - FITS / 2 * sum(parts)
     torch.testing.assert_close(choosing_loss(net, batch, choosing), expected)
     batch.topics[0, 3], batch.topics[2, 4] = 2, 0
-    about = net.logits(net.model.norm(states[1]))[..., 10:14].log_softmax(-1)
+    about = net.logits(net.model.norm(states[0]))[..., 10:14].log_softmax(-1)
     expected = expected - TOPIC * (about[0, 3, 2] + about[2, 4, 0])
     torch.testing.assert_close(choosing_loss(net, batch, choosing), expected)
 

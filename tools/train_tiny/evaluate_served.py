@@ -3,10 +3,10 @@
     python -m minisgl.serve --model DIR &
     python -m tools.train_tiny.evaluate_served --url http://127.0.0.1:30000
 
-Asked is what `evaluate_tools` asks, greedily, with `tool_choice` auto: of tools of trained kinds,
-requests that need a call of one and are worded as training never saw, and messages that need none.
-Prints the share of answers with calls that fit their tools and with the right ones, by kind of
-request, then one JSON line.
+Asked is what `evaluate_tools` asks, greedily, with `tool_choice` auto, of tools of trained kinds.
+A call is valid where it is whole and has no argument that its schema does not name: the grammar
+leaves such, as JSON Schema does. Prints the shares of valid and of right answers where a call is
+due, and of those without one where none is, then one JSON line.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def answer(url: str, found: list[Skill], text: str) -> tuple[list[Call], bool]:
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request) as response:
+    with urllib.request.urlopen(request, timeout=300) as response:
         choice = json.load(response)["choices"][0]
     functions = [call["function"] for call in choice["message"].get("tool_calls") or ()]
     whole = choice["finish_reason"] == "tool_calls"  # and not broken off
@@ -53,11 +53,15 @@ def due(url: str, count: int, verbose: bool) -> dict[str, float]:
     return {"valid": share(valid), "right": share(right)}
 
 
-def needless(url: str, count: int) -> dict[str, float]:
+def needless(url: str, count: int, verbose: bool) -> dict[str, float]:
     """Where none is due, the share of answers without one."""
     result = {}
     for name, asked in evaluate_tools.needless_requests(count).items():
-        result[name] = share([not answer(url, found, text)[0] for found, text in asked])
+        given = [answer(url, found, text)[0] for found, text in asked]
+        result[name] = share([not calls for calls in given])
+        for (_, text), calls in zip(asked, given, strict=True):
+            if calls and verbose:
+                print(f"  needless call {text!r} -> {calls}")
     return result
 
 
@@ -68,7 +72,7 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="print what was wrong")
     args = parser.parse_args()
     report: dict[str, Any] = {"calls": due(args.url, args.count, args.verbose)}
-    report["no calls"] = needless(args.url, args.count)
+    report["no calls"] = needless(args.url, args.count, args.verbose)
     for title, row in report.items():
         print(title, *(f"{name} {value:.3f}" for name, value in row.items()), sep="\n  ")
     print(json.dumps(report))

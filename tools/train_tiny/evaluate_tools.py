@@ -1,9 +1,11 @@
 """Measurements of tool calls and of answers by schema, for `evaluate`.
 
-Tools, their names and parameters, phrasings and most values are of the held-out lists, so all of
-them are new to the model; for the row of known tools only phrasings and values are. A call is
-valid where it is written in the form, is of one of the tools and fits its schema; it is right where
-the name and all arguments are those that were asked for.
+Tools, names, parameters, phrasings and most values of rows called new are of the held-out lists.
+Elsewhere tools are of trained kinds, with values and wordings of requests of the held-out lists;
+many of these are close to trained ones. Sums and what is not known are worded as in training. A
+call is valid where it is written in the form, is of one of the tools and fits its schema, with no
+argument that the schema does not name; it is right where the name and all arguments are those that
+were asked for.
 """
 
 import json
@@ -94,7 +96,7 @@ def new_tool_calls(bench: Asked, sampling: Sampling, verbose: bool) -> dict[str,
 
 
 def known_tools(rng: random.Random, count: int) -> list[Skill]:
-    """Tools of different trained kinds, whose requests are worded as training never saw."""
+    """Tools of different trained kinds, whose requests are of the held-out lists."""
     found: list[Skill] = []
     while len(found) < count:
         other = skills.family_skill(rng, True, rng.choice(skills.FAMILIES[False]))

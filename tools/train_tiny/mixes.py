@@ -56,7 +56,7 @@ TOOL_MIX = {
     "handbook": 1,
 }
 # First what tools do is learnt to be compared with what is asked, with little of the rest.
-LINES_MIX = {kind: share / (0.3 if kind == "lines" else 40) for kind, share in TOOL_MIX.items()}
+LINES_MIX = {**{kind: share / 40 for kind, share in TOOL_MIX.items()}, "lines": 100}
 # At last whole calls: which tool is known by then, and what is said is to be copied.
 CALLS_MIX = {**TOOL_MIX, "tools": 65, "choice": 20, "lines": 12}
 # And what was known before is not to be forgotten.

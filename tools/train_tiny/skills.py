@@ -73,7 +73,7 @@ class Request:
 
     text: str
     calls: tuple[tuple[str, dict[str, Any]], ...]
-    topic: int | None = None  # of one call
+    topic: int | None = None  # None where two tools are asked for
 
 
 def a_word(name: str, rng: random.Random, new: bool) -> Any:

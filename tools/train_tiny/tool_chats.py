@@ -155,7 +155,7 @@ def _refused_turn(found: list[Skill], rng: random.Random) -> list[Message]:
 
 
 def is_plain(text: str, found: list[Skill]) -> bool:
-    """Whether none of the tools does what is asked without one."""
+    """Whether none of the tools would do what this message asks, which the model does itself."""
     likes = {each.like for each in found}
     return not (
         (("add",) in likes and re.search(r"\d", text))
