@@ -17,7 +17,7 @@ from tools.train_tiny import corpus, knowledge, records, skills, tasks, tool_cha
 from tools.train_tiny.generate import Sampling
 from tools.train_tiny.skills import Request, Schema, Skill
 
-COUNT = 200  # prompts of each measurement
+COUNT = 60  # prompts of each measurement
 Call = tuple[str, dict[str, Any]]
 
 
