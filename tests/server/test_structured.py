@@ -245,14 +245,23 @@ def test_the_extra_field_is_refused_by_name(client, model, asked, param, says):
     assert says in message
 
 
-def test_a_form_beside_tools_is_refused_unless_none_may_be_called(client, model):
+def test_json_beside_tools_is_itself_or_a_call_and_another_form_is_refused(client, model):
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    asked = {"response_format": {"type": "json_object"}, "tools": tools, "max_tokens": 80}
+    asked = {"model": model, "messages": USER, "tools": tools, "max_tokens": 80}
+    for choice in ("auto", "none"):
+        form = {"response_format": {"type": "json_object"}, "tool_choice": choice}
+        message = client.chat.completions.create(**asked, **form).choices[0].message
+        if message.tool_calls:
+            assert choice == "auto"
+            assert {call.function.name for call in message.tool_calls} == {"f"}
+        else:
+            assert message.content.startswith("{")
+    regex = {"structured_outputs": {"regex": "a{4}"}}
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model=model, messages=USER, **asked)
+        client.chat.completions.create(**asked, extra_body=regex)
     assert "tools" in caught.value.body["message"]
-    answer = client.chat.completions.create(model=model, messages=USER, **asked, tool_choice="none")
-    assert answer.choices[0].message.content.startswith("{")
+    answer = client.chat.completions.create(**asked, extra_body=regex, tool_choice="none")
+    assert answer.choices[0].message.content == "aaaa"
 
 
 def test_a_grammar_that_becomes_too_complex_is_an_error_and_no_stop(client, model):
