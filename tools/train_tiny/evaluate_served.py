@@ -4,9 +4,9 @@
     python -m tools.train_tiny.evaluate_served --url http://127.0.0.1:30000
 
 Asked is what `evaluate_tools` asks, greedily, with `tool_choice` auto, of tools of trained kinds.
-A call is valid where it is whole and has no argument that its schema does not name: the grammar
-leaves such, as JSON Schema does. Prints the shares of valid and of right answers where a call is
-due, and of those without one where none is, then one JSON line.
+A whole call fits its schema, for the grammar sees to that; it is strict where it has no argument
+that the schema does not name, either. Prints the shares of such and of right answers where a call
+is due, and of those without one where none is, then one JSON line.
 """
 
 import argparse
@@ -43,14 +43,15 @@ def answer(url: str, found: list[Skill], text: str) -> tuple[list[Call], bool]:
 
 def due(url: str, count: int, verbose: bool) -> dict[str, float]:
     """Where a call is due."""
-    valid, right = [], []
+    fitting, strict, right = [], [], []
     for found, request in evaluate_tools.known_requests(random.Random("known tools"), count):
         calls, whole = answer(url, found, request.text)
-        valid.append(whole and evaluate_tools.is_valid(calls, found))
+        fitting.append(whole and bool(calls))
+        strict.append(whole and bool(calls) and evaluate_tools.is_valid(calls, found))
         right.append(calls == list(request.calls))
         if not right[-1] and verbose:
             print(f"  wrong call {request.text!r} -> {calls}, not {request.calls}")
-    return {"valid": share(valid), "right": share(right)}
+    return {"whole": share(fitting), "strict": share(strict), "right": share(right)}
 
 
 def needless(url: str, count: int, verbose: bool) -> dict[str, float]:
