@@ -216,7 +216,7 @@ def test_it_is_served_by_its_name(path: Path) -> None:
             )
             assert "Paris" in done.choices[0].message.content
             with pytest.raises(
-                openai.BadRequestError, match="tools need a model whose chat template shows"
+                openai.BadRequestError, match="tools need a server with --chat-template FILE"
             ):
                 client.chat.completions.create(
                     model="smollm2",
