@@ -1,4 +1,4 @@
-"""Calls of a model that was never trained for them, held to their schemas, over a real server."""
+"""Calls in forms that the model was never trained for, held to their schemas, by a real server."""
 
 import json
 
