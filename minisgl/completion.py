@@ -14,6 +14,7 @@ from typing import Any, NoReturn, cast
 
 from minisgl.core.request import Delta, FinishReason, Request, SamplingParams, TokenLogprobs
 from minisgl.engine.messages import EngineInfo
+from minisgl.server.chat_template import marked
 from minisgl.server.text import TextStream
 from minisgl.server.tokenizer import Tokenizer
 
@@ -162,7 +163,7 @@ class PromptReader:
         names = _tool_names(options.get("tools") or ())
         both = [self.tokenizer.render_both(each, **options) for each in conversations]
         for index, name in enumerate(names):
-            if not all(name in frame for _, frame in both):
+            if not all(marked(name) in frame for _, frame in both):
                 wrong = f"tools[{index}], {shown(name)}, is left out by this model's chat template"
                 raise ValueError(wrong)
         encode = partial(self.tokenizer.encode, add_special_tokens=False, check=self._check)

@@ -17,6 +17,7 @@ from minisgl.core.request import MAX_TOP_LOGPROBS, Request, SamplingParams
 from minisgl.server import fields
 from minisgl.server.answer import AnswerForm, ReasoningFormat
 from minisgl.server.body import ApiError, cut, read_object, shown
+from minisgl.server.chat_template import marked
 from minisgl.server.echo import Echo
 from minisgl.server.structured import Structure, refused
 from minisgl.server.tokenizer import Tokenizer
@@ -99,10 +100,12 @@ def conversation_call(
         text, frame = model.tokenizer.render_both(said.messages, tools=tools, **options)
     except ValueError as error:
         raise ApiError(cut(str(error), MAX_TEMPLATE_WORDS), param=where) from error
-    calls = (call for each in said.messages for call in each.get("tool_calls", ()))
-    if (first := next(calls, None)) and first["function"]["name"] not in frame:
-        message = f"{where}: earlier tool calls are left out by this model's chat template"
-        raise ApiError(message, param=where)
+    calls = [call for each in said.messages for call in each.get("tool_calls", ())]
+    for name in (call["function"]["name"] for call in calls):
+        if marked(name) not in frame:
+            message = f"{where}: earlier calls of {shown(name)} are left out by this model's chat "
+            message += "template; a server with --chat-template FILE uses another"
+            raise ApiError(message, param=where)
     form = answer_form(said.tools, frame, model.tool_format, model.reasoning)
     prompt = encode(text, where, model, add_special_tokens=False)
     ends_freely = not (body.ignore_eos or body.min_tokens)

@@ -57,7 +57,8 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> tuple[str, str]:
-        """The conversation as one string, and the same with a mark in place of each text.
+        """The conversation as one string, and its frame: the same with a mark in place of each
+        text, and with the names of tools, given and called, `marked`.
 
         `variables` are the template's own (`enable_thinking`).
         Keys of a message whose value is None count as absent, as OpenAI's clients send them.
@@ -71,13 +72,19 @@ class ChatTemplate:
             [f"mark-{i}-{j}-" if text.strip() else "" for j, text in enumerate(own)]
             for i, own in enumerate(texts)
         ]
-        variables |= {"tools": tools, "documents": documents}
-        variables["add_generation_prompt"] = add_generation_prompt
+        variables |= {"documents": documents, "add_generation_prompt": add_generation_prompt}
+        shown_tools = None if tools is None else [_named(tool) for tool in tools]
 
         def with_texts(texts: list[list[str]], as_parts: bool) -> str:
             given = [_with_texts(*each, as_parts) for each in zip(messages, texts, strict=True)]
+            own = variables | {"tools": tools}
+            if texts is marks:
+                own["tools"] = shown_tools
+                for message in given:
+                    if isinstance(calls := message.get("tool_calls"), list):
+                        message["tool_calls"] = [_named(call) for call in calls]
             try:
-                return self._template.render(self._special_tokens | variables, messages=given)
+                return self._template.render(self._special_tokens | own, messages=given)
             except (jinja2.TemplateError, *_FAULTS) as error:
                 raise ValueError(f"the chat template refused the messages: {error}") from error
 
@@ -113,6 +120,20 @@ def read_template(path: str) -> str:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"chat_template cannot be read from {path}: {reason}") from error
     return source
+
+
+def marked(name: str) -> str:
+    """The name of a tool as a frame has it, where it is no other word's part."""
+    return f"named-{name}-"
+
+
+def _named(tool: Any) -> Any:
+    """A tool or a call with its function's name `marked`; what is neither as it is."""
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or "name" not in function:
+        return tool
+    own = {**function, "name": marked(str(function["name"]))}
+    return {**tool, "function": own} if "function" in tool else own
 
 
 def _with_texts(message: Message, texts: list[str], as_parts: bool) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import msgspec
 from minisgl.server import fields
 from minisgl.server.answer import AnswerForm, ReasoningFormat
 from minisgl.server.body import ApiError, alternatives, check_work, read_object, shown
+from minisgl.server.chat_template import marked
 from minisgl.server.frames import LENIENT, grammar
 from minisgl.server.structured import AS_IT_IS, Structure, check_form, schema_of
 from minisgl.server.tokenizer import Tokenizer
@@ -112,11 +113,11 @@ def answer_form(
         return AnswerForm(reasoning, is_open=is_open)
     schemas = {function.name: function.parameters for function in tools.functions}
     wrong = []
-    if next(iter(schemas)) not in frame:
-        wrong.append("--chat-template FILE, for the chat template of this model leaves tools out")
+    if marked(next(iter(schemas))) not in frame:
+        wrong.append("--chat-template FILE, for this model's own chat template leaves tools out")
     if tool_format is None:
         forms = f"--tool-call-parser, one of {list(TOOL_FORMATS)}"
-        wrong.append(f"{forms}, where the template does not show how it calls them")
+        wrong.append(f"{forms}, unless the template shows one of these forms")
     if tool_format is None or wrong:
         message = f"tools need a server with {', and with '.join(wrong)}"
         message += f"; got {len(tools.functions)} tools"

@@ -314,6 +314,6 @@ def test_a_models_refusals_name_the_input():
         ALIKE["turns of calls"][0], model("{% for m in messages %}{{ m.content }}{% endfor %}")
     )
     assert error["param"] == "input"
-    assert error["message"].startswith("input: earlier tool calls")
+    assert error["message"].startswith('input: earlier calls of "weather"')
     error = refusal({"input": "hi", "tools": [flat(CLOCK)]}, model(tools=None))
     assert error["param"] == "tools"

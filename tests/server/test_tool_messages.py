@@ -165,6 +165,11 @@ def test_tools_need_a_model_that_can_call_them():
         assert (forms in wrong) == (tools is None)
     plain = model(small_tokenizers.CHAT_TEMPLATE)
     assert refusal(plain, **said(ASSISTANT, ANSWER))[0] == "messages"
+    for name in ("user", "assistant", "s", "mark-0-0-"):  # words that the template has anyway
+        assert refusal(plain, **called(name=name))[0] == "messages"
+        given = {"type": "function", "function": {"name": name}}
+        assert refusal(plain, tools=[given])[0] == "tools"
+        assert prompt(called(name=name) | {"tools": [given]})
     assert prompt({"messages": USER, "tools": [CLOCK], "tool_choice": "none"}, model(tools=None))
 
 
