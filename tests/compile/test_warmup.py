@@ -104,7 +104,7 @@ def test_what_triton_cannot_say_is_left_out():
         attention.implementation("hopper")(**arguments)
         silu_and_mul_portable(torch.empty(3, 2 * 424, device="meta"))
     said = [variant.data() is not None for variant in launches.values()]
-    assert said == [False, True]
+    assert said == [True, False, True]  # the first makes the list that the second works through
 
 
 def test_the_counter_tells_compiled_from_found_and_known(tmp_path, monkeypatch, counter):
