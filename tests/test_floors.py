@@ -27,7 +27,7 @@ MAX_FUNCTION_LINES = 60  # in the package; jitted kernels and what launches them
 ALLOWED: dict[str, int] = {}
 # Lines of code (blank lines, comments and docstrings are free). The kernels have a budget of their
 # own, because a kernel's room holds its specification, cases and cost formulas too.
-BUDGETS = {"kernels/": 6_659, "all but kernels/": 16_265}
+BUDGETS = {"kernels/": 6_977, "all but kernels/": 16_265}
 
 # Room (a folder or file of minisgl/) -> what it may import from the package besides itself:
 # rooms, or single modules of a room.

@@ -1,4 +1,8 @@
-"""Merge of attention states: one program per token and tile of heads, states added in order."""
+"""Merge of attention states: one program per token and tile of heads.
+
+A program reads the log-sum-exps of all states at once, and then the outputs of several states
+together, so that many loads are on their way. The order of additions depends on shapes alone.
+"""
 
 import torch
 import triton
@@ -19,6 +23,8 @@ def merge_kernel(
     H: tl.constexpr,
     D: tl.constexpr,
     S: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    TILE_S: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WRITE_LSE: tl.constexpr,
@@ -30,24 +36,24 @@ def merge_kernel(
     d = tl.arange(0, BLOCK_D)
     head_ok = head < H
     at = token * H + head
-    top = tl.full([BLOCK_H], float("-inf"), tl.float32)
-    for s in range(S):
-        top = tl.maximum(
-            top, tl.load(lse_ptr + s * lse_stride + at, mask=head_ok, other=float("-inf"))
-        )
+    s = tl.arange(0, BLOCK_S)[:, None]
+    there = (s < S) & head_ok[None, :]
+    lse = tl.load(lse_ptr + s.to(tl.int64) * lse_stride + at, mask=there, other=float("-inf"))
+    top = tl.max(lse, 0)
     shift = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.zeros([BLOCK_H], tl.float32)
-    merged = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-    for s in range(S):
-        lse = tl.load(lse_ptr + s * lse_stride + at, mask=head_ok, other=float("-inf"))
-        weight = tl.exp2((lse - shift) * LOG2E)
+    total = tl.sum(tl.exp2((lse - shift) * LOG2E), 0)
+    added = tl.zeros([TILE_S, BLOCK_H, BLOCK_D], tl.float32)
+    for first in range(0, S, TILE_S):
+        t = (first + tl.arange(0, TILE_S))[:, None]
+        known = (t < S) & head_ok[None, :]
+        its = tl.load(lse_ptr + t.to(tl.int64) * lse_stride + at, mask=known, other=float("-inf"))
+        weight = tl.exp2((its - shift) * LOG2E)
         # An empty state's output is never read: it may hold anything.
-        live = (weight > 0.0)[:, None] & (d < D)[None, :]
-        part = tl.load(
-            parts_ptr + s * state_stride + at[:, None] * D + d[None, :], mask=live, other=0.0
-        ).to(tl.float32)
-        merged += part * weight[:, None]
-        total += weight
+        live = (weight > 0.0)[:, :, None] & (d < D)
+        source = t.to(tl.int64)[:, :, None] * state_stride + at[:, None] * D + d
+        part = tl.load(parts_ptr + source, mask=live, other=0.0).to(tl.float32)
+        added += part * weight[:, :, None]
+    merged = tl.sum(added, 0)
     divisor = tl.where(total > 0.0, total, 1.0)
     ok = head_ok[:, None] & (d < D)[None, :]
     out = merged / divisor[:, None]
@@ -89,6 +95,7 @@ def launch_merge(
     if tokens == 0:
         return
     block_h, block_d = min(8, triton.next_power_of_2(heads)), triton.next_power_of_2(head_dim)
+    block_s = triton.next_power_of_2(states)
     merge_kernel[(tokens, triton.cdiv(heads, block_h))](
         parts,
         lse,
@@ -100,6 +107,8 @@ def launch_merge(
         H=heads,
         D=head_dim,
         S=states,
+        BLOCK_S=block_s,
+        TILE_S=max(1, min(block_s, 8192 // (block_h * block_d))),  # 64 numbers to a thread
         BLOCK_H=block_h,
         BLOCK_D=block_d,
         WRITE_LSE=out_lse is not None,

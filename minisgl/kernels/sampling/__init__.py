@@ -351,6 +351,6 @@ sample = Op(
     cost=_sample_cost,
     expected=[
         Expected(kernel, ("load128",), lambda facts: facts["V"] % 16 == 0)
-        for kernel in ("scan_kernel", "collect_kernel")
+        for kernel in ("scan_kernel", "collect_kernel", "refine_kernel", "regather_kernel")
     ],
 )

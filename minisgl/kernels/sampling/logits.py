@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from minisgl.kernels.sampling import PARAM_WORDS, SEEN_IN_PROMPT
-from minisgl.kernels.sampling.portable import WORDS, float_word, word_of
+from minisgl.kernels.sampling.rows import WORDS, float_word, word_of
 
 BLOCK = 2048
 REPETITION, PRESENCE, FREQUENCY = map(

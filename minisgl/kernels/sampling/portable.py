@@ -1,4 +1,5 @@
-"""Sampling without sorting the vocabulary: two reads of the logits with filters, one without.
+"""Sampling without sorting the vocabulary: one read of the logits without filters, two with them,
+and four where values lie so close together that two are not enough.
 
 1. `scan`: every piece of a row finds its best candidate: the largest logit (greedy), or the largest
    z + noise (no filter). With filters it counts its values by their distance from its maximum.
@@ -6,103 +7,55 @@
    cutoff that at most CAPACITY values reach.
 3. `collect`: those values are gathered, and the mass of the whole row is summed (integers, so in
    any order).
-4. `draw`: thresholds are found by bisection over the float's bits among the gathered values, where
-   they almost always lie, else over the whole row; the best z + noise above them is the token.
+4. `aim`: where a filter does not end among the gathered values, the counts, and the mass that they
+   can have at least and at most, bound the value where it ends.
+5. `refine`: counts and masses between those bounds, in SLICES parts.
+6. `regather`: values of the one part where the filter ends are gathered; of those above it, which
+   are kept for certain, every piece finds its best z + noise.
+7. `draw`: thresholds are found by bisection over the float's bits among the gathered values; the
+   best z + noise above them, or of a piece, is the token.
 
-Rows of all kinds share the launches, whose shapes depend on the batch and the vocabulary alone.
+Where more than CAPACITY values, not all equal, lie in one part, or a top-k leaves more than that to
+a top-p, one program searches the whole row: right, but slow. Rows of all kinds share the launches,
+whose shapes depend on the batch and the vocabulary alone.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from minisgl.kernels.sampling import PARAM_WORDS, PARAMS
-from minisgl.kernels.sampling.noise import GOLDEN, MIX32, MIX64
+from minisgl.kernels.sampling import PARAM_WORDS
+from minisgl.kernels.sampling.rows import (
+    CUTOFF,
+    FOUND,
+    GATHERED,
+    MARKS,
+    MASS,
+    MIN_P,
+    SEARCHED,
+    SUMS,
+    TEMPERATURE,
+    TOP,
+    TOP_P,
+    WORDS,
+    K,
+    eighths,
+    fixed_mass,
+    float_word,
+    gather,
+    gumbel_noise,
+    is_filtered,
+    noise_keys,
+    ordered_key,
+    scaled,
+    share_of,
+)
+from minisgl.kernels.sampling.search import aim_kernel, ending, refine_kernel, regather_kernel
 
 BLOCK = 4096  # logits per program
 BINS = 256  # of width 1/8 in z
 CAPACITY = 1024  # values gathered per row
-
-
-def word_of(name: str) -> tl.constexpr:
-    return tl.constexpr(PARAMS.fields[name][1] // 4)  # type: ignore[index]
-
-
-WORDS = tl.constexpr(PARAM_WORDS)
-TEMPERATURE, TOP_P, MIN_P, TOP_K = map(word_of, ("temperature", "top_p", "min_p", "top_k"))
-KEY = word_of("key")
-_GOLDEN = tl.constexpr(GOLDEN)
-_SHIFT1, _FACTOR1 = tl.constexpr(MIX64[0][0]), tl.constexpr(MIX64[0][1])
-_SHIFT2, _FACTOR2 = tl.constexpr(MIX64[1][0]), tl.constexpr(MIX64[1][1])
-_A, _B = tl.constexpr(MIX32[0]), tl.constexpr(MIX32[1])
-
-
-@triton.jit
-def float_word(record, word: tl.constexpr):
-    return tl.load(record + word).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def noise_keys(record, position):
-    """The two 32-bit keys of one position: the SplitMix64 stream of the row's key."""
-    low = tl.load(record + KEY).to(tl.uint32, bitcast=True).to(tl.uint64)
-    high = tl.load(record + KEY + 1).to(tl.uint32, bitcast=True).to(tl.uint64)
-    x = (low | (high << 32)) + (position + 1).to(tl.uint64) * _GOLDEN
-    x = (x ^ (x >> _SHIFT1)) * _FACTOR1
-    x = (x ^ (x >> _SHIFT2)) * _FACTOR2
-    x = x ^ (x >> 31)
-    return x.to(tl.uint32), (x >> 32).to(tl.uint32)
-
-
-@triton.jit
-def hash_bits(low, high, ids):
-    """31 random bits as int32, equal to `noise.hash_ids`."""
-    x = ids.to(tl.uint32) ^ low
-    x = (x ^ (x >> 16)) * _A
-    x = ((x ^ (x >> 15)) + high) * _B
-    x = x ^ (x >> 16)
-    return (x & 0x7FFFFFFF).to(tl.int32)
-
-
-@triton.jit
-def gumbel_noise(low, high, ids):
-    """Standard Gumbel noise, to rounding `noise.gumbel`: log1p(-v) is log(u) v / (1 - u)."""
-    v = (hash_bits(low, high, ids).to(tl.float32) + 0.5) * (2.0**-31 - 2.0**-55)
-    u = 1.0 - v
-    exact = u == 1.0
-    e = tl.where(exact, v, -tl.log(u) * v / tl.where(exact, 1.0, 1.0 - u))
-    return -tl.log(e)
-
-
-@triton.jit
-def is_filtered(record, V: tl.constexpr):
-    k = tl.load(record + TOP_K)
-    limits = ((k > 0) & (k < V)) | (float_word(record, TOP_P) < 1.0)
-    limits |= float_word(record, MIN_P) > 0.0
-    return limits & (float_word(record, TEMPERATURE) != 0.0)
-
-
-@triton.jit
-def scaled(logits, temperature):
-    return tl.div_rn(logits, tl.where(temperature == 0.0, 1.0, temperature)) + 0.0  # no -0
-
-
-@triton.jit
-def ordered_key(z):
-    """int32 in the order of float32."""
-    bits = z.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def fixed_mass(z, top):
-    return (tl.exp(z - top).to(tl.float64) * 4294967296.0).to(tl.int64)
-
-
-@triton.jit
-def eighths(z):
-    """floor(8 z), 0 for -inf."""
-    return tl.floor(tl.where(z == float("-inf"), 0.0, z) * 8.0)
+SLICES = 1024  # parts between the bounds of a threshold
 
 
 @triton.jit(do_not_specialize_on_alignment=["rows_ptr"])
@@ -142,7 +95,7 @@ def scan_kernel(
         tl.store(bins_ptr + (n * PIECES + piece) * BINS + tl.arange(0, BINS), counts)
 
 
-@triton.jit(do_not_specialize_on_alignment=["rows_ptr", "cutoff_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr"])
 def choose_kernel(
     rows_ptr,
     params_ptr,
@@ -150,14 +103,14 @@ def choose_kernel(
     best_id_ptr,
     bins_ptr,
     tokens_ptr,  # [N]
-    top_ptr,  # [N]: the largest z
-    cutoff_ptr,  # [N]
-    found_ptr,  # [N]: values gathered so far
-    mass_ptr,  # [N]
+    marks_ptr,  # [N, MARKS] fp32
+    sums_ptr,  # [N, SUMS] int64
+    counts_ptr,  # [N, BINS]: bin d holds the z with floor(8 z) = floor(8 top) - d
     V: tl.constexpr,
     BINS: tl.constexpr,
     PIECES: tl.constexpr,
     BLOCK_PIECES: tl.constexpr,
+    TOGETHER: tl.constexpr,
     CAPACITY: tl.constexpr,
 ):
     n = tl.program_id(0)
@@ -170,28 +123,31 @@ def choose_kernel(
         edge = eighths(top)
         depth = tl.arange(0, BINS)
         counts = tl.zeros([BINS], tl.int32)
-        for c in range(PIECES):
-            lower = edge - eighths(tl.load(best_ptr + n * PIECES + c))
-            shifted = depth - tl.minimum(lower, BINS + 0.0).to(tl.int32)
+        for first in range(0, PIECES, TOGETHER):
+            c = first + tl.arange(0, TOGETHER)
+            its_best = tl.load(best_ptr + n * PIECES + c, mask=c < PIECES, other=float("-inf"))
+            lower = tl.minimum(edge - eighths(its_best), BINS + 0.0).to(tl.int32)
+            shifted = depth[None, :] - lower[:, None]
             inside = (shifted >= 0) & (shifted < BINS - 1)  # the last bin has no lower end
-            counts += tl.load(bins_ptr + (n * PIECES + c) * BINS + shifted, mask=inside, other=0)
+            inside &= (c < PIECES)[:, None]
+            at_bins = bins_ptr + (n * PIECES + c)[:, None] * BINS + shifted
+            counts += tl.sum(tl.load(at_bins, mask=inside, other=0), 0)
         fits = (tl.cumsum(counts, 0) <= CAPACITY) & (depth < BINS - 1)
-        deep = tl.sum(fits.to(tl.int32), 0)  # bin d holds the z with floor(8 z) = edge - d
-        tl.store(cutoff_ptr + n, (edge + 1.0 - deep) / 8.0)
-        tl.store(top_ptr + n, top)
-        tl.store(found_ptr + n, 0)
-        tl.store(mass_ptr + n, tl.zeros([], tl.int64))
+        deep = tl.sum(fits.to(tl.int32), 0)
+        tl.store(counts_ptr + n * BINS + depth, counts)
+        tl.store(marks_ptr + n * MARKS + TOP, top)
+        tl.store(marks_ptr + n * MARKS + CUTOFF, (edge + 1.0 - deep) / 8.0)
+        word = tl.arange(0, SUMS)
+        tl.store(sums_ptr + n * SUMS + word, tl.zeros([SUMS], tl.int64))
 
 
-@triton.jit(do_not_specialize_on_alignment=["rows_ptr", "cutoff_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr"])
 def collect_kernel(
     logits_ptr,
     rows_ptr,
     params_ptr,
-    top_ptr,
-    cutoff_ptr,
-    found_ptr,
-    mass_ptr,
+    marks_ptr,
+    sums_ptr,
     values_ptr,  # [N, CAPACITY]
     ids_ptr,  # [N, CAPACITY]
     stride,
@@ -207,13 +163,14 @@ def collect_kernel(
             logits_ptr + n.to(tl.int64) * stride + ids, mask=ids < V, other=float("-inf")
         )
         z = scaled(logits, float_word(record, TEMPERATURE))
-        tl.atomic_add(mass_ptr + n, tl.sum(fixed_mass(z, tl.load(top_ptr + n)), 0))
-        wanted = z >= tl.load(cutoff_ptr + n)
+        sums = sums_ptr + n * SUMS
+        mass = fixed_mass(z, tl.load(marks_ptr + n * MARKS + TOP))
+        tl.atomic_add(sums + MASS, tl.sum(mass, 0))
+        wanted = z >= tl.load(marks_ptr + n * MARKS + CUTOFF)
         count = tl.sum(wanted.to(tl.int32), 0)
         if count > 0:
-            at = tl.atomic_add(found_ptr + n, count) + tl.cumsum(wanted.to(tl.int32), 0) - 1
-            tl.store(values_ptr + n * CAPACITY + at, logits, mask=wanted)
-            tl.store(ids_ptr + n * CAPACITY + at, ids, mask=wanted)
+            tl.atomic_add(sums + GATHERED, tl.sum(tl.where(wanted, mass, 0), 0))
+            gather(logits, ids, wanted, count, sums + FOUND, values_ptr, ids_ptr, n, CAPACITY)
 
 
 @triton.jit
@@ -248,21 +205,26 @@ def largest_key(source, length, low, high, count, mass, temperature, top, SPAN: 
     return low.to(tl.int32)
 
 
-@triton.jit(do_not_specialize_on_alignment=["rows_ptr", "cutoff_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr"])
 def draw_kernel(
     logits_ptr,
     rows_ptr,
     positions_ptr,
     params_ptr,
-    top_ptr,
-    cutoff_ptr,
-    found_ptr,
-    mass_ptr,
+    marks_ptr,
+    sums_ptr,
+    slices_ptr,
+    best_ptr,
+    best_id_ptr,
+    ends_ptr,
     values_ptr,
     ids_ptr,
     tokens_ptr,
     stride,
     V: tl.constexpr,
+    PIECES: tl.constexpr,
+    BLOCK_PIECES: tl.constexpr,
+    SLICES: tl.constexpr,
     CAPACITY: tl.constexpr,
     SPAN: tl.constexpr,
 ):
@@ -272,32 +234,43 @@ def draw_kernel(
         temperature = float_word(record, TEMPERATURE)
         top_p = float_word(record, TOP_P)
         min_p = float_word(record, MIN_P)
-        k = tl.load(record + TOP_K)
-        k = tl.where(k < V, k, 0)
-        top = tl.load(top_ptr + n)
-        found = tl.load(found_ptr + n)
-        total = tl.load(mass_ptr + n)
-        cutoff = tl.load(cutoff_ptr + n)
-        low = ordered_key(cutoff).to(tl.int64)
-        high = ordered_key(top).to(tl.int64)
+        sums = sums_ptr + n * SUMS
+        k = tl.load(sums + K)
+        top = tl.load(marks_ptr + n * MARKS + TOP)
+        needed = share_of(tl.load(sums + MASS), top_p)
         source = values_ptr + n * CAPACITY
-        length = found
-        # Whether one of the filters ends within the gathered values, so that they are enough.
-        enough = (k > 0) & (found >= k)
-        if (k == 0) & (found > 0):
-            enough = tl.exp(cutoff - top) < min_p
-            if top_p < 1.0:
-                _, gathered = count_and_mass(source, found, -2147483648, temperature, top, SPAN)
-                enough |= gathered >= tl.ceil(top_p.to(tl.float64) * total.to(tl.float64)).to(
-                    tl.int64
-                )
-        gathered_only = enough
-        if gathered_only == 0:
-            source = logits_ptr + n.to(tl.int64) * stride
-            length = V
+        length = tl.load(sums + FOUND).to(tl.int32)
+        gathered_only = tl.full([], 1, tl.int1)
+        low = ordered_key(tl.load(marks_ptr + n * MARKS + CUTOFF)).to(tl.int64)
+        best = tl.full([], float("-inf"), tl.float32)
+        token = tl.full([], V, tl.int32)
+        if tl.load(sums + SEARCHED) != 0:
+            both = (k > 0) & (top_p < 1.0)
+            _, above, above_mass, inside, solved = ending(
+                n, marks_ptr, sums_ptr, slices_ptr, both, SLICES, CAPACITY
+            )
+            piece = tl.arange(0, BLOCK_PIECES)
+            there = piece < PIECES
+            if solved & (inside > CAPACITY):
+                end = ends_ptr + (n * PIECES + piece) * 2
+                least = tl.min(tl.load(end, mask=there, other=2147483647), 0)
+                solved = least == tl.max(tl.load(end + 1, mask=there, other=-2147483648), 0)
+            gathered_only = solved
             low = tl.full([], -2147483648, tl.int64)
+            if solved:
+                if both == 0:  # the filter goes on below what is kept for certain
+                    k = tl.maximum(k - above, 0)
+                    needed -= above_mass
+                scores = tl.load(best_ptr + n * PIECES + piece, mask=there, other=float("-inf"))
+                piece_ids = tl.load(best_id_ptr + n * PIECES + piece, mask=there, other=V)
+                best = tl.max(scores, 0)
+                token = tl.min(tl.where(scores == best, piece_ids, V), 0)
+            else:
+                source = logits_ptr + n.to(tl.int64) * stride
+                length = V
+        high = ordered_key(top).to(tl.int64)
         threshold = low
-        if k > 0:
+        if (k > 0) & (length > 0):
             zero = tl.zeros([], tl.int64)
             threshold = largest_key(source, length, low, high, k, zero, temperature, top, SPAN).to(
                 tl.int64
@@ -305,8 +278,8 @@ def draw_kernel(
             _, total = count_and_mass(
                 source, length, threshold.to(tl.int32), temperature, top, SPAN
             )
-        if top_p < 1.0:
-            needed = tl.ceil(top_p.to(tl.float64) * total.to(tl.float64)).to(tl.int64)
+            needed = share_of(total, top_p)
+        if (top_p < 1.0) & (length > 0):
             _, reached = count_and_mass(
                 source, length, threshold.to(tl.int32), temperature, top, SPAN
             )
@@ -315,16 +288,14 @@ def draw_kernel(
                     source, length, threshold, high, 0, needed, temperature, top, SPAN
                 ).to(tl.int64)
         noise_low, noise_high = noise_keys(record, tl.load(positions_ptr + n))
-        best = tl.full([], float("-inf"), tl.float32)
-        token = tl.full([], V, tl.int32)
         for start in range(0, length, SPAN):
             i = start + tl.arange(0, SPAN)
-            inside = i < length
+            inside_span = i < length
             ids = i
             if gathered_only:
-                ids = tl.load(ids_ptr + n * CAPACITY + i, mask=inside, other=V)
-            z = scaled(tl.load(source + i, mask=inside, other=float("-inf")), temperature)
-            kept = inside & (ordered_key(z) >= threshold.to(tl.int32))
+                ids = tl.load(ids_ptr + n * CAPACITY + i, mask=inside_span, other=V)
+            z = scaled(tl.load(source + i, mask=inside_span, other=float("-inf")), temperature)
+            kept = inside_span & (ordered_key(z) >= threshold.to(tl.int32))
             kept &= tl.exp(z - top) >= min_p
             score = tl.where(kept, z + gumbel_noise(noise_low, noise_high, ids), float("-inf"))
             here = tl.max(score, 0)
@@ -364,26 +335,42 @@ def sample_portable(
         return torch.empty(shape, dtype=dtype, device=logits.device)
 
     best, best_id = made(count, pieces, dtype=torch.float32), made(count, pieces)
-    bins = made(count, pieces, BINS)
-    top, cutoff = made(2, count, dtype=torch.float32)
-    found, mass = made(count), made(count, dtype=torch.int64)
+    bins, counts = made(count, pieces, BINS), made(count, BINS)
+    marks = made(count, MARKS.value, dtype=torch.float32)
+    sums = made(count, SUMS.value, dtype=torch.int64)
+    slices = made(count, 2, SLICES, dtype=torch.int64)
+    ends = made(count, pieces, 2)
     values, ids = made(count, capacity, dtype=torch.float32), made(count, capacity)
-    stride = logits.stride(0)
+    stride, padded = logits.stride(0), triton.next_power_of_2(pieces)
     scan_kernel[(count, pieces)](
         logits, rows, positions, params, best, best_id, bins, stride,
         V=vocab, BLOCK=block, BINS=BINS, PIECES=pieces, num_warps=8,
     )  # fmt: skip
     choose_kernel[(count,)](
-        rows, params, best, best_id, bins, tokens, top, cutoff, found, mass,
-        V=vocab, BINS=BINS, PIECES=pieces, BLOCK_PIECES=triton.next_power_of_2(pieces),
+        rows, params, best, best_id, bins, tokens, marks, sums, counts,
+        V=vocab, BINS=BINS, PIECES=pieces, BLOCK_PIECES=padded, TOGETHER=min(16, padded),
         CAPACITY=capacity, num_warps=4,
     )  # fmt: skip
     collect_kernel[(count, pieces)](
-        logits, rows, params, top, cutoff, found, mass, values, ids, stride,
+        logits, rows, params, marks, sums, values, ids, stride,
         V=vocab, BLOCK=block, CAPACITY=capacity, num_warps=8,
     )  # fmt: skip
+    aim_kernel[(count,)](
+        rows, params, marks, sums, counts, slices,
+        V=vocab, BINS=BINS, SLICES=SLICES, CAPACITY=capacity, num_warps=4,
+    )  # fmt: skip
+    refine_kernel[(count, pieces)](
+        logits, rows, params, marks, sums, slices, stride,
+        V=vocab, BLOCK=block, SLICES=SLICES, num_warps=8,
+    )  # fmt: skip
+    regather_kernel[(count, pieces)](
+        logits, rows, positions, params, marks, sums, slices, best, best_id, ends, values, ids,
+        stride, V=vocab, BLOCK=block, PIECES=pieces, SLICES=SLICES, CAPACITY=capacity,
+        num_warps=16,
+    )  # fmt: skip
     draw_kernel[(count,)](
-        logits, rows, positions, params, top, cutoff, found, mass, values, ids, tokens, stride,
-        V=vocab, CAPACITY=capacity, SPAN=1024, num_warps=4,
+        logits, rows, positions, params, marks, sums, slices, best, best_id, ends, values, ids,
+        tokens, stride, V=vocab, PIECES=pieces, BLOCK_PIECES=padded, SLICES=SLICES,
+        CAPACITY=capacity, SPAN=1024, num_warps=4,
     )  # fmt: skip
     return tokens
